@@ -1,0 +1,3281 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""claude_api_bridge: a REST API for the `claude` command line tool you already pay for.
+
+    python3 claude_api_bridge.py start --no-tunnel      serve on this machine and its network
+    python3 claude_api_bridge.py start --demo           the same without Claude: every answer is an echo
+    python3 claude_api_bridge.py token create NAME      make a token (also: token list, token revoke ID)
+
+One request's way, and the rooms it passes:
+
+    caller -> Handler -> Dispatcher -> answer_* -> Service -> Store (the queue)
+    Worker -> ClaudeCli -> Child -> claude -> Live (text so far), Store (result) -> Hub (wakes who waits)
+
+     1 Vocabulary   words and limits               8 Service       what the bridge can do, without HTTP
+     2 Settings     flags, variables, Config       9 Routes        the table of endpoints, and their answers
+     3 Errors       what goes wrong, and its words 10 HTTP          bytes in, bytes out
+     4 Core         pure records and functions    11 Dashboard     one page
+     5 Store        SQLite, the only truth        12 Bridge        puts the parts together
+     6 Processes    `claude` and its ends         13 Command line  what a person types and reads
+     7 Queue        the worker and who waits
+
+Names point upward only: a room uses the rooms above it, and gets what lies below as an argument.
+To change what an endpoint says, start in 9; to change how Claude is driven, in 4 (pure) and 6.
+"""
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("claude_api_bridge needs Python 3.9 or newer; this is Python %d.%d." % sys.version_info[:2])
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import queue
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+import traceback
+import uuid
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+                    Tuple, Type, Union)
+from urllib.parse import parse_qsl, unquote
+
+__version__ = "0.2.0"
+
+# === 1 Vocabulary =============================================================================================
+# The words and numbers that all rooms share. A limit carries its unit in its name.
+
+
+class JobStatus:
+    """Where a job stands; the same four words on the wire."""
+    QUEUED = "queued"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    ERROR = "error"
+    FINISHED = (COMPLETED, ERROR)
+
+
+class SessionMode:
+    """Whether the asks of a token share a memory."""
+    STATELESS = "stateless"
+    STATEFUL = "stateful"
+
+
+class Needs:
+    """Who may use a route."""
+    NOTHING = "nothing"
+    TOKEN = "token"
+    ADMIN = "admin"
+
+
+class Tools:
+    """The named levels of tool use; a list of Claude Code rules is the fifth way."""
+    NONE = "none"
+    READ = "read"
+    WEB = "web"
+    ALL = "all"
+    LEVELS = (NONE, READ, WEB, ALL)
+
+
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+EXPIRY_DAYS = (1, 7, 30, 90)
+
+MESSAGE_BYTES = 32_768
+SYSTEM_PROMPT_BYTES = 32_768
+BODY_BYTES = 1 << 20
+HEAD_BYTES = 16_384
+OUTPUT_BYTES = 10 << 20
+LINE_BYTES = 4 * OUTPUT_BYTES        # one line of the CLI holds a whole answer, and JSON escapes make it longer
+HISTORY_BYTES = 256 << 10            # what is told again of a conversation whose session is gone
+HISTORY_TURNS = 200
+STDERR_BYTES = 4_096
+DRAIN_BYTES = 8 << 20
+
+QUEUE_JOBS = 50
+JOB_ATTEMPTS = 2
+TOKENS = 100
+NAME_CHARACTERS = 100
+TOOL_RULES = 50
+WARM_CHILDREN = 4
+CONNECTIONS = 256
+ADDRESSES = 10_000                   # client addresses remembered by the limiter
+
+WAIT_SECONDS = 90.0                  # below the 100 s after which tunnels and proxies cut a silent answer
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 30.0
+IDLE_SECONDS = 15.0
+SEND_SECONDS = 30.0
+DRAIN_SECONDS = 2.0
+CLOSE_SECONDS = 5.0
+FINISH_SECONDS = 1.5                 # what a running job gets to finish by itself at an ordered end
+TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
+LOGINS_PER_MINUTE = 10
+POLLS_PER_REQUEST = 5                # the bucket for polls is this many times the size of the others
+
+# === 2 Settings ===============================================================================================
+# Every setting is one row: the parser, `start --help`, the README and the environment variables come from it.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing the owner can choose. kind: "number", "text", "path" or "switch" (a switch has no value)."""
+    name: str
+    default: Any
+    kind: str
+    flag: str
+    variables: Tuple[str, ...]
+    help: str
+    least: int = 0
+    most: int = 0
+
+
+SETTINGS = (
+    Setting("port", 3456, "number", "--port", ("CAB_PORT", "PORT"), "port to listen on; 0 takes a free one", 0, 65535),
+    Setting("host", "", "text", "--host", ("CAB_HOST",),
+            "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)"),
+    Setting("no_tunnel", False, "switch", "--no-tunnel", ("CAB_NO_TUNNEL",), "serve this machine and its network only"),
+    Setting("data_dir", "~/.claude-api-bridge", "path", "--data-dir", ("CAB_DATA_DIR",), "folder of the database and the workspaces"),
+    Setting("claude", "", "text", "--claude", ("CAB_CLAUDE",), "the claude program (default: found in PATH and the usual places)"),
+    Setting("demo", False, "switch", "--demo", ("CAB_DEMO",), "answer with an echo: no Claude and no subscription needed"),
+    Setting("rate_limit", 120, "number", "--rate-limit", ("CAB_RATE_LIMIT",), "requests a minute; 0 switches the limit off", 0, 1_000_000),
+    Setting("spare", 1, "number", "--spare", ("CAB_SPARE",), "claude processes kept ready; 0 starts one per request", 0, 1),
+    Setting("run_seconds", 300, "number", "--run-seconds", ("CAB_RUN_SECONDS",), "longest run of one request", 1, 86_400),
+    Setting("silence_seconds", 90, "number", "--silence-seconds", ("CAB_SILENCE_SECONDS",),
+            "longest time without a sign of life from claude", 1, 86_400),
+    Setting("warm_seconds", 600, "number", "--warm-seconds", ("CAB_WARM_SECONDS",),
+            "how long the process of a conversation stays ready", 0, 86_400),
+    Setting("keep_days", 7, "number", "--keep-days", ("CAB_KEEP_DAYS",),
+            "days after which finished requests are deleted (those of a conversation stay with it)", 1, 3_650),
+    Setting("allow_api_key", False, "switch", "--allow-api-key", ("CAB_ALLOW_API_KEY",),
+            "hand ANTHROPIC_API_KEY on to claude: requests are then billed per token"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The chosen values, checked. Built by `load_config` and by tests."""
+    port: int = 3456
+    host: str = ""
+    no_tunnel: bool = False
+    data_dir: Path = Path("~/.claude-api-bridge")
+    claude: str = ""
+    demo: bool = False
+    rate_limit: int = 120
+    spare: int = 1
+    run_seconds: float = 300
+    silence_seconds: float = 90
+    warm_seconds: float = 600
+    keep_days: int = 7
+    allow_api_key: bool = False
+
+    @property
+    def listen_host(self) -> str:
+        return self.host or ("0.0.0.0" if self.no_tunnel else "127.0.0.1")
+
+
+class WrongSetting(Exception):
+    """A value that cannot be used; the sentence says which one, and what would do."""
+
+
+def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
+    """The settings in force: a flag before a variable before the default. Raises WrongSetting."""
+    values = {}
+    for row in SETTINGS:
+        value, source = flags.get(row.name), row.flag
+        for variable in row.variables:
+            if value is None and environ.get(variable):
+                value, source = environ[variable], variable
+        values[row.name] = read_setting(row, row.default if value is None else value, source)
+    return Config(**values)
+
+
+def read_setting(row: Setting, value: Any, source: str) -> Any:
+    """The value of one setting in its type. Raises WrongSetting, naming the flag or variable it came from."""
+    if row.kind == "switch":
+        if str(value).lower() not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            raise WrongSetting("%s must be 1 or 0, not %r." % (source, value))
+        return str(value).lower() in ("true", "1", "yes", "on")
+    if row.kind == "number":
+        if not re.fullmatch(r"[0-9]{1,9}", str(value)) or not row.least <= int(value) <= row.most:
+            raise WrongSetting("%s must be a whole number from %d to %d, not %r." % (source, row.least, row.most, str(value)))
+        return int(value)
+    if "\0" in str(value) or not str(value).strip() and row.kind == "path":
+        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, value))
+    return Path(value).expanduser().absolute() if row.kind == "path" else str(value)
+
+
+class Clock:
+    """The two clocks: moments (`now`, UTC epoch seconds) and spans (`monotonic`). Tests pass their own."""
+    now = staticmethod(time.time)
+    monotonic = staticmethod(time.monotonic)
+
+
+# === 3 Errors =================================================================================================
+# Two families, never mixed. A BridgeError answers the caller; a RunFailed is stored with the job and reaches
+# the caller as HTTP 200 with "status": "error". CannotStart is for the person at the terminal.
+
+
+class BridgeError(Exception):
+    """An answer that says no. Subclasses fix status, code and the usual words; their first line documents them."""
+    status = 500
+    code = "internal"
+    text = "Internal server error"
+
+    def __init__(self, text: str = "", headers: Sequence[Tuple[str, str]] = (), **extra: Any) -> None:
+        super().__init__(text or self.text)
+        self.headers = tuple(headers)
+        self.extra = extra
+
+
+class InvalidRequest(BridgeError):
+    """A field is missing or has a value that cannot be used; `field` names it."""
+    status, code, text = 400, "invalid_request", "Bad request"
+
+
+class InvalidJson(BridgeError):
+    """The body is not JSON in UTF-8."""
+    status, code, text = 400, "invalid_json", "Body is not valid JSON"
+
+
+class TokenLimit(BridgeError):
+    """There are as many tokens as allowed; revoke one first."""
+    status, code, text = 400, "token_limit", "Maximum %d tokens allowed" % TOKENS
+
+
+class LastAdmin(BridgeError):
+    """The only admin token cannot be revoked; create another admin token first."""
+    status, code, text = 400, "last_admin", "Cannot delete the last admin token"
+
+
+class MalformedRequest(BridgeError):
+    """The bytes are not a valid HTTP request; the connection is closed."""
+    status, code, text = 400, "malformed_request", "Malformed HTTP request"
+
+
+class MissingToken(BridgeError):
+    """No token was sent."""
+    status, code, text = 401, "missing_token", "Missing Authorization header. Use: Bearer <token>"
+
+
+class InvalidToken(BridgeError):
+    """The token is unknown, revoked or expired."""
+    status, code, text = 401, "invalid_token", "Invalid or expired token"
+
+
+class AdminRequired(BridgeError):
+    """The route needs an admin token."""
+    status, code, text = 403, "admin_required", "Admin token required"
+
+
+class NotFound(BridgeError):
+    """No such path, request or token; another token's request counts as none."""
+    status, code, text = 404, "not_found", "Not found"
+
+
+class MethodNotAllowed(BridgeError):
+    """The path exists, but not with this method; the Allow header lists those that do."""
+    status, code, text = 405, "method_not_allowed", "Method not allowed"
+
+
+class BodyTooLarge(BridgeError):
+    """The body is larger than 1 MiB."""
+    status, code, text = 413, "body_too_large", "Body exceeds %d byte limit" % BODY_BYTES
+
+
+class UnsupportedEncoding(BridgeError):
+    """The body is compressed; send it as it is."""
+    status, code, text = 415, "unsupported_encoding", "Content-Encoding is not supported. Send the body uncompressed"
+
+
+class ExpectationFailed(BridgeError):
+    """The Expect header asks for something other than 100-continue."""
+    status, code, text = 417, "expectation_failed", "Only Expect: 100-continue is supported"
+
+
+class RateLimited(BridgeError):
+    """Too many requests; Retry-After says when the next one is welcome."""
+    status, code, text = 429, "rate_limited", "Too many requests, please slow down."
+
+
+class QueueFull(BridgeError):
+    """Too many jobs wait; try again after Retry-After seconds."""
+    status, code, text = 429, "queue_full", "Queue is full. Please try again later."
+
+
+class HeadTooLarge(BridgeError):
+    """The request line and headers are larger than 16 KiB."""
+    status, code, text = 431, "head_too_large", "Request head exceeds %d byte limit" % HEAD_BYTES
+
+
+class UnknownCoding(BridgeError):
+    """A method or transfer coding that no route here knows."""
+    status, code, text = 501, "not_implemented", "Method or transfer coding not supported"
+
+
+class Unavailable(BridgeError):
+    """The bridge cannot serve now: too many busy connections, its worker or its database is down."""
+    status, code, text = 503, "unavailable", "The bridge cannot serve requests now. Please try again later."
+
+
+class UnknownVersion(BridgeError):
+    """Not HTTP/1.0 or HTTP/1.1."""
+    status, code, text = 505, "http_version", "Only HTTP/1.0 and HTTP/1.1 are supported"
+
+
+ERRORS: Tuple[Type[BridgeError], ...] = tuple(sorted(BridgeError.__subclasses__(), key=lambda kind: (kind.status, kind.code))) + (BridgeError,)
+
+RUN_ERRORS = {
+    "cancelled": "the request was cancelled, or its token was revoked",
+    "timeout": "the run took too long, or claude gave no sign of life",
+    "usage_limit": "the plan's usage limit is reached",
+    "auth_required": "claude is not signed in, or its login was refused",
+    "overloaded": "the service is overloaded or limits requests",
+    "billing_guard": "the run would have been billed to an API key and was stopped",
+    "cli_error": "claude failed; the text holds its own words",
+    "output_too_large": "the answer is larger than 10 MB",
+    "interrupted": "the bridge ended during the run, more than once",
+    "context_too_long": "the prompt or the conversation is longer than the model takes",
+    "model_not_found": "the model does not exist, or the account may not use it",
+}
+
+
+class RunFailed(Exception):
+    """The outcome of a job that did not succeed. code: a key of RUN_ERRORS; the text is for the caller."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class CannotStart(Exception):
+    """Why the bridge does not start, in one sentence, and what to do about it."""
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
+
+
+def error_body(error: BridgeError) -> Dict[str, Any]:
+    """What an error says on the wire: {"error": "sentence", "code": "snake_case", ...extra fields}."""
+    return {"error": str(error), "code": error.code, **error.extra}
+
+# === 4 Core ===================================================================================================
+# Pure: no file, socket, child or real clock (`new_token` alone draws randomness). First the commands that
+# callers send, then the records that the rooms pass around, then the words of HTTP and of the CLI.
+
+
+def to_wire(name: str) -> str:
+    """system_prompt -> systemPrompt."""
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)
+
+
+def as_json(value: Any) -> str:
+    """Compact JSON, readable in any script."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def clean_text(text: str) -> str:
+    """Lone surrogates (which UTF-8 and SQLite cannot hold) become U+FFFD, as the CLI itself does it."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def iso_time(moment: Optional[float]) -> Optional[str]:
+    """Epoch seconds -> 2026-01-31T12:00:00.000Z."""
+    if moment is None:
+        return None
+    return datetime.fromtimestamp(moment, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parsed_json(data: bytes) -> Any:
+    """The value in a body. Raises InvalidJson with the place of the fault."""
+    def refuse(word: str) -> None:
+        raise ValueError("%s is not JSON" % word)
+
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+    except UnicodeDecodeError as error:
+        raise InvalidJson("Body is not valid UTF-8 (byte %d). Send JSON encoded as UTF-8" % error.start) from None
+    except RecursionError:
+        raise InvalidJson("Body is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidJson("Body is not valid JSON: %s" % error) from None
+
+
+def text_check(what: str, limit: int) -> Callable[[Any], Optional[str]]:
+    """A check for an optional text of at most `limit` bytes."""
+    def check(value: Any) -> Optional[str]:
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise InvalidRequest("%s must be a string" % what)
+        if len(clean_text(value).encode()) > limit:
+            raise InvalidRequest("%s exceeds %d byte limit" % (what, limit))
+        return clean_text(value) or None
+    return check
+
+
+def check_message(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest("message field is required (string)")
+    if not value.strip():
+        raise InvalidRequest("message must not be blank")
+    return text_check("Message", MESSAGE_BYTES)(value) or ""
+
+
+def pattern_check(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
+    """A check for an optional text that matches `pattern` whole."""
+    def check(value: Any) -> Optional[str]:
+        if value is None:
+            return None
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise InvalidRequest(advice)
+        return value
+    return check
+
+
+def choice_check(choices: Sequence[Any], advice: str) -> Callable[[Any], Any]:
+    """A check for an optional value out of `choices`, of exactly that type (True is not 1)."""
+    def check(value: Any) -> Any:
+        if value is None or any(value == choice and type(value) is type(choice) for choice in choices):
+            return value
+        raise InvalidRequest(advice)
+    return check
+
+
+def check_schema(value: Any) -> Optional[str]:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise InvalidRequest("jsonSchema must be a JSON object (a JSON Schema)")
+    return clean_text(as_json(value))
+
+
+def check_wait(value: Any) -> float:
+    """Seconds, from a JSON number or from the text of a query."""
+    try:
+        seconds = float("nan" if isinstance(value, bool) else 0 if value is None else value)
+    except (TypeError, ValueError, OverflowError):
+        seconds = -1.0
+    if not 0 <= seconds <= WAIT_SECONDS:
+        raise InvalidRequest("wait must be a number of seconds from 0 to %d" % WAIT_SECONDS, field="wait")
+    return seconds
+
+
+def check_name(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidRequest("Token name is required")
+    if len(value) > NAME_CHARACTERS:
+        raise InvalidRequest("Token name must be %d characters or less" % NAME_CHARACTERS)
+    return clean_text(value.strip())
+
+
+def check_session_mode(value: Any) -> str:
+    return choice_check((SessionMode.STATEFUL, SessionMode.STATELESS),
+                        'sessionMode must be "stateful" or "stateless"')(value or None) or SessionMode.STATELESS
+
+
+def check_tools(value: Any) -> Union[str, Tuple[str, ...]]:
+    """A level, or a tuple of Claude Code rules such as "Read" or "Bash(git log:*)"."""
+    if value is None:
+        return Tools.NONE
+    if isinstance(value, str) and value in Tools.LEVELS:
+        return value
+    if isinstance(value, (list, tuple)) and 0 < len(value) <= TOOL_RULES and all(
+            isinstance(rule, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}(\([^()\x00-\x1f\"]{1,200}\))?", rule) for rule in value):
+        return tuple(value)
+    raise InvalidRequest('tools must be "none", "read", "web", "all" or a list of 1 to %d rules such as "Read" or "Bash(git log:*)"'
+                         % TOOL_RULES)
+
+
+def wire(check: Callable[[Any], Any], kind: str, doc: str, example: Any, default: Any = None) -> Any:
+    """A field of a command: its check, and what the documentation says of it."""
+    return field(default=default, metadata={"check": check, "kind": kind, "doc": doc, "example": example})
+
+
+class Command:
+    """What a body asks for; subclasses are dataclasses whose fields are made by `wire`."""
+
+    @classmethod
+    def parse(cls, body: Any) -> Tuple[Any, List[str]]:
+        """-> (the command, warnings about fields it does not know). Raises InvalidRequest with `field`."""
+        given = dict(body) if isinstance(body, dict) else {}
+        values = {}
+        for row in fields(cls):  # type: ignore[arg-type]
+            try:
+                values[row.name] = row.metadata["check"](given.pop(to_wire(row.name), None))
+            except InvalidRequest as error:
+                error.extra.setdefault("field", to_wire(row.name))
+                raise
+        return cls(**values), ["unknown field '%s' ignored" % clean_text(name)[:64] for name in list(given)[:10]]
+
+
+@dataclass(frozen=True)
+class Ask(Command):
+    """A message for Claude."""
+    message: str = wire(check_message, "string", "what to ask; 1 to 32,768 bytes of UTF-8", "Why is the sky blue?", "")
+    model: Optional[str] = wire(
+        pattern_check(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku"),
+        "string", "alias or full name of a model; default: the one claude would take", "haiku")
+    system_prompt: Optional[str] = wire(text_check("systemPrompt", SYSTEM_PROMPT_BYTES), "string",
+                                        "instructions for the model, up to 32,768 bytes", "Answer in one sentence.")
+    json_schema: Optional[str] = wire(check_schema, "object", "JSON Schema that the answer must satisfy; it comes back as `structured`",
+                                      {"type": "object", "properties": {"answer": {"type": "string"}}})
+    conversation: Optional[str] = wire(
+        pattern_check(r"[A-Za-z0-9._-]{1,64}", "conversation must be 1 to 64 letters, digits, dots, dashes or underscores"),
+        "string", "stateful tokens: which conversation this belongs to; default: `default`", "trip-to-rome")
+    effort: Optional[str] = wire(choice_check(EFFORTS, "effort must be one of: " + ", ".join(EFFORTS)), "string",
+                                 "how hard to think: " + ", ".join(EFFORTS), "low")
+    wait: float = wire(check_wait, "number", "hold the answer up to so many seconds, 0 to 90", 30, 0.0)
+
+
+@dataclass(frozen=True)
+class NewToken(Command):
+    """A token to be made."""
+    name: str = wire(check_name, "string", "what it is for; 1 to 100 characters", "my-app", "")
+    session_mode: str = wire(check_session_mode, "string", "`stateless` (default) or `stateful`: asks share a memory", "stateless",
+                             SessionMode.STATELESS)
+    expires_in_days: Optional[int] = wire(choice_check(EXPIRY_DAYS, "expiresInDays must be 1, 7, 30, 90, or null (never)"), "number",
+                                          "1, 7, 30, 90 or null (never)", 30)
+    admin: bool = wire(lambda value: bool(choice_check((True, False), "admin must be true or false")(value)), "boolean",
+                       "may manage tokens and read every request", False, False)
+    tools: Union[str, Tuple[str, ...]] = wire(check_tools, "string or array",
+                                              "`none` (default), `read`, `web`, `all` or a list of rules", "read", Tools.NONE)
+
+
+@dataclass(frozen=True)
+class Token:
+    """Who may call, and what they may. Times are epoch seconds."""
+    id: str
+    name: str
+    prefix: str
+    session_mode: str
+    expires_at: Optional[float]
+    created_at: float
+    last_used_at: Optional[float]
+    is_admin: bool
+    tools: Union[str, Tuple[str, ...]] = Tools.NONE
+    workspace: Optional[str] = None
+
+    def is_expired(self, now: float) -> bool:
+        return self.expires_at is not None and self.expires_at <= now
+
+
+class Usage(NamedTuple):
+    """What one answer used; `cost_usd` is the CLI's own estimate."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_creation_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A queued ask and all that became of it. `structured` and `json_schema` are JSON texts."""
+    id: str
+    seq: int
+    token_id: str
+    status: str
+    message: str
+    created_at: float
+    attempts: int = 0
+    model: Optional[str] = None
+    system_prompt: Optional[str] = None
+    json_schema: Optional[str] = None
+    conversation: Optional[str] = None
+    effort: Optional[str] = None
+    started_at: Optional[float] = None
+    completed_at: Optional[float] = None
+    response: Optional[str] = None
+    structured: Optional[str] = None
+    usage: Optional[Usage] = None
+    error: Optional[str] = None
+    error_code: Optional[str] = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status in JobStatus.FINISHED
+
+
+class Exchange(NamedTuple):
+    """One completed turn of a conversation."""
+    message: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A successful run. session_id: under which the CLI keeps the conversation; None where it does not."""
+    text: str
+    structured: Optional[str] = None
+    usage: Usage = Usage()
+    model: Optional[str] = None
+    session_id: Optional[str] = None
+
+
+def new_token() -> str:
+    return "cab-" + secrets.token_hex(32)
+
+
+def digest(secret: str) -> str:
+    """How a token is stored and looked up: SHA-256 in hex, as the original did."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def bearer(headers: Mapping[str, str]) -> Optional[str]:
+    """The token of a request: `Authorization: Bearer T` (scheme in any case) or `x-api-key: T`; None without one."""
+    scheme, _, value = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and value.strip():
+        return value.strip()
+    return headers.get("x-api-key", "").strip() or None
+
+
+def redact(text: str) -> str:
+    """Text for logs and errors: tokens and keys are cut to their first letters."""
+    return re.sub(r"\b(cab-[0-9a-f]{4}|sk-ant-[A-Za-z0-9]{2,8})[A-Za-z0-9_-]{8,}", r"\1...", text)
+
+
+class TokenBucket:
+    """A rate limit: `capacity` requests at once, refilled at `capacity` a minute. Any thread; `capacity` 0 is no limit."""
+
+    def __init__(self, clock: Clock, capacity: int) -> None:
+        self.capacity = capacity
+        self._clock = clock
+        self._level = float(capacity)
+        self._at = clock.monotonic()
+        self._lock = threading.Lock()
+
+    def take(self) -> float:
+        """-> 0 when a request was granted, else the seconds until the next one will be."""
+        if not self.capacity:
+            return 0.0
+        with self._lock:
+            self._refill()
+            if self._level >= 1:
+                self._level -= 1
+                return 0.0
+            return (1 - self._level) * 60 / self.capacity
+
+    def headers(self) -> Tuple[Tuple[str, str], ...]:
+        """The RateLimit fields of draft-ietf-httpapi-ratelimit-headers-06."""
+        if not self.capacity:
+            return ()
+        with self._lock:
+            self._refill()
+            left, full_in = int(self._level), (self.capacity - self._level) * 60 / self.capacity
+        return (("RateLimit-Policy", "%d;w=60" % self.capacity), ("RateLimit-Limit", str(self.capacity)),
+                ("RateLimit-Remaining", str(left)), ("RateLimit-Reset", str(whole_seconds(full_in))))
+
+    def _refill(self) -> None:
+        now = self._clock.monotonic()
+        self._level = min(self.capacity, self._level + max(0.0, now - self._at) * self.capacity / 60)
+        self._at = now
+
+
+def whole_seconds(seconds: float) -> int:
+    """Rounded up: a client that waits so long is welcome."""
+    return int(-(-seconds // 1))
+
+
+# --- the CLI's words ---
+
+SYSTEM_PROMPT = "You are Claude, a helpful assistant. Answer the user's message."
+MINIMUM_CLI = (2, 0, 76)        # the first with --tools; older ones cannot be kept away from the owner's files
+AGENT_MODEL_CLI = (2, 1, 50)    # from here on the model can be set in `initialize` without a trace in the prompt
+JSON_SCHEMA_CLI = (2, 1, 197)   # before, an answer without the structure is asked for again without end
+NEEDED_FLAGS = frozenset(("--tools", "--setting-sources", "--strict-mcp-config", "--input-format", "--permission-mode", "--resume",
+                          "--session-id"))
+OPTIONAL_FLAGS = frozenset(("--include-partial-messages", "--disable-slash-commands", "--no-session-persistence", "--agent"))
+FILE_TOOLS = ("Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit")
+
+# Variables of ours that never reach the CLI: they choose who pays, which server, model or prompt is used, or
+# load code. Everything ANTHROPIC_* and CLAUDE* goes unless it is in the second list.
+STRIPPED = re.compile(r"ANTHROPIC_.*|CLAUDE.*|CAB_.*|MAX_THINKING_TOKENS|OTEL_.*|NODE_OPTIONS|BUN_OPTIONS|ENABLE_CLAUDEAI_MCP_SERVERS|"
+                      r"DISABLE_(?:TELEMETRY|AUTOUPDATER|ERROR_REPORTING)", re.IGNORECASE)
+HANDED_ON = frozenset(("ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_GIT_BASH_PATH", "CLAUDE_CODE_CERT_STORE",
+                       "CLAUDE_CODE_CLIENT_CERT", "CLAUDE_CODE_CLIENT_KEY", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE"))
+API_KEYS = frozenset(("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
+
+
+class Features(NamedTuple):
+    """What one `claude` binary can do, from its --version and --help."""
+    version: Tuple[int, ...]
+    version_text: str
+    flags: FrozenSet[str]
+    has_auth: bool
+
+    @classmethod
+    def read(cls, version_text: str, help_text: str) -> "Features":
+        found = re.search(r"(\d+)\.(\d+)\.(\d+)", version_text)
+        return cls(tuple(int(part) for part in found.groups()) if found else (), version_text.strip()[:80],
+                   frozenset(re.findall(r"--[a-z][a-z-]+", help_text)), bool(re.search(r"(?m)^\s+auth\b", help_text)))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a child is told before the first prompt. Two turns can share a child only when their setups are equal."""
+    system_prompt: str
+    model: Optional[str] = None
+    json_schema: Optional[str] = None
+    effort: Optional[str] = None
+    tools: Union[str, Tuple[str, ...]] = Tools.NONE
+    workspace: Optional[str] = None
+
+
+def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated: Optional[str]) -> Dict[str, str]:
+    """The environment of `claude`: ours without what could change who pays or what is asked, plus the switches
+    that keep the owner's files out. isolated: its own config directory, or None to use the owner's.
+
+    Source: measured on 2.0.76 to 2.1.330; CLAUDE_CODE_DISABLE_ATTACHMENTS is what makes @/path inert.
+    """
+    kept = {name: value for name, value in environ.items()
+            if not STRIPPED.fullmatch(name) or name in HANDED_ON or allow_api_key and name in API_KEYS}
+    kept.update(CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+                CLAUDE_CODE_DISABLE_TERMINAL_TITLE="1", CLAUDE_CODE_DISABLE_CLAUDE_MDS="1",
+                CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
+    owners = environ.get("CLAUDE_CONFIG_DIR", "")
+    if isolated:
+        kept.update(CLAUDE_CONFIG_DIR=isolated, CLAUDE_SECURESTORAGE_CONFIG_DIR=owners)
+    elif owners:
+        kept["CLAUDE_CONFIG_DIR"] = owners
+    return kept
+
+
+def claude_argv(command: Sequence[str], flags: FrozenSet[str], tools: Union[str, Tuple[str, ...]], session: Sequence[str] = ()) -> List[str]:
+    """The command line of a child; nothing in it comes from a client. session: --session-id, --resume or nothing."""
+    optional = sorted(OPTIONAL_FLAGS & flags - {"--agent", "--no-session-persistence"})
+    return [*command, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
+            "--setting-sources", "", "--strict-mcp-config", *optional, *tool_argv(tools),
+            *(("--agent", "bridge") if "--agent" in flags else ()),
+            *(session or (("--no-session-persistence",) if "--no-session-persistence" in flags else ()))]
+
+
+def tool_argv(tools: Union[str, Tuple[str, ...]]) -> List[str]:
+    """The flags of a tools level or of a list of rules."""
+    return ["--tools", "", "--permission-mode", "dontAsk"]
+
+
+def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]:
+    """The control requests that turn a fresh child into one for `setup`; the answer to the first has id "1"."""
+    agent: Dict[str, Any] = {"description": "answers API requests", "prompt": setup.system_prompt}
+    if setup.tools == Tools.NONE:
+        agent["tools"] = []
+    by_agent = features.version >= AGENT_MODEL_CLI and "--agent" in features.flags
+    if setup.model and by_agent:
+        agent["model"] = setup.model
+    request: Dict[str, Any] = {"subtype": "initialize", "hooks": None, "title": "api", "systemPrompt": setup.system_prompt,
+                               "agents": {"bridge": agent}}
+    if setup.json_schema:
+        request["jsonSchema"] = json.loads(setup.json_schema)
+    requests = [request]
+    if setup.model and not by_agent:
+        requests.append({"subtype": "set_model", "model": setup.model})
+    if setup.effort:
+        requests.append({"subtype": "apply_flag_settings", "settings": {"effortLevel": setup.effort}})
+    return [{"type": "control_request", "request_id": str(n), "request": body} for n, body in enumerate(requests, 1)]
+
+
+def user_message(text: str, asks: bool = True) -> Dict[str, Any]:
+    """A prompt, or with asks=False an earlier one told again. A leading "/" would be taken as a command: a space
+    in front makes it text (2.0.76 to 2.1.330; only the very first character counts)."""
+    message = {"type": "user", "message": {"role": "user", "content": [{"type": "text", "text": " " + text if text.startswith("/") else text}]}}
+    return message if asks else {**message, "shouldQuery": False}
+
+
+def assistant_message(text: str) -> Dict[str, Any]:
+    """An earlier answer told again; blank text would be refused by the API later."""
+    return {"type": "assistant", "message": {"role": "assistant", "content": [{"type": "text", "text": text if text.strip() else "(no answer)"}]}}
+
+
+class LineFramer:
+    """Bytes in, whole lines out. Raises OverflowError for a line longer than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: List[bytes] = []
+        self._held = 0
+
+    def feed(self, data: bytes) -> List[bytes]:
+        """The lines that `data` completes, without their ends; empty ones are left out."""
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = b"".join(self._parts) + lines[0]
+            self._parts, self._held = [], 0
+        self._parts.append(rest)
+        self._held += len(rest)
+        if self._held > self._limit or any(len(line) > self._limit for line in lines):
+            raise OverflowError("a line is longer than %d bytes" % self._limit)
+        return [line.rstrip(b"\r") for line in lines if line.strip()]
+
+
+class CliEvent(NamedTuple):
+    """One line of the CLI. kind: init, delta, message, tool, assistant, result, control, asks or noise (a sign of life)."""
+    kind: str
+    body: Mapping[str, Any] = {}
+    text: str = ""
+
+
+def read_cli_event(line: bytes) -> CliEvent:
+    """What a line of `claude` says; debug output and unknown types are noise. Raises ValueError for broken JSON."""
+    if not line.lstrip().startswith(b"{"):
+        return CliEvent("noise")
+    body = json.loads(line.decode("utf-8", "replace"))
+    kind = body.get("type")
+    if kind == "stream_event" and not body.get("parent_tool_use_id"):
+        event = body.get("event") or {}
+        delta = event.get("delta") or {}
+        if event.get("type") == "content_block_delta" and delta.get("type") == "text_delta":
+            return CliEvent("delta", body, str(delta.get("text") or ""))
+        return CliEvent("message" if event.get("type") == "message_start" else "noise", body)
+    if kind == "system":
+        return CliEvent("init" if body.get("subtype") == "init" else "noise", body)
+    if kind == "assistant":
+        content = (body.get("message") or {}).get("content")
+        uses_tool = isinstance(content, list) and any(block.get("type") == "tool_use" for block in content)
+        return CliEvent("tool" if uses_tool else "assistant", body)
+    names = {"result": "result", "control_response": "control", "control_request": "asks"}
+    return CliEvent(names.get(str(kind), "noise"), body)
+
+
+def failure_of(result: Mapping[str, Any], said: str) -> RunFailed:
+    """The outcome behind a `result` line that is an error. said: the `error` word of the last assistant line.
+
+    Source: the CLI's answers to each API error, seen on 2.1.197; statuses are missing up to 2.1.50.
+    """
+    status = result.get("api_error_status")
+    text = str(result.get("result") or "; ".join(map(str, result.get("errors") or ())) or "claude failed: %s" % result.get("subtype"))
+    if said == "authentication_failed" or status in (401, 403) or re.match(r"Not logged in|Invalid API key|Failed to authenticate", text):
+        return RunFailed("auth_required", text)
+    if said == "rate_limit" or status == 429:
+        temporary = "not your usage limit" in text or text.startswith("API Error")
+        return RunFailed("overloaded" if temporary else "usage_limit", text)
+    if said == "model_not_found" or status == 404 or text.startswith("There's an issue with the selected model"):
+        return RunFailed("model_not_found", text)
+    if status == 413 or result.get("terminal_reason") == "prompt_too_long" or text.startswith(("Prompt is too long", "Request too large")):
+        return RunFailed("context_too_long", text)
+    if status in (500, 502, 503, 504, 529) or said == "server_error" and re.match(r"API Error: 5\d\d", text):
+        return RunFailed("overloaded", text)
+    return RunFailed("cli_error", text)
+
+
+def usage_of(result: Mapping[str, Any], cost_before: float) -> Usage:
+    """The figures of one turn: tokens are per turn, the cost is cumulative per process."""
+    used = result.get("usage") or {}
+    names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    return Usage(*(int(used.get(name) or 0) for name in names), max(0.0, round(float(result.get("total_cost_usd") or 0) - cost_before, 8)))
+
+
+def payer_of(status: Mapping[str, Any]) -> Tuple[bool, str]:
+    """`claude auth status` -> (signed in, who pays, in words)."""
+    if not status.get("loggedIn"):
+        return False, "nobody: claude is not signed in"
+    source = status.get("apiKeySource")
+    if source and source != "none":
+        return True, "API key (%s): billed per token" % source
+    if status.get("subscriptionType"):
+        return True, "Claude %s subscription" % str(status["subscriptionType"]).replace("_", " ").title()
+    if status.get("authMethod") == "oauth_token":
+        return True, "the subscription behind CLAUDE_CODE_OAUTH_TOKEN"
+    return True, "the login of claude (%s)" % (status.get("authMethod") or "unknown method")
+
+# === 5 Store ==================================================================================================
+# The only SQLite. One connection behind one lock, used from any thread; records go in and out, never rows.
+# Commits are on disk when a method returns (synchronous=FULL). Read MIGRATIONS first.
+
+# Version 0 is the database of the Node original, or an empty file: its tables are made where they are missing,
+# then both are brought to version 1. Statements only add to this list; a step that has shipped never changes.
+MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, name TEXT NOT NULL, token_hash TEXT UNIQUE NOT NULL,"
+        " token_prefix TEXT NOT NULL, session_mode TEXT NOT NULL, expires_at INTEGER, created_at INTEGER NOT NULL,"
+        " last_used_at INTEGER, is_admin INTEGER NOT NULL DEFAULT 0)",
+        "CREATE TABLE IF NOT EXISTS requests (id TEXT PRIMARY KEY, token_id TEXT, message TEXT, response TEXT, status TEXT,"
+        " session_id TEXT, created_at INTEGER, completed_at INTEGER, error TEXT)",
+        "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, token_id TEXT, claude_session_id TEXT, working_dir TEXT,"
+        " created_at INTEGER, last_used_at INTEGER)",
+        "ALTER TABLE tokens ADD COLUMN tools TEXT NOT NULL DEFAULT '\"none\"'",
+        "ALTER TABLE tokens ADD COLUMN workspace TEXT",
+        "CREATE TABLE jobs (seq INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL,"
+        " token_id TEXT NOT NULL REFERENCES tokens(id) ON DELETE CASCADE, status TEXT NOT NULL, message TEXT NOT NULL,"
+        " created_at REAL NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, model TEXT, system_prompt TEXT, json_schema TEXT,"
+        " conversation TEXT, effort TEXT, started_at REAL, completed_at REAL, response TEXT, structured TEXT, usage TEXT,"
+        " error TEXT, error_code TEXT)",
+        "CREATE TABLE conversations (token_id TEXT NOT NULL REFERENCES tokens(id) ON DELETE CASCADE, name TEXT NOT NULL,"
+        " session_id TEXT, created_at REAL NOT NULL, last_used_at REAL NOT NULL, PRIMARY KEY (token_id, name))",
+        # The asks of a stateful token of the original are one conversation. Its session belongs to another folder
+        # of the CLI, so it is continued from what was stored.
+        "INSERT INTO jobs (id, token_id, status, message, created_at, conversation, completed_at, response, error, error_code)"
+        " SELECT r.id, r.token_id, CASE r.status WHEN 'processing' THEN 'queued' ELSE r.status END, r.message, r.created_at,"
+        " CASE t.session_mode WHEN 'stateful' THEN 'default' END, r.completed_at, r.response, r.error,"
+        " CASE r.status WHEN 'error' THEN 'cli_error' END"
+        " FROM requests r JOIN tokens t ON t.id = r.token_id"
+        " WHERE r.message IS NOT NULL AND r.status IN ('queued', 'processing', 'completed', 'error') ORDER BY r.created_at, r.rowid",
+        "INSERT INTO conversations (token_id, name, created_at, last_used_at)"
+        " SELECT s.token_id, 'default', min(s.created_at), max(coalesce(s.last_used_at, s.created_at))"
+        " FROM sessions s JOIN tokens t ON t.id = s.token_id AND t.session_mode = 'stateful' GROUP BY s.token_id",
+        "DROP TABLE requests",
+        "DROP TABLE sessions",
+        "CREATE INDEX jobs_by_status ON jobs (status, seq)",
+        "CREATE INDEX jobs_by_token ON jobs (token_id, conversation, seq)",
+        "CREATE TABLE children (pid INTEGER PRIMARY KEY, started TEXT NOT NULL)",
+    ),
+)
+
+JOB_COLUMNS = tuple(row.name for row in fields(Job))
+TOKEN_COLUMNS = "id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace"
+
+
+def private_directory(path: Path) -> Path:
+    """Makes the directory, readable by the owner only. Raises CannotStart."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.name == "posix":
+            path.chmod(0o700)
+    except OSError as error:
+        raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
+                          "make it writable, or choose another one with --data-dir") from None
+    return path
+
+
+class Store:
+    """Owns bridge.db. Any thread; `close` it last."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.RLock()
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = sqlite3.connect(str(path), timeout=10, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise CannotStart("The database %s cannot be opened: %s." % (path, error),
+                              "make it writable, or choose another folder with --data-dir") from None
+        try:
+            self._open(path)
+        except sqlite3.Error as error:
+            self._db.close()
+            raise CannotStart("The database %s cannot be used: %s." % (path, error),
+                              "move it away to start with an empty one") from None
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, path: Path) -> None:
+        if os.name == "posix":
+            path.chmod(0o600)
+        version = self._version()
+        if version > len(MIGRATIONS):
+            raise CannotStart("The database %s was written by a newer version of this program." % path, "use that version")
+        if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'requests'").fetchone()[0]:
+            self._keep_copy(path.with_name("bridge-original.db"))
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=OFF"):
+            self._db.execute("PRAGMA " + pragma)
+        with self._write() as db:
+            for statement in (line for step in MIGRATIONS[self._version():] for line in step):
+                db.execute(statement)
+            db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
+        self._db.execute("PRAGMA foreign_keys=ON")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
+    def _keep_copy(self, path: Path) -> None:
+        """The original's database as it was, beside ours: the change of form cannot lose anything."""
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        with contextlib.closing(sqlite3.connect(str(path))) as copy:
+            self._db.backup(copy)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _read(self, sql: str, *values: Any) -> List[Tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def check_writable(self) -> None:
+        """Raises sqlite3.Error where a write would fail."""
+        with self._write() as db:
+            db.execute("UPDATE tokens SET name = name WHERE 0")
+
+    # --- tokens ---
+
+    def add_token(self, new: NewToken, secret: str, workspace: Optional[str] = None) -> Token:
+        """Raises TokenLimit; expired tokens do not count."""
+        now = self._clock.now()
+        expires_at = None if new.expires_in_days is None else now + new.expires_in_days * 86_400
+        token = Token(str(uuid.uuid4()), new.name, secret[:12], new.session_mode, expires_at, now, None, new.admin, new.tools, workspace)
+        with self._write() as db:
+            if db.execute("SELECT count(*) FROM tokens WHERE expires_at IS NULL OR expires_at > ?", (now,)).fetchone()[0] >= TOKENS:
+                raise TokenLimit()
+            db.execute("INSERT INTO tokens (%s, token_hash) VALUES (?,?,?,?,?,?,?,?,?,?,?)" % TOKEN_COLUMNS,
+                       (token.id, token.name, token.prefix, token.session_mode, token.expires_at, token.created_at, None,
+                        int(token.is_admin), as_json(token.tools), token.workspace, digest(secret)))
+        return token
+
+    def token_by_digest(self, token_hash: str) -> Optional[Token]:
+        rows = self._read("SELECT %s FROM tokens WHERE token_hash = ?" % TOKEN_COLUMNS, token_hash)
+        return self._token(rows[0]) if rows else None
+
+    def token(self, token_id: str) -> Optional[Token]:
+        rows = self._read("SELECT %s FROM tokens WHERE id = ?" % TOKEN_COLUMNS, token_id)
+        return self._token(rows[0]) if rows else None
+
+    def tokens(self) -> List[Token]:
+        """Newest first."""
+        return [self._token(row) for row in self._read("SELECT %s FROM tokens ORDER BY created_at DESC, rowid DESC" % TOKEN_COLUMNS)]
+
+    def touch_token(self, token: Token) -> None:
+        """Notes that the token was used; at most once a minute, since each note is a write to disk."""
+        now = self._clock.now()
+        if token.last_used_at is None or not 0 <= now - token.last_used_at < 60:
+            with self._write() as db:
+                db.execute("UPDATE tokens SET last_used_at = ? WHERE id = ?", (now, token.id))
+
+    def has_admin(self) -> bool:
+        return bool(self._read("SELECT 1 FROM tokens WHERE is_admin AND (expires_at IS NULL OR expires_at > ?)", self._clock.now()))
+
+    def delete_token(self, token_id: str) -> bool:
+        """Deletes the token with its jobs and conversations. -> whether it was there. Raises LastAdmin."""
+        now = self._clock.now()
+        with self._write() as db:
+            found = db.execute("SELECT is_admin FROM tokens WHERE id = ?", (token_id,)).fetchone()
+            others = db.execute("SELECT count(*) FROM tokens WHERE is_admin AND id != ? AND (expires_at IS NULL OR expires_at > ?)",
+                                (token_id, now)).fetchone()[0]
+            if found and found[0] and not others:
+                raise LastAdmin()
+            db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
+        return bool(found)
+
+    @staticmethod
+    def _token(row: Tuple[Any, ...]) -> Token:
+        tools = json.loads(row[8])
+        return Token(*row[:7], bool(row[7]), tuple(tools) if isinstance(tools, list) else tools, row[9])
+
+    # --- jobs ---
+
+    def enqueue(self, token_id: str, ask: Ask, limit: int = QUEUE_JOBS) -> Tuple[Job, int]:
+        """Adds a job at the end of the queue; durable on return.
+
+        limit: most jobs that may wait or run.  -> (job, position: those waiting and running before it + 1).
+        Raises QueueFull; InvalidToken when the token was revoked meanwhile.
+        """
+        now, job_id = self._clock.now(), str(uuid.uuid4())
+        with self._write() as db:
+            ahead = db.execute("SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
+            if ahead >= limit:
+                raise QueueFull(headers=(("Retry-After", "10"),), retryAfter=10)
+            if not db.execute("SELECT 1 FROM tokens WHERE id = ?", (token_id,)).fetchone():
+                raise InvalidToken()
+            seq = db.execute("INSERT INTO jobs (id, token_id, status, message, created_at, model, system_prompt, json_schema,"
+                             " conversation, effort) VALUES (?,?,?,?,?,?,?,?,?,?)",
+                             (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
+                              ask.conversation, ask.effort)).lastrowid
+        return Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model), ahead + 1
+
+    def job(self, job_id: str) -> Optional[Job]:
+        rows = self._read("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), job_id)
+        return self._job(rows[0]) if rows else None
+
+    def job_status(self, job_id: str) -> Optional[str]:
+        rows = self._read("SELECT status FROM jobs WHERE id = ?", job_id)
+        return rows[0][0] if rows else None
+
+    def queue_position(self, job: Job) -> int:
+        """Those waiting before it + 1, and 0 for one that does not wait."""
+        if job.status != JobStatus.QUEUED:
+            return 0
+        return int(self._read("SELECT count(*) FROM jobs WHERE status = 'queued' AND seq < ?", job.seq)[0][0]) + 1
+
+    def claim(self) -> Optional[Job]:
+        """Takes the oldest waiting job: it is `processing` on return, and counts as attempted."""
+        with self._write() as db:
+            found = db.execute("SELECT seq, id FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1").fetchone()
+            if not found:
+                return None
+            db.execute("UPDATE jobs SET status = 'processing', attempts = attempts + 1, started_at = ? WHERE seq = ? AND status = 'queued'",
+                       (self._clock.now(), found[0]))
+        return self.job(found[1])
+
+    def has_queued(self) -> bool:
+        return bool(self._read("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1"))
+
+    def complete(self, job: Job, answer: Answer) -> bool:
+        """Stores the answer, and what continues the conversation. -> False when the job was no longer wanted."""
+        now = self._clock.now()
+        with self._write() as db:
+            done = db.execute("UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?, usage = ?,"
+                              " model = coalesce(?, model) WHERE id = ? AND status = 'processing'",
+                              (now, clean_text(answer.text), answer.structured, as_json(answer.usage), answer.model, job.id)).rowcount
+            if done and job.conversation:
+                db.execute("UPDATE conversations SET session_id = ?, last_used_at = ? WHERE token_id = ? AND name = ?",
+                           (answer.session_id, now, job.token_id, job.conversation))
+        return bool(done)
+
+    def fail(self, job: Job, code: str, text: str) -> bool:
+        """Stores why the job failed. -> False when the job was no longer wanted."""
+        with self._write() as db:
+            return bool(db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?"
+                                   " WHERE id = ? AND status = 'processing'",
+                                   (self._clock.now(), clean_text(text), code, job.id)).rowcount)
+
+    def requeue(self, job: Job) -> bool:
+        """Back to the head of the queue, as if it had not been claimed (an ordered end of the bridge is no attempt)."""
+        with self._write() as db:
+            return bool(db.execute("UPDATE jobs SET status = 'queued', attempts = attempts - 1, started_at = NULL"
+                                   " WHERE id = ? AND status = 'processing'", (job.id,)).rowcount)
+
+    def recover(self) -> Tuple[int, int]:
+        """After a crash: what was processing waits again at its old place, unless it was attempted JOB_ATTEMPTS times.
+
+        Call it only when no run of the dead bridge goes on.  -> (jobs that wait again, jobs given up).
+        """
+        with self._write() as db:
+            lost = db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
+                              " WHERE status = 'processing' AND attempts >= ?",
+                              (self._clock.now(), "The bridge ended during the run, %d times." % JOB_ATTEMPTS, JOB_ATTEMPTS)).rowcount
+            again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL WHERE status = 'processing'").rowcount
+        return again, lost
+
+    def purge(self, days: int) -> int:
+        """Deletes finished jobs older than `days`; those of a conversation are its memory and stay. -> how many went."""
+        with self._write() as db:
+            return db.execute("DELETE FROM jobs WHERE status IN ('completed', 'error') AND completed_at < ? AND conversation IS NULL",
+                              (self._clock.now() - days * 86_400,)).rowcount
+
+    def counts(self) -> Dict[str, int]:
+        """Jobs per status, and `tokens`."""
+        found = dict(self._read("SELECT status, count(*) FROM jobs GROUP BY status"))
+        found["tokens"] = self._read("SELECT count(*) FROM tokens")[0][0]
+        return found
+
+    @staticmethod
+    def _job(row: Tuple[Any, ...]) -> Job:
+        values = dict(zip(JOB_COLUMNS, row))
+        if values["usage"]:
+            values["usage"] = Usage(*json.loads(values["usage"]))
+        return Job(**values)
+
+    # --- conversations ---
+
+    def open_conversation(self, token_id: str, name: str) -> Optional[str]:
+        """Begins a turn. -> the CLI's session to resume, or None.
+
+        The stored session is cleared until the turn succeeds: a transcript that holds half a turn is never resumed.
+        """
+        now = self._clock.now()
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO conversations (token_id, name, created_at, last_used_at)"
+                       " SELECT id, ?, ?, ? FROM tokens WHERE id = ?", (name, now, now, token_id))
+            found = db.execute("SELECT session_id FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).fetchone()
+            db.execute("UPDATE conversations SET session_id = NULL WHERE token_id = ? AND name = ?", (token_id, name))
+        return found[0] if found else None
+
+    def history(self, job: Job) -> List[Exchange]:
+        """The completed turns before this one, oldest first; the latest HISTORY_TURNS within HISTORY_BYTES."""
+        rows = self._read("SELECT message, response FROM jobs WHERE token_id = ? AND conversation = ? AND seq < ?"
+                          " AND status = 'completed' AND response IS NOT NULL ORDER BY seq DESC LIMIT ?",
+                          job.token_id, job.conversation, job.seq, HISTORY_TURNS)
+        kept: List[Exchange] = []
+        size = 0
+        for message, response in rows:
+            size += len(message.encode()) + len(response.encode())
+            if size > HISTORY_BYTES:
+                break
+            kept.insert(0, Exchange(message, response))
+        return kept
+
+    # --- children ---
+
+    def note_child(self, pid: int, started: Optional[str]) -> None:
+        """Remembers a process of ours (or, with started None, forgets it), for the next start to end it."""
+        with self._write() as db:
+            db.execute("DELETE FROM children WHERE pid = ?", (pid,))
+            if started:
+                db.execute("INSERT INTO children (pid, started) VALUES (?, ?)", (pid, started))
+
+    def children(self) -> List[Tuple[int, str]]:
+        return [(int(pid), str(started)) for pid, started in self._read("SELECT pid, started FROM children")]
+
+# === 6 Processes ==============================================================================================
+# The only `subprocess`. A Child is one `claude` and its pipes; ClaudeCli owns all children and answers jobs by
+# them; find_claude says which program that is and who pays for it. All of it is used from the worker's thread:
+# on Linux the kernel ends a child together with the *thread* that forked it. Read ClaudeCli.run first.
+
+TAG = "CAB_CHILD"                     # in the environment of every child, and so of all that it starts
+PR_SET_PDEATHSIG = 1                  # <linux/prctl.h>
+
+
+def group_options() -> Dict[str, Any]:
+    """Popen options: own session or group (Ctrl-C is for the bridge alone), and on Linux an end with the bridge:
+    SIGINT, at which the CLI also ends the command that a tool is running."""
+    if os.name == "nt":
+        return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+    if sys.platform != "linux":
+        return {"start_new_session": True}
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def die_with_bridge() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return {"start_new_session": True, "preexec_fn": die_with_bridge}
+
+
+def started_at(pid: int) -> Optional[str]:
+    """When a process began, in the system's own words: with the pid it names one process for ever. None: it is gone."""
+    try:
+        if sys.platform == "linux":
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+            state, *rest = Path("/proc/%d/stat" % pid).read_text(errors="replace").rpartition(")")[2].split()
+            return None if state == "Z" else "%s/%s" % (boot, rest[18])
+        if os.name == "nt":
+            kernel, times = ctypes.windll.kernel32, (ctypes.c_ulonglong * 4)()  # type: ignore[attr-defined]
+            kernel.OpenProcess.restype = ctypes.c_void_p
+            handle = ctypes.c_void_p(kernel.OpenProcess(0x1000, False, pid))    # PROCESS_QUERY_LIMITED_INFORMATION
+            found = kernel.GetProcessTimes(handle, *(ctypes.byref(times, 8 * n) for n in range(4)))
+            kernel.CloseHandle(handle)
+            return str(times[0]) if found else None
+        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5).stdout.decode().strip() or None
+    except (OSError, IndexError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def tagged(tag: str) -> List[int]:
+    """Linux: our processes whose environment holds TAG=tag..., descendants of dead children included; not this one."""
+    found, mark = [], ("\0%s=%s" % (TAG, tag)).encode()
+    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                if mark in b"\0" + Path("/proc", entry, "environ").read_bytes():
+                    found.append(int(entry))
+            except OSError:
+                continue
+    return found
+
+
+def descendants(pid: int) -> List[int]:
+    """The processes below one, by parent; those whose parent died are not found (Linux finds them by tag)."""
+    if os.name == "nt":
+        return []
+    try:
+        listing = subprocess.run(["ps", "-axo", "pid=,ppid="], stdout=subprocess.PIPE, timeout=5).stdout.decode().split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    below, grew = {pid}, True
+    pairs = list(zip(map(int, listing[::2]), map(int, listing[1::2])))
+    while grew:
+        more = {child for child, parent in pairs if parent in below} - below
+        below, grew = below | more, bool(more)
+    return sorted(below - {pid})
+
+
+def kill_process(pid: int, group: bool = False) -> None:
+    """Ends a process at once; one that is gone is fine. Windows: with all that it started."""
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10)
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+
+
+def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str]]) -> List[int]:
+    """Ends what a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid and start time. -> pids."""
+    mine = {pid for pid, started in recorded if started_at(pid) == started}
+    found = sorted(mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()})
+    for pid in found:
+        kill_process(pid)
+    return found
+
+
+class ChildGone(Exception):
+    """The child ended (or broke off its output) before the turn was over."""
+
+
+class Child:
+    """One process of `claude`: its pipes, its pumps and its end. Used from one thread; the owner calls `stop`."""
+
+    def __init__(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str], tag: str) -> None:
+        self.tag = tag
+        self.spent_usd = 0.0
+        self._orders: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
+        self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
+        self._complaints: Deque[bytes] = deque(maxlen=8)
+        self._closing = False
+        self.process = subprocess.Popen(list(argv), cwd=str(cwd), env={**environment, TAG: tag}, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **group_options())
+        self.pid = self.process.pid
+        self._pumps = [threading.Thread(target=pump, name="%s-%d" % (name, self.pid), daemon=True)
+                       for name, pump in (("stdin", self._pump_in), ("stdout", self._pump_out), ("stderr", self._pump_err))]
+        for pump in self._pumps:
+            pump.start()
+
+    # The pumps only move bytes, so that neither side ever waits for the other; they end with the pipes.
+
+    def _pump_in(self) -> None:
+        pipe = self.process.stdin
+        assert pipe is not None
+        with contextlib.suppress(OSError, ValueError), pipe:
+            for order in iter(self._orders.get, None):
+                view = memoryview(order)
+                while view:
+                    view = view[pipe.write(view):]
+
+    def _pump_out(self) -> None:
+        pipe, framer = self.process.stdout, LineFramer(LINE_BYTES)
+        assert pipe is not None
+        with pipe:
+            for data in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
+                try:
+                    lines = framer.feed(data)
+                except OverflowError:
+                    self._push(RunFailed("output_too_large", "claude wrote a line longer than %d bytes." % LINE_BYTES))
+                    break
+                for line in lines:
+                    self._push(line)
+        self._push(None)
+
+    def _push(self, item: Union[bytes, Exception, None]) -> None:
+        while not self._closing:
+            with contextlib.suppress(queue.Full):
+                return self._lines.put(item, timeout=0.2)
+
+    def _pump_err(self) -> None:
+        pipe = self.process.stderr
+        assert pipe is not None
+        with pipe:
+            for data in iter(lambda: os.read(pipe.fileno(), STDERR_BYTES // 8), b""):
+                self._complaints.append(data)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def send(self, *messages: Mapping[str, Any]) -> None:
+        """Writes JSON lines in one piece; returns at once."""
+        self._orders.put(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+
+    def next_event(self, timeout: float) -> Optional[CliEvent]:
+        """The next line's meaning, or None when `timeout` seconds brought none. Raises ChildGone, RunFailed."""
+        try:
+            item = self._lines.get(timeout=max(0.0, timeout))
+        except queue.Empty:
+            return None
+        if item is None:
+            raise ChildGone(self._last_words())
+        if isinstance(item, Exception):
+            raise item
+        try:
+            return read_cli_event(item)
+        except (ValueError, RecursionError, AttributeError):
+            raise RunFailed("cli_error", "claude wrote a line that is not valid JSON: %s" % item[:200].decode("utf-8", "replace")) from None
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)
+        self._pumps[2].join(1)
+        words = redact(b"".join(self._complaints)[-STDERR_BYTES:].decode("utf-8", "replace").strip())
+        return "claude ended (exit code %s) without an answer%s" % (self.process.returncode, ": " + words if words else ".")
+
+    def end_input(self) -> None:
+        """Lets an idle child leave; it does within 0.1 s."""
+        self._orders.put(None)
+
+    def stop(self, grace: float = 0.0, interrupt: bool = False, family: bool = False) -> None:
+        """Ends the child for good: interrupt, end of input, SIGTERM, SIGKILL; then all that it started.
+
+        grace: seconds for the polite steps; 0 kills at once. family: look for descendants (a child without tools has none).
+        """
+        below = descendants(self.pid) if family and sys.platform != "linux" and self.is_alive else []
+        if interrupt:
+            self.send({"type": "control_request", "request_id": "stop", "request": {"subtype": "interrupt"}})
+        self.end_input()
+        if grace and not self._ended_within(grace * 0.6):
+            self.process.terminate()
+            self._ended_within(grace * 0.4)
+        if os.name != "nt" or self.is_alive:
+            kill_process(self.pid, group=True)
+        self.process.wait()
+        for pid in below + (tagged(self.tag) if family else []):
+            kill_process(pid)
+        self._closing = True
+        for pump in self._pumps:
+            pump.join(1)
+
+    def _ended_within(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+
+
+@dataclass(frozen=True)
+class Claude:
+    """Which program is driven, what it can do, and who pays. environment: of every child."""
+    command: Tuple[str, ...]
+    features: Features
+    environment: Dict[str, str]
+    payer: str
+    notes: Tuple[str, ...] = ()
+
+
+def find_claude(config: Config, environ: Mapping[str, str]) -> Claude:
+    """Looks at the `claude` of this machine. Raises CannotStart when there is none, or it is too old or not signed in."""
+    command = claude_command(config, environ)
+    plain = child_environment(environ, config.allow_api_key, None)
+    version, help_text = probe(command + ("--version",), plain), probe(command + ("--help",), plain)
+    features = Features.read(version, help_text)
+    if not features.version:
+        raise CannotStart("%s does not answer like Claude Code (its --version says %r)." % (command[-1], version.strip()[:80]),
+                          "name the right program with --claude PATH")
+    missing = sorted(NEEDED_FLAGS - features.flags)
+    if features.version < MINIMUM_CLI or missing:
+        raise CannotStart("Claude Code %s is too old or too new to be driven safely%s." % (
+            features.version_text, " (it lacks %s)" % ", ".join(missing) if missing else ""),
+            "update it: claude update (2.0.76 or newer is needed)")
+    notes = tuple("This Claude Code lacks %s: the bridge does without." % flag for flag in sorted(OPTIONAL_FLAGS - features.flags))
+    if not features.has_auth:
+        return Claude(command, features, plain, "unknown: this Claude Code cannot say (2.1.50 or newer can)", notes)
+    home = private_directory(config.data_dir / "claude-home")
+    write_account(home, environ)
+    isolated = child_environment(environ, config.allow_api_key, str(home))
+    for environment, note in ((isolated, ()), (plain, ("This Claude Code keeps its login in its own settings folder, which the bridge therefore shares.",))):
+        signed_in, payer = payer_of(login_status(command, environment))
+        if signed_in:
+            return Claude(command, features, environment, payer, notes + note)
+    raise CannotStart("Claude Code is installed but not signed in.",
+                      "run claude and sign in, or set CLAUDE_CODE_OAUTH_TOKEN (claude setup-token makes one), or try: start --demo")
+
+
+def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...]:
+    """The program, as the first words of a command line. Raises CannotStart."""
+    if config.demo:
+        here = Path(__file__).absolute()
+        return (sys.executable, str(here.parent if here.parent.is_file() else here), "demo-claude")
+    home = Path(environ.get("HOME") or Path.home())
+    usual = (Path("/usr/local/bin"), home / ".claude/local", home / ".local/bin")
+    path = os.pathsep.join([environ.get("PATH", os.defpath), *map(str, usual)])
+    found = shutil.which(config.claude or "claude", path=path)
+    if os.name == "nt" and not config.claude:
+        found = shutil.which("claude.exe", path=path) or shutil.which("claude.cmd", path=path) or found
+    if not found:
+        raise CannotStart("Claude Code CLI not found%s." % (": " + config.claude if config.claude else ""),
+                          "install it first: https://docs.anthropic.com/en/docs/claude-code, or try: start --demo")
+    return (str(Path(found).absolute()),)
+
+
+def probe(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """What a short command prints. Raises CannotStart when it cannot be run."""
+    try:
+        return subprocess.run(list(argv), env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=30).stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotStart("%s cannot be run: %s." % (argv[0], getattr(error, "strerror", None) or "no answer within 30 s"),
+                          "name the right program with --claude PATH") from None
+
+
+def login_status(command: Tuple[str, ...], environment: Mapping[str, str]) -> Mapping[str, Any]:
+    """`claude auth status`; only for a CLI that has the command, an older one would send the words as a prompt."""
+    try:
+        status = json.loads(probe(command + ("auth", "status"), environment))
+        return status if isinstance(status, dict) else {}
+    except ValueError:
+        return {}
+
+
+def write_account(home: Path, environ: Mapping[str, str]) -> None:
+    """Puts the account's ids, without name and e-mail address, where the CLI looks for them: it then neither asks for
+    the profile nor tells the model the owner's address. Source: seen on 2.1.197 and 2.1.330."""
+    target = home / ".claude.json"
+    owners = Path(environ.get("CLAUDE_CONFIG_DIR") or environ.get("HOME") or Path.home()) / ".claude.json"
+    try:
+        account = json.loads(owners.read_text("utf-8")).get("oauthAccount") or {}
+        known = json.loads(target.read_text("utf-8")) if target.exists() else {}
+    except (OSError, ValueError, AttributeError):
+        return
+    names = ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt", "subscriptionCreatedAt", "ccOnboardingFlags")
+    if all(name in account for name in names) and isinstance(known, dict):
+        known["oauthAccount"] = {**{name: account[name] for name in names}, "profileFetchedAt": 4_102_444_800_000}
+        part = target.with_name(".claude.json.part")
+        part.write_text(as_json(known), "utf-8")
+        os.replace(part, target)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run needs to know. conversation: its key, or None for a stateless ask; session_id: the CLI's, to resume.
+    history: reads the turns so far; asked only when they have to be told again."""
+    message: str
+    setup: Setup
+    conversation: Optional[Tuple[str, str]] = None
+    session_id: Optional[str] = None
+    history: Callable[[], Sequence[Exchange]] = tuple
+
+
+class Warm(NamedTuple):
+    """The process of a conversation, kept for its next turn."""
+    child: Child
+    setup: Setup
+    session_id: Optional[str]
+    until: float
+
+
+class Way(NamedTuple):
+    """One way to take a turn. history: told again first; fresh: the child was started for this turn."""
+    child: Child
+    session_id: Optional[str]
+    is_open: bool = False
+    history: Sequence[Exchange] = ()
+    fresh: bool = False
+
+
+class SessionLost(Exception):
+    """The CLI does not know the session that was to be resumed."""
+
+
+class Turn:
+    """One turn with one child: its deadlines, and what is read until the result."""
+
+    def __init__(self, child: Child, setup: Setup, clock: Clock, config: Config, deadline: float,
+                 stop_reason: Callable[[], Optional[str]]) -> None:
+        self._child, self._setup, self._clock, self._config = child, setup, clock, config
+        self._deadline, self._stop_reason = deadline, stop_reason
+        self._tool_runs = False
+        self.heard = False               # the prompt was taken: from now on a lost child is a failed run
+        self.over = False                # the result came: the child is idle
+
+    def event(self) -> CliEvent:
+        """The next event. Raises RunFailed at a deadline or when the job is no longer wanted; ChildGone."""
+        silent_at = self._clock.monotonic() + self._config.silence_seconds
+        while True:
+            reason = self._stop_reason()
+            if reason:
+                raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
+            now = self._clock.monotonic()
+            if now >= self._deadline:
+                raise RunFailed("timeout", "The run took longer than %g seconds." % self._config.run_seconds)
+            if now >= silent_at and not self._tool_runs:
+                raise RunFailed("timeout", "claude gave no sign of life for %g seconds." % self._config.silence_seconds)
+            event = self._child.next_event(min(TICK_SECONDS, self._deadline - now))
+            if event is not None:
+                self._tool_runs = event.kind == "tool" or self._tool_runs and event.kind == "noise"
+                return event
+
+    def open(self, features: Features, history: Sequence[Exchange]) -> None:
+        """Tells a fresh child who it is, and what was said before. Each earlier message must be acknowledged before
+        its answer is told, else the CLI puts all messages after all answers."""
+        self._child.send(*initialize_request(self._setup, features))
+        for exchange in history:
+            self._child.send(user_message(exchange.message, asks=False))
+            while self.event().kind != "result":
+                pass
+            self._child.send(assistant_message(exchange.response))
+
+    def ask(self, message: str) -> None:
+        self._child.send(user_message(message))
+
+    def answer(self, live: "LiveText") -> Answer:
+        """Reads to the end of the turn. Raises RunFailed, SessionLost, ChildGone."""
+        said, model = "", None
+        while True:
+            event = self.event()
+            if event.kind == "delta":
+                live.add(event.text)
+                if live.size > OUTPUT_BYTES:
+                    raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
+            elif event.kind == "message":
+                live.restart()
+            elif event.kind == "init":
+                self.heard, model = True, event.body.get("model")
+                self._guard_billing(event.body.get("apiKeySource"))
+            elif event.kind == "assistant":
+                said = str(event.body.get("error") or said)
+            elif event.kind == "control":
+                self._check_control(event.body.get("response") or {})
+            elif event.kind == "asks":
+                self._child.send({"type": "control_response", "response": {
+                    "subtype": "error", "request_id": event.body.get("request_id"), "error": "not supported by this client"}})
+            elif event.kind == "result":
+                return self._result(event.body, said, model)
+
+    def _guard_billing(self, source: Any) -> None:
+        if source and source != "none" and not self._config.allow_api_key:
+            self._child.stop()
+            raise RunFailed("billing_guard", "claude would have billed this run to an API key (%s), so it was stopped. Sign claude in to the"
+                            " subscription, or allow it with --allow-api-key." % redact(str(source)))
+
+    @staticmethod
+    def _check_control(response: Mapping[str, Any]) -> None:
+        if response.get("subtype") == "error":
+            raise RunFailed("cli_error", "claude refused its settings: %s" % redact(str(response.get("error"))))
+
+    def _result(self, body: Mapping[str, Any], said: str, model: Optional[str]) -> Answer:
+        self.over = True
+        if body.get("is_error") or body.get("subtype") != "success":
+            failure = failure_of(body, said)
+            if not self.heard and "No conversation found" in str(failure):
+                raise SessionLost()
+            raise failure
+        text, structured = str(body.get("result") or ""), None
+        if self._setup.json_schema:
+            if "structured_output" not in body:
+                raise RunFailed("cli_error", "The model did not give an answer that satisfies jsonSchema.")
+            structured = as_json(body["structured_output"])
+        if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
+            raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
+        usage = usage_of(body, self._child.spent_usd)
+        self._child.spent_usd += usage.cost_usd
+        return Answer(text, structured, usage, model)
+
+
+class ClaudeCli:
+    """Answers jobs by `claude`. Owns its children: a spare, those of conversations, and those that are leaving."""
+
+    def __init__(self, claude: Claude, config: Config, clock: Clock, tag: str, note_child: Callable[[int, Optional[str]], None]) -> None:
+        self.claude = claude
+        self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
+        self._spare: Optional[Child] = None
+        self._spare_after = 0.0
+        self._warm: "OrderedDict[Tuple[str, str], Warm]" = OrderedDict()
+        self._leaving: List[Tuple[Child, float]] = []
+        self._count = 0
+
+    @property
+    def has_spare(self) -> bool:
+        return self._spare is not None
+
+    def run(self, work: Work, live: "LiveText", stop_reason: Callable[[], Optional[str]]) -> Answer:
+        """One turn, from the prompt to the answer. Raises RunFailed.
+
+        stop_reason: asked ten times a second; a key of RUN_ERRORS ends the run.
+        """
+        if work.setup.json_schema and self.claude.features.version < JSON_SCHEMA_CLI:
+            raise RunFailed("cli_error", "jsonSchema needs Claude Code 2.1.197 or newer; this is %s." % self.claude.features.version_text)
+        deadline = self._clock.monotonic() + self._config.run_seconds
+        for way in self._ways(work):
+            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, stop_reason)
+            try:
+                if not way.is_open:
+                    turn.open(self.claude.features, way.history)
+                turn.ask(work.message)
+                self.prepare()
+                answer = replace(turn.answer(live), session_id=way.session_id)
+            except (SessionLost, ChildGone) as lost:
+                self._dismiss(way.child, work.setup, idle=False)
+                if isinstance(lost, ChildGone) and (turn.heard or way.fresh):
+                    raise RunFailed("cli_error", str(lost)) from None
+            except BaseException:
+                self._dismiss(way.child, work.setup, idle=turn.over)
+                raise
+            else:
+                self._keep(work, way, answer)
+                return answer
+        raise RunFailed("cli_error", "claude could not be started.")
+
+    def _ways(self, work: Work) -> Iterator[Way]:
+        """The children that could take the turn, best first; the next is asked for only when one was lost unheard."""
+        history: Sequence[Exchange] = ()
+        if work.conversation:
+            warm = self._warm.pop(work.conversation, None)
+            if warm and warm.child.is_alive and warm.setup == work.setup:
+                yield Way(warm.child, warm.session_id, is_open=True)
+            elif warm:
+                self._dismiss(warm.child, warm.setup)
+                self._settle(warm.child)
+            if work.session_id:
+                yield Way(self._spawn(work.setup, "--resume=" + work.session_id), work.session_id)
+            history = work.history()
+            if not history:
+                session_id = str(uuid.uuid4())
+                yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
+        spare, self._spare = self._spare, None
+        if spare and work.setup.tools != Tools.NONE:
+            self._spare = spare
+        elif spare and spare.is_alive:
+            yield Way(spare, None, history=history)
+        elif spare:
+            self._dismiss(spare, work.setup)
+        yield Way(self._spawn(work.setup), None, history=history, fresh=True)
+
+    def _keep(self, work: Work, way: Way, answer: Answer) -> None:
+        """After a success: the child of a conversation stays, any other leaves."""
+        if not work.conversation or not self._config.warm_seconds:
+            return self._dismiss(way.child, work.setup)
+        self._warm[work.conversation] = Warm(way.child, work.setup, way.session_id, self._clock.monotonic() + self._config.warm_seconds)
+        while len(self._warm) > WARM_CHILDREN:
+            oldest = self._warm.popitem(last=False)[1]
+            self._dismiss(oldest.child, oldest.setup)
+
+    def prepare(self) -> None:
+        """Keeps house: a spare is there, cooled conversations leave, and those that were leaving are gone."""
+        now = self._clock.monotonic()
+        for key in [key for key, warm in self._warm.items() if now >= warm.until or not warm.child.is_alive]:
+            warm = self._warm.pop(key)
+            self._dismiss(warm.child, warm.setup)
+        for child, until in list(self._leaving):
+            if not child.is_alive or now >= until:
+                self._bury(child)
+        if self._spare and not self._spare.is_alive:
+            self._bury(self._spare)
+            self._spare, self._spare_after = None, now + 30    # one that ends by itself would do it again
+        if self._config.spare and not self._spare and now >= self._spare_after:
+            try:
+                self._spare = self._spawn(Setup(SYSTEM_PROMPT))
+            except RunFailed:
+                self._spare_after = now + 30
+
+    def keep_only(self, is_known: Callable[[str], bool]) -> None:
+        """Ends the conversations of the tokens that are gone."""
+        for key in [key for key in self._warm if not is_known(key[0])]:
+            warm = self._warm.pop(key)
+            self._dismiss(warm.child, warm.setup)
+
+    def _spawn(self, setup: Setup, *session: str) -> Child:
+        """A new child. Raises RunFailed."""
+        folder = Path(setup.workspace) if setup.workspace else self._config.data_dir / "work"
+        argv = claude_argv(self.claude.command, self.claude.features.flags, setup.tools, session)
+        self._count += 1
+        try:
+            if not setup.workspace:
+                private_directory(folder)
+            child = Child(argv, folder, self.claude.environment, "%s.%d" % (self._tag, self._count))
+        except (OSError, CannotStart) as error:
+            raise RunFailed("cli_error", "claude could not be started: %s" % error) from None
+        self._note_child(child.pid, started_at(child.pid))
+        return child
+
+    def _dismiss(self, child: Child, setup: Setup, idle: bool = True) -> None:
+        """Ends a child: an idle one without tools leaves by itself, any other is stopped now."""
+        if idle and setup.tools == Tools.NONE:
+            child.end_input()
+            self._leaving.append((child, self._clock.monotonic() + 5))
+        else:
+            child.stop(grace=1.5, interrupt=not idle, family=setup.tools != Tools.NONE)
+            self._bury(child)
+
+    def _settle(self, child: Child) -> None:
+        """Waits until a dismissed child is gone: two processes must not write one session."""
+        if any(child is leaving for leaving, _ in self._leaving):
+            child._ended_within(2)
+            self._bury(child)
+
+    def _bury(self, child: Child) -> None:
+        child.stop()
+        self._leaving = [(other, until) for other, until in self._leaving if other is not child]
+        self._note_child(child.pid, None)
+
+    def close(self) -> None:
+        """Ends every child; within 2 seconds."""
+        children = [child for child, _ in self._leaving] + [warm.child for warm in self._warm.values()] + ([self._spare] if self._spare else [])
+        for child in children:
+            child.end_input()
+        until = self._clock.monotonic() + 1
+        for child in children:
+            child._ended_within(max(0.0, until - self._clock.monotonic()))
+            self._bury(child)
+        for pid in tagged(self._tag + "."):
+            kill_process(pid)
+        self._spare = None
+        self._warm.clear()
+
+
+class LiveText:
+    """The text of a running answer so far. Written by the worker, read from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._parts: List[str] = []
+        self.size = 0
+
+    def add(self, text: str) -> None:
+        with self._lock:
+            self._parts.append(text)
+            self.size += len(text.encode("utf-8", "replace"))
+
+    def restart(self) -> None:
+        """A new message begins: what was said before belonged to a tool call or to a broken-off try."""
+        with self._lock:
+            self._parts.clear()
+
+    def read(self) -> str:
+        with self._lock:
+            self._parts[:] = ["".join(self._parts)]
+            return self._parts[0]
+
+# === 7 Queue ==================================================================================================
+# The worker takes jobs from the store, one after the other; the hub wakes those who wait for one.
+
+
+class Hub:
+    """Wakes those who wait for a job. It carries no data: who wakes looks at the store again. Any thread."""
+    QUEUE = ""                           # the key under which the worker waits for new jobs
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bells: Dict[str, List[threading.Event]] = {}
+        self.is_closed = False
+
+    @contextlib.contextmanager
+    def watch(self, key: str) -> Iterator[threading.Event]:
+        """A bell that rings at every `wake(key)` from now on; look at the store after this, and clear it before looking."""
+        bell = threading.Event()
+        with self._lock:
+            self._bells.setdefault(key, []).append(bell)
+            if self.is_closed:
+                bell.set()
+        try:
+            yield bell
+        finally:
+            with self._lock:
+                self._bells[key].remove(bell)
+                if not self._bells[key]:
+                    del self._bells[key]
+
+    def wake(self, key: str) -> None:
+        with self._lock:
+            for bell in self._bells.get(key, ()):
+                bell.set()
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self.is_closed = True
+            for bells in self._bells.values():
+                for bell in bells:
+                    bell.set()
+
+
+class Worker:
+    """Runs the jobs in order, one at a time. Owns the thread "worker", and in it the children of `claude`."""
+
+    def __init__(self, store: Store, claude: ClaudeCli, hub: Hub, clock: Clock, report: Callable[[str], None], config: Config) -> None:
+        self._store, self._claude, self._hub, self._clock, self._report = store, claude, hub, clock, report
+        self._config = config
+        self._live: Dict[str, LiveText] = {}
+        self._stopping = threading.Event()
+        self._give_up_at = float("inf")
+        self._purged_at = float("-inf")
+        self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
+        self.running: Optional[Tuple[str, float]] = None      # (job id, since), for whoever asks what the worker does
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def has_spare(self) -> bool:
+        return self._claude.has_spare
+
+    def partial(self, job_id: str) -> Optional[str]:
+        """The text of a running answer so far; None for a job that does not run."""
+        live = self._live.get(job_id)
+        return live.read() if live else None
+
+    def close(self) -> None:
+        """Lets a running job finish for a moment, then puts it back; the children are gone on return. Idempotent."""
+        self._give_up_at = min(self._give_up_at, self._clock.monotonic() + FINISH_SECONDS)
+        self._stopping.set()
+        self._hub.wake(Hub.QUEUE)
+        if self._thread.ident:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                with self._hub.watch(Hub.QUEUE) as bell:
+                    try:
+                        self._claude.prepare()
+                        if not self.step():
+                            self._keep_house()
+                            bell.wait(1)
+                    except Exception:
+                        self._report("The worker met an error and goes on:\n" + redact(traceback.format_exc()))
+                        self._stopping.wait(1)
+                        with contextlib.suppress(sqlite3.Error):
+                            self._store.recover()
+        finally:
+            self._claude.close()
+
+    def step(self) -> bool:
+        """Claims the oldest job, runs it and stores what came of it. -> False when none waited."""
+        job = self._store.claim() if self._store.has_queued() else None
+        token = self._store.token(job.token_id) if job else None
+        if not job or not token:
+            return False
+        self._report("Processing request %s..." % job.id[:8])
+        self.running, self._live[job.id] = (job.id, self._clock.now()), LiveText()
+        self._hub.wake(job.id)
+        try:
+            answer = self._claude.run(self._work(job, token), self._live[job.id], lambda: self._stop_reason(job))
+            wanted = self._store.complete(job, answer)
+            self._report("Request %s %s" % (job.id[:8], "completed" if wanted else "is no longer wanted"))
+        except RunFailed as failure:
+            self._settle(job, failure)
+        finally:
+            self.running = None
+            del self._live[job.id]
+            self._hub.wake(job.id)
+        return True
+
+    def _work(self, job: Job, token: Token) -> Work:
+        setup = Setup(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
+        if not job.conversation:
+            return Work(job.message, setup)
+        return Work(job.message, setup, (job.token_id, job.conversation), self._store.open_conversation(job.token_id, job.conversation),
+                    lambda: self._store.history(job))
+
+    def _stop_reason(self, job: Job) -> Optional[str]:
+        if self._clock.monotonic() >= self._give_up_at:
+            return "interrupted"
+        return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
+
+    def _settle(self, job: Job, failure: RunFailed) -> None:
+        """What becomes of a job whose run failed."""
+        if failure.code == "interrupted":
+            self._store.requeue(job)
+            return self._report("Request %s waits for the next start" % job.id[:8])
+        self._store.fail(job, failure.code, redact(str(failure)))
+        self._report("Request %s failed: %s: %s" % (job.id[:8], failure.code, redact(str(failure))[:300]))
+
+    def _keep_house(self) -> None:
+        """Old jobs are deleted once an hour; the conversations of revoked tokens end at once."""
+        self._claude.keep_only(lambda token_id: self._store.token(token_id) is not None)
+        if self._clock.monotonic() - self._purged_at >= 3600:
+            self._purged_at = self._clock.monotonic()
+            self._store.purge(self._config.keep_days)
+
+
+# === 8 Service ================================================================================================
+# What the bridge can do: one method each, commands in, records out, no HTTP word. Called from any thread, by the
+# routes and by the command line.
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, after the token was looked at."""
+    token: Token
+
+    @property
+    def is_admin(self) -> bool:
+        return self.token.is_admin
+
+
+class JobView(NamedTuple):
+    """A job as its owner sees it. partial: the text so far while it runs."""
+    job: Job
+    position: int
+    partial: Optional[str] = None
+
+
+class Service:
+    """The bridge without HTTP. partial: reads the text of a running answer."""
+
+    def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path, partial: Callable[[str], Optional[str]] = lambda job_id: None) -> None:
+        self._store, self._hub, self._clock, self._data_dir, self._partial = store, hub, clock, data_dir, partial
+
+    def authenticate(self, secret: str) -> Caller:
+        """Raises InvalidToken. The look-up is by digest, so its time tells nothing about a token."""
+        token = self._store.token_by_digest(digest(secret))
+        if token is None or token.is_expired(self._clock.now()):
+            raise InvalidToken()
+        self._store.touch_token(token)
+        return Caller(token)
+
+    def ask(self, caller: Caller, ask: Ask) -> Tuple[Job, int]:
+        """Queues a message; durable on return. -> (job, position). Raises InvalidRequest, QueueFull."""
+        stateful = caller.token.session_mode == SessionMode.STATEFUL
+        if ask.conversation and not stateful:
+            raise InvalidRequest("conversation needs a token with sessionMode stateful", field="conversation")
+        job, position = self._store.enqueue(caller.token.id, replace(ask, conversation=ask.conversation or "default") if stateful else ask)
+        self._hub.wake(Hub.QUEUE)
+        return job, position
+
+    def poll(self, caller: Caller, job_id: str, wait: float = 0.0) -> JobView:
+        """How a job stands, at the latest `wait` seconds from now. Raises NotFound, also for another token's job."""
+        until = self._clock.monotonic() + wait
+        with self._hub.watch(job_id) as bell:
+            while True:
+                bell.clear()
+                job = self._job(caller, job_id)
+                left = until - self._clock.monotonic()
+                if job.is_finished or left <= 0 or self._hub.is_closed:
+                    partial = self._partial(job_id) if job.status == JobStatus.PROCESSING else None
+                    return JobView(job, self._store.queue_position(job), partial)
+                bell.wait(min(left, 15))
+
+    def _job(self, caller: Caller, job_id: str) -> Job:
+        job = self._store.job(job_id)
+        if job is None or not (caller.is_admin or job.token_id == caller.token.id):
+            raise NotFound("Request not found")
+        return job
+
+    def is_own_unfinished(self, caller: Caller, job_id: str) -> bool:
+        job = self._store.job(job_id)
+        return job is not None and job.token_id == caller.token.id and not job.is_finished
+
+    def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
+        """-> (token, its secret, which is nowhere else). A token with tools gets a workspace of its own. Raises TokenLimit."""
+        secret = new_token()
+        if new.tools != Tools.NONE and workspace is None:
+            workspace = private_directory(private_directory(self._data_dir / "workspaces") / str(uuid.uuid4()))
+        return self._store.add_token(new, secret, str(workspace) if workspace else None), secret
+
+    def tokens(self) -> List[Token]:
+        return self._store.tokens()
+
+    def revoke_token(self, token_id: str) -> None:
+        """Deletes a token with its requests; its running one is stopped. Raises NotFound, LastAdmin."""
+        if not self._store.delete_token(token_id):
+            raise NotFound("Token not found")
+
+    def has_admin(self) -> bool:
+        return self._store.has_admin()
+
+    def counts(self) -> Dict[str, int]:
+        return self._store.counts()
+
+    def check_store(self) -> None:
+        """Raises Unavailable when the database cannot be written."""
+        try:
+            self._store.check_writable()
+        except sqlite3.Error as error:
+            raise Unavailable("The database cannot be written: %s" % error) from None
+
+    def now(self) -> float:
+        return self._clock.now()
+
+# === 9 Routes =================================================================================================
+# The endpoints as data: ROUTES gives dispatch, 404 and 405, and the tables of the README. An `answer_*` turns a
+# request into a call of the service, and a record into the shape that old clients know.
+
+
+@dataclass(frozen=True)
+class Request:
+    """What arrived. headers: lower-case names; body: reads the bytes when they are wanted; parts: those of the path."""
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    address: str
+    body: Callable[[], bytes]
+    parts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What leaves."""
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json; charset=utf-8"
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Backstage:
+    """What the answers of public pages need beyond the service; made by the bridge. details: for admins."""
+    page: Callable[[], Response]
+    details: Callable[[], Mapping[str, Any]]
+    check_worker: Callable[[], None]
+
+
+Answerer = Callable[[Service, Backstage, Optional[Caller], Request], Response]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One endpoint. polls: asking about one's own unfinished job has a bucket of its own."""
+    method: str
+    path: str
+    needs: str
+    answer: Answerer
+    doc: str
+    takes: Optional[Type[Command]] = None
+    gives: Mapping[int, str] = field(default_factory=dict)
+    polls: bool = False
+
+
+def json_response(status: int, body: Mapping[str, Any], headers: Sequence[Tuple[str, str]] = ()) -> Response:
+    return Response(status, as_json(body).encode("utf-8", "replace"), headers=tuple(headers))
+
+
+def job_body(view: JobView) -> Dict[str, Any]:
+    """The poll body: the original's keys first, then ours; those without a value are left out."""
+    job = view.job
+    body: Dict[str, Any] = {"status": job.status, "requestId": job.id}
+    if not job.is_finished:
+        body["queuePosition"] = view.position
+    if job.status == JobStatus.COMPLETED:
+        body.update(response=job.response or "", completedAt=iso_time(job.completed_at))
+    if job.status == JobStatus.ERROR:
+        body.update(error=job.error or "", errorCode=job.error_code, completedAt=iso_time(job.completed_at))
+    body.update(model=job.model, conversation=job.conversation, createdAt=iso_time(job.created_at), startedAt=iso_time(job.started_at),
+                attempts=job.attempts)
+    if job.started_at and job.completed_at:
+        body["durationMs"] = max(0, round((job.completed_at - job.started_at) * 1000))
+    if job.structured is not None:
+        body["structured"] = json.loads(job.structured)
+    if job.usage:
+        body["usage"] = {to_wire(name): value for name, value in job.usage._asdict().items()}
+    if view.partial is not None:
+        body["partial"] = view.partial
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def answer_ask(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    ask, warnings = Ask.parse(parsed_json(request.body() or b"{}"))
+    job, position = service.ask(caller, ask)
+    if ask.wait:
+        view = service.poll(caller, job.id, ask.wait)
+        if view.job.is_finished:
+            return json_response(200, {**job_body(view), **({"warnings": warnings} if warnings else {})})
+    body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id}
+    return json_response(202, {**body, **({"warnings": warnings} if warnings else {})})
+
+
+def answer_poll(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    view = service.poll(caller, request.parts["requestId"], check_wait(request.query.get("wait")))
+    return json_response(200 if view.job.is_finished else 202, job_body(view))
+
+
+def answer_new_token(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    new, warnings = NewToken.parse(parsed_json(request.body() or b"{}"))
+    token, secret = service.create_token(new)
+    body = {"ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
+            "warning": "Save this token now. It cannot be retrieved again."}
+    return json_response(201, {**body, **({"warnings": warnings} if warnings else {})})
+
+
+def token_body(token: Token, now: float) -> Dict[str, Any]:
+    return {"id": token.id, "name": token.name, "prefix": token.prefix, "sessionMode": token.session_mode,
+            "expiresAt": iso_time(token.expires_at), "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
+            "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools, "workspace": token.workspace}
+
+
+def answer_tokens(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    return json_response(200, {"tokens": [token_body(token, service.now()) for token in service.tokens()]})
+
+
+def answer_revoke(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    service.revoke_token(request.parts["id"])
+    return json_response(200, {"ok": True, "message": "Token revoked"})
+
+
+def answer_status(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    counts = service.counts()
+    queued, processing = counts.get(JobStatus.QUEUED, 0), counts.get(JobStatus.PROCESSING, 0)
+    completed, failed = counts.get(JobStatus.COMPLETED, 0), counts.get(JobStatus.ERROR, 0)
+    body: Dict[str, Any] = {
+        "status": "running", "version": __version__, "queue": {"isProcessing": bool(processing), "length": queued + processing},
+        "stats": {"totalTokens": counts["tokens"], "totalRequests": queued + processing + completed + failed,
+                  "completedRequests": completed, "errorRequests": failed, "queuedRequests": queued}}
+    if caller and caller.is_admin:
+        body.update(backstage.details())
+    return json_response(200, body)
+
+
+def answer_health(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    backstage.check_worker()
+    service.check_store()
+    return json_response(200, {"status": "ok"})
+
+
+def answer_page(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    return backstage.page()
+
+
+def answer_root(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    if "text/html" in request.headers.get("accept", ""):
+        return backstage.page()
+    return json_response(200, {
+        "name": "claude-api-bridge", "version": __version__, "description": "A REST API for the Claude Code command line tool",
+        "endpoints": {"%s %s" % (route.method, route.path): route.doc for route in ROUTES},
+        "docs": "GET /dashboard"})
+
+
+ROUTES = (
+    Route("POST", "/api/ask", Needs.TOKEN, answer_ask, "Send a message to Claude Code", Ask,
+          {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}', 200: "with `wait`: the poll body, finished"}),
+    Route("GET", "/api/ask/:requestId", Needs.TOKEN, answer_poll, "Poll for the answer; `?wait=30` holds it until then", None,
+          {202: '{"status":"queued","requestId":ID,"queuePosition":1}, or "processing"',
+           200: '{"status":"completed","requestId":ID,"response":"..."}, or "error"'}, polls=True),
+    Route("POST", "/api/tokens", Needs.ADMIN, answer_new_token, "Create a token", NewToken,
+          {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}),
+    Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}),
+    Route("DELETE", "/api/tokens/:id", Needs.ADMIN, answer_revoke, "Revoke a token; its running request is stopped", None,
+          {200: '{"ok":true,"message":"Token revoked"}'}),
+    Route("GET", "/api/status", Needs.NOTHING, answer_status, "Queue and counters; more for an admin token", None,
+          {200: '{"status":"running","version":"...","queue":{...},"stats":{...}}'}),
+    Route("GET", "/health", Needs.NOTHING, answer_health, "200 while the worker and the database work", None, {200: '{"status":"ok"}'}),
+    Route("GET", "/dashboard", Needs.NOTHING, answer_page, "A page with the counters", None, {200: "HTML"}),
+    Route("GET", "/", Needs.NOTHING, answer_root, "The list of endpoints, or the page for a browser", None, {200: '{"name":...,"endpoints":{...}}'}),
+)
+
+
+def match(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
+    """The route of a request, and the named parts of its path; letters in any case, one slash may follow.
+
+    Raises NotFound; MethodNotAllowed with Allow; InvalidRequest for a bad percent escape.
+    """
+    if re.search(r"%(?![0-9A-Fa-f]{2})", path):
+        raise InvalidRequest("The path holds a bad percent escape")
+    given = [unquote(part) for part in (path[:-1] if len(path) > 1 and path.endswith("/") else path).split("/")]
+    allowed = []
+    for route in ROUTES:
+        wanted = route.path.split("/")
+        if len(wanted) == len(given) and all(w.startswith(":") and g or w == g.lower() for w, g in zip(wanted, given)):
+            allowed.append(route.method)
+            if route.method == ("GET" if method == "HEAD" else method):
+                return route, {w[1:]: g for w, g in zip(wanted, given) if w.startswith(":")}
+    if not allowed:
+        raise NotFound()
+    allow = ", ".join(sorted(set(allowed) | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
+    raise MethodNotAllowed("%s is not allowed here. Use: %s" % (method[:20], allow), (("Allow", allow),))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| %s |" % " | ".join(str(cell).replace("|", "\\|") for cell in row)
+                     for row in (head, ["---"] * len(head), *rows))
+
+
+def routes_markdown() -> str:
+    who = {Needs.NOTHING: "-", Needs.TOKEN: "token", Needs.ADMIN: "admin token"}
+    return markdown_table(("Method", "Path", "Needs", "What", "Answers"), (
+        (route.method, "`%s`" % route.path, who[route.needs], route.doc,
+         "<br>".join("%d `%s`" % (status, text) if text.startswith("{") else "%d %s" % (status, text) for status, text in route.gives.items()))
+        for route in ROUTES))
+
+
+def command_markdown(command: Type[Command]) -> str:
+    return markdown_table(("Field", "Type", "What", "Example"), (
+        ("`%s`" % to_wire(row.name), row.metadata["kind"], row.metadata["doc"], "`%s`" % as_json(row.metadata["example"]))
+        for row in fields(command)))  # type: ignore[arg-type]
+
+
+def errors_markdown() -> str:
+    return markdown_table(("Status", "Code", "When"), ((str(kind.status), "`%s`" % kind.code, (kind.__doc__ or "").strip() if kind is not BridgeError
+                                                        else "Something unexpected; the bridge's log has the details.") for kind in ERRORS))
+
+
+def run_errors_markdown() -> str:
+    return markdown_table(("errorCode", "When"), (("`%s`" % code, text) for code, text in RUN_ERRORS.items()))
+
+
+def settings_markdown() -> str:
+    def shown(row: Setting) -> str:
+        return "off" if row.kind == "switch" else "`%s`" % row.default if row.default != "" else ""
+
+    return markdown_table(("Flag", "Variable", "Default", "What"), (
+        ("`%s`" % row.flag, ", ".join("`%s`" % name for name in row.variables), shown(row), row.help) for row in SETTINGS))
+
+
+# === 10 HTTP ==================================================================================================
+# Bytes in, bytes out. The Dispatcher turns a Request into a Response and decides who may pass; the Handler reads
+# and writes one connection strictly; the BridgeServer owns the connections and their deadlines.
+
+STANDARD_HEADERS = (
+    ("Content-Security-Policy", "default-src 'none';frame-ancestors 'none'"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Origin-Agent-Cluster", "?1"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-DNS-Prefetch-Control", "off"),
+    ("X-Download-Options", "noopen"),
+    ("X-Frame-Options", "SAMEORIGIN"),
+    ("X-Permitted-Cross-Domain-Policies", "none"),
+    ("X-XSS-Protection", "0"),
+    ("Cache-Control", "no-store"),
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Expose-Headers", "Allow, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining, RateLimit-Reset, Retry-After"),
+)
+PREFLIGHT_HEADERS = (
+    ("Access-Control-Allow-Methods", "GET,POST,DELETE"),
+    ("Access-Control-Allow-Headers", "Content-Type,Authorization,X-Api-Key,Idempotency-Key,Last-Event-ID"),
+    ("Access-Control-Max-Age", "600"),
+)
+
+
+class Buckets:
+    """The rate limits: one for all token holders, one per address without a token, one per token for polls of its own
+    unfinished jobs, and one per address for failed log-ins, which nothing switches off. Any thread."""
+
+    def __init__(self, clock: Clock, capacity: int) -> None:
+        self._clock, self._capacity = clock, capacity
+        self._lock = threading.Lock()
+        self._by_key: "OrderedDict[Tuple[str, str], TokenBucket]" = OrderedDict()
+        self.holders = TokenBucket(clock, capacity)
+
+    def stranger(self, address: str) -> TokenBucket:
+        return self._bucket("stranger", address, self._capacity)
+
+    def login(self, address: str) -> TokenBucket:
+        return self._bucket("login", address, LOGINS_PER_MINUTE)
+
+    def polls(self, token_id: str) -> TokenBucket:
+        return self._bucket("polls", token_id, self._capacity * POLLS_PER_REQUEST)
+
+    def _bucket(self, kind: str, name: str, capacity: int) -> TokenBucket:
+        """The bucket of a name; the one longest unused is forgotten for a new one."""
+        with self._lock:
+            bucket = self._by_key.pop((kind, name), None) or TokenBucket(self._clock, capacity)
+            self._by_key[kind, name] = bucket
+            while len(self._by_key) > ADDRESSES:
+                self._by_key.popitem(last=False)
+        return bucket
+
+
+def take(bucket: TokenBucket) -> None:
+    """Raises RateLimited when the bucket is empty."""
+    seconds = bucket.take()
+    if seconds:
+        raise RateLimited(headers=(("Retry-After", str(whole_seconds(seconds))), *bucket.headers()), retryAfter=whole_seconds(seconds))
+
+
+class Dispatcher:
+    """Request -> Response: route, caller, limits, answer; the only `except Exception` on this path. Any thread."""
+
+    def __init__(self, service: Service, backstage: Backstage, buckets: Buckets, report: Callable[[str], None]) -> None:
+        self._service, self._backstage, self._buckets, self._report = service, backstage, buckets, report
+
+    def dispatch(self, request: Request) -> Response:
+        if request.method == "OPTIONS":
+            return Response(204, headers=PREFLIGHT_HEADERS)
+        try:
+            return self._answer(request)
+        except BridgeError as error:
+            return self.refusal(error)
+        except (ConnectionError, socket.timeout):
+            raise
+        except Exception:
+            self._report("Unexpected error in %s %s:\n%s" % (request.method, request.path[:80], redact(traceback.format_exc())))
+            return self.refusal(BridgeError())
+
+    @staticmethod
+    def refusal(error: BridgeError) -> Response:
+        challenge = (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ()
+        return json_response(error.status, error_body(error), error.headers + challenge)
+
+    def _answer(self, request: Request) -> Response:
+        caller, refusal = self._caller(request)
+        try:
+            route, parts = match(request.method, request.path)
+        except BridgeError:
+            take(self._bucket(None, caller, request, {}))
+            raise
+        if caller is None and route.needs != Needs.NOTHING:
+            take(self._buckets.stranger(request.address))
+            raise refusal
+        bucket = self._bucket(route, caller, request, parts)
+        take(bucket)
+        if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
+            raise AdminRequired()
+        response = route.answer(self._service, self._backstage, caller, replace(request, parts=parts))
+        return replace(response, headers=response.headers + bucket.headers())
+
+    def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
+        """Who calls, or None and why. Raises RateLimited after too many wrong tokens from one address; a right one always passes."""
+        secret = bearer(request.headers)
+        if secret is None:
+            return None, MissingToken()
+        try:
+            return self._service.authenticate(secret), MissingToken()
+        except InvalidToken as error:
+            take(self._buckets.login(request.address))
+            return None, error
+
+    def _bucket(self, route: Optional[Route], caller: Optional[Caller], request: Request, parts: Mapping[str, str]) -> TokenBucket:
+        """A wait costs like any request; polls without one of one's own unfinished job have a bucket of their own."""
+        if caller is None:
+            return self._buckets.stranger(request.address)
+        if route and route.polls and "wait" not in request.query and self._service.is_own_unfinished(caller, parts["requestId"]):
+            return self._buckets.polls(caller.token.id)
+        return self._buckets.holders
+
+
+class Phase:
+    """What a connection is doing: nothing (it may be closed for a new one), sending a head or body, or being answered."""
+    IDLE = "idle"
+    HEAD = "head"
+    BODY = "body"
+    BUSY = "busy"
+    SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf")}
+
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*")
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. Decides nothing but what is HTTP at all; strict where leniency lets one request hide another."""
+    protocol_version = "HTTP/1.1"
+    server_version = "claude-api-bridge"
+    sys_version = ""
+    timeout = SEND_SECONDS
+    disable_nagle_algorithm = True
+    server: "BridgeServer"
+
+    def handle_one_request(self) -> None:
+        """Waits for a request's first byte, so that an idle connection is known as such, then has it read and answered."""
+        try:
+            self.server.enter(self.connection, Phase.IDLE)
+            if not self.rfile.peek(1):                      # type: ignore[attr-defined]
+                self.close_connection = True
+                return
+            self.server.enter(self.connection, Phase.HEAD)
+            super().handle_one_request()
+        except (ConnectionError, socket.timeout, ValueError):
+            self.close_connection = True
+
+    def parse_request(self) -> bool:
+        """Reads the head strictly: CRLF or LF ends lines, nothing is folded, no control characters, one Host, one length.
+
+        Replaces the lenient parser of http.server, which lets two differing lengths or a bare CR pass. -> False when
+        it answered with an error (the connection is then closed, since nobody knows where the next request begins).
+        """
+        self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
+        self._unread: Optional[int] = 0                     # bytes of body to come; None: chunked
+        self._continue = False
+        try:
+            self._read_head()
+        except BridgeError as error:
+            self._refuse(error)
+            return False
+        return True
+
+    def _read_head(self) -> None:
+        first = self.raw_requestline if self.raw_requestline.strip() else self.rfile.readline(HEAD_BYTES + 1)   # one blank line may lead
+        lines, size = [first], len(first)
+        while lines[-1] not in (b"\r\n", b"\n"):
+            if size > HEAD_BYTES:
+                raise HeadTooLarge()
+            line = self.rfile.readline(HEAD_BYTES + 1)
+            if not line.endswith(b"\n"):
+                raise HeadTooLarge() if line and len(line) > HEAD_BYTES else MalformedRequest("The request head broke off")
+            lines.append(line)
+            size += len(line)
+        found = REQUEST_LINE.fullmatch(strip_end(lines[0]))
+        if not found:
+            raise MalformedRequest("Malformed request line")
+        self.command, target, version = (part.decode("latin-1") for part in found.groups())
+        if version not in ("1.0", "1.1"):
+            raise UnknownVersion()
+        self.request_version, self.close_connection = "HTTP/" + version, version == "1.0"
+        self.path = target
+        self._read_headers(lines[1:-1])
+
+    def _read_headers(self, lines: Sequence[bytes]) -> None:
+        headers: Dict[str, str] = {}
+        for line in lines:
+            found = HEADER_LINE.fullmatch(strip_end(line))
+            if not found:
+                raise MalformedRequest("Malformed header line")
+            name, value = found.group(1).decode("latin-1").lower(), found.group(2).decode("latin-1")
+            if name in headers and name in ("host", "content-length", "transfer-encoding", "authorization"):
+                raise MalformedRequest("Repeated %s header" % name)
+            headers[name] = headers[name] + ", " + value if name in headers else value
+        self.headers = headers                              # type: ignore[assignment]
+        if self.request_version == "HTTP/1.1" and "host" not in headers:
+            raise MalformedRequest("Host header is missing")
+        if "close" in headers.get("connection", "").lower():
+            self.close_connection = True
+        elif "keep-alive" in headers.get("connection", "").lower():
+            self.close_connection = False
+        self._read_framing(headers)
+
+    def _read_framing(self, headers: Mapping[str, str]) -> None:
+        """How long the body is. Both lengths at once, or a chunked HTTP/1.0 body, are how requests are smuggled."""
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is not None:
+            if length is not None or self.request_version == "HTTP/1.0":
+                raise MalformedRequest("Transfer-Encoding with Content-Length or HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise UnknownCoding("Transfer-Encoding %s is not supported. Use Content-Length or chunked" % coding[:40])
+            self._unread = None
+        elif length is not None:
+            if not re.fullmatch(r"[0-9]{1,15}", length):
+                raise MalformedRequest("Malformed Content-Length")
+            self._unread = int(length)
+        expect = headers.get("expect", "").lower()
+        if expect and expect != "100-continue":
+            raise ExpectationFailed()
+        self._continue = bool(expect) and self.request_version == "HTTP/1.1"
+
+    def _serve(self) -> None:
+        self.server.enter(self.connection, Phase.BUSY)
+        target = self.path if self.path.startswith("/") else "/" + self.path.partition("://")[2].partition("/")[2]
+        path, _, query = target.partition("?")
+        request = Request(self.command, path, dict(parse_qsl(query, keep_blank_values=True)), self.headers,  # type: ignore[arg-type]
+                          self.client_address[0], self._body)
+        response = self.server.dispatcher.dispatch(request)
+        if self._unread != 0:
+            self._leave_body()
+        self._write(response)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
+
+    def _body(self) -> bytes:
+        """The body, whole. Raises BodyTooLarge, UnsupportedEncoding, MalformedRequest."""
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedEncoding()
+        if self._unread is not None and self._unread > BODY_BYTES:
+            raise BodyTooLarge()
+        if self._continue and self._unread != 0:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._continue = False
+        self.server.enter(self.connection, Phase.BODY)
+        try:
+            data = self._read_chunks() if self._unread is None else self._read_exactly(self._unread)
+        except (MalformedRequest, BodyTooLarge):
+            self._unread, self.close_connection = None, True
+            raise
+        self.server.enter(self.connection, Phase.BUSY)
+        self._unread = 0
+        return data
+
+    def _read_exactly(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise MalformedRequest("The body broke off")
+        return data
+
+    def _read_chunks(self) -> bytes:
+        """A chunked body, strictly: sizes in plain hex, no extensions longer than a line, trailers dropped."""
+        parts, total = [], 0
+        while True:
+            line = self.rfile.readline(1026)
+            found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line)
+            if not found:
+                raise MalformedRequest("Malformed chunk")
+            size = int(found.group(1), 16)
+            total += size
+            if total > BODY_BYTES:
+                raise BodyTooLarge()
+            if not size:
+                break
+            parts.append(self._read_exactly(size))
+            if self._read_exactly(2) != b"\r\n":
+                raise MalformedRequest("Malformed chunk")
+        for _ in range(64):
+            line = self.rfile.readline(HEAD_BYTES)
+            if line == b"\r\n":
+                return b"".join(parts)
+            if not HEADER_LINE.fullmatch(strip_end(line)):
+                break
+        raise MalformedRequest("Malformed trailer")
+
+    def _leave_body(self) -> None:
+        """A body that nobody read: a small one is skipped, else the connection ends after the answer."""
+        if self._unread is not None and self._unread <= 1 << 16 and not self._continue and not self.close_connection:
+            self.server.enter(self.connection, Phase.BODY)
+            self.close_connection = len(self.rfile.read(self._unread)) < self._unread
+            self._unread = 0
+            self.server.enter(self.connection, Phase.BUSY)
+        else:
+            self.close_connection = True
+
+    def _write(self, response: Response) -> None:
+        """The whole answer in one piece, so that no small packet waits for another."""
+        names = {name for name, _ in response.headers}
+        headers = [*((name, value) for name, value in STANDARD_HEADERS if name not in names), *response.headers]
+        if response.status != 204:
+            headers.append(("Content-Type", response.content_type))
+        headers += [("Content-Length", str(len(response.body))), ("Date", self.date_time_string()),
+                    ("Connection", "close" if self.close_connection else "keep-alive")]
+        head = "HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, HTTPStatus(response.status).phrase,
+                                             "".join("%s: %s\r\n" % header for header in headers))
+        data = memoryview(head.encode("latin-1", "replace") + (b"" if self.command == "HEAD" else response.body))
+        for start in range(0, len(data), 1 << 18):          # a slow reader may take SEND_SECONDS for each piece
+            self.connection.sendall(data[start:start + (1 << 18)])
+        if self.close_connection and self._unread != 0:
+            self._drain()
+
+    def _drain(self) -> None:
+        """After a refused body: what still comes is read for a moment, else the client may lose the answer to a reset."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(DRAIN_SECONDS)
+            until, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
+            while left > 0 and time.monotonic() < until:
+                data = self.rfile.read1(1 << 16)            # type: ignore[attr-defined]
+                if not data:
+                    break
+                left -= len(data)
+
+    def _refuse(self, error: BridgeError) -> None:
+        self.close_connection, self._unread = True, None
+        self._write(Dispatcher.refusal(error))
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """What http.server answers by itself (an endless request line, an unknown method), in our one shape."""
+        kinds = {414: HeadTooLarge, 501: UnknownCoding}
+        if not hasattr(self, "_unread"):
+            self._unread = 0
+        self._refuse(kinds.get(code, MalformedRequest)())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def strip_end(line: bytes) -> bytes:
+    """A line without its CRLF; a bare LF counts as an end too, a CR anywhere else stays and is refused."""
+    return line[:-2] if line.endswith(b"\r\n") else line[:-1]
+
+
+class BridgeServer(ThreadingHTTPServer):
+    """Owns the listening socket, the thread "http" and one thread per connection, with a deadline for each phase."""
+    request_queue_size = 128
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"
+
+    def __init__(self, host: str, port: int, dispatcher: Dispatcher, clock: Clock, report: Callable[[str], None]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.dispatcher, self._clock, self._report = dispatcher, clock, report
+        self._lock = threading.Lock()
+        self._phases: Dict[socket.socket, Tuple[str, float, float]] = {}     # connection -> (phase, deadline, since)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.5,), name="http", daemon=True)
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """As the base class, without its look-up of the host's name (seconds, where reverse DNS is broken)."""
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # --- connections and their deadlines ---
+
+    def enter(self, connection: socket.socket, phase: str) -> None:
+        """A connection begins a phase; past its deadline it is closed. `since` is kept until a request was complete."""
+        now = self._clock.monotonic()
+        with self._lock:
+            if connection in self._phases:
+                since = now if phase in (Phase.IDLE, Phase.BUSY) else self._phases[connection][2]
+                self._phases[connection] = (phase, now + Phase.SECONDS[phase], since)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the connection. At the cap the one longest without a complete request makes room; 503 when all are busy."""
+        if not self._has_place(request):
+            return self._turn_away(request)
+        threading.Thread(target=self.process_request_thread, args=(request, client_address),
+                         name="http-%s:%s" % tuple(client_address[:2]), daemon=True).start()
+
+    def _has_place(self, connection: socket.socket) -> bool:
+        now = self._clock.monotonic()
+        with self._lock:
+            if len(self._phases) >= CONNECTIONS:
+                waiting = [(since, other) for other, (phase, _, since) in self._phases.items() if phase != Phase.BUSY]
+                if not waiting:
+                    return False
+                oldest = min(waiting, key=lambda pair: pair[0])[1]
+                del self._phases[oldest]
+                shut(oldest)
+            self._phases[connection] = (Phase.IDLE, now + IDLE_SECONDS, now)
+        return True
+
+    def _turn_away(self, request: Any) -> None:
+        body = as_json(error_body(Unavailable("Too many connections. Please try again later."))).encode()
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 1\r\n"
+                            b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        super().shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._phases.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: closes the connections that are past their deadline."""
+        now = self._clock.monotonic()
+        with self._lock:
+            late = [connection for connection, (_, deadline, _) in self._phases.items() if now >= deadline]
+        for connection in late:
+            shut(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Silent when a client merely left."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
+            self._report("Unexpected error on a connection:\n" + redact(traceback.format_exc()))
+
+    def stop_accepting(self) -> None:
+        if self._thread.ident:
+            self.shutdown()
+        self.socket.close()
+
+    def close(self) -> None:
+        """Lets answers that are being made go out, then ends every connection. Idempotent."""
+        self.stop_accepting()
+        until = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < until and any(phase == Phase.BUSY for phase, _, _ in self._snapshot()):
+            time.sleep(0.01)
+        with self._lock:
+            connections = list(self._phases)
+        for connection in connections:
+            shut(connection)
+        while time.monotonic() < until + 1 and self._snapshot():
+            time.sleep(0.01)
+        self.server_close()
+
+    def _snapshot(self) -> List[Tuple[str, float, float]]:
+        with self._lock:
+            return list(self._phases.values())
+
+
+def shut(connection: socket.socket) -> None:
+    """Ends a connection from outside its thread: the thread's read returns, and the thread cleans up."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+# === 11 Dashboard =============================================================================================
+# One constant. The page holds no data: it fetches JSON. Text goes in by textContent only.
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>claude-api-bridge</title>
+<style nonce="NONCE">
+:root { --paper: #faf9f7; --card: #fff; --ink: #1f1e1c; --faint: #6b6862; --line: #e3e0da; --good: #2e7d4f; --bad: #b3402f; color-scheme: light dark }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #1b1a18; --card: #252422; --ink: #efece6; --faint: #a09b92; --line: #3a3834; --good: #7cc79a; --bad: #ef8d7c }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+header { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; margin-bottom: 1.5rem }
+h1 { font-size: 1.25rem; margin: 0 }
+header p, footer { color: var(--faint); margin: 0 }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 0 0 1.5rem }
+dl div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem }
+dt { color: var(--faint); font-size: .875rem }
+dd { margin: 0; font-size: 1.75rem; font-variant-numeric: tabular-nums }
+.good { color: var(--good) } .bad { color: var(--bad) }
+</style>
+<header><h1>claude-api-bridge</h1><p id="version"></p><p id="state" role="status">Loading&hellip;</p></header>
+<main><dl>
+<div><dt>Queued</dt><dd id="queued">&ndash;</dd></div>
+<div><dt>Processing</dt><dd id="processing">&ndash;</dd></div>
+<div><dt>Completed</dt><dd id="completed">&ndash;</dd></div>
+<div><dt>Failed</dt><dd id="failed">&ndash;</dd></div>
+<div><dt>Requests</dt><dd id="requests">&ndash;</dd></div>
+<div><dt>Tokens</dt><dd id="tokens">&ndash;</dd></div>
+</dl></main>
+<footer id="heard"></footer>
+<noscript>This page needs JavaScript. The same figures: GET /api/status</noscript>
+<script nonce="NONCE">
+"use strict";
+const show = (id, text) => { document.getElementById(id).textContent = text };
+let heard = null;
+async function refresh() {
+  const state = document.getElementById("state");
+  try {
+    const answer = await fetch("/api/status", { cache: "no-store" });
+    const body = await answer.json();
+    if (!answer.ok) throw new Error(body.error);
+    const { queue, stats } = body;
+    heard = Date.now();
+    show("version", "v" + body.version);
+    show("queued", stats.queuedRequests);
+    show("processing", queue.length - stats.queuedRequests);
+    show("completed", stats.completedRequests);
+    show("failed", stats.errorRequests);
+    show("requests", stats.totalRequests);
+    show("tokens", stats.totalTokens);
+    state.textContent = queue.isProcessing ? "working" : "ready";
+    state.className = "good";
+  } catch (error) {
+    state.textContent = "not reachable: " + error.message;
+    state.className = "bad";
+  }
+}
+function tell() {
+  show("heard", heard ? "Last heard from the bridge " + Math.round((Date.now() - heard) / 1000) + " s ago." : "");
+}
+refresh().then(tell);
+setInterval(refresh, 5000);
+setInterval(tell, 1000);
+</script>
+</html>
+"""
+
+
+def dashboard_page(nonce: str) -> bytes:
+    return PAGE.replace("NONCE", nonce).encode()
+
+
+def content_security_policy(nonce: str) -> str:
+    return ("default-src 'none';script-src 'nonce-%s';style-src 'nonce-%s';connect-src 'self';base-uri 'none';form-action 'none';"
+            "frame-ancestors 'none'" % (nonce, nonce))
+
+
+# === 12 Bridge ================================================================================================
+# Constructs, starts and closes all parts. It knows the order, nothing else.
+
+
+class DataLock:
+    """One bridge per data directory. Holds an exclusive lock on bridge.lock; the system frees it when we die."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CannotStart, naming the holder, when another bridge has it."""
+        self._path = path
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            if os.name == "nt":
+                import msvcrt
+                os.lseek(self._file, 4_096, os.SEEK_SET)      # beyond the text, which others must be able to read
+                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            else:
+                import fcntl
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.lseek(self._file, 0, os.SEEK_SET)
+            holder = os.read(self._file, 200).decode("utf-8", "replace").strip()
+            os.close(self._file)
+            raise CannotStart("Another bridge is running with this data directory%s." % (": " + holder if holder else ""),
+                              "stop it first, or choose another folder with --data-dir") from None
+
+    def write(self, text: str) -> None:
+        """Who holds the lock, for whoever is turned away."""
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.ftruncate(self._file, 0)
+        os.write(self._file, text.encode())
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class Bridge:
+    """The whole, as a context manager: everything is started on entry, and gone on exit. Raises CannotStart."""
+
+    def __init__(self, config: Config, claude: Claude, clock: Clock, report: Callable[[str], None]) -> None:
+        self.config, self._claude, self._clock, self._report = config, claude, clock, report
+        self.new_admin_token: Optional[str] = None
+        self._parts = contextlib.ExitStack()
+
+    def __enter__(self) -> "Bridge":
+        with self._parts:
+            self._open()
+            self._parts = self._parts.pop_all()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._parts.close()
+
+    def _open(self) -> None:
+        """Store, leftovers, recovery, worker, server; closed in the order of style: accept no more, worker, waiters, server, store."""
+        data_dir = private_directory(self.config.data_dir)
+        lock = DataLock(data_dir / "bridge.lock")
+        self._parts.callback(lock.close)
+        store = Store(data_dir / "bridge.db", self._clock)
+        self._parts.callback(store.close)
+        hub = Hub()
+        tag = digest(str(data_dir.resolve()))[:16]
+        worker = Worker(store, ClaudeCli(self._claude, self.config, self._clock, tag, store.note_child), hub, self._clock, self._report, self.config)
+        service = Service(store, hub, self._clock, data_dir, worker.partial)
+        backstage = Backstage(self._page, lambda: self._details(worker), lambda: self._check(worker))
+        dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report)
+        self._server = self._listen(dispatcher)
+        self._parts.callback(self._server.close)
+        left = end_leftovers(tag + ".", store.children())
+        for pid, _ in store.children():
+            store.note_child(pid, None)
+        again, lost = store.recover()
+        if left or again or lost:
+            self._report("After an unclean end: %d processes ended, %d requests wait again, %d given up" % (len(left), again, lost))
+        lock.write("process %d, %s" % (os.getpid(), self.local_url))
+        if not service.has_admin():
+            self.new_admin_token = service.create_token(NewToken(name="admin", admin=True))[1]
+        self._parts.callback(hub.close)
+        self._parts.callback(worker.close)
+        self._parts.callback(self._server.stop_accepting)
+        worker.start()
+
+    def serve(self) -> None:
+        """Begins to answer; before this the port is bound, but nothing is read."""
+        self._server.start()
+
+    def _listen(self, dispatcher: Dispatcher) -> BridgeServer:
+        host, port = self.config.listen_host, self.config.port
+        try:
+            return BridgeServer(host, port, dispatcher, self._clock, self._report)
+        except (OSError, OverflowError) as error:
+            raise CannotStart("Port %d on %s cannot be used: %s." % (port, host, getattr(error, "strerror", None) or error),
+                              "is another program using it? choose another one with --port") from None
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    @property
+    def local_url(self) -> str:
+        host = self.config.host if self.config.host not in ("", "0.0.0.0", "::", "127.0.0.1") else "localhost"
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.port)
+
+    def _page(self) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        return Response(200, dashboard_page(nonce), "text/html; charset=utf-8",
+                        (("Content-Security-Policy", content_security_policy(nonce)), ("X-Frame-Options", "DENY")))
+
+    def _details(self, worker: Worker) -> Dict[str, Any]:
+        running = worker.running
+        return {"worker": {"alive": worker.is_alive, "requestId": running[0] if running else None,
+                           "since": iso_time(running[1]) if running else None, "spareReady": worker.has_spare},
+                "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
+
+    @staticmethod
+    def _check(worker: Worker) -> None:
+        if not worker.is_alive:
+            raise Unavailable("The worker has ended. Restart the bridge.")
+
+
+# === 13 Command line ==========================================================================================
+# What a person types and reads. stdout carries data (tokens, addresses, JSON), stderr the narration.
+
+BANNER = """
+  ┌─────────────────────────────────────┐
+  │%s│
+  │   Claude Code as a REST API         │
+  └─────────────────────────────────────┘
+"""
+
+
+class Console:
+    """All printing. Marks and frames are left out where the terminal cannot show them."""
+
+    def __init__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        self._is_rich = bool(getattr(sys.stderr, "isatty", lambda: False)()) and "utf" in (sys.stderr.encoding or "").lower()
+
+    def data(self, text: str) -> None:
+        """A line on stdout, at once."""
+        print(text, flush=True)
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):        # the terminal may be gone; the bridge goes on
+            print(text, file=sys.stderr, flush=True)
+
+    def say(self, mark: str, text: str) -> None:
+        self._tell("  %s  %s" % (mark, text) if self._is_rich else text)
+
+    def blank(self) -> None:
+        if self._is_rich:
+            self._tell("")
+
+    def banner(self) -> None:
+        title = "claude-api-bridge v%s" % __version__
+        self._tell(BANNER % ("   " + title.ljust(34)) if self._is_rich else title)
+
+    def log(self, text: str) -> None:
+        """What happens while the bridge runs, with the time of day."""
+        self.say("·", "%s %s" % (time.strftime("%H:%M:%S"), text))
+
+    def fail(self, text: str, hint: str = "") -> None:
+        self._tell(("  ❌  " if self._is_rich else "error: ") + text)
+        if hint:
+            self._tell("%shint: %s" % ("      " if self._is_rich else "", hint))
+
+
+def lan_address() -> Optional[str]:
+    """This machine's address in its network; found without sending anything."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
+        probe_socket.connect(("192.0.2.1", 9))              # TEST-NET-1: no packet leaves for a datagram socket's connect
+        address = str(probe_socket.getsockname()[0])
+        return None if address.startswith("127.") else address
+    return None
+
+
+def signals_queue() -> "queue.SimpleQueue[int]":
+    """SIGINT, SIGTERM and SIGHUP, as they come; a second one ends the program as if we had not asked for them."""
+    arrived: "queue.SimpleQueue[int]" = queue.SimpleQueue()
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+    def note(number: int, frame: Any) -> None:
+        for each in wanted:
+            signal.signal(each, signal.SIG_DFL)
+        arrived.put(number)
+
+    for each in wanted:
+        signal.signal(each, note)
+    return arrived
+
+
+def command_start(config: Config, console: Console) -> int:
+    """Runs the bridge until a signal; -> 0."""
+    os.umask(0o077)
+    console.banner()
+    private_directory(config.data_dir)
+    claude = find_claude(config, os.environ)
+    tell_payer(config, claude, console)
+    console.say("✅", "Data directory: %s" % config.data_dir)
+    arrived = signals_queue()
+    with Bridge(config, claude, Clock(), console.log) as bridge:
+        if bridge.new_admin_token:
+            console.blank()
+            console.say("🔑", "Admin token (save this, it is shown only once):")
+            console.blank()
+            console.data(bridge.new_admin_token)
+            console.blank()
+        bridge.serve()
+        tell_addresses(bridge, console)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                arrived.get(timeout=1)       # with a timeout, since Windows runs no handler during an endless wait
+                break
+        console.say("👋", "Shutting down...")
+    return 0
+
+
+def tell_payer(config: Config, claude: Claude, console: Console) -> None:
+    billed = "per token" in claude.payer or config.allow_api_key and any(os.environ.get(name) for name in API_KEYS)
+    if config.demo:
+        return console.say("🎭", "Demo: every answer is an echo, Claude is not asked.")
+    console.say("✅", "Claude Code CLI detected (%s)" % claude.features.version_text)
+    if billed:
+        console.say("⚠️", "Who pays: an API key is handed on to claude (--allow-api-key): requests are BILLED PER TOKEN.")
+    else:
+        console.say("✅", "Who pays: %s" % claude.payer)
+    for name in sorted(API_KEYS & set(os.environ)) if not config.allow_api_key else ():
+        console.say("ℹ️", "%s is set; it is not handed on to claude." % name)
+    if claude.environment.get("ANTHROPIC_BASE_URL"):
+        console.say("ℹ️", "ANTHROPIC_BASE_URL is handed on to claude: %s" % claude.environment["ANTHROPIC_BASE_URL"])
+    for note in claude.notes:
+        console.say("ℹ️", note)
+
+
+def tell_addresses(bridge: Bridge, console: Console) -> None:
+    lan = lan_address() if bridge.config.listen_host in ("0.0.0.0", "::") else None
+    if not bridge.config.no_tunnel:
+        console.say("ℹ️", "This version opens no tunnel: only this machine can call. --no-tunnel serves your network too.")
+    console.say("📖", "Dashboard: %s/dashboard" % bridge.local_url)
+    if lan:
+        console.say("🏠", "In your network: http://%s:%d" % (lan, bridge.port))
+    console.say("🚀", "API server running on %s" % bridge.local_url)
+    console.data(bridge.local_url)
+
+
+def command_token(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """token create | list | revoke; works on the database, whether the bridge runs or not."""
+    private_directory(config.data_dir)
+    with contextlib.closing(Store(config.data_dir / "bridge.db", Clock())) as store:
+        service = Service(store, Hub(), Clock(), config.data_dir)
+        if arguments.action == "create":
+            return create_token(arguments, service, console)
+        if arguments.action == "list":
+            return list_tokens(arguments, service, console)
+        service.revoke_token(arguments.id)
+        console.say("✅", "Token revoked")
+    return 0
+
+
+def create_token(arguments: argparse.Namespace, service: Service, console: Console) -> int:
+    tools: Any = arguments.tools
+    if tools and tools not in Tools.LEVELS:
+        tools = [rule for rule in re.split(r",(?![^(]*\))", tools) if rule]
+    new, _ = NewToken.parse({"name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires, "tools": tools,
+                             "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
+    workspace = Path(arguments.workspace).expanduser().absolute() if arguments.workspace else None
+    if workspace and not workspace.is_dir():
+        raise CannotStart("The workspace %s is not a folder." % workspace, "make it first")
+    if workspace and new.tools == Tools.NONE:
+        raise CannotStart("A workspace needs tools.", "add --tools read, for example")
+    token, secret = service.create_token(new, workspace)
+    console.say("🔑", "Token %s (save this, it is shown only once):" % token.id)
+    console.data(as_json({"tokenId": token.id, "token": secret, "prefix": token.prefix}) if arguments.json else secret)
+    return 0
+
+
+def list_tokens(arguments: argparse.Namespace, service: Service, console: Console) -> int:
+    bodies = [token_body(token, service.now()) for token in service.tokens()]
+    if arguments.json:
+        console.data(json.dumps(bodies, ensure_ascii=False, indent=2))
+        return 0
+    console.data("%-36s  %-12s  %-9s  %-5s  %-10s  %s" % ("ID", "PREFIX", "MODE", "ADMIN", "EXPIRES", "NAME"))
+    for body in bodies:
+        expires = "expired" if body["isExpired"] else (body["expiresAt"] or "never")[:10]
+        console.data("%-36s  %-12s  %-9s  %-5s  %-10s  %s" % (body["id"], body["prefix"], body["sessionMode"],
+                                                            "yes" if body["isAdmin"] else "no", expires, body["name"]))
+    return 0
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """The flags of the settings; without a default, so that a variable can stand in."""
+    for row in SETTINGS:
+        if names and row.name not in names:
+            continue
+        text = "%s [%s]" % (row.help, ", ".join(row.variables))
+        if row.kind == "switch":
+            parser.add_argument(row.flag, dest=row.name, action="store_const", const=True, help=text)
+        else:
+            parser.add_argument(row.flag, dest=row.name, metavar=row.kind.upper(),
+                                help=text + ("" if row.default == "" else " (default: %s)" % row.default))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="A REST API for the claude command line tool you already pay for.", allow_abbrev=False)
+    parser.add_argument("--version", "-v", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add_settings(commands.add_parser("start", help="run the bridge", allow_abbrev=False))
+    token = commands.add_parser("token", help="create, list and revoke tokens, while the bridge runs or not", allow_abbrev=False)
+    actions = token.add_subparsers(dest="action", metavar="ACTION", required=True)
+    create = actions.add_parser("create", help="make a token and print it", allow_abbrev=False)
+    create.add_argument("name", help="what it is for")
+    create.add_argument("--admin", action="store_true", help="may manage tokens and read every request")
+    create.add_argument("--stateful", action="store_true", help="its asks share a memory")
+    create.add_argument("--expires", type=int, choices=EXPIRY_DAYS, metavar="DAYS", help="1, 7, 30 or 90 (default: never)")
+    create.add_argument("--tools", help="none (default), read, web, all, or rules: 'Read,Bash(git log:*)'")
+    create.add_argument("--workspace", metavar="DIR", help="an existing folder for its tools (default: one of its own)")
+    revoke = actions.add_parser("revoke", help="delete a token; its running request is stopped", allow_abbrev=False)
+    revoke.add_argument("id", help="as token list shows it")
+    for action in (create, actions.add_parser("list", help="show all tokens", allow_abbrev=False), revoke):
+        add_settings(action, ("data_dir",))
+        if action is not revoke:
+            action.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs one command. -> the exit status: 0 done, 1 could not, 2 wrong words."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["demo-claude"]:
+        return DemoClaude(words[1:]).run()
+    parser = build_parser()
+    arguments = parser.parse_args(words)
+    if not arguments.command:
+        parser.print_help()
+        return 0
+    console = Console()
+    try:
+        config = load_config(vars(arguments), os.environ)
+        return command_start(config, console) if arguments.command == "start" else command_token(arguments, config, console)
+    except (WrongSetting, InvalidRequest) as error:
+        console.fail(str(error))
+        return 2
+    except BridgeError as error:
+        console.fail(str(error))
+    except CannotStart as error:
+        console.fail(str(error), error.hint)
+    except KeyboardInterrupt:
+        console.fail("Interrupted.")
+    return 1
+
+
+class DemoClaude:
+    """`demo-claude`, what --demo runs in place of `claude`: the same protocol on stdin and stdout, an echo for an answer."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._turns = 0
+        self._has_schema = False
+        self._session = str(uuid.uuid4())
+        self._input: "queue.SimpleQueue[Optional[Dict[str, Any]]]" = queue.SimpleQueue()
+
+    def run(self) -> int:
+        if "--version" in self._words:
+            print("%d.%d.%d (demo)" % JSON_SCHEMA_CLI)
+        elif "--help" in self._words:
+            print("  auth\n  " + "\n  ".join(sorted(NEEDED_FLAGS | OPTIONAL_FLAGS)))
+        elif "auth" in self._words:
+            print(as_json({"loggedIn": True, "authMethod": "demo"}))
+        elif any(word.startswith("--resume=") for word in self._words):
+            self._say(type="result", subtype="error_during_execution", is_error=True, errors=["No conversation found"])
+            return 1
+        else:
+            threading.Thread(target=self._read, name="stdin", daemon=True).start()
+            for line in iter(self._input.get, None):
+                self._take(line)
+        return 0
+
+    def _read(self) -> None:
+        for line in sys.stdin.buffer:
+            self._input.put(json.loads(line))
+        self._input.put(None)
+
+    def _say(self, **message: Any) -> None:
+        sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if line["type"] == "control_request":
+            self._has_schema |= "jsonSchema" in line["request"]
+            self._say(type="control_response", response={"subtype": "success", "request_id": line["request_id"], "response": {}})
+        elif line["type"] == "user" and line.get("shouldQuery") is False:
+            self._turns += 1
+            self._say(type="result", subtype="success", is_error=False, num_turns=0, result="")
+        elif line["type"] == "user":
+            self._turns += 1
+            self._answer("".join(block.get("text", "") for block in line["message"]["content"]))
+
+    def _answer(self, message: str) -> None:
+        text = "This is a demo, Claude was not asked. You said%s: %s" % (" (turn %d)" % self._turns if self._turns > 1 else "", message)
+        self._say(type="system", subtype="init", apiKeySource="none", model="demo", session_id=self._session)
+        self._say(type="stream_event", event={"type": "message_start"})
+        pieces = re.findall(r"\s*\S+\s*$|\s*\S+", text) or [text]
+        for piece in pieces:
+            self._say(type="stream_event", event={"type": "content_block_delta", "delta": {"type": "text_delta", "text": piece}})
+            try:
+                line = self._input.get(timeout=min(0.02, 1 / len(pieces)))
+            except queue.Empty:
+                continue
+            if line is None or line.get("request", {}).get("subtype") == "interrupt":
+                self._input.put(line if line is None else {"type": "noise"})
+                return self._say(type="result", subtype="error_during_execution", is_error=True, errors=["interrupted"])
+        result: Dict[str, Any] = {"type": "result", "subtype": "success", "is_error": False, "num_turns": 1, "result": text, "total_cost_usd": 0,
+                                  "usage": {"input_tokens": len(message.split()), "output_tokens": len(text.split())}}
+        if self._has_schema:
+            result.update(result=as_json({"demo": message}), structured_output={"demo": message})
+        self._say(**result)
+
+
+def run() -> None:
+    """The entry point of the installed command and of the .pyz; zipapp's own would drop the status."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

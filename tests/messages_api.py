@@ -1,0 +1,214 @@
+"""A stand-in of the Messages API on loopback, for driving the real `claude` without an account.
+
+    with MessagesApi() as api:
+        api.reply = lambda body: Reply("hello")          # default: echoes the last text of the user
+        subprocess.run([claude, "-p", "hi"], env={**env, "ANTHROPIC_BASE_URL": api.url, ...})
+        api.prompts()                                    # what reached the model, one text per call
+
+`python tests/messages_api.py [PORT]` runs it alone, to try the bridge by hand.
+"""
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+
+@dataclass
+class Reply:
+    """What the model says: text, or tool calls, or an HTTP error instead of both."""
+    text: str = ""
+    tools: Tuple[Tuple[str, Dict[str, Any]], ...] = ()   # (tool name, input)
+    status: int = 200
+    error: str = "api_error"
+    headers: Dict[str, str] = field(default_factory=dict)
+    word_seconds: float = 0.0                            # pause before each word
+    hold: Optional[threading.Event] = None               # nothing is sent until it is set
+    stop_reason: str = ""
+    cut_after: Optional[int] = None                      # drop the connection after so many words
+
+
+@dataclass
+class Call:
+    """One request as it arrived."""
+    path: str
+    headers: Dict[str, str]
+    raw: bytes
+    body: Dict[str, Any]
+
+
+def last_text(body: Dict[str, Any]) -> str:
+    """The last text block of the last user message."""
+    for message in reversed(body.get("messages", [])):
+        if message["role"] != "user":
+            continue
+        content = message["content"]
+        if isinstance(content, str):
+            return content
+        texts = [block["text"] for block in content if block.get("type") == "text"]
+        if texts:
+            return texts[-1]
+    return ""
+
+
+def turn_texts(body: Dict[str, Any]) -> List[Tuple[str, str]]:
+    """(role, text) per message; reminder blocks that the CLI adds are left out."""
+    turns = []
+    for message in body.get("messages", []):
+        content = message["content"]
+        blocks = [content] if isinstance(content, str) else [b["text"] for b in content if b.get("type") == "text"]
+        turns.append((message["role"], "".join(t for t in blocks if not t.startswith("<system-reminder>"))))
+    return turns
+
+
+def echo(body: Dict[str, Any]) -> Reply:
+    """Answers with the user's own words, and calls StructuredOutput where the CLI asks for it."""
+    names = [tool.get("name") for tool in body.get("tools", [])]
+    answered = isinstance(body["messages"][-1]["content"], list) and any(
+        block.get("type") == "tool_result" for block in body["messages"][-1]["content"])
+    if "StructuredOutput" in names and not answered:
+        return Reply(tools=(("StructuredOutput", {"answer": last_text(body)}),))
+    return Reply("Echo: " + last_text(body))
+
+
+class MessagesApi:
+    """Owns the server and the list of calls; close it, or use it as a context manager."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.calls: List[Call] = []
+        self.reply: Callable[[Dict[str, Any]], Reply] = echo
+        self._lock = threading.Lock()
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_HEAD
+
+            def do_POST(self) -> None:
+                raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = json.loads(raw) if raw else {}
+                with api._lock:
+                    api.calls.append(Call(self.path, {k.lower(): v for k, v in self.headers.items()}, raw, body))
+                try:
+                    api._answer(self, body)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 128
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+                    super().handle_error(request, client_address)
+
+        self._server = Server(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="messages-api", daemon=True)
+        self._thread.start()
+        self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
+
+    def messages(self) -> List[Call]:
+        """The calls that asked the model something."""
+        with self._lock:
+            return [call for call in self.calls if call.path.startswith("/v1/messages") and "count_tokens" not in call.path]
+
+    def prompts(self) -> List[str]:
+        return [last_text(call.body) for call in self.messages()]
+
+    def _answer(self, handler: BaseHTTPRequestHandler, body: Dict[str, Any]) -> None:
+        if "count_tokens" in handler.path:
+            return self._json(handler, 200, {"input_tokens": 10})
+        if not handler.path.startswith("/v1/messages"):
+            return self._json(handler, 404, {"type": "error", "error": {"type": "not_found_error", "message": "not here"}})
+        reply = self.reply(body)
+        if reply.hold is not None:
+            reply.hold.wait(60)
+        if reply.status != 200:
+            return self._json(handler, reply.status, {"type": "error", "error": {"type": reply.error, "message": reply.text}},
+                              reply.headers)
+        message = {"id": "msg_%d" % len(self.calls), "type": "message", "role": "assistant", "model": body.get("model", "m"),
+                   "content": [], "stop_reason": None, "stop_sequence": None,
+                   "usage": {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}}
+        blocks: List[Dict[str, Any]] = [{"type": "text", "text": reply.text}] if reply.text or not reply.tools else []
+        blocks += [{"type": "tool_use", "id": "toolu_%d_%d" % (len(self.calls), n), "name": name, "input": args}
+                   for n, (name, args) in enumerate(reply.tools)]
+        stop = reply.stop_reason or ("tool_use" if reply.tools else "end_turn")
+        if not body.get("stream"):
+            message.update(content=blocks, stop_reason=stop, usage={**message["usage"], "output_tokens": 7})
+            return self._json(handler, 200, message, reply.headers)
+        self._stream(handler, reply, message, blocks, stop)
+
+    def _json(self, handler: BaseHTTPRequestHandler, status: int, body: Any, headers: Optional[Dict[str, str]] = None) -> None:
+        data = json.dumps(body).encode()
+        handler.send_response(status)
+        for name, value in {"content-type": "application/json", "request-id": "req_1", **(headers or {})}.items():
+            handler.send_header(name, value)
+        handler.send_header("content-length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    def _stream(self, handler: BaseHTTPRequestHandler, reply: Reply, message: Dict[str, Any],
+                blocks: List[Dict[str, Any]], stop: str) -> None:
+        handler.send_response(200)
+        for name, value in {"content-type": "text/event-stream", "request-id": "req_1", **reply.headers}.items():
+            handler.send_header(name, value)
+        handler.send_header("connection", "close")
+        handler.end_headers()
+        handler.close_connection = True
+
+        def event(kind: str, **data: Any) -> None:
+            handler.wfile.write(("event: %s\ndata: %s\n\n" % (kind, json.dumps({"type": kind, **data}))).encode())
+
+        event("message_start", message=message)
+        for index, block in enumerate(blocks):
+            if block["type"] == "text":
+                event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                words = block["text"].split(" ") if reply.word_seconds or reply.cut_after is not None else [block["text"]]
+                for n, word in enumerate(words):
+                    if reply.cut_after is not None and n >= reply.cut_after:
+                        return
+                    if reply.word_seconds:
+                        time.sleep(reply.word_seconds)
+                    event("content_block_delta", index=index,
+                          delta={"type": "text_delta", "text": word if n == len(words) - 1 else word + " "})
+            else:
+                event("content_block_start", index=index, content_block={**block, "input": {}})
+                event("content_block_delta", index=index,
+                      delta={"type": "input_json_delta", "partial_json": json.dumps(block["input"])})
+            event("content_block_stop", index=index)
+        event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": 7})
+        event("message_stop")
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+    def __enter__(self) -> "MessagesApi":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+
+if __name__ == "__main__":
+    stand_in = MessagesApi(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    print(stand_in.url, flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        stand_in.close()

@@ -623,12 +623,14 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """A successful run. session_id: under which the CLI keeps the conversation; None where it does not."""
+    """A successful run. session_id: under which the CLI keeps the conversation, None where it does not; spent_usd: the
+    cost of that session so far, as the CLI counts it."""
     text: str
     structured: Optional[str] = None
     usage: Usage = Usage()
     model: Optional[str] = None
     session_id: Optional[str] = None
+    spent_usd: float = 0.0
 
 
 def new_token() -> str:
@@ -704,7 +706,9 @@ JSON_SCHEMA_CLI = (2, 1, 197)   # before, an answer without the structure is ask
 NEEDED_FLAGS = frozenset(("--tools", "--setting-sources", "--strict-mcp-config", "--input-format", "--permission-mode", "--resume",
                           "--session-id"))
 OPTIONAL_FLAGS = frozenset(("--include-partial-messages", "--disable-slash-commands", "--no-session-persistence", "--agent"))
-FILE_TOOLS = ("Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit")
+CONFINED_CLI = (2, 1, 330)      # from here on Glob stays in the workspace whatever its pattern; before, it can list names elsewhere
+ALL_TOOLS = ("Bash", "Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit", "WebFetch", "WebSearch", "Agent", "Task", "TaskOutput",
+             "TaskStop", "TodoWrite")
 
 # Variables of ours that never reach the CLI: they choose who pays, which server, model or prompt is used, or
 # load code. Everything ANTHROPIC_* and CLAUDE* goes unless it is in the second list.
@@ -750,7 +754,7 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated:
             if not STRIPPED.fullmatch(name) or name in HANDED_ON or allow_api_key and name in API_KEYS}
     kept.update(CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
                 CLAUDE_CODE_DISABLE_TERMINAL_TITLE="1", CLAUDE_CODE_DISABLE_CLAUDE_MDS="1",
-                CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
+                CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", CLAUDE_CODE_DISABLE_BACKGROUND_TASKS="1", ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
     owners = environ.get("CLAUDE_CONFIG_DIR", "")
     if isolated:
         kept.update(CLAUDE_CONFIG_DIR=isolated, CLAUDE_SECURESTORAGE_CONFIG_DIR=owners)
@@ -759,18 +763,44 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated:
     return kept
 
 
-def claude_argv(command: Sequence[str], flags: FrozenSet[str], tools: Union[str, Tuple[str, ...]], session: Sequence[str] = ()) -> List[str]:
-    """The command line of a child; nothing in it comes from a client. session: --session-id, --resume or nothing."""
-    optional = sorted(OPTIONAL_FLAGS & flags - {"--agent", "--no-session-persistence"})
+def claude_argv(command: Sequence[str], features: Features, tools: Union[str, Tuple[str, ...]], session: Sequence[str] = ()) -> List[str]:
+    """The command line of a child; nothing in it comes from a client. session: --session-id, --resume or nothing.
+
+    --system-prompt-snapshot off: else 2.1.330 answers a resumed session under the system prompt of its first turn.
+    """
+    def known(*words: str) -> Sequence[str]:
+        return words if words[0] in features.flags else ()
+
     return [*command, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
-            "--setting-sources", "", "--strict-mcp-config", *optional, *tool_argv(tools),
-            *(("--agent", "bridge") if "--agent" in flags else ()),
-            *(session or (("--no-session-persistence",) if "--no-session-persistence" in flags else ()))]
+            "--setting-sources", "", "--strict-mcp-config", *known("--include-partial-messages"), *known("--disable-slash-commands"),
+            *tool_argv(features, tools), *known("--agent", "bridge"), *known("--system-prompt-snapshot", "off"),
+            *(session or known("--no-session-persistence"))]
 
 
-def tool_argv(tools: Union[str, Tuple[str, ...]]) -> List[str]:
-    """The flags of a tools level or of a list of rules."""
-    return ["--tools", "", "--permission-mode", "dontAsk"]
+def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[str]:
+    """The flags of a tools level or of a list of rules: --tools says what exists, --allowedTools what needs no asking (and
+    nobody is there to ask). Reading inside the workspace needs no rule.
+
+    Source: each level tried on 2.1.50, 2.1.197 and 2.1.330 with calls inside, outside, by `..`, `~` and symlinks. A bare
+    rule `Read` or `Write` would open the whole disk, so a bare name means the workspace; `Edit(...)` rules cover Write too.
+    """
+    allowed: Sequence[str] = ()
+    mode = "dontAsk"
+    if tools == Tools.READ:
+        exist: Sequence[str] = ("Read", "Glob", "Grep")
+    elif tools == Tools.WEB:
+        exist = allowed = ("WebSearch", "WebFetch")
+    elif tools == Tools.ALL:
+        exist, allowed, mode = ALL_TOOLS, ("Bash", "WebFetch", "WebSearch"), "acceptEdits"
+    else:
+        rules = () if tools == Tools.NONE else tuple(tools)
+        exist = sorted({rule.partition("(")[0] for rule in rules})
+        allowed = sorted({"Edit(./**)" if rule in ("Edit", "Write", "NotebookEdit") else rule
+                          for rule in rules if rule not in ("Read", "Glob", "Grep")})
+    if features.version < CONFINED_CLI:
+        exist = [name for name in exist if name != "Glob"]
+    confined = ["--restricted"] if tools in (Tools.READ, Tools.ALL) and "--restricted" in features.flags else []
+    return ["--tools", ",".join(exist), "--permission-mode", mode, *confined, *(("--allowedTools", *allowed) if allowed else ())]
 
 
 def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]:
@@ -876,11 +906,13 @@ def failure_of(result: Mapping[str, Any], said: str) -> RunFailed:
     return RunFailed("cli_error", text)
 
 
-def usage_of(result: Mapping[str, Any], cost_before: float) -> Usage:
-    """The figures of one turn: tokens are per turn, the cost is cumulative per process."""
-    used = result.get("usage") or {}
+def usage_of(result: Mapping[str, Any], spent_usd: float) -> Tuple[Usage, float]:
+    """-> (the figures of one turn, the cost so far). Tokens come per turn; the cost is the sum of the process, and with
+    --resume of the session (2.1.330) or not (2.1.197): a sum below what was spent has begun anew."""
+    used, total = result.get("usage") or {}, float(result.get("total_cost_usd") or 0)
     names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    return Usage(*(int(used.get(name) or 0) for name in names), max(0.0, round(float(result.get("total_cost_usd") or 0) - cost_before, 8)))
+    counts = [int(used.get(name) or 0) for name in names]
+    return Usage(counts[0], counts[1], counts[2], counts[3], round(total - spent_usd if total >= spent_usd else total, 8)), total
 
 
 def payer_of(status: Mapping[str, Any]) -> Tuple[bool, str]:
@@ -919,7 +951,8 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         " conversation TEXT, effort TEXT, started_at REAL, completed_at REAL, response TEXT, structured TEXT, usage TEXT,"
         " error TEXT, error_code TEXT)",
         "CREATE TABLE conversations (token_id TEXT NOT NULL REFERENCES tokens(id) ON DELETE CASCADE, name TEXT NOT NULL,"
-        " session_id TEXT, created_at REAL NOT NULL, last_used_at REAL NOT NULL, PRIMARY KEY (token_id, name))",
+        " session_id TEXT, spent_usd REAL NOT NULL DEFAULT 0, created_at REAL NOT NULL, last_used_at REAL NOT NULL,"
+        " PRIMARY KEY (token_id, name))",
         # The asks of a stateful token of the original are one conversation. Its session belongs to another folder
         # of the CLI, so it is continued from what was stored.
         "INSERT INTO jobs (id, token_id, status, message, created_at, conversation, completed_at, response, error, error_code)"
@@ -1137,8 +1170,8 @@ class Store:
                               " model = coalesce(?, model) WHERE id = ? AND status = 'processing'",
                               (now, clean_text(answer.text), answer.structured, as_json(answer.usage), answer.model, job.id)).rowcount
             if done and job.conversation:
-                db.execute("UPDATE conversations SET session_id = ?, last_used_at = ? WHERE token_id = ? AND name = ?",
-                           (answer.session_id, now, job.token_id, job.conversation))
+                db.execute("UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ? WHERE token_id = ? AND name = ?",
+                           (answer.session_id, answer.spent_usd, now, job.token_id, job.conversation))
         return bool(done)
 
     def fail(self, job: Job, code: str, text: str) -> bool:
@@ -1182,13 +1215,13 @@ class Store:
     def _job(row: Tuple[Any, ...]) -> Job:
         values = dict(zip(JOB_COLUMNS, row))
         if values["usage"]:
-            values["usage"] = Usage(*json.loads(values["usage"]))
+            values["usage"] = Usage._make(json.loads(values["usage"]))
         return Job(**values)
 
     # --- conversations ---
 
-    def open_conversation(self, token_id: str, name: str) -> Optional[str]:
-        """Begins a turn. -> the CLI's session to resume, or None.
+    def open_conversation(self, token_id: str, name: str) -> Tuple[Optional[str], float]:
+        """Begins a turn. -> (the CLI's session to resume or None, its cost so far in US dollars).
 
         The stored session is cleared until the turn succeeds: a transcript that holds half a turn is never resumed.
         """
@@ -1196,9 +1229,9 @@ class Store:
         with self._write() as db:
             db.execute("INSERT OR IGNORE INTO conversations (token_id, name, created_at, last_used_at)"
                        " SELECT id, ?, ?, ? FROM tokens WHERE id = ?", (name, now, now, token_id))
-            found = db.execute("SELECT session_id FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).fetchone()
+            found = db.execute("SELECT session_id, spent_usd FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).fetchone()
             db.execute("UPDATE conversations SET session_id = NULL WHERE token_id = ? AND name = ?", (token_id, name))
-        return found[0] if found else None
+        return (found[0], float(found[1])) if found else (None, 0.0)
 
     def history(self, job: Job) -> List[Exchange]:
         """The completed turns before this one, oldest first; the latest HISTORY_TURNS within HISTORY_BYTES."""
@@ -1535,12 +1568,13 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run needs to know. conversation: its key, or None for a stateless ask; session_id: the CLI's, to resume.
-    history: reads the turns so far; asked only when they have to be told again."""
+    """What a run needs to know. conversation: its key, or None for a stateless ask; session_id: the CLI's, to resume,
+    and spent_usd its cost so far. history: reads the turns so far; asked only when they have to be told again."""
     message: str
     setup: Setup
     conversation: Optional[Tuple[str, str]] = None
     session_id: Optional[str] = None
+    spent_usd: float = 0.0
     history: Callable[[], Sequence[Exchange]] = tuple
 
 
@@ -1655,9 +1689,8 @@ class Turn:
             structured = as_json(body["structured_output"])
         if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
             raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
-        usage = usage_of(body, self._child.spent_usd)
-        self._child.spent_usd += usage.cost_usd
-        return Answer(text, structured, usage, model)
+        usage, self._child.spent_usd = usage_of(body, self._child.spent_usd)
+        return Answer(text, structured, usage, model, spent_usd=self._child.spent_usd)
 
 
 class ClaudeCli:
@@ -1715,7 +1748,7 @@ class ClaudeCli:
                 self._dismiss(warm.child, warm.setup)
                 self._settle(warm.child)
             if work.session_id:
-                yield Way(self._spawn(work.setup, "--resume=" + work.session_id), work.session_id)
+                yield Way(self._resume(work, work.session_id), work.session_id)
             history = work.history()
             if not history:
                 session_id = str(uuid.uuid4())
@@ -1728,6 +1761,12 @@ class ClaudeCli:
         elif spare:
             self._dismiss(spare, work.setup)
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
+
+    def _resume(self, work: Work, session_id: str) -> Child:
+        """A child that knows the session. Without a model it would keep the one of the last turn."""
+        child = self._spawn(work.setup, "--resume=" + session_id, *(() if work.setup.model else ("--model", "default")))
+        child.spent_usd = work.spent_usd
+        return child
 
     def _keep(self, work: Work, way: Way, answer: Answer) -> None:
         """After a success: the child of a conversation stays, any other leaves."""
@@ -1765,7 +1804,7 @@ class ClaudeCli:
     def _spawn(self, setup: Setup, *session: str) -> Child:
         """A new child. Raises RunFailed."""
         folder = Path(setup.workspace) if setup.workspace else self._config.data_dir / "work"
-        argv = claude_argv(self.claude.command, self.claude.features.flags, setup.tools, session)
+        argv = claude_argv(self.claude.command, self.claude.features, setup.tools, session)
         self._count += 1
         try:
             if not setup.workspace:
@@ -1956,8 +1995,8 @@ class Worker:
         setup = Setup(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
         if not job.conversation:
             return Work(job.message, setup)
-        return Work(job.message, setup, (job.token_id, job.conversation), self._store.open_conversation(job.token_id, job.conversation),
-                    lambda: self._store.history(job))
+        session_id, spent_usd = self._store.open_conversation(job.token_id, job.conversation)
+        return Work(job.message, setup, (job.token_id, job.conversation), session_id, spent_usd, lambda: self._store.history(job))
 
     def _stop_reason(self, job: Job) -> Optional[str]:
         if self._clock.monotonic() >= self._give_up_at:

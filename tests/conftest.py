@@ -1,0 +1,306 @@
+"""Fixtures: a clock that tests move, a fake `claude`, a bridge in this process, a bridge as a program, a client."""
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import pytest
+
+import claude_api_bridge as cab
+
+MODULE = Path(cab.__file__)
+TESTS = Path(__file__).parent
+REQUIRE_REAL = os.environ.get("CAB_REQUIRE_REAL") == "1"
+
+
+def wait_until(fact: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """The fact as soon as it is true; fails after a bound."""
+    until = time.monotonic() + seconds
+    while True:
+        found = fact()
+        if found:
+            return found
+        assert time.monotonic() < until, "not so within %g s" % seconds
+        time.sleep(0.005)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    return cab.started_at(pid) is not None
+
+
+def missing(what: str) -> None:
+    """Skips with the reason, or fails where everything must be there."""
+    if REQUIRE_REAL:
+        pytest.fail(what + " (required here)")
+    pytest.skip(what)
+
+
+class FakeClock(cab.Clock):
+    """Both clocks, moved by hand."""
+
+    def __init__(self, at: float = 1_800_000_000.0) -> None:
+        self.at = at
+
+    def now(self) -> float:  # type: ignore[override]
+        return self.at
+
+    def monotonic(self) -> float:  # type: ignore[override]
+        return self.at
+
+    def advance(self, seconds: float) -> None:
+        self.at += seconds
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def our_children() -> List[int]:
+    """Processes whose parent is this one (Linux)."""
+    found = []
+    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
+        if entry.isdigit():
+            try:
+                stat = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(stat[1]) == os.getpid() and stat[0] != "Z":
+                found.append(int(entry))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No test leaves a thread or a process behind."""
+    threads, children = set(threading.enumerate()), set(our_children())
+    yield
+    wait_until(lambda: set(threading.enumerate()) <= threads and set(our_children()) <= children, 8)
+
+
+class FakeClaude:
+    """An executable that behaves as tests/fake_claude.py says, and what it noted."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "claude"
+        self.path.write_text("#!%s -S\nimport sys\nsys.path.insert(0, %r)\nimport fake_claude\nsys.exit(fake_claude.main(%r, **%r))\n"
+                             % (sys.executable, str(TESTS), str(folder), options))
+        self.path.chmod(0o755)
+
+    def _log(self, name: str) -> List[Dict[str, Any]]:
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def starts(self) -> List[Dict[str, Any]]:
+        """Every start: {"pid", "argv", "env", "cwd"}."""
+        return self._log("starts.jsonl")
+
+    def children(self) -> List[Dict[str, Any]]:
+        """The starts in stream-json mode."""
+        return [start for start in self.starts() if "-p" in start["argv"]]
+
+    def lines(self) -> List[Dict[str, Any]]:
+        """Every line that arrived on stdin."""
+        return [entry["line"] for entry in self._log("lines.jsonl")]
+
+    def prompts(self) -> List[str]:
+        """The prompts that asked for an answer, in order."""
+        return [line["message"]["content"][0]["text"] for line in self.lines()
+                if line["type"] == "user" and line.get("shouldQuery") is not False]
+
+
+@pytest.fixture
+def fake_claude(tmp_path: Path) -> Callable[..., FakeClaude]:
+    return lambda **options: FakeClaude(tmp_path / "fake", **options)
+
+
+@dataclass
+class Answer:
+    """What came back over HTTP."""
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.data)
+
+
+class Api:
+    """A client with a connection per call. token: sent as Bearer unless a call says otherwise."""
+
+    def __init__(self, port: int, token: Optional[str] = None) -> None:
+        self.port, self.token = port, token
+
+    def with_token(self, token: Optional[str]) -> "Api":
+        return Api(self.port, token)
+
+    def call(self, method: str, path: str, body: Any = None, headers: Optional[Mapping[str, str]] = None) -> Answer:
+        """body: bytes as they are, anything else as JSON."""
+        sent = {**({"Authorization": "Bearer " + self.token} if self.token else {}), **(headers or {})}
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
+        try:
+            connection.request(method, path, data, sent)
+            response = connection.getresponse()
+            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **options: Any) -> Answer:
+        return self.call("GET", path, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return self.call("POST", path, body, **options)
+
+    def delete(self, path: str, **options: Any) -> Answer:
+        return self.call("DELETE", path, **options)
+
+    def ask(self, message: str, **fields: Any) -> str:
+        """-> the request's id."""
+        answer = self.post("/api/ask", {"message": message, **fields})
+        assert answer.status in (200, 202), answer.data
+        return str(answer.json["requestId"])
+
+    def poll(self, request_id: str, wait: float = 0) -> Dict[str, Any]:
+        return dict(self.get("/api/ask/%s%s" % (request_id, "?wait=%g" % wait if wait else "")).json)
+
+    def done(self, request_id: str, seconds: float = 30) -> Dict[str, Any]:
+        """The finished poll body."""
+        body = self.poll(request_id, wait=seconds)
+        assert body["status"] in ("completed", "error"), body
+        return body
+
+    def answer(self, message: str, **fields: Any) -> Dict[str, Any]:
+        """Asks and waits: the finished poll body."""
+        return self.done(self.ask(message, **fields))
+
+    def new_token(self, name: str = "test", **fields: Any) -> "Api":
+        """A client with a token made for it (this one's must be admin)."""
+        answer = self.post("/api/tokens", {"name": name, **fields})
+        assert answer.status == 201, answer.data
+        return self.with_token(answer.json["token"])
+
+
+class RunningBridge:
+    """A bridge in this process."""
+
+    def __init__(self, bridge: cab.Bridge, log: List[str]) -> None:
+        self.bridge, self.log = bridge, log
+        self.data_dir = bridge.config.data_dir
+        self.admin = Api(bridge.port, bridge.new_admin_token)
+        self.port = bridge.port
+
+
+@pytest.fixture
+def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., RunningBridge]]:
+    """bridge(claude=..., environ=..., clock=..., **settings) -> a RunningBridge on a free port, over a fake claude."""
+    opened: List[cab.Bridge] = []
+
+    def start(claude: Optional[FakeClaude] = None, environ: Optional[Mapping[str, str]] = None, clock: Optional[cab.Clock] = None,
+              **settings: Any) -> RunningBridge:
+        claude = claude or fake_claude()
+        config = cab.Config(**{"port": 0, "host": "127.0.0.1", "no_tunnel": True, "data_dir": tmp_path / "data",
+                               "claude": str(claude.path), "rate_limit": 0, **settings})
+        log: List[str] = []
+        found = cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})})
+        opened.append(cab.Bridge(config, found, clock or cab.Clock(), log.append).__enter__())
+        opened[-1].serve()
+        return RunningBridge(opened[-1], log)
+
+    yield start
+    for each in opened:
+        each.__exit__(None, None, None)
+
+
+class Program:
+    """The bridge as a person starts it: a process of its own, with a clean environment."""
+
+    def __init__(self, command: List[str], environ: Mapping[str, str], folder: Path) -> None:
+        self.errors_path = folder / ("stderr-%d" % len(list(folder.glob("stderr-*"))))
+        with open(self.errors_path, "wb") as errors:
+            self.process = subprocess.Popen(command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                                            start_new_session=True)
+        self.lines: List[str] = []
+        assert self.process.stdout is not None
+        for raw in self.process.stdout:                   # the token on a first start, then the address
+            self.lines.append(raw.decode().strip())
+            if self.lines[-1].startswith("http"):
+                break
+
+    @property
+    def stderr(self) -> str:
+        return self.errors_path.read_text("utf-8")
+
+    @property
+    def port(self) -> int:
+        return int(self.lines[-1].rpartition(":")[2])
+
+    @property
+    def token(self) -> str:
+        return next(line for line in self.lines if line.startswith("cab-"))
+
+    @property
+    def api(self) -> Api:
+        return Api(self.port, self.token)
+
+    def end(self, number: int, seconds: float = 10) -> int:
+        """Sends a signal. -> exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(seconds)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+
+@pytest.fixture
+def program(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., Program]]:
+    """program(*flags, environ=..., claude=...) -> `start` in a process of its own, once it serves."""
+    started: List[Program] = []
+
+    def start(*flags: str, environ: Optional[Mapping[str, str]] = None, claude: Optional[Path] = None,
+              command: Tuple[str, ...] = (sys.executable, str(MODULE)), demo: bool = False) -> Program:
+        which = ["--demo"] if demo else ["--claude", str(claude or fake_claude().path)]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANG": "C.UTF-8", **(environ or {})}
+        started.append(Program([*command, "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(tmp_path / "data"),
+                                *which, *flags], environment, tmp_path))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.end(15)
+        elif each.process.stdout:
+            each.process.stdout.close()
+
+
+def run_cli(*words: str, environ: Optional[Mapping[str, str]] = None, home: Optional[Path] = None) -> "subprocess.CompletedProcess[str]":
+    """One command of ours, to its end."""
+    environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **({"HOME": str(home)} if home else {}), **(environ or {})}
+    return subprocess.run([sys.executable, str(MODULE), *words], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
+
+
+@pytest.fixture(scope="session")
+def real_claude() -> Path:
+    """The real CLI: $CAB_TEST_CLAUDE, or `claude` in PATH; else the test is skipped (or fails where it is required)."""
+    found = shutil.which(os.environ.get("CAB_TEST_CLAUDE") or "claude")
+    if not found:
+        missing("no real claude here: npm install @anthropic-ai/claude-code, and name it in CAB_TEST_CLAUDE")
+    return Path(str(found)).absolute()
+
+
+__all__ = ["Answer", "Api", "FakeClaude", "FakeClock", "Program", "RunningBridge", "is_running", "missing", "run_cli", "shlex", "wait_until"]

@@ -1,0 +1,257 @@
+"""A fake `claude` for speed and for faults that the real one cannot be made to have.
+
+The prompt says what happens (see `Fake.act`); everything a well-behaved answer consists of was seen on the real CLI
+(2.1.330). conftest's `fake_claude` writes an executable that calls `main` with a folder for its log and sessions.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+FLAGS = ("--tools --setting-sources --strict-mcp-config --input-format --permission-mode --resume --session-id "
+         "--include-partial-messages --disable-slash-commands --no-session-persistence --agent --system-prompt-snapshot --restricted")
+
+
+def main(folder: str, version: str = "2.1.330 (Claude Code)", flags: str = FLAGS, auth: Optional[Mapping[str, Any]] = None,
+         has_auth: bool = True) -> int:
+    """folder: where the fake notes what it was told; auth: what `auth status` prints (default: signed in)."""
+    words = sys.argv[1:]
+    with open(os.path.join(folder, "starts.jsonl"), "a") as log:
+        log.write(json.dumps({"pid": os.getpid(), "argv": words, "env": dict(os.environ), "cwd": os.getcwd()}) + "\n")
+    if "--version" in words:
+        print(version)
+    elif "--help" in words:
+        print(("  auth    Manage authentication\n" if has_auth else "") + "\n".join("  " + flag for flag in flags.split()))
+    elif words[:2] == ["auth", "status"]:
+        status = {"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"} if auth is None else auth
+        print(json.dumps(status, indent=2))
+        return 0 if status.get("loggedIn") else 1
+    else:
+        return Fake(Path(folder), words).run()
+    return 0
+
+
+class Fake:
+    """One process in stream-json mode."""
+
+    def __init__(self, folder: Path, words: List[str]) -> None:
+        self.folder = folder
+        self.turns: List[List[str]] = []                 # [role, text]
+        self.setup: Dict[str, Any] = {}
+        self.last_was_error = False
+        self.session = str(uuid.uuid4())
+        self.keeps = "--no-session-persistence" not in words
+        self.resumes = None
+        for word in words:
+            if word.startswith("--session-id="):
+                self.session = word.partition("=")[2]
+            if word.startswith("--resume="):
+                self.session = self.resumes = word.partition("=")[2]
+
+    def run(self) -> int:
+        if self.resumes:
+            if not self._transcript().exists():
+                self.say(type="result", subtype="error_during_execution", is_error=True, num_turns=0, session_id=self.session,
+                         errors=["No conversation found with session ID: " + self.session])
+                return 1
+            self.turns = json.loads(self._transcript().read_text())
+        for raw in sys.stdin.buffer:
+            line = json.loads(raw)
+            self.note(line)
+            if line["type"] == "control_request":
+                self.control(line)
+            elif line["type"] == "assistant":
+                self.turns.append(["assistant", line["message"]["content"][0]["text"]])
+            elif line["type"] == "user":
+                text = line["message"]["content"][0]["text"]
+                self.turns.append(["user", text])
+                if line.get("shouldQuery") is False:
+                    self.result("", num_turns=0)
+                else:
+                    self.act(text)
+        return 1 if self.last_was_error else 0
+
+    def note(self, line: Mapping[str, Any]) -> None:
+        with open(self.folder / "lines.jsonl", "a") as log:
+            log.write(json.dumps({"pid": os.getpid(), "line": line}) + "\n")
+
+    def say(self, **message: Any) -> None:
+        sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+    def control(self, line: Mapping[str, Any]) -> None:
+        request = line["request"]
+        if request["subtype"] == "initialize":
+            self.setup = request
+        response: Dict[str, Any] = {"subtype": "success", "request_id": line["request_id"], "response": {}}
+        if request.get("systemPrompt") == "refuse this":
+            response = {"subtype": "error", "request_id": line["request_id"], "error": "systemPrompt refused"}
+        self.say(type="control_response", response=response)
+        if request["subtype"] == "interrupt":
+            self.say(type="result", subtype="error_during_execution", is_error=True, terminal_reason="aborted_streaming")
+
+    def begin(self, source: str = "none") -> None:
+        model = self.setup.get("agents", {}).get("bridge", {}).get("model") or "default-model"
+        self.say(type="system", subtype="init", session_id=self.session, apiKeySource=source, model="resolved-" + model)
+        self.say(type="system", subtype="status", status="requesting")
+        self.say(type="stream_event", event={"type": "message_start", "message": {}}, parent_tool_use_id=None)
+
+    def delta(self, text: str) -> None:
+        self.say(type="stream_event", event={"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}},
+                 parent_tool_use_id=None)
+
+    def result(self, text: str, **fields: Any) -> None:
+        self.last_was_error = bool(fields.get("is_error"))
+        self.say(**{"type": "result", "subtype": "success", "is_error": False, "num_turns": 1, "result": text, "session_id": self.session,
+                    "total_cost_usd": 0.001 * len(self.turns), "usage": {"input_tokens": 10, "output_tokens": 7,
+                                                                        "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}, **fields})
+
+    def answer(self, text: str) -> None:
+        """A good answer, in two deltas."""
+        self.delta(text[:len(text) // 2])
+        self.delta(text[len(text) // 2:])
+        self.say(type="assistant", message={"role": "assistant", "content": [{"type": "text", "text": text}]}, parent_tool_use_id=None)
+        self.turns.append(["assistant", text])
+        if self.keeps:
+            self._transcript().write_text(json.dumps(self.turns))
+        fields = {"structured_output": {"answer": text}} if "jsonSchema" in self.setup else {}
+        self.result(text, **fields)
+
+    def _transcript(self) -> Path:
+        return self.folder / ("session-%s.json" % self.session)
+
+    def act(self, text: str) -> None:
+        """Does what the prompt says: `WORD rest`; any other prompt is echoed."""
+        word, _, rest = text.partition(" ")
+        action = getattr(self, "act_" + word.replace("-", "_"), None)
+        if word in ("die-early",):
+            return action(rest)
+        self.begin("ANTHROPIC_API_KEY" if word == "apikey" else "none")
+        if action:
+            action(rest)
+        else:
+            self.answer("Echo: " + text)
+
+    def act_say(self, rest: str) -> None:
+        self.answer(rest)
+
+    def act_turns(self, rest: str) -> None:
+        """Answers with all it remembers, as JSON."""
+        self.answer(json.dumps(self.turns[:-1]))
+
+    def act_hold(self, rest: str) -> None:
+        """Says one word, then waits (at most 30 s) until the file `rest` exists, then answers "held"."""
+        self.delta("he")
+        wait_for_file(rest)
+        self.answer("held")
+
+    def act_hang(self, rest: str) -> None:
+        """Never answers, and leaves at SIGTERM or SIGINT only (or after 60 s)."""
+        self.delta("thinking")
+        time.sleep(60)
+        os._exit(3)
+
+    def act_stubborn(self, rest: str) -> None:
+        """Never answers and ignores SIGINT and SIGTERM."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.delta("no")
+        self.act_hang(rest)
+
+    def act_chatty(self, rest: str) -> None:
+        """Never answers, but shows signs of life (at most 60 s)."""
+        for _ in range(1200):
+            self.say(type="system", subtype="api_retry", attempt=1)
+            time.sleep(0.05)
+
+    def act_tool(self, rest: str) -> None:
+        """Runs a silent tool until the file `rest` exists, then answers."""
+        self.say(type="assistant", message={"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "Bash", "input": {}}]},
+                 parent_tool_use_id=None)
+        wait_for_file(rest)
+        self.say(type="user", message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "ok"}]})
+        self.say(type="stream_event", event={"type": "message_start", "message": {}}, parent_tool_use_id=None)
+        self.answer("done")
+
+    def act_grandchild(self, rest: str) -> None:
+        """Starts a process in a session of its own, notes its pid in the file `rest`, and hangs."""
+        code = "import time; time.sleep(60)"
+        started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdin=subprocess.DEVNULL)
+        Path(rest + ".part").write_text(str(started.pid))
+        os.replace(rest + ".part", rest)
+        self.act_hang(rest)
+
+    def act_die(self, rest: str) -> None:
+        """die CODE WORDS: exits during the turn, with words on stderr."""
+        code, _, words = rest.partition(" ")
+        self.delta("dying")
+        sys.stderr.write(words + "\n")
+        sys.stderr.flush()
+        os._exit(int(code))
+
+    def act_die_early(self, rest: str) -> None:
+        """Exits before anything was said."""
+        sys.stderr.write("gone at once\n")
+        sys.stderr.flush()
+        os._exit(int(rest or 1))
+
+    def act_garbage(self, rest: str) -> None:
+        sys.stdout.buffer.write(b'{"type": "assis\n')
+        sys.stdout.buffer.flush()
+        self.answer("too late")
+
+    def act_noise(self, rest: str) -> None:
+        """Debug output, blank lines, CRLF, unknown types and a question of its own; then an answer."""
+        sys.stdout.buffer.write(b"[DEBUG] hello\n\n   \r\n" + json.dumps({"type": "conversation_reset"}).encode() + b"\r\n")
+        sys.stdout.buffer.flush()
+        self.say(type="control_request", request_id="q", request={"subtype": "can_use_tool"})
+        self.answer("quiet " + rest)
+
+    def act_flood(self, rest: str) -> None:
+        """`rest` MiB of text in deltas of 64 KiB, then a result with all of it."""
+        total = int(rest) << 20
+        for _ in range(total >> 16):
+            self.delta("x" * (1 << 16))
+        self.result("x" * total)
+
+    def act_line(self, rest: str) -> None:
+        """One line of `rest` MiB that never ends well."""
+        piece = b"x" * (1 << 20)
+        sys.stdout.buffer.write(b"{")
+        for _ in range(int(rest)):
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.write(b"\n")
+        sys.stdout.buffer.flush()
+        time.sleep(60)
+
+    def act_big(self, rest: str) -> None:
+        """An answer of `rest` KiB."""
+        self.answer("é" * (int(rest) << 9))
+
+    def act_error(self, rest: str) -> None:
+        """error JSON: a result with these fields; `said` goes into an assistant line before it."""
+        fields = json.loads(rest)
+        said = fields.pop("said", None)
+        if said:
+            self.say(type="assistant", message={"role": "assistant", "model": "<synthetic>", "content": []}, error=said)
+        self.result(fields.pop("result", ""), **{"is_error": True, **fields})
+
+    def act_apikey(self, rest: str) -> None:
+        """An answer that an API key pays for."""
+        self.answer("this was billed")
+
+    def act_env(self, rest: str) -> None:
+        self.answer(json.dumps(dict(os.environ)))
+
+
+def wait_for_file(path: str) -> None:
+    until = time.monotonic() + 30
+    while not os.path.exists(path) and time.monotonic() < until:
+        time.sleep(0.005)

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Builds dist/claude_api_bridge.pyz: the bridge as one executable file. The same source gives the same bytes,
+# whoever builds it and when: order, times and modes are fixed, and nothing is compressed.
+set -eu
+cd "$(dirname "$0")"
+python=${PYTHON:-python3}
+stage=$(mktemp -d)
+trap 'rm -rf "$stage"' EXIT
+"$python" - "$stage/app.zip" <<'PY'
+import pathlib, sys, zipfile
+
+parts = {"__main__.py": b"from claude_api_bridge import run\n\nrun()\n",
+         "claude_api_bridge.py": pathlib.Path("claude_api_bridge.py").read_bytes()}
+with zipfile.ZipFile(sys.argv[1], "w") as archive:
+    for name, data in parts.items():
+        info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+        info.create_system, info.external_attr = 3, 0o644 << 16
+        archive.writestr(info, data)
+PY
+mkdir -p dist
+"$python" -m zipapp "$stage/app.zip" -p '/usr/bin/env python3' -o dist/claude_api_bridge.pyz
+"$python" dist/claude_api_bridge.pyz --version > /dev/null
+"$python" dist/claude_api_bridge.pyz start --help > /dev/null
+echo "dist/claude_api_bridge.pyz"

@@ -108,6 +108,8 @@ HISTORY_TURNS = 200
 STDERR_BYTES = 4_096
 DRAIN_BYTES = 8 << 20
 
+JSON_LEVELS = 100
+
 QUEUE_JOBS = 50
 JOB_ATTEMPTS = 2
 TOKENS = 100
@@ -350,7 +352,7 @@ RUN_ERRORS = {
     "billing_guard": "the run would have been billed to an API key and was stopped",
     "cli_error": "claude failed; the text holds its own words",
     "output_too_large": "the answer is larger than 10 MB",
-    "interrupted": "the bridge ended during the run, more than once",
+    "interrupted": "the run was cut short twice: the bridge ended, or failed",
     "context_too_long": "the prompt or the conversation is longer than the model takes",
     "model_not_found": "the model does not exist, or the account may not use it",
 }
@@ -404,13 +406,26 @@ def iso_time(moment: Optional[float]) -> Optional[str]:
     return datetime.fromtimestamp(moment, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def is_deep(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than `levels` levels."""
+    layer = [value]
+    for _ in range(levels + 1):
+        layer = [item for part in layer if isinstance(part, (dict, list)) for item in (part.values() if isinstance(part, dict) else part)]
+        if not layer:
+            return False
+    return True
+
+
 def parsed_json(data: bytes) -> Any:
     """The value in a body. Raises InvalidJson with the place of the fault."""
     def refuse(word: str) -> None:
         raise ValueError("%s is not JSON" % word)
 
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+        if is_deep(value, JSON_LEVELS):
+            raise RecursionError
+        return value
     except UnicodeDecodeError as error:
         raise InvalidJson("Body is not valid UTF-8 (byte %d). Send JSON encoded as UTF-8" % error.start) from None
     except RecursionError:
@@ -1002,7 +1017,7 @@ class Store:
                               "make it writable, or choose another folder with --data-dir") from None
         try:
             self._open(path)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, Unavailable) as error:
             self._db.close()
             raise CannotStart("The database %s cannot be used: %s." % (path, error),
                               "move it away to start with an empty one") from None
@@ -1040,23 +1055,32 @@ class Store:
             self._db.close()
 
     @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one thread at a time; a full disk or a locked file becomes an answer that says so."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
-                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise Unavailable("The database cannot be used now: %s" % error) from error
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._guarded() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
                 raise
 
     def _read(self, sql: str, *values: Any) -> List[Tuple[Any, ...]]:
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
+        with self._guarded() as db:
+            return db.execute(sql, values).fetchall()
 
     def check_writable(self) -> None:
-        """Raises sqlite3.Error where a write would fail."""
+        """Raises Unavailable where a write would fail."""
         with self._write() as db:
             db.execute("UPDATE tokens SET name = name WHERE 0")
 
@@ -1195,7 +1219,7 @@ class Store:
         with self._write() as db:
             lost = db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
                               " WHERE status = 'processing' AND attempts >= ?",
-                              (self._clock.now(), "The bridge ended during the run, %d times." % JOB_ATTEMPTS, JOB_ATTEMPTS)).rowcount
+                              (self._clock.now(), "The run was cut short %d times: the bridge ended, or failed." % JOB_ATTEMPTS, JOB_ATTEMPTS)).rowcount
             again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL WHERE status = 'processing'").rowcount
         return again, lost
 
@@ -1560,7 +1584,10 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
         return
     names = ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt", "subscriptionCreatedAt", "ccOnboardingFlags")
     if all(name in account for name in names) and isinstance(known, dict):
-        known["oauthAccount"] = {**{name: account[name] for name in names}, "profileFetchedAt": 4_102_444_800_000}
+        wanted = {**{name: account[name] for name in names}, "profileFetchedAt": 4_102_444_800_000}
+        if known.get("oauthAccount") == wanted:
+            return
+        known["oauthAccount"] = wanted
         part = target.with_name(".claude.json.part")
         part.write_text(as_json(known), "utf-8")
         os.replace(part, target)
@@ -1965,7 +1992,7 @@ class Worker:
                     except Exception:
                         self._report("The worker met an error and goes on:\n" + redact(traceback.format_exc()))
                         self._stopping.wait(1)
-                        with contextlib.suppress(sqlite3.Error):
+                        with contextlib.suppress(Unavailable):
                             self._store.recover()
         finally:
             self._claude.close()
@@ -2110,10 +2137,7 @@ class Service:
 
     def check_store(self) -> None:
         """Raises Unavailable when the database cannot be written."""
-        try:
-            self._store.check_writable()
-        except sqlite3.Error as error:
-            raise Unavailable("The database cannot be written: %s" % error) from None
+        self._store.check_writable()
 
     def now(self) -> float:
         return self._clock.now()
@@ -2898,8 +2922,11 @@ class DataLock:
 
     def __init__(self, path: Path) -> None:
         """Raises CannotStart, naming the holder, when another bridge has it."""
-        self._path = path
-        self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise CannotStart("The folder %s cannot be used: %s." % (path.parent, error.strerror),
+                              "make it writable, or choose another one with --data-dir") from None
         try:
             if os.name == "nt":
                 import msvcrt
@@ -3072,7 +3099,8 @@ def lan_address() -> Optional[str]:
 def signals_queue() -> "queue.SimpleQueue[int]":
     """SIGINT, SIGTERM and SIGHUP, as they come; a second one ends the program as if we had not asked for them."""
     arrived: "queue.SimpleQueue[int]" = queue.SimpleQueue()
-    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+              if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]   # nohup stays nohup
 
     def note(number: int, frame: Any) -> None:
         for each in wanted:

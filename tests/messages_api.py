@@ -56,13 +56,33 @@ def last_text(body: Dict[str, Any]) -> str:
 
 
 def turn_texts(body: Dict[str, Any]) -> List[Tuple[str, str]]:
-    """(role, text) per message; reminder blocks that the CLI adds are left out."""
+    """(role, text) per message of user and assistant; reminder blocks that the CLI adds are left out."""
     turns = []
     for message in body.get("messages", []):
         content = message["content"]
         blocks = [content] if isinstance(content, str) else [b["text"] for b in content if b.get("type") == "text"]
-        turns.append((message["role"], "".join(t for t in blocks if not t.startswith("<system-reminder>"))))
+        if message["role"] in ("user", "assistant"):
+            turns.append((message["role"], "".join(t for t in blocks if not t.startswith("<system-reminder>"))))
     return turns
+
+
+def system_text(body: Dict[str, Any]) -> str:
+    """All instructions of a request, as one text."""
+    system = body.get("system") or []
+    return system if isinstance(system, str) else "\n".join(block["text"] for block in system)
+
+
+def tool_results(body: Dict[str, Any]) -> List[Tuple[bool, str]]:
+    """(is an error, text) per tool result in the last message of the user, in order."""
+    content = [message for message in body["messages"] if message["role"] == "user"][-1]["content"]
+    return [(bool(block.get("is_error")), block["content"] if isinstance(block["content"], str)
+             else "".join(part.get("text", "") for part in block["content"]))
+            for block in content if isinstance(block, dict) and block.get("type") == "tool_result"]
+
+
+def is_warm_up(body: Dict[str, Any]) -> bool:
+    """What 2.0.76 sends by itself from every process."""
+    return last_text(body) in ("quota", "Warmup")
 
 
 def echo(body: Dict[str, Any]) -> Reply:
@@ -75,11 +95,17 @@ def echo(body: Dict[str, Any]) -> Reply:
     return Reply("Echo: " + last_text(body))
 
 
+def calls_tools(*tools: Tuple[str, Dict[str, Any]]) -> Callable[[Dict[str, Any]], Reply]:
+    """A model that calls these tools at once, and says "done" when it has their results."""
+    return lambda body: Reply("done") if tool_results(body) else Reply(tools=tools)
+
+
 class MessagesApi:
     """Owns the server and the list of calls; close it, or use it as a context manager."""
 
     def __init__(self, port: int = 0) -> None:
         self.calls: List[Call] = []
+        self.outside: List[str] = []                     # "host:port" of what was asked of us as a proxy, and refused
         self.reply: Callable[[Dict[str, Any]], Reply] = echo
         self._lock = threading.Lock()
         api = self
@@ -94,9 +120,14 @@ class MessagesApi:
             def do_HEAD(self) -> None:
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
+                self.send_header("Connection", "close")
                 self.end_headers()
 
             do_GET = do_HEAD
+
+            def do_CONNECT(self) -> None:
+                api.outside.append(self.path)
+                self.send_error(403)
 
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -124,7 +155,8 @@ class MessagesApi:
     def messages(self) -> List[Call]:
         """The calls that asked the model something."""
         with self._lock:
-            return [call for call in self.calls if call.path.startswith("/v1/messages") and "count_tokens" not in call.path]
+            return [call for call in self.calls
+                    if call.path.startswith("/v1/messages") and "count_tokens" not in call.path and not is_warm_up(call.body)]
 
     def prompts(self) -> List[str]:
         return [last_text(call.body) for call in self.messages()]
@@ -134,7 +166,7 @@ class MessagesApi:
             return self._json(handler, 200, {"input_tokens": 10})
         if not handler.path.startswith("/v1/messages"):
             return self._json(handler, 404, {"type": "error", "error": {"type": "not_found_error", "message": "not here"}})
-        reply = self.reply(body)
+        reply = echo(body) if is_warm_up(body) else self.reply(body)
         if reply.hold is not None:
             reply.hold.wait(60)
         if reply.status != 200:

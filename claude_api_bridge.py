@@ -218,9 +218,12 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
         if not re.fullmatch(r"[0-9]{1,9}", str(value)) or not row.least <= int(value) <= row.most:
             raise WrongSetting("%s must be a whole number from %d to %d, not %r." % (source, row.least, row.most, str(value)))
         return int(value)
-    if "\0" in str(value) or not str(value).strip() and row.kind == "path":
-        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, value))
-    return Path(value).expanduser().absolute() if row.kind == "path" else str(value)
+    try:
+        if "\0" in str(value) or not str(value).strip() and row.kind == "path":
+            raise RuntimeError
+        return Path(value).expanduser().absolute() if row.kind == "path" else str(value)
+    except RuntimeError:                                      # expanduser's, for ~somebody who does not exist
+        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, str(value))) from None
 
 
 class Clock:
@@ -421,8 +424,11 @@ def parsed_json(data: bytes) -> Any:
     def refuse(word: str) -> None:
         raise ValueError("%s is not JSON" % word)
 
+    def finite(word: str) -> float:
+        return refuse(word) if abs(float(word)) == float("inf") else float(word)  # type: ignore[return-value,func-returns-value]
+
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse, parse_float=finite)
         if is_deep(value, JSON_LEVELS):
             raise RecursionError
         return value
@@ -467,10 +473,11 @@ def pattern_check(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
 
 
 def choice_check(choices: Sequence[Any], advice: str) -> Callable[[Any], Any]:
-    """A check for an optional value out of `choices`, of exactly that type (True is not 1)."""
+    """A check for an optional value out of `choices`; 7.0 is 7, but True is not 1."""
     def check(value: Any) -> Any:
-        if value is None or any(value == choice and type(value) is type(choice) for choice in choices):
-            return value
+        for choice in (None, *choices):
+            if value == choice and isinstance(value, bool) == isinstance(choice, bool):
+                return choice
         raise InvalidRequest(advice)
     return check
 
@@ -514,7 +521,7 @@ def check_tools(value: Any) -> Union[str, Tuple[str, ...]]:
     if isinstance(value, str) and value in Tools.LEVELS:
         return value
     if isinstance(value, (list, tuple)) and 0 < len(value) <= TOOL_RULES and all(
-            isinstance(rule, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}(\([^()\x00-\x1f\"]{1,200}\))?", rule) for rule in value):
+            isinstance(rule, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}(\([^()\x00-\x1f\"\ud800-\udfff]{1,200}\))?", rule) for rule in value):
         return tuple(value)
     raise InvalidRequest('tools must be "none", "read", "web", "all" or a list of 1 to %d rules such as "Read" or "Bash(git log:*)"'
                          % TOOL_RULES)
@@ -667,7 +674,7 @@ def bearer(headers: Mapping[str, str]) -> Optional[str]:
 
 def redact(text: str) -> str:
     """Text for logs and errors: tokens and keys are cut to their first letters."""
-    return re.sub(r"\b(cab-[0-9a-f]{4}|sk-ant-[A-Za-z0-9]{2,8})[A-Za-z0-9_-]{8,}", r"\1...", text)
+    return re.sub(r"(cab-[0-9a-f]{4}|sk-ant-[A-Za-z0-9]{2,8})[A-Za-z0-9_-]{8,}", r"\1...", text)
 
 
 class TokenBucket:
@@ -1026,20 +1033,30 @@ class Store:
             raise
 
     def _open(self, path: Path) -> None:
-        if os.name == "posix":
-            path.chmod(0o600)
+        for file in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+            if os.name == "posix" and file.exists():
+                file.chmod(0o600)
         version = self._version()
         if version > len(MIGRATIONS):
             raise CannotStart("The database %s was written by a newer version of this program." % path, "use that version")
         if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'requests'").fetchone()[0]:
             self._keep_copy(path.with_name("bridge-original.db"))
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=OFF"):
-            self._db.execute("PRAGMA " + pragma)
+        self._use_wal()
+        self._db.execute("PRAGMA synchronous=FULL")
         with self._write() as db:
             for statement in (line for step in MIGRATIONS[self._version():] for line in step):
                 db.execute(statement)
             db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
         self._db.execute("PRAGMA foreign_keys=ON")
+
+    def _use_wal(self) -> None:
+        """Waits for whoever else is writing (two commands on a new folder): for this statement alone SQLite does not."""
+        for _ in range(200):
+            try:
+                return self._db.execute("PRAGMA journal_mode=WAL").close()
+            except sqlite3.OperationalError:
+                time.sleep(0.05)
+        self._db.execute("PRAGMA journal_mode=WAL")
 
     def _version(self) -> int:
         return int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -1121,17 +1138,20 @@ class Store:
     def has_admin(self) -> bool:
         return bool(self._read("SELECT 1 FROM tokens WHERE is_admin AND (expires_at IS NULL OR expires_at > ?)", self._clock.now()))
 
-    def delete_token(self, token_id: str) -> bool:
-        """Deletes the token with its jobs and conversations. -> whether it was there. Raises LastAdmin."""
+    def delete_token(self, token_id: str) -> List[str]:
+        """Deletes the token with its jobs and conversations. -> its unfinished jobs. Raises NotFound, LastAdmin."""
         now = self._clock.now()
         with self._write() as db:
             found = db.execute("SELECT is_admin FROM tokens WHERE id = ?", (token_id,)).fetchone()
             others = db.execute("SELECT count(*) FROM tokens WHERE is_admin AND id != ? AND (expires_at IS NULL OR expires_at > ?)",
                                 (token_id, now)).fetchone()[0]
-            if found and found[0] and not others:
+            if not found:
+                raise NotFound("Token not found")
+            if found[0] and not others:
                 raise LastAdmin()
+            open_jobs = db.execute("SELECT id FROM jobs WHERE token_id = ? AND status IN ('queued', 'processing')", (token_id,)).fetchall()
             db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
-        return bool(found)
+        return [job_id for job_id, in open_jobs]
 
     @staticmethod
     def _token(row: Tuple[Any, ...]) -> Token:
@@ -1713,7 +1733,7 @@ class Turn:
         if self._setup.json_schema:
             if "structured_output" not in body:
                 raise RunFailed("cli_error", "The model did not give an answer that satisfies jsonSchema.")
-            structured = as_json(body["structured_output"])
+            structured = clean_text(as_json(body["structured_output"]))
         if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
             raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
         usage, self._child.spent_usd = usage_of(body, self._child.spent_usd)
@@ -1981,19 +2001,22 @@ class Worker:
             self._thread.join(CLOSE_SECONDS)
 
     def _loop(self) -> None:
+        failed = False
         try:
             while not self._stopping.is_set():
                 with self._hub.watch(Hub.QUEUE) as bell:
                     try:
+                        if failed:
+                            self._store.recover()
+                            failed = False
                         self._claude.prepare()
                         if not self.step():
                             self._keep_house()
                             bell.wait(1)
                     except Exception:
+                        failed = True
                         self._report("The worker met an error and goes on:\n" + redact(traceback.format_exc()))
                         self._stopping.wait(1)
-                        with contextlib.suppress(Unavailable):
-                            self._store.recover()
         finally:
             self._claude.close()
 
@@ -2102,7 +2125,7 @@ class Service:
                 if job.is_finished or left <= 0 or self._hub.is_closed:
                     partial = self._partial(job_id) if job.status == JobStatus.PROCESSING else None
                     return JobView(job, self._store.queue_position(job), partial)
-                bell.wait(min(left, 15))
+                bell.wait(min(left, 5))          # now and then a look: the command line may have revoked the token
 
     def _job(self, caller: Caller, job_id: str) -> Job:
         job = self._store.job(job_id)
@@ -2117,17 +2140,20 @@ class Service:
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
         """-> (token, its secret, which is nowhere else). A token with tools gets a workspace of its own. Raises TokenLimit."""
         secret = new_token()
-        if new.tools != Tools.NONE and workspace is None:
-            workspace = private_directory(private_directory(self._data_dir / "workspaces") / str(uuid.uuid4()))
-        return self._store.add_token(new, secret, str(workspace) if workspace else None), secret
+        own = self._data_dir / "workspaces" / str(uuid.uuid4()) if new.tools != Tools.NONE and workspace is None else None
+        token = self._store.add_token(new, secret, str(workspace or own or "") or None)
+        if own:
+            private_directory(own.parent)
+            private_directory(own)
+        return token, secret
 
     def tokens(self) -> List[Token]:
         return self._store.tokens()
 
     def revoke_token(self, token_id: str) -> None:
         """Deletes a token with its requests; its running one is stopped. Raises NotFound, LastAdmin."""
-        if not self._store.delete_token(token_id):
-            raise NotFound("Token not found")
+        for job_id in self._store.delete_token(token_id):
+            self._hub.wake(job_id)
 
     def has_admin(self) -> bool:
         return self._store.has_admin()

@@ -73,11 +73,12 @@ def system_text(body: Dict[str, Any]) -> str:
 
 
 def tool_results(body: Dict[str, Any]) -> List[Tuple[bool, str]]:
-    """(is an error, text) per tool result in the last message of the user, in order."""
+    """(is an error, text) per tool result in the last message of the user, in the order of the calls."""
     content = [message for message in body["messages"] if message["role"] == "user"][-1]["content"]
+    blocks = [block for block in content if isinstance(block, dict) and block.get("type") == "tool_result"]
     return [(bool(block.get("is_error")), block["content"] if isinstance(block["content"], str)
              else "".join(part.get("text", "") for part in block["content"]))
-            for block in content if isinstance(block, dict) and block.get("type") == "tool_result"]
+            for block in sorted(blocks, key=lambda block: int(block["tool_use_id"].rpartition("_")[2]))]
 
 
 def is_warm_up(body: Dict[str, Any]) -> bool:

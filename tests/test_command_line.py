@@ -1,0 +1,375 @@
+"""Room 13: what a person types, what is printed where, and with which exit status."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import pytest
+from conftest import MODULE, Api, FakeClaude, Program, run_cli, wait_until
+
+import claude_api_bridge as cab
+from fake_claude import FLAGS
+
+TOKEN = re.compile(r"cab-[0-9a-f]{64}")
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Said]:
+    """typed(*words, **variables) -> what one command says, run in this process with a home of its own."""
+    for name in [name for name in os.environ if name.startswith("CAB_") or name == "PORT"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CAB_DATA_DIR", str(tmp_path / "data"))
+
+    def run(*words: str, **variables: str) -> Said:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            try:
+                status = cab.main(words)
+            except SystemExit as end:
+                status = int(end.code or 0)
+        return Said(status, *capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def program(program: Callable[..., Program]) -> Iterator[Callable[..., Program]]:
+    """As conftest's, but what still runs in the end is killed, which is quicker."""
+    started: List[Program] = []
+
+    def start(*flags: str, **options: Any) -> Program:
+        started.append(program(*flags, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.end(signal.SIGKILL)
+
+
+def rest_of_stdout(program: Program) -> str:
+    """Ends the program. -> what it printed after its address."""
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(10) == 0 and program.process.stdout
+    return program.process.stdout.read().decode()
+
+
+def tokens(typed: Callable[..., Said]) -> Dict[str, Dict[str, Any]]:
+    """All tokens by name."""
+    return {token["name"]: token for token in json.loads(typed("token", "list", "--json").out)}
+
+
+# --- words ---
+
+@pytest.mark.parametrize("words", [["--version"], ["-v"]])
+def test_the_version_is_all_that_is_printed(typed: Callable[..., Said], words: List[str]) -> None:
+    assert typed(*words) == (0, cab.__version__ + "\n", "")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_is_shown_when_asked_for_or_without_a_command(typed: Callable[..., Said], tmp_path: Path, words: List[str]) -> None:
+    status, out, err = typed(*words)
+    assert (status, err) == (0, "") and all(command in out for command in ("start", "token"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_help_of_start_shows_every_setting_and_starts_nothing(typed: Callable[..., Said], tmp_path: Path) -> None:
+    status, out, _ = typed("start", "--help")
+    missing = [word for row in cab.SETTINGS for word in (row.flag, *row.variables, row.help.split(":")[0].split()[0]) if word not in out]
+    assert (status, missing) == (0, []) and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["frobnicate"], ["help"], ["start", "--prot", "1"], ["start", "extra"], ["start", "--port"], ["token"], ["token", "frob"], ["token", "create"],
+    ["token", "revoke"], ["token", "create", "x", "--expires", "5"], ["token", "create", "x", "--expires", "soon"], ["start", "--no-tunnel=maybe"],
+])
+def test_unknown_words_are_refused(typed: Callable[..., Said], tmp_path: Path, words: List[str]) -> None:
+    status, out, err = typed(*words)
+    assert (status, out) == (2, "") and "error: " in err.splitlines()[-1]
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("words, variables, named", [
+    (["--port", "abc"], {}, "--port"),
+    (["--port", "65536"], {}, "--port"),
+    (["--port", "-1"], {}, "--port"),
+    (["--port", "80.5"], {}, "--port"),
+    (["--port", "٣"], {}, "--port"),                         # a digit for int(), but not for us
+    (["--port="], {}, "--port"),
+    ([], {"CAB_PORT": "abc"}, "CAB_PORT"),
+    ([], {"PORT": "abc"}, "PORT"),
+    (["--rate-limit", "many"], {}, "--rate-limit"),
+    (["--spare", "2"], {}, "--spare"),
+    (["--run-seconds", "0"], {}, "--run-seconds"),
+    (["--silence-seconds", "1e3"], {}, "--silence-seconds"),
+    (["--keep-days", "0"], {}, "--keep-days"),
+    (["--data-dir", " "], {}, "--data-dir"),
+    ([], {"CAB_DEMO": "maybe"}, "CAB_DEMO"),
+    ([], {"CAB_ALLOW_API_KEY": "2"}, "CAB_ALLOW_API_KEY"),
+])
+def test_a_wrong_value_is_one_sentence_that_names_its_source(typed: Callable[..., Said], tmp_path: Path, words: List[str],
+                                                             variables: Mapping[str, str], named: str) -> None:
+    status, out, err = typed("start", *words, **variables)
+    assert (status, out) == (2, "") and re.fullmatch(r"error: %s (must be|is not) [^\n]+\.\n" % named, err)
+    assert not (tmp_path / "data").exists()
+
+
+# --- tokens ---
+
+def test_a_token_is_made_listed_and_revoked_without_a_bridge(tmp_path: Path) -> None:
+    def command(*words: str) -> Any:
+        return run_cli("token", *words, "--data-dir", str(tmp_path / "data"))
+
+    made = command("create", "my app")
+    secret = made.stdout.rstrip("\n")
+    assert made.returncode == 0 and TOKEN.fullmatch(secret) and secret not in made.stderr
+    listed = command("list")
+    token_id = listed.stdout.splitlines()[1].split()[0]
+    assert "my app" in listed.stdout and secret[:12] in listed.stdout and not TOKEN.search(listed.stdout + listed.stderr)
+    assert token_id in made.stderr
+    revoked = command("revoke", token_id)
+    assert (revoked.returncode, revoked.stdout, revoked.stderr) == (0, "", "Token revoked\n")
+    again = command("revoke", token_id)
+    assert (again.returncode, again.stdout, again.stderr) == (1, "", "error: Token not found\n")
+    assert json.loads(command("list", "--json").stdout) == []
+
+
+def test_tokens_of_the_command_line_count_at_once_for_a_running_bridge(program: Callable[..., Program], tmp_path: Path) -> None:
+    running = program()
+    made = json.loads(run_cli("token", "create", "x", "--json", "--data-dir", str(tmp_path / "data")).stdout)
+    api = Api(running.port, made["token"])
+    assert made["token"].startswith(made["prefix"]) and api.answer("hello")["response"] == "Echo: hello"
+    run_cli("token", "revoke", made["tokenId"], "--data-dir", str(tmp_path / "data"))
+    assert api.get("/api/ask/x").status == 401
+
+
+def test_the_options_of_a_token_are_kept(typed: Callable[..., Said], tmp_path: Path) -> None:
+    typed("token", "create", "plain")
+    typed("token", "create", "special", "--admin", "--stateful", "--expires", "7", "--tools", "read", "--workspace", str(tmp_path))
+    plain, special = (tokens(typed)[name] for name in ("plain", "special"))
+    names = ("isAdmin", "sessionMode", "expiresAt", "tools", "workspace")
+    assert [plain[name] for name in names] == [False, "stateless", None, "none", None]
+    assert [special[name] for name in names if name != "expiresAt"] == [True, "stateful", "read", str(tmp_path)]
+    assert special["expiresAt"][:10] == cab.iso_time(time.time() + 7 * 86_400)[:10]      # type: ignore[index]
+
+
+@pytest.mark.parametrize("text, kept", [
+    ("none", "none"), ("read", "read"), ("web", "web"), ("all", "all"),
+    ("Read", ["Read"]),
+    ("Read,Bash(git log:*)", ["Read", "Bash(git log:*)"]),
+    ("Bash(git log --format=%h,%s:*),Edit,Bash(a,b,c)", ["Bash(git log --format=%h,%s:*)", "Edit", "Bash(a,b,c)"]),
+    ("Read, Edit", ["Read", "Edit"]),
+    ("", None), ("everything!", None), ("Bash(rm", None), ("read,web()", None), ("Bash(a)b", None), ("--tools", None),
+])
+def test_tools_are_a_level_or_a_list_of_rules(typed: Callable[..., Said], text: str, kept: Any) -> None:
+    status, out, err = typed("token", "create", "x", "--tools=" + text)
+    if kept is None:
+        assert (status, out) == (2, "") and re.fullmatch(r"error: tools must be [^\n]+\n", err)
+        assert tokens(typed) == {}
+    else:
+        assert status == 0 and tokens(typed)["x"]["tools"] == kept
+
+
+def test_a_token_with_tools_gets_a_private_folder_of_its_own(typed: Callable[..., Said], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        typed("token", "create", name, "--tools", "read")
+    folders = [Path(token["workspace"]) for token in tokens(typed).values()]
+    assert len(set(folders)) == 2 and all(folder.parent == tmp_path / "data" / "workspaces" for folder in folders)
+    assert os.name == "nt" or all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
+
+
+@pytest.mark.parametrize("words, text", [
+    (["--tools", "read", "--workspace", "nowhere"], "nowhere is not a folder."),
+    (["--workspace", "."], "A workspace needs tools."),
+])
+def test_a_workspace_must_exist_and_have_a_use(typed: Callable[..., Said], words: List[str], text: str) -> None:
+    status, out, err = typed("token", "create", "x", *words)
+    assert (status, out) == (1, "") and re.fullmatch(r"error: [^\n]*%s\nhint: [^\n]+\n" % re.escape(text), err)
+    assert tokens(typed) == {}
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 101])
+def test_a_name_that_cannot_be_used_is_refused(typed: Callable[..., Said], name: str) -> None:
+    status, out, err = typed("token", "create", name)
+    assert (status, out) == (2, "") and re.fullmatch(r"error: Token name [^\n]+\n", err)
+
+
+def test_a_name_cannot_forge_a_line_of_the_list_or_steer_the_terminal(typed: Callable[..., Said]) -> None:
+    typed("token", "create", "one\nforged \x1b[31mred")
+    out = typed("token", "list").out
+    assert len(out.splitlines()) == 2 and "\x1b" not in out
+
+
+def test_the_last_admin_token_stays_and_a_lost_one_is_replaced(program: Callable[..., Program], typed: Callable[..., Said]) -> None:
+    running = program()
+    token_id = tokens(typed)["admin"]["id"]
+    assert typed("token", "revoke", token_id) == (1, "", "error: Cannot delete the last admin token\n")
+    assert running.api.get("/api/tokens").status == 200
+    secret = typed("token", "create", "new", "--admin").out.strip()
+    assert typed("token", "revoke", token_id).status == 0
+    assert [running.api.with_token(token).get("/api/tokens").status for token in (running.token, secret)] == [401, 200]
+
+
+# --- start: what is printed where ---
+
+def test_the_admin_token_is_printed_once_and_only_on_the_first_start(program: Callable[..., Program]) -> None:
+    first = program()
+    assert TOKEN.fullmatch(first.lines[0]) and re.fullmatch(r"http://localhost:\d+", first.lines[1])
+    everything = "\n".join(first.lines) + rest_of_stdout(first) + first.stderr
+    assert len(TOKEN.findall(everything)) == 1
+    second = program()
+    assert len(second.lines) == 1 and not TOKEN.search(rest_of_stdout(second) + second.stderr)
+    assert Api(program().port, first.token).get("/api/tokens").status == 200
+
+
+def test_stdout_holds_nothing_but_token_and_address(program: Callable[..., Program]) -> None:
+    running = program()
+    running.api.answer("hello"), running.api.answer("die 1")
+    assert len(running.lines) == 2 and rest_of_stdout(running) == ""
+    assert all(word in running.stderr for word in ("Dashboard: http", "Data directory: ", "Claude Code CLI detected (2.1.330", "completed", "failed", "Shutting down"))
+
+
+@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}])
+def test_what_is_no_terminal_gets_plain_text(program: Callable[..., Program], environ: Mapping[str, str]) -> None:
+    running = program(environ=environ)
+    assert running.stderr.isascii() and "\x1b" not in running.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pseudo terminals")
+def test_a_terminal_without_colour_gets_none(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    try:
+        subprocess.run([sys.executable, str(MODULE), "token", "revoke", "x", "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=theirs,
+                       stderr=theirs, env={"NO_COLOR": "1", "TERM": "xterm-256color", "LANG": "C.UTF-8", "PATH": os.environ["PATH"]}, timeout=30)
+        said = os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours), os.close(theirs)
+    assert "Token not found" in said and "\x1b" not in said
+
+
+def test_a_name_that_the_terminal_cannot_show_is_listed_all_the_same(tmp_path: Path) -> None:
+    run_cli("token", "create", "naïve 名", "--data-dir", str(tmp_path / "data"))
+    listed = run_cli("token", "list", "--data-dir", str(tmp_path / "data"), environ={"PYTHONIOENCODING": "ascii"})
+    assert listed.returncode == 0 and "na?ve" in listed.stdout and "Traceback" not in listed.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end differently")
+def test_a_reader_that_left_is_no_traceback(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run([sys.executable, str(MODULE), "token", "list", "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=writer,
+                              stderr=subprocess.PIPE, timeout=30)
+    finally:
+        os.close(writer)
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+# --- start: which claude, and who pays ---
+
+def sentence(done: Any) -> Tuple[str, str]:
+    """The error and the hint of a start that was refused, and nothing else but the banner."""
+    assert done.returncode == 1 and done.stdout == ""
+    found = re.fullmatch(r"claude-api-bridge v[^\n]+\nerror: ([^\n]+\.)\nhint: ([^\n]+)\n", done.stderr)
+    assert found, done.stderr
+    return found.group(1), found.group(2)
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("text, words, hint", [
+    (None, "CLI not found: ", "install it first: https://"),
+    ("#!/nowhere/at-all\n", "cannot be run", "--claude PATH"),
+    ("#!/bin/sh\necho hello\n", "does not answer like Claude Code (its --version says 'hello')", "--claude PATH"),
+])
+def test_a_claude_that_is_none_is_one_sentence(tmp_path: Path, text: Optional[str], words: str, hint: str) -> None:
+    path = tmp_path / "claude" if text is None else executable(tmp_path / "claude", text)
+    said = sentence(run_cli("start", "--no-tunnel", "--port", "0", "--claude", str(path), "--data-dir", str(tmp_path / "data"), home=tmp_path))
+    assert words in said[0] and hint in said[1]
+    assert not (tmp_path / "data" / "bridge.db").exists()
+
+
+@pytest.mark.parametrize("options, words, hint", [
+    ({"auth": {"loggedIn": False}}, "not signed in", "--demo"),
+    ({"version": "1.0.128 (Claude Code)"}, "1.0.128 (Claude Code) is too old", "claude update"),
+])
+def test_a_claude_that_cannot_be_used_is_one_sentence(fake_claude: Callable[..., FakeClaude], tmp_path: Path, options: Mapping[str, Any], words: str,
+                                                      hint: str) -> None:
+    said = sentence(run_cli("start", "--no-tunnel", "--port", "0", "--data-dir", str(tmp_path / "data"), home=tmp_path,
+                            environ={"CAB_CLAUDE": str(fake_claude(**options).path)}))
+    assert words in said[0] and hint in said[1]
+
+
+KEY = "sk-ant-api03-" + "A1b2" * 10
+
+
+@pytest.mark.parametrize("auth, environ, flags, wanted, unwanted", [
+    ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"}, {}, [], ["Who pays: Claude Max subscription"], ["PER TOKEN", "ANTHROPIC"]),
+    ({"loggedIn": True, "authMethod": "oauth_token"}, {"CLAUDE_CODE_OAUTH_TOKEN": "x"}, [],
+     ["Who pays: the subscription behind CLAUDE_CODE_OAUTH_TOKEN"], ["PER TOKEN"]),
+    ({"loggedIn": True, "subscriptionType": "pro"}, {"ANTHROPIC_API_KEY": KEY}, [],
+     ["Who pays: Claude Pro subscription", "ANTHROPIC_API_KEY is set; it is not handed on to claude."], ["PER TOKEN", KEY]),
+    ({"loggedIn": True, "subscriptionType": "pro"}, {"ANTHROPIC_API_KEY": KEY}, ["--allow-api-key"], ["BILLED PER TOKEN"], ["subscription", KEY]),
+    ({"loggedIn": True, "apiKeySource": "ANTHROPIC_API_KEY"}, {"ANTHROPIC_API_KEY": KEY}, ["--allow-api-key"], ["BILLED PER TOKEN"], [KEY]),
+    ({"loggedIn": True, "apiKeySource": "apiKeyHelper"}, {}, [], ["apiKeyHelper"], ["is handed on"]),
+    ({"loggedIn": True, "subscriptionType": "max"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}, [],
+     ["ANTHROPIC_BASE_URL is handed on to claude: http://127.0.0.1:9"], []),
+])
+def test_who_pays_is_told(program: Callable[..., Program], tmp_path: Path, auth: Mapping[str, Any], environ: Mapping[str, str], flags: List[str],
+                          wanted: List[str], unwanted: List[str]) -> None:
+    claude = executable(tmp_path / "claude", "#!/bin/sh\ncase \"$1\" in\n--version) echo 2.1.330 ;;\n--help) echo '  auth %s' ;;\n"
+                        "auth) echo '%s' ;;\nesac\n" % (FLAGS, json.dumps(auth)))
+    said = program("--spare", "0", *flags, environ=environ, claude=claude).stderr
+    assert [text for text in wanted if text not in said] == [] and [text for text in unwanted if text in said] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Callable[..., FakeClaude], tmp_path: Path) -> None:
+    fake = fake_claude()
+    fake.path.write_text(fake.path.read_text().replace("import fake_claude", "import fake_claude, time, pathlib\npathlib.Path(%r).touch()\ntime.sleep(20)"
+                                                       % str(tmp_path / "asked")))
+    running = subprocess.Popen([sys.executable, str(MODULE), "start", "--claude", str(fake.path), "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    wait_until((tmp_path / "asked").exists)
+    os.killpg(running.pid, signal.SIGINT)
+    out, err = running.communicate(timeout=10)
+    assert running.returncode == 1 and out == b"" and err.endswith(b"error: Interrupted.\n") and b"Traceback" not in err
+
+
+# --- the demo ---
+
+def test_the_demo_answers_by_an_echo_that_says_so(program: Callable[..., Program]) -> None:
+    running = program(demo=True, environ={"PATH": os.defpath})
+    body = running.api.answer("good morning  all\n/x")
+    assert (body["status"], body["model"]) == ("completed", "demo")
+    assert "demo" in body["response"] and body["response"].endswith("You said: good morning  all\n/x")
+    assert "Demo: " in running.stderr and "Who pays" not in running.stderr
+    body = running.api.answer("hello", jsonSchema={"type": "object"})
+    assert body["structured"] == {"demo": "hello"} == json.loads(body["response"])
+
+
+def test_the_demo_knows_conversations_also_after_a_restart(program: Callable[..., Program]) -> None:
+    first = program(demo=True)
+    talk = first.api.new_token(sessionMode="stateful")
+    said = [talk.answer(text)["response"] for text in ("one", "two")]
+    assert first.end(signal.SIGTERM) == 0
+    said.append(Api(program(demo=True).port, talk.token).answer("three")["response"])
+    assert [text.partition("You said")[2] for text in said] == [": one", " (turn 2): two", " (turn 3): three"]

@@ -1,0 +1,637 @@
+"""Bytes on raw connections: what counts as a request, how a connection goes on or ends, and what every answer carries."""
+from __future__ import annotations
+
+import contextlib
+import socket
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+
+import pytest
+
+import claude_api_bridge as cab
+from conftest import Answer, FakeClaude, RunningBridge, wait_until
+
+SECONDS = 6.0
+TOO_MUCH = 3 << 20
+
+
+class Wire:
+    """A connection that sends any bytes; every read has a bound."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> "Wire":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def send(self, *pieces: bytes) -> "Wire":
+        for piece in pieces:
+            self.socket.sendall(piece)
+        return self
+
+    def answer(self, has_body: bool = True) -> Answer:
+        """The next answer; what follows it stays unread."""
+        first = self.file.readline()
+        assert first.startswith(b"HTTP/1.1 "), first
+        headers: Dict[str, str] = {}
+        for line in iter(self.file.readline, b"\r\n"):
+            name, colon, value = line.decode("latin-1").rstrip("\r\n").partition(": ")
+            assert colon and name.lower() not in headers, line
+            headers[name.lower()] = value
+        return Answer(int(first[9:12]), headers, self.file.read(int(headers["content-length"])) if has_body else b"")
+
+    def rest(self) -> bytes:
+        """All that comes until the bridge closes; a timeout where it does not."""
+        try:
+            return self.file.read()
+        except ConnectionResetError:
+            return b""
+
+    def last_answer(self) -> Answer:
+        """The next answer, which must say that it is the last, and be it."""
+        answer = self.answer()
+        assert (answer.headers["connection"], self.rest()) == ("close", b"")
+        return answer
+
+    def drip(self) -> bytes:
+        """Sends a byte now and then until the bridge closes. -> what it said."""
+        self.socket.settimeout(0.05)
+        for _ in range(int(SECONDS / 0.05)):
+            try:
+                self.socket.sendall(b"x")
+                return self.socket.recv(65_536)
+            except socket.timeout:
+                continue
+            except ConnectionError:
+                return b""
+        raise AssertionError("still open")
+
+
+def request(line: str = "GET /health HTTP/1.1", *headers: str, body: bytes = b"", host: bool = True) -> bytes:
+    """A request with exactly these lines; no length is added."""
+    return "\r\n".join([line, *(["Host: bridge"] if host else []), *headers, "", ""]).encode("latin-1") + body
+
+
+def post(api: Any, path: str, body: bytes, *headers: str) -> bytes:
+    return request("POST %s HTTP/1.1" % path, "Authorization: Bearer " + api.token, *headers, body=body)
+
+
+def sized(api: Any, path: str, body: bytes, *headers: str) -> bytes:
+    return post(api, path, body, "Content-Length: %d" % len(body), *headers)
+
+
+HIDDEN = request("GET /hidden HTTP/1.1")
+NEW_TOKEN = b'{"name": "from the wire"}'
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_rounds() -> Iterator[None]:
+    """The listening thread looks at deadlines (and whether it is to end) more often, which makes these tests quick."""
+    serve = cab.BridgeServer.serve_forever
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+        yield
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, short_rounds: None) -> Iterator[RunningBridge]:
+    """One bridge for all tests that only talk to it."""
+    folder = tmp_path_factory.mktemp("served")
+    claude = FakeClaude(folder / "fake")
+    config = cab.Config(port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data", claude=str(claude.path), rate_limit=0, spare=0)
+    log: List[str] = []
+    with cab.Bridge(config, cab.find_claude(config, {"PATH": "", "HOME": str(folder)}), cab.Clock(), log.append) as opened:
+        opened.serve()
+        yield RunningBridge(opened, log)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """The file that `hold` waits for; made at the latest when the test ends."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").touch()
+
+
+def connection_threads() -> List[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("http-")]
+
+
+@pytest.fixture
+def long_poll(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunningBridge, str, Wire], None]:
+    """long_poll(running, job id, wire): begins one on the connection; it is being waited for on return."""
+    entered, poll = [], cab.Service.poll
+    monkeypatch.setattr(cab.Service, "poll", lambda *args: entered.append(args) or poll(*args))     # type: ignore[func-returns-value]
+
+    def begin(running: RunningBridge, job_id: str, wire: Wire) -> None:
+        before = len(entered)
+        wire.send(request("GET /api/ask/%s?wait=90 HTTP/1.1" % job_id, "Authorization: Bearer %s" % running.admin.token))
+        wait_until(lambda: len(entered) > before)
+
+    return begin
+
+
+LongPoll = Callable[[RunningBridge, str, Wire], None]
+
+
+def processing(running: RunningBridge, gate: Path) -> str:
+    """The id of a job that runs until the gate opens; no connection is open on return."""
+    job_id = running.admin.ask("hold %s" % gate)
+    wait_until(lambda: running.admin.poll(job_id)["status"] == "processing")
+    wait_until(lambda: not connection_threads())
+    return job_id
+
+
+# --- one connection, many requests ---
+
+def test_a_connection_serves_one_request_after_the_other(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        for _ in range(3):
+            answer = wire.send(request()).answer()
+            assert (answer.status, answer.json, answer.headers["connection"]) == (200, {"status": "ok"}, "keep-alive")
+
+
+def test_pipelined_requests_are_answered_in_order(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        wire.send(request() + request("GET /none HTTP/1.1") + request("OPTIONS / HTTP/1.1") + request("GET /api/status HTTP/1.1"))
+        assert [wire.answer().status for _ in range(4)] == [200, 404, 204, 200]
+
+
+def test_requests_may_arrive_byte_by_byte(served: RunningBridge) -> None:
+    sent = sized(served.admin, "/api/tokens", NEW_TOKEN) + request()
+    with Wire(served.port) as wire:
+        wire.send(*(sent[at:at + 1] for at in range(len(sent))))
+        assert [wire.answer().status, wire.answer().status] == [201, 200]
+
+
+def test_head_answers_like_get_without_the_body(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        for path in ("/health", "/api/status", "/none"):
+            got = wire.send(request("GET %s HTTP/1.1" % path)).answer()
+            head = wire.send(request("HEAD %s HTTP/1.1" % path)).answer(has_body=False)
+            assert (head.status, head.headers["content-length"]) == (got.status, str(len(got.data)))
+
+
+@pytest.mark.parametrize("status, sent", [
+    pytest.param(status, sent, id=name) for name, status, sent in (
+        ("401 without a body", 401, request("GET /api/tokens HTTP/1.1")),
+        ("401 with a body", 401, request("POST /api/ask HTTP/1.1", "Content-Length: %d" % len(HIDDEN), body=HIDDEN)),
+        ("404 without a body", 404, request("GET /none HTTP/1.1")),
+        ("404 with a body", 404, request("POST /none HTTP/1.1", "Content-Length: %d" % len(HIDDEN), body=HIDDEN)),
+        ("405 with a body", 405, request("PUT /api/ask HTTP/1.1", "Content-Length: %d" % len(HIDDEN), body=HIDDEN)),
+        ("200 with a body that nobody wants", 200, request("GET /health HTTP/1.1", "Content-Length: %d" % len(HIDDEN), body=HIDDEN)),
+        ("204 with a body that nobody wants", 204, request("OPTIONS / HTTP/1.1", "Content-Length: %d" % len(HIDDEN), body=HIDDEN)),
+    )])
+def test_a_refusal_keeps_the_connection_and_its_body_is_no_request(served: RunningBridge, status: int, sent: bytes) -> None:
+    with Wire(served.port) as wire:
+        wire.send(sent, request())
+        assert [wire.answer().status, wire.answer().status] == [status, 200]
+
+
+@pytest.mark.parametrize("body, headers, status", [(b"{", (), 400), (b'{"message": 1}', (), 400), (b"x", ("Content-Encoding: gzip",), 415)])
+def test_a_refused_body_keeps_the_connection(served: RunningBridge, body: bytes, headers: Tuple[str, ...], status: int) -> None:
+    with Wire(served.port) as wire:
+        wire.send(sized(served.admin, "/api/ask", body, *headers), request())
+        assert [wire.answer().status, wire.answer().status] == [status, 200]
+
+
+@pytest.mark.parametrize("sent", [
+    pytest.param(sent, id=name) for name, sent in (
+        ("asked to close", request("GET /health HTTP/1.1", "Connection: close")),
+        ("asked to close in capitals", request("GET /health HTTP/1.1", "Connection: Foo, CLOSE")),
+        ("HTTP/1.0", request("GET /health HTTP/1.0", host=False)),
+    )])
+def test_the_connection_is_closed_when_the_client_wants_that(served: RunningBridge, sent: bytes) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(sent + HIDDEN).last_answer().status == 200
+
+
+def test_an_http_1_0_client_may_keep_the_connection(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        for _ in range(2):
+            answer = wire.send(request("GET /health HTTP/1.0", "Connection: keep-alive", host=False)).answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
+
+
+@pytest.mark.parametrize("sent", [
+    pytest.param(sent, id=name) for name, sent in (
+        ("a leading blank line", b"\r\n" + request()),
+        ("names in any case, blanks around values", request("GET /health HTTP/1.1", "aCCept: \t */* \t", "X-Empty:")),
+        ("an absolute address", request("GET http://bridge/health?x=%20&x HTTP/1.1")),
+        ("any visible byte in a value", request("GET /health HTTP/1.1", 'X: \xe9\xff "(,;=)"')),
+        ("many headers", request("GET /health HTTP/1.1", *("X-%d: y" % n for n in range(500)))),
+        ("a head of nearly 16 KiB", request("GET /health HTTP/1.1", "X: " + "y" * 16_000)),
+    )])
+def test_an_unusual_but_valid_head_is_served(served: RunningBridge, sent: bytes) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(sent, request()).answer().status == 200
+        assert wire.answer().status == 200
+
+
+# --- heads that are refused ---
+
+def smuggled(*headers: str, line: str = "POST /api/ask HTTP/1.1", body: bytes = b"") -> bytes:
+    """A request whose length can be read in two ways, one of which makes its body a request."""
+    return request(line, *headers, body=body)
+
+
+REFUSED: Tuple[Tuple[str, int, Union[bytes, str]], ...] = (
+    ("both lengths", 400, smuggled("Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n")),
+    ("both lengths, the other way round", 400, smuggled("Transfer-Encoding: chunked", "Content-Length: 5", body=b"0\r\n\r\n")),
+    ("two differing lengths", 400, smuggled("Content-Length: 0", "Content-Length: %d" % len(HIDDEN))),
+    ("the same length twice", 400, smuggled("Content-Length: 0", "Content-Length: 0")),
+    ("a list of lengths", 400, smuggled("Content-Length: 0, 0")),
+    ("a signed length", 400, smuggled("Content-Length: +5", body=b"12345")),
+    ("a length with an underscore", 400, smuggled("Content-Length: 1_0", body=b"1234567890")),
+    ("a negative length", 400, smuggled("Content-Length: -1")),
+    ("a hexadecimal length", 400, smuggled("Content-Length: 0x0")),
+    ("an empty length", 400, smuggled("Content-Length:")),
+    ("a length in other digits", 400, smuggled("Content-Length: \xb2")),
+    ("an endless length", 400, smuggled("Content-Length: " + "9" * 400)),
+    ("a blank before the colon", 400, smuggled("Content-Length : %d" % len(HIDDEN))),
+    ("a tab before the colon", 400, smuggled("Transfer-Encoding\t: chunked")),
+    ("a folded line", 400, smuggled("X: a", " Content-Length: %d" % len(HIDDEN))),
+    ("a folded first line", 400, request("GET /health HTTP/1.1", host=False).replace(b"\r\n", b"\r\n Host: bridge\r\n", 1)),
+    ("a bare CR in a value", 400, smuggled("X: a\rContent-Length: %d" % len(HIDDEN))),
+    ("a bare CR at the end of a value", 400, smuggled("X: a\r")),
+    ("NUL in a value", 400, smuggled("X: a\0b")),
+    ("NUL in a name", 400, smuggled("X\0: a")),
+    ("a control character in a value", 400, smuggled("X: a\x0bb")),
+    ("DEL in a value", 400, smuggled("X: a\x7fb")),
+    ("a line without a colon", 400, smuggled("X")),
+    ("a header without a name", 400, smuggled(": a")),
+    ("a name that is no word", 400, smuggled("X(y): a")),
+    ("two hosts", 400, smuggled("Host: other")),
+    ("no host on 1.1", 400, request(host=False)),
+    ("two authorizations", 400, smuggled("Authorization: Bearer a", "Authorization: Bearer b")),
+    ("an unknown coding", 501, smuggled("Transfer-Encoding: xchunked", body=b"0\r\n\r\n")),
+    ("a coding before chunked", 501, smuggled("Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n")),
+    ("chunked twice in a line", 501, smuggled("Transfer-Encoding: chunked, chunked", body=b"0\r\n\r\n")),
+    ("chunked in two lines", 400, smuggled("Transfer-Encoding: chunked", "Transfer-Encoding: chunked", body=b"0\r\n\r\n")),
+    ("identity as a coding", 501, smuggled("Transfer-Encoding: identity")),
+    ("an empty coding", 501, smuggled("Transfer-Encoding:")),
+    ("chunked on 1.0", 400, smuggled("Transfer-Encoding: chunked", line="POST /api/ask HTTP/1.0", body=b"0\r\n\r\n")),
+    ("another expectation", 417, smuggled("Expect: 200-ok")),
+    ("tabs in the request line", 400, request("GET\t/health\tHTTP/1.1")),
+    ("two blanks in the request line", 400, request("GET  /health HTTP/1.1")),
+    ("a blank before the method", 400, request(" GET /health HTTP/1.1")),
+    ("a blank after the version", 400, request("GET /health HTTP/1.1 ")),
+    ("a blank in the target", 400, request("GET /hea lth HTTP/1.1")),
+    ("bytes beyond ASCII in the target", 400, request("GET /h\xe9alth HTTP/1.1")),
+    ("a target that is no path", 400, request("GET health HTTP/1.1")),
+    ("no version", 400, b"GET /health\r\n\r\n"),
+    ("a version of three digits", 400, request("GET /health HTTP/1.10")),
+    ("a version in small letters", 400, request("GET /health http/1.1")),
+    ("HTTP/0.9", 505, request("GET /health HTTP/0.9")),
+    ("the preface of HTTP/2", 505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    ("a TLS greeting", 400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
+    ("an unknown method", 501, request("BREW /health HTTP/1.1")),
+    ("TRACE", 501, request("TRACE /health HTTP/1.1")),
+    ("CONNECT", 501, request("CONNECT bridge:443 HTTP/1.1")),
+    ("a method in small letters", 501, request("get /health HTTP/1.1")),
+    ("a header of 20 KB", 431, request("GET /health HTTP/1.1", "X: " + "y" * 20_000)),
+    ("20 KB of headers", 431, request("GET /health HTTP/1.1", *["X: " + "y" * 96] * 200)),
+    ("a request line of 20 KB", 431, request("GET /%s HTTP/1.1" % ("y" * 20_000))),
+    ("a request line of 70 KB", 431, request("GET /%s HTTP/1.1" % ("y" * 70_000))),
+    ("100,000 headers", 431, request("GET /health HTTP/1.1", *["X:"] * 100_000)),
+    ("blank lines without end", 400, b"\r\n" * 5_000),
+)
+
+
+@pytest.mark.parametrize("status, sent", [pytest.param(status, sent, id=name) for name, status, sent in REFUSED])
+def test_a_head_that_is_not_http_is_refused_and_hides_no_request(served: RunningBridge, status: int, sent: bytes) -> None:
+    with Wire(served.port) as wire:
+        answer = wire.send(sent + HIDDEN).last_answer()
+    assert (answer.status, sorted(answer.json)) == (status, ["code", "error"])
+    assert served.admin.get("/health").status == 200
+
+
+def test_a_bare_lf_in_a_value_hides_no_request(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(request("GET /health HTTP/1.1", "X: a\n\n" + HIDDEN.decode())).last_answer().status == 400
+
+
+def test_a_refused_head_is_refused_on_a_used_connection_too(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(request()).answer().status == 200
+        assert wire.send(request("GET /%s HTTP/1.1" % ("y" * 70_000)) + HIDDEN).last_answer().status == 431
+
+
+def test_a_head_that_breaks_off_is_no_request(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        wire.send(request()[:-2]).socket.shutdown(socket.SHUT_WR)
+        assert wire.last_answer().json == {"error": "The request head broke off", "code": "malformed_request"}
+
+
+# --- bodies ---
+
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize("body", [
+    pytest.param(body, id=name) for name, body in (
+        ("one chunk", b"%x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a chunk for every byte", b"".join(b"1\r\n%c\r\n" % byte for byte in NEW_TOKEN) + b"0\r\n\r\n"),
+        ("zeros before a size, capitals", b"000F\r\n%b\r\n0A\r\n%b\r\n00\r\n\r\n" % (NEW_TOKEN[:15], NEW_TOKEN[15:])),
+        ("an extension", b'%x;name="a b";x\r\n%b\r\n0;last\r\n\r\n' % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("trailers", b"%x\r\n%b\r\n0\r\nX-Sum: 1\r\nContent-Length: 99\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+    )])
+def test_a_chunked_body_is_put_together(served: RunningBridge, body: bytes) -> None:
+    with Wire(served.port) as wire:
+        wire.send(post(served.admin, "/api/tokens", body, CHUNKED), request())
+        assert [wire.answer().status, wire.answer().status] == [201, 200]
+    assert served.admin.get("/api/tokens").json["tokens"][0]["name"] == "from the wire"
+
+
+@pytest.mark.parametrize("body", [
+    pytest.param(body, id=name) for name, body in (
+        ("a signed size", b"+%x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a size with a prefix", b"0x%x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a size with an underscore", b"1_9\r\n%b\r\n0\r\n\r\n" % NEW_TOKEN),
+        ("a negative size", b"-1\r\n%b\r\n0\r\n\r\n" % NEW_TOKEN),
+        ("no size", b"\r\n%b\r\n0\r\n\r\n" % NEW_TOKEN),
+        ("a word as size", b"all\r\n%b\r\n0\r\n\r\n" % NEW_TOKEN),
+        ("a size of nine digits", b"0000000%x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a blank before a size", b" %x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a bare LF after a size", b"%x\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a bare CR in an extension", b"%x;a\rb\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("an endless extension", b"%x;%b\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), b"x" * 2_000, NEW_TOKEN)),
+        ("a chunk longer than it says", b"%x\r\n%b.\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a chunk ended by LF", b"%x\r\n%b\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("a malformed trailer", b"%x\r\n%b\r\n0\r\nX : 1\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
+        ("trailers without end", b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(NEW_TOKEN), NEW_TOKEN, b"X: 1\r\n" * 100)),
+    )])
+def test_a_bad_chunk_ends_the_connection_and_hides_no_request(served: RunningBridge, body: bytes) -> None:
+    before = served.admin.get("/api/status").json["stats"]["totalTokens"]
+    with Wire(served.port) as wire:
+        answer = wire.send(post(served.admin, "/api/tokens", body, CHUNKED), HIDDEN).last_answer()
+    assert (answer.status, answer.json["code"]) == (400, "malformed_request")
+    assert served.admin.get("/api/status").json["stats"]["totalTokens"] == before
+
+
+@pytest.mark.parametrize("sent", [
+    pytest.param((b"12345", "Content-Length: 10"), id="sized"), pytest.param((b"a\r\n12345", CHUNKED), id="in a chunk"),
+    pytest.param((b"5\r\n12345\r\n", CHUNKED), id="between chunks"), pytest.param((b"5\r\n12345\r\n0\r\n", CHUNKED), id="before the end")])
+def test_a_body_that_breaks_off_is_refused(served: RunningBridge, sent: Tuple[bytes, str]) -> None:
+    with Wire(served.port) as wire:
+        wire.send(post(served.admin, "/api/ask", *sent)).socket.shutdown(socket.SHUT_WR)
+        assert wire.last_answer().status == 400
+
+
+@pytest.mark.parametrize("header, body", [
+    pytest.param("Content-Length: %d" % TOO_MUCH, b"x" * TOO_MUCH, id="sized"),
+    pytest.param("Content-Length: %d" % TOO_MUCH, HIDDEN, id="sized, and the client waits"),
+    pytest.param(CHUNKED, b"%x\r\n%b\r\n" % (TOO_MUCH, b"x" * TOO_MUCH), id="one chunk"),
+    pytest.param(CHUNKED, (b"%x\r\n%b\r\n" % (1 << 18, b"x" * (1 << 18))) * 12, id="many chunks")])
+def test_the_whole_refusal_of_a_large_body_arrives_though_the_client_sends_on(served: RunningBridge, header: str, body: bytes) -> None:
+    with Wire(served.port) as wire:
+        answer = wire.send(post(served.admin, "/api/ask", body, header)).last_answer()
+    assert (answer.status, answer.json) == (413, {"error": "Body exceeds 1048576 byte limit", "code": "body_too_large"})
+
+
+def test_a_body_of_exactly_the_limit_is_read(served: RunningBridge) -> None:
+    body = b'{"name": "at the limit"}'.ljust(cab.BODY_BYTES)
+    with Wire(served.port) as wire:
+        assert wire.send(sized(served.admin, "/api/tokens", body)).answer().status == 201
+        assert wire.send(sized(served.admin, "/api/tokens", body + b" ")).last_answer().status == 413
+
+
+def test_a_large_body_that_nobody_read_ends_the_connection(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        wire.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000", body=HIDDEN * 1_000))
+        assert wire.last_answer().status == 401
+
+
+def test_a_chunked_body_that_nobody_read_ends_the_connection(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(request("POST /none HTTP/1.1", CHUNKED, body=b"0\r\n\r\n" + HIDDEN)).last_answer().status == 404
+
+
+def test_100_continue_is_sent_when_the_body_is_wanted(served: RunningBridge) -> None:
+    for length, body in (("Content-Length: %d" % len(NEW_TOKEN), NEW_TOKEN), (CHUNKED, b"%x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN))):
+        with Wire(served.port) as wire:
+            wire.send(post(served.admin, "/api/tokens", b"", length, "Expect: 100-Continue"))
+            assert wire.file.readline() + wire.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
+            assert wire.send(body, request()).answer().status == 201
+            assert wire.answer().status == 200
+
+
+@pytest.mark.parametrize("status, with_token, line, headers", [
+    pytest.param(status, with_token, line, headers, id=name) for name, status, with_token, line, headers in (
+        ("no token", 401, False, "POST /api/ask HTTP/1.1", ("Content-Length: 50",)),
+        ("no such path", 404, True, "POST /none HTTP/1.1", ("Content-Length: 50",)),
+        ("too large", 413, True, "POST /api/ask HTTP/1.1", ("Content-Length: %d" % TOO_MUCH,)),
+        ("compressed", 415, True, "POST /api/ask HTTP/1.1", ("Content-Length: 50", "Content-Encoding: gzip")),
+        ("not read", 200, True, "GET /health HTTP/1.1", ("Content-Length: 50",)),
+    )])
+def test_100_continue_is_not_sent_for_a_body_that_is_not_wanted(served: RunningBridge, status: int, with_token: bool, line: str,
+                                                                headers: Tuple[str, ...]) -> None:
+    token = ("Authorization: Bearer %s" % served.admin.token,) if with_token else ()
+    with Wire(served.port) as wire:
+        assert wire.send(request(line, *token, *headers, "Expect: 100-continue")).answer().status == status
+        assert wire.rest() == b""                     # what is sent after this could be a body or a request
+
+
+def test_100_continue_is_not_sent_where_there_is_no_body_or_no_such_thing(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(post(served.admin, "/api/tokens", b"", "Content-Length: 0", "Expect: 100-continue")).answer().status == 400
+    old = sized(served.admin, "/api/tokens", NEW_TOKEN, "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    with Wire(served.port) as wire:
+        assert wire.send(old).last_answer().status == 201
+
+
+# --- slow, idle and many connections ---
+
+@pytest.mark.parametrize("phase, start", [
+    pytest.param(cab.Phase.HEAD, b"G", id="in the request line"),
+    pytest.param(cab.Phase.HEAD, b"GET / HTTP/1.1\r\nX: ", id="in a header"),
+    pytest.param(cab.Phase.BODY, b"POST /api/ask HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 900\r\n\r\n", id="in a body"),
+    pytest.param(cab.Phase.BODY, b"POST /api/ask HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n", id="in a body that nobody wants"),
+])
+def test_a_client_that_drips_is_closed_at_the_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, phase: str, start: bytes) -> None:
+    monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.2)
+    with Wire(served.port) as wire:
+        assert wire.send(start.replace(b"TOKEN", str(served.admin.token).encode())).drip() == b""
+        wait_until(lambda: not connection_threads())
+
+
+@pytest.mark.parametrize("before", [b"", request()])
+def test_an_idle_connection_is_closed(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, before: bytes) -> None:
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.IDLE, 0.1)
+    monkeypatch.setattr(cab, "IDLE_SECONDS", 0.1)
+    with Wire(served.port) as wire:
+        assert wire.send(before).rest().count(b"HTTP/1.1 200 OK") == len(before[:1])
+        wait_until(lambda: not connection_threads())
+
+
+def test_no_deadline_cuts_an_answer_that_is_waited_for(bridge: Callable[..., RunningBridge], monkeypatch: pytest.MonkeyPatch, gate: Path) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    for phase in (cab.Phase.IDLE, cab.Phase.HEAD, cab.Phase.BODY):
+        monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.1)
+    assert running.admin.get("/api/ask/%s?wait=0.6" % job_id).json["status"] == "processing"
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health HT", b"\r\n"])
+def test_at_the_cap_the_connection_longest_without_a_request_makes_room(served: RunningBridge, monkeypatch: pytest.MonkeyPatch,
+                                                                        first: bytes) -> None:
+    monkeypatch.setattr(cab, "CONNECTIONS", 2)
+    with Wire(served.port) as oldest, Wire(served.port) as younger:
+        oldest.send(first)
+        assert younger.send(request()).answer().status == 200
+        with Wire(served.port) as new:
+            assert new.send(request()).answer().status == 200
+            assert oldest.rest() == b""
+            assert younger.send(request()).answer().status == 200
+
+
+def test_when_all_connections_are_busy_a_new_one_gets_503_until_one_is_done(bridge: Callable[..., RunningBridge], gate: Path,
+                                                                            monkeypatch: pytest.MonkeyPatch, long_poll: LongPoll) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    monkeypatch.setattr(cab, "CONNECTIONS", 2)
+    with Wire(running.port) as one, Wire(running.port) as two:
+        long_poll(running, job_id, one)
+        long_poll(running, job_id, two)
+        with Wire(running.port) as three:
+            answer = three.last_answer()
+        assert (answer.status, answer.json["code"], answer.headers["retry-after"]) == (503, "unavailable", "1")
+        gate.touch()
+        assert [one.answer().json["response"], two.answer().json["response"]] == ["held", "held"]
+        wait_until(lambda: running.admin.get("/health").status == 200)
+
+
+def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "CONNECTIONS", 1)
+    with Wire(served.port) as refused:
+        assert refused.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000")).last_answer().status == 401
+        with Wire(served.port) as new:
+            assert new.send(request()).answer().status == 200
+
+
+def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "DRAIN_SECONDS", 0.3)
+    with Wire(served.port) as wire:
+        assert wire.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000")).last_answer().status == 401
+        wait_until(lambda: not connection_threads(), 2)
+
+
+def test_a_client_that_leaves_during_a_long_poll_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    with Wire(running.port) as wire:
+        long_poll(running, job_id, wire)
+    wait_until(lambda: not connection_threads(), 5)
+
+
+def test_a_client_that_left_before_its_answer_is_no_error(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    with Wire(running.port) as wire:
+        long_poll(running, job_id, wire)
+    gate.touch()
+    wait_until(lambda: not connection_threads())
+    assert "error" not in " ".join(running.log).lower()
+
+
+def test_closing_the_bridge_ends_idle_connections_and_answers_waiting_ones(bridge: Callable[..., RunningBridge], gate: Path,
+                                                                           monkeypatch: pytest.MonkeyPatch, long_poll: LongPoll) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    monkeypatch.setattr(cab, "FINISH_SECONDS", 0.1)
+    with Wire(running.port) as idle, Wire(running.port) as waiting:
+        long_poll(running, job_id, waiting)
+        assert idle.send(request()).answer().status == 200
+        running.bridge.__exit__(None, None, None)
+        assert idle.rest() == b""
+        assert waiting.answer().json["requestId"] == job_id
+
+
+# --- what every answer carries ---
+
+STANDARD = {
+    "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin", "origin-agent-cluster": "?1",
+    "referrer-policy": "no-referrer", "x-content-type-options": "nosniff", "x-dns-prefetch-control": "off", "x-download-options": "noopen",
+    "x-permitted-cross-domain-policies": "none", "x-xss-protection": "0", "access-control-allow-origin": "*", "cache-control": "no-store",
+}
+ABSENT = ("server", "x-powered-by", "strict-transport-security", "set-cookie", "transfer-encoding")
+
+
+def check_headers(answer: Answer) -> None:
+    assert {name: answer.headers.get(name) for name in STANDARD} == STANDARD
+    assert answer.headers["x-frame-options"] in ("SAMEORIGIN", "DENY")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "upgrade-insecure-requests" not in policy
+    assert not [name for name in ABSENT if name in answer.headers]
+    if answer.status != 204 and "html" not in answer.headers["content-type"]:
+        assert answer.headers["content-type"] == "application/json; charset=utf-8" and isinstance(answer.json, dict)
+    assert answer.headers["date"].endswith(" GMT") and int(answer.headers["content-length"]) == len(answer.data)
+
+
+@pytest.mark.parametrize("status, sent", [
+    pytest.param(status, sent, id="%d %s" % (status, name)) for status, name, sent in (
+        (200, "json", request()), (200, "page", request("GET /dashboard HTTP/1.1")), (204, "preflight", request("OPTIONS /none HTTP/1.1")),
+        (400, "by the parser", request("GET /health HTTP/1.1", "X y")), (400, "by the routes", request("GET /api/ask/%zz HTTP/1.1")),
+        (401, "no token", request("POST /api/ask HTTP/1.1")), (404, "no path", request("GET /none HTTP/1.1")),
+        (405, "no method", request("PUT /api/ask HTTP/1.1")), (417, "expectation", request("GET / HTTP/1.1", "Expect: more")),
+        (431, "head", request("GET / HTTP/1.1", "X: " + "y" * 20_000)), (501, "method", request("BREW / HTTP/1.1")),
+        (501, "coding", request("POST / HTTP/1.1", "Transfer-Encoding: br")), (505, "version", request("GET / HTTP/3.0")),
+    )])
+def test_every_answer_carries_the_security_headers(served: RunningBridge, status: int, sent: bytes) -> None:
+    with Wire(served.port) as wire:
+        answer = wire.send(sent).answer()
+    assert answer.status == status
+    check_headers(answer)
+
+
+def test_answers_to_token_holders_carry_the_security_headers(served: RunningBridge) -> None:
+    for status, sent in ((201, sized(served.admin, "/api/tokens", NEW_TOKEN)), (400, sized(served.admin, "/api/ask", b"{")),
+                         (413, post(served.admin, "/api/ask", b"", "Content-Length: %d" % TOO_MUCH)),
+                         (415, sized(served.admin, "/api/ask", b"x", "Content-Encoding: br"))):
+        with Wire(served.port) as wire:
+            answer = wire.send(sent).answer()
+        assert answer.status == status
+        check_headers(answer)
+
+
+def test_a_connection_turned_away_at_the_cap_gets_the_security_headers(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "CONNECTIONS", 0)
+    with Wire(served.port) as wire:
+        answer = wire.answer()
+    assert answer.status == 503
+    check_headers(answer)
+
+
+def test_a_fault_in_an_answer_gives_500_and_its_details_go_to_the_log_only(bridge: Callable[..., RunningBridge],
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    running = bridge(spare=0)
+    secret = str(running.admin.token)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("detail with %s in it" % secret)
+
+    monkeypatch.setattr(cab.Service, "poll", fail)
+    with Wire(running.port) as wire:
+        answer = wire.send(request("GET /api/ask/%s HTTP/1.1" % secret, "Authorization: Bearer " + secret), request()).answer()
+        assert (answer.status, answer.json) == (500, {"error": "Internal server error", "code": "internal"})
+        assert wire.answer().status == 200
+    check_headers(answer)
+    log = "\n".join(running.log)
+    assert "Traceback" in log and "RuntimeError: detail with cab-" in log
+    assert secret not in log
+
+
+def test_a_broken_database_is_a_503_that_says_so(bridge: Callable[..., RunningBridge]) -> None:
+    running = bridge(spare=0)
+    with contextlib.closing(sqlite3.connect(str(running.data_dir / "bridge.db"))) as other:
+        other.execute("DROP TABLE tokens")
+    for answer in (running.admin.get("/health"), running.admin.post("/api/ask", {"message": "hi"})):
+        assert (answer.status, answer.json["code"]) == (503, "unavailable")
+        check_headers(answer)

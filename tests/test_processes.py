@@ -1,0 +1,612 @@
+"""Room 6: what comes of every way in which a `claude` process can behave, and what is left of it afterwards."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import pytest
+from conftest import FakeClaude, RunningBridge, is_running, run_cli, wait_until
+
+import claude_api_bridge as cab
+from fake_claude import FLAGS
+
+LIMIT_REACHED = {"said": "rate_limit", "api_error_status": 429, "result": "You've hit your session limit · resets 8:28am (UTC)"}
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+def twist(fake: FakeClaude, code: str) -> FakeClaude:
+    """The fake with a fault of its own: `code` runs before its main."""
+    fake.path.write_text(fake.path.read_text().replace("sys.exit(", code + "\nsys.exit(", 1))
+    return fake
+
+
+def pids_of(fake: FakeClaude, prompt: str) -> List[int]:
+    """The processes that were asked this, in order."""
+    path = fake.folder / "lines.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [entry["pid"] for entry in entries if entry["line"]["type"] == "user" and entry["line"].get("shouldQuery") is not False
+            and entry["line"]["message"]["content"][0]["text"] == prompt]
+
+
+def argv_of(fake: FakeClaude, pid: int) -> List[str]:
+    return next(start["argv"] for start in fake.children() if start["pid"] == pid)
+
+
+def spare_of(fake: FakeClaude) -> int:
+    """The pid of the first spare, once it is there."""
+    return int(wait_until(fake.children)[0]["pid"])
+
+
+def error(**fields: Any) -> str:
+    """A prompt at which the fake gives a result with these fields."""
+    return "error " + json.dumps(fields)
+
+
+@pytest.fixture(autouse=True)
+def servers_close_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = cab.BridgeServer.serve_forever
+    monkeypatch.setattr(cab.BridgeServer, "serve_forever", lambda self, poll_interval=0.5: serve(self, 0.02))
+
+
+class Direct:
+    """ClaudeCli alone, without queue and HTTP."""
+
+    def __init__(self, fake: FakeClaude, claude: cab.Claude, config: cab.Config) -> None:
+        self.fake, self.claude, self.data_dir = fake, claude, config.data_dir
+        self.cli = cab.ClaudeCli(claude, config, cab.Clock(), "test%d" % os.getpid(), lambda pid, started: None)
+
+    def run(self, message: str, stop_reason: Callable[[], Optional[str]] = lambda: None, work: Mapping[str, Any] = {}, **setup: Any) -> cab.Answer:
+        return self.cli.run(cab.Work(message, cab.Setup(**{"system_prompt": cab.SYSTEM_PROMPT, **setup}), **work), cab.LiveText(), stop_reason)
+
+    def failure(self, message: str, **options: Any) -> Tuple[str, str]:
+        """-> (code, text) of a run that must fail. Every process that was asked is gone."""
+        with pytest.raises(cab.RunFailed) as caught:
+            self.run(message, **options)
+        wait_until(lambda: not [pid for pid in pids_of(self.fake, message) if is_running(pid)], 1)
+        return caught.value.code, str(caught.value)
+
+    def talk(self, name: str, message: str, **setup: Any) -> cab.Answer:
+        """A turn of a conversation."""
+        return self.run(message, work={"conversation": ("token", name)}, **setup)
+
+
+@pytest.fixture
+def direct(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., Direct]]:
+    """direct(claude=..., look=..., environ=..., **settings) -> a Direct that starts one process per request, unless told otherwise.
+
+    look: asks the fake what it is, as a start does; else it is known, which is quicker.
+    """
+    made: List[Direct] = []
+
+    def make(claude: Optional[FakeClaude] = None, look: bool = False, environ: Optional[Mapping[str, str]] = None, **settings: Any) -> Direct:
+        fake = claude or fake_claude()
+        config = cab.Config(**{"data_dir": tmp_path / "data", "claude": str(fake.path), "spare": 0, **settings})
+        environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})}
+        known = cab.Claude((str(fake.path),), cab.Features.read("2.1.330", FLAGS), cab.child_environment(environ, config.allow_api_key, None), "")
+        made.append(Direct(fake, cab.find_claude(config, environ) if look else known, config))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.cli.close()
+
+
+# --- answers ---
+
+def test_an_answer_arrives_with_its_model_and_usage(direct: Callable[..., Direct]) -> None:
+    answer = direct().run("hello", model="haiku")
+    assert (answer.text, answer.model) == ("Echo: hello", "resolved-haiku")
+    assert answer.usage == cab.Usage(10, 7, 5, 3, 0.002)
+
+
+@pytest.mark.parametrize("prompt, text", [
+    ("noise here", "quiet here"),
+    ("/compact", "Echo:  /compact"),                         # a blank in front: text, not a command
+    ("say line\u2028one\r\nline two\x00\ttab \U0001f600", "line\u2028one\r\nline two\x00\ttab \U0001f600"),
+    ("say ", ""),
+])
+def test_these_prompts_are_answered(direct: Callable[..., Direct], prompt: str, text: str) -> None:
+    assert direct().run(prompt).text == text
+
+
+def test_a_question_of_the_cli_is_declined(direct: Callable[..., Direct]) -> None:
+    d = direct()
+    d.run("noise")
+    wait_until(lambda: [line for line in d.fake.lines() if line["type"] == "control_response"
+                        and line["response"]["request_id"] == "q" and line["response"]["subtype"] == "error"])
+
+
+def test_an_answer_of_megabytes_arrives_whole(bridge: Callable[..., RunningBridge]) -> None:
+    body = bridge().admin.answer("big 2048")
+    assert body["status"] == "completed" and body["response"] == "é" * (1 << 20)
+
+
+def test_a_structured_answer_comes_back_parsed(direct: Callable[..., Direct]) -> None:
+    assert json.loads(direct().run("hi", json_schema='{"type":"object"}').structured or "") == {"answer": "Echo: hi"}
+
+
+def test_a_schema_that_was_not_satisfied_is_an_error(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = twist(fake_claude(), "fake_claude.Fake.answer = lambda self, text: self.result(text)")
+    code, text = direct(fake).failure("hi", json_schema="{}")
+    assert code == "cli_error" and "jsonSchema" in text
+
+
+# --- the spare ---
+
+def test_a_spare_that_waits_already_answers_and_is_replaced(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = fake_claude()
+    b = bridge(claude=fake)
+    spare = spare_of(fake)
+    b.admin.answer("one")
+    second = int(wait_until(lambda: fake.children()[1:])[0]["pid"])
+    b.admin.answer("two")
+    assert pids_of(fake, "one") == [spare] and pids_of(fake, "two") == [second]
+    wait_until(lambda: not is_running(spare) and not is_running(second))
+
+
+def test_without_a_spare_every_request_starts_its_own_process(direct: Callable[..., Direct]) -> None:
+    d = direct()
+    d.cli.prepare()
+    assert d.fake.children() == []
+    d.run("one"), d.run("two")
+    assert [child["pid"] for child in d.fake.children()] == pids_of(d.fake, "one") + pids_of(d.fake, "two")
+
+
+def test_a_spare_that_died_is_not_noticed_by_the_caller(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = fake_claude()
+    b = bridge(claude=fake)
+    spare = spare_of(fake)
+    os.kill(spare, signal.SIGKILL)
+    assert b.admin.answer("hello")["response"] == "Echo: hello"
+    assert spare not in pids_of(fake, "hello")
+
+
+ONCE = """
+from pathlib import Path
+act = fake_claude.Fake.act
+def once(self, text):
+    mark = self.folder / "died"
+    if not mark.exists():
+        mark.touch()
+        text = "die-early 1"
+    act(self, text)
+fake_claude.Fake.act = once
+"""
+
+
+def test_a_spare_that_dies_unheard_is_retried_on_a_fresh_process(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    d = direct(twist(fake_claude(), ONCE), spare=1)
+    d.cli.prepare()
+    assert d.run("hello").text == "Echo: hello"
+    assert len(set(pids_of(d.fake, "hello"))) == 2
+
+
+def test_a_fresh_process_that_dies_unheard_is_an_error(direct: Callable[..., Direct]) -> None:
+    d = direct()
+    code, text = d.failure("die-early 4")
+    assert code == "cli_error" and "exit code 4" in text and "gone at once" in text
+    assert len(pids_of(d.fake, "die-early 4")) == 1
+
+
+def test_a_process_that_was_heard_is_not_asked_again(direct: Callable[..., Direct]) -> None:
+    d = direct(spare=1)
+    d.cli.prepare()
+    assert d.failure("die 1")[0] == "cli_error"
+    assert len(pids_of(d.fake, "die 1")) == 1
+
+
+# --- faults ---
+
+@pytest.mark.parametrize("prompt, code, words, settings", [
+    ("garbage", "cli_error", "not valid JSON", {}),
+    ("die 3 the reason", "cli_error", "(exit code 3) without an answer: the reason", {}),
+    ("die 0", "cli_error", "exit code 0", {}),
+    ("hang", "timeout", "no sign of life for 0.2 seconds", {"silence_seconds": 0.2}),
+    ("chatty", "timeout", "longer than 0.6 seconds", {"silence_seconds": 0.2, "run_seconds": 0.6}),
+    ("stubborn", "timeout", "longer than 0.3 seconds", {"run_seconds": 0.3}),
+])
+def test_a_fault_ends_the_run_and_its_process(direct: Callable[..., Direct], prompt: str, code: str, words: str,
+                                              settings: Mapping[str, Any]) -> None:
+    d = direct(**settings)
+    found, text = d.failure(prompt)
+    assert found == code and words in text
+    assert d.run("and now").text == "Echo: and now"
+
+
+def test_secrets_on_stderr_are_cut(direct: Callable[..., Direct]) -> None:
+    secrets = ("sk-ant-oat01-" + "A1b2" * 10, cab.new_token())
+    _, text = direct().failure("die 1 %s and %s" % secrets)
+    assert "sk-ant-oat01..." in text and not any(secret[20:] in text for secret in secrets)
+
+
+def test_a_secret_is_cut_also_where_stderr_was_shortened(direct: Callable[..., Direct]) -> None:
+    secret = "sk-ant-oat01-" + "A1b2" * 20
+    _, text = direct().failure("die 1 " + "y" * 450 + " " + secret + " " + "word " * 800)
+    assert "word word" in text and "A1b2" not in text
+
+
+@pytest.mark.parametrize("name, prompt", [("OUTPUT_BYTES", "flood 2"), ("LINE_BYTES", "line 2"), ("OUTPUT_BYTES", "big 1100")])
+def test_too_much_output_ends_the_run(direct: Callable[..., Direct], monkeypatch: pytest.MonkeyPatch, name: str, prompt: str) -> None:
+    monkeypatch.setattr(cab, name, 1 << 20)
+    assert direct().failure(prompt)[0] == "output_too_large"
+
+
+def test_a_tool_may_run_in_silence(direct: Callable[..., Direct], tmp_path: Path) -> None:
+    began, gate = time.monotonic(), tmp_path / "gate"
+
+    def open_late() -> None:
+        if time.monotonic() > began + 0.6:
+            gate.touch()
+
+    assert direct(silence_seconds=0.2).run("tool %s" % gate, stop_reason=open_late).text == "done"
+    assert time.monotonic() > began + 0.6
+
+
+FORGOTTEN = """
+import time
+def forgotten(self, rest):
+    self.say(type="assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Bash", "input": {}}]})
+    self.say(type="user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "content": "ok"}]})
+    time.sleep(60)
+fake_claude.Fake.act_forgotten = forgotten
+"""
+
+
+def test_silence_counts_again_once_the_tool_is_done(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = twist(fake_claude(), FORGOTTEN)
+    assert "no sign of life" in direct(fake, silence_seconds=0.3, run_seconds=1).failure("forgotten")[1]
+
+
+def test_a_dead_process_is_noticed_though_its_pipes_are_held(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude],
+                                                             tmp_path: Path) -> None:
+    fake, note = fake_claude(), tmp_path / "pid"
+    b = bridge(claude=fake, silence_seconds=3)
+    request = b.admin.new_token(tools="all").ask("grandchild %s" % note)
+    wait_until(note.exists)
+    os.kill(pids_of(fake, "grandchild %s" % note)[0], signal.SIGKILL)
+    body = b.admin.done(request)
+    assert (body["errorCode"], "exit code" in body["error"]) == ("cli_error", True)
+
+
+def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: Callable[..., Direct], tmp_path: Path) -> None:
+    d = direct()
+    code, text = d.failure("hello", tools="read", workspace=str(tmp_path / "nowhere"))
+    assert code == "cli_error" and "nowhere" in text
+    assert d.run("hello").text == "Echo: hello"
+
+
+RESULTS = [
+    (LIMIT_REACHED, "usage_limit"),
+    ({"said": "rate_limit", "api_error_status": 429, "result": "API Error: Server is temporarily limiting requests (not your usage limit)"}, "overloaded"),
+    ({"said": "authentication_failed", "api_error_status": 401, "result": "Failed to authenticate. API Error: 401 expired"}, "auth_required"),
+    ({"said": "authentication_failed", "api_error_status": 403, "result": "Your account does not have access to Claude."}, "auth_required"),
+    ({"result": "Not logged in · Please run /login"}, "auth_required"),
+    ({"result": "Invalid API key · Please run /login"}, "auth_required"),
+    ({"said": "server_error", "api_error_status": 529, "result": "API Error: 529 Overloaded."}, "overloaded"),
+    ({"said": "server_error", "result": "API Error: 500 Internal server error"}, "overloaded"),
+    ({"said": "model_not_found", "api_error_status": 404, "result": "There's an issue with the selected model (x)."}, "model_not_found"),
+    ({"result": "There's an issue with the selected model (x)."}, "model_not_found"),
+    ({"said": "invalid_request", "api_error_status": 413, "result": "Request too large (max 32MB)."}, "context_too_long"),
+    ({"said": "invalid_request", "api_error_status": 400, "result": "Prompt is too long", "terminal_reason": "prompt_too_long"}, "context_too_long"),
+    ({"said": "unknown", "api_error_status": 400, "result": "API Error: 400 odd"}, "cli_error"),
+    ({"said": "billing_error", "api_error_status": 400, "result": "Credit balance is too low"}, "cli_error"),
+    ({"subtype": "error_max_turns", "errors": ["Reached maximum number of turns (1)"]}, "cli_error"),
+    ({"subtype": "error_during_execution", "is_error": False, "errors": ["odd"]}, "cli_error"),
+]
+
+
+def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Callable[..., RunningBridge]) -> None:
+    b = bridge()
+    bodies = [b.admin.answer(error(**fields)) for fields, _ in RESULTS]
+    assert [(body["status"], body.get("errorCode"), body.get("error")) for body in bodies] == [
+        ("error", code, str(fields.get("result") or fields.get("errors", [""])[0])) for fields, code in RESULTS]
+    assert b.admin.answer("fine")["status"] == "completed"
+
+
+def test_settings_that_the_cli_refuses_are_an_error(direct: Callable[..., Direct]) -> None:
+    assert direct().failure("hello", system_prompt="refuse this") == ("cli_error", "claude refused its settings: systemPrompt refused")
+
+
+# --- who pays ---
+
+def test_a_run_that_an_api_key_would_pay_is_stopped(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = fake_claude()
+    b = bridge(claude=fake)
+    body = b.admin.answer("apikey")
+    assert (body["status"], body["errorCode"]) == ("error", "billing_guard") and "ANTHROPIC_API_KEY" in body["error"]
+    assert "partial" not in body and "response" not in body
+    assert not is_running(pids_of(fake, "apikey")[0])
+    assert not [path for path in b.data_dir.glob("bridge.db*") if b"this was billed" in path.read_bytes()]
+
+
+def test_an_api_key_may_pay_when_the_owner_allows_it(direct: Callable[..., Direct]) -> None:
+    assert direct(allow_api_key=True).run("apikey").text == "this was billed"
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_the_environment_of_a_child_holds_no_secret_of_ours(direct: Callable[..., Direct], allowed: bool) -> None:
+    given = {"ANTHROPIC_API_KEY": "key", "CAB_TOKEN": "cab-x", "CAB_PORT": "1", "ANTHROPIC_MODEL": "opus", "CLAUDECODE": "1", "NODE_OPTIONS": "-r x",
+             "CLAUDE_CODE_OAUTH_TOKEN": "oat", "HTTPS_PROXY": "http://proxy", "LANG": "C.UTF-8"}
+    d = direct(look=True, environ=given, allow_api_key=allowed)
+    seen: Dict[str, str] = json.loads(d.run("env").text)
+    kept = {"CLAUDE_CODE_OAUTH_TOKEN", "HTTPS_PROXY", "LANG"} | ({"ANTHROPIC_API_KEY"} if allowed else set())
+    assert {name for name in given if name in seen} == kept
+    assert {name for name in seen if name.startswith("CAB_")} == {"CAB_CHILD"} and seen["CAB_CHILD"].startswith("test")
+    assert seen["CLAUDE_CODE_DISABLE_ATTACHMENTS"] == "1" and seen["CLAUDE_CONFIG_DIR"] == str(d.data_dir / "claude-home")
+
+
+# --- command line and folder ---
+
+def test_nothing_of_a_request_is_in_argv_or_environment(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = fake_claude()
+    client = bridge(claude=fake).admin.new_token("Secret-name", sessionMode="stateful")
+    for text in ("Secret-one", "Secret-two"):
+        client.answer(text, model="Secret-model", systemPrompt="Secret-system", jsonSchema={"title": "Secret-schema"}, conversation="Secret-talk", effort="low")
+    assert len(fake.prompts()) == 2 and "Secret" in json.dumps(fake.lines())
+    assert "Secret" not in json.dumps(fake.starts())
+
+
+def test_a_child_without_tools_works_in_an_empty_private_folder(direct: Callable[..., Direct]) -> None:
+    d = direct()
+    d.run("hello")
+    folder = Path(d.fake.children()[0]["cwd"])
+    assert folder == d.data_dir.resolve() / "work" and list(folder.iterdir()) == []
+    assert os.name == "nt" or folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("tools, exist, mode, allowed", [
+    ("read", "Read,Glob,Grep", "dontAsk", None),
+    ("web", "WebSearch,WebFetch", "dontAsk", ["WebSearch", "WebFetch"]),
+    ("all", ",".join(cab.ALL_TOOLS), "acceptEdits", ["Bash", "WebFetch", "WebSearch"]),
+    (["Read", "Bash(git log:*)", "Write"], "Bash,Read,Write", "dontAsk", ["Bash(git log:*)", "Edit(./**)"]),
+])
+def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude],
+                                                                       tools: Any, exist: str, mode: str, allowed: Optional[List[str]]) -> None:
+    fake = fake_claude()
+    b = bridge(claude=fake)
+    spare = spare_of(fake)
+    b.admin.new_token("tooled", tools=tools).answer("hello")
+    child = next(start for start in fake.children() if start["pid"] == pids_of(fake, "hello")[0])
+    argv = child["argv"]
+    assert argv[argv.index("--tools") + 1] == exist and argv[argv.index("--permission-mode") + 1] == mode
+    assert (argv[argv.index("--allowedTools") + 1:][:len(allowed)] == allowed) if allowed else "--allowedTools" not in argv
+    assert child["cwd"] == next(token["workspace"] for token in b.admin.get("/api/tokens").json["tokens"] if token["name"] == "tooled")
+    assert child["pid"] != spare and is_running(spare)
+    assert argv_of(fake, spare)[argv_of(fake, spare).index("--tools") + 1] == ""
+
+
+# --- ends ---
+
+@only_linux
+@pytest.mark.parametrize("way", ["http", "command"])
+def test_revoking_a_token_ends_its_run_with_all_that_its_tools_started(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude],
+                                                                       tmp_path: Path, way: str) -> None:
+    fake, note = fake_claude(), tmp_path / "pid"
+    b = bridge(claude=fake)
+    b.admin.new_token("tooled", tools="all").ask("grandchild %s" % note)
+    waiting = b.admin.ask("next")
+    wait_until(note.exists)
+    child, grandchild = pids_of(fake, "grandchild %s" % note)[0], int(note.read_text())
+    token_id = next(token["id"] for token in b.admin.get("/api/tokens").json["tokens"] if token["name"] == "tooled")
+    if way == "http":
+        assert b.admin.delete("/api/tokens/" + token_id).status == 200
+    else:
+        assert run_cli("token", "revoke", token_id, "--data-dir", str(b.data_dir)).returncode == 0
+    wait_until(lambda: not is_running(child) and not is_running(grandchild), 1.5)
+    assert b.admin.done(waiting)["response"] == "Echo: next"
+
+
+@only_linux
+def test_ending_one_child_leaves_the_others_alone(direct: Callable[..., Direct], tmp_path: Path) -> None:
+    d = direct()
+    d.talk("tooled", "first", tools="all", workspace=str(tmp_path))
+    for _ in range(8):
+        d.run("hello")
+    d.talk("plain", "tenth")
+    first, last = pids_of(d.fake, "first")[0], pids_of(d.fake, "tenth")[0]
+    d.talk("tooled", "again", tools="read", workspace=str(tmp_path))       # other tools: the process is not the right one any more
+    assert not is_running(first) and is_running(last)
+
+
+@only_linux
+def test_close_ends_every_process_also_deaf_ones(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    deaf = "import signal, time\nrun = fake_claude.Fake.run\nfake_claude.Fake.run = lambda self: (run(self), time.sleep(60))[0]\n"
+    d = direct(twist(fake_claude(), deaf + "signal.signal(signal.SIGTERM, signal.SIG_IGN)"), spare=1)
+    d.cli.prepare()
+    d.talk("one", "hello"), d.talk("two", "hello")
+    wait_until(lambda: len(d.fake.children()) == 3)
+    began = time.monotonic()
+    d.cli.close()
+    assert not [child for child in d.fake.children() if is_running(child["pid"])]
+    assert time.monotonic() - began < 2.5
+
+
+# --- conversations ---
+
+class Talk:
+    """A stateful token's client."""
+
+    def __init__(self, fake: FakeClaude, bridge: RunningBridge) -> None:
+        self.fake, self.bridge = fake, bridge
+        self.client = bridge.admin.new_token("talk", sessionMode="stateful")
+
+    def say(self, message: str, **fields: Any) -> str:
+        body = self.client.answer(message, **fields)
+        assert body["status"] == "completed", body
+        return str(body["response"])
+
+    def remembered(self, **fields: Any) -> List[str]:
+        """What the CLI knows, as texts in order, without the answers to this very question."""
+        return [text for _, text in json.loads(self.say("turns", **fields)) if not text.startswith(("turns", "["))]
+
+    def argv(self, message: str) -> List[str]:
+        """The command line of the process that was asked this last."""
+        return argv_of(self.fake, pids_of(self.fake, message)[-1])
+
+
+@pytest.fixture
+def talk(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> Callable[..., Talk]:
+    def begin(**settings: Any) -> Talk:
+        fake = fake_claude()
+        return Talk(fake, bridge(claude=fake, **{"spare": 0, **settings}))
+    return begin
+
+
+def session_in(argv: List[str], flag: str) -> Optional[str]:
+    return next((word.partition("=")[2] for word in argv if word.startswith(flag + "=")), None)
+
+
+def test_the_turns_of_a_conversation_share_a_process(talk: Callable[..., Talk]) -> None:
+    t = talk()
+    t.say("one"), t.say("two")
+    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
+    assert len(t.fake.children()) == 1
+
+
+def test_another_model_resumes_the_session_in_a_new_process(talk: Callable[..., Talk]) -> None:
+    t = talk()
+    t.say("one")
+    assert t.remembered(model="haiku") == ["one", "Echo: one"]
+    assert session_in(t.argv("turns"), "--resume") == session_in(t.argv("one"), "--session-id") is not None
+    wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]))
+
+
+@pytest.mark.parametrize("warm_seconds, messages", [(0, ["one", "two"]), (0.2, ["one"])])
+def test_a_cooled_conversation_is_resumed_under_the_same_id(talk: Callable[..., Talk], warm_seconds: float, messages: List[str]) -> None:
+    t = talk(warm_seconds=warm_seconds)
+    for message in messages:
+        t.say(message)
+        wait_until(lambda: not is_running(pids_of(t.fake, message)[0]))
+    assert t.remembered() == [text for message in messages for text in (message, "Echo: " + message)]
+    session_id = session_in(t.argv("one"), "--session-id")
+    assert session_id and {session_in(t.argv(message), "--resume") for message in [*messages[1:], "turns"]} == {session_id}
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_conversation_that_the_cli_lost_is_told_again_from_then_on(talk: Callable[..., Talk], spare: int) -> None:
+    t = talk(warm_seconds=0, spare=spare)
+    t.say("one"), t.say("two")
+    for transcript in t.fake.folder.glob("session-*.json"):
+        transcript.unlink()
+    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
+    t.say("three")
+    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two", "three", "Echo: three"]
+    assert not any(session_in(t.argv(message), flag) for message in ("turns", "three") for flag in ("--resume", "--session-id"))
+
+
+def test_conversations_share_neither_process_nor_memory(talk: Callable[..., Talk]) -> None:
+    t = talk(spare=1)
+    other = Talk(t.fake, t.bridge)
+    t.say("one"), t.say("two", conversation="second"), other.say("three")
+    assert (t.remembered(), t.remembered(conversation="second"), other.remembered()) == (
+        ["one", "Echo: one"], ["two", "Echo: two"], ["three", "Echo: three"])
+    assert len({pids_of(t.fake, message)[0] for message in ("one", "two", "three")}) == 3
+
+
+def test_only_so_many_conversations_stay_warm(talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "WARM_CHILDREN", 2)
+    t = talk()
+    names = ("a", "b", "c", "d")
+    for name in names:
+        t.say(name, conversation=name)
+    pids = [pids_of(t.fake, name)[0] for name in names]
+    wait_until(lambda: [is_running(pid) for pid in pids] == [False, False, True, True])
+    assert t.remembered(conversation="a") == ["a", "Echo: a"]
+
+
+@pytest.mark.parametrize("fault", [error(**LIMIT_REACHED), "die 1", "garbage"])
+def test_a_failed_turn_is_not_part_of_the_conversation(talk: Callable[..., Talk], fault: str) -> None:
+    t = talk()
+    t.say("one")
+    assert t.client.answer(fault)["status"] == "error"
+    assert t.remembered() == ["one", "Echo: one"]
+
+
+def test_the_process_of_a_revoked_tokens_conversation_ends(talk: Callable[..., Talk]) -> None:
+    t = talk()
+    t.say("one")
+    pid = pids_of(t.fake, "one")[0]
+    assert is_running(pid)
+    token_id = next(token["id"] for token in t.bridge.admin.get("/api/tokens").json["tokens"] if token["name"] == "talk")
+    t.bridge.admin.delete("/api/tokens/" + token_id)
+    wait_until(lambda: not is_running(pid), 3)
+
+
+def test_the_process_of_a_revoked_tokens_conversation_ends_also_while_another_request_runs(talk: Callable[..., Talk], tmp_path: Path) -> None:
+    t, gate = talk(), tmp_path / "gate"
+    t.say("one")
+    token_id = next(token["id"] for token in t.bridge.admin.get("/api/tokens").json["tokens"] if token["name"] == "talk")
+    t.bridge.admin.ask("hold %s" % gate)
+    wait_until(lambda: pids_of(t.fake, "hold %s" % gate))
+    t.bridge.admin.delete("/api/tokens/" + token_id)
+    try:
+        wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]), 2)
+    finally:
+        gate.touch()
+
+
+# --- which claude ---
+
+def test_a_schema_is_refused_where_the_cli_would_ask_without_end(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    d = direct(fake_claude(version="2.1.50 (Claude Code)"), look=True)
+    code, text = d.failure("hello", json_schema="{}")
+    assert code == "cli_error" and "2.1.197" in text and "2.1.50" in text
+    assert d.fake.children() == [] and d.run("hello").text == "Echo: hello"
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"version": "2.0.75 (Claude Code)"}, "2.0.75 (Claude Code) is too old"),
+    ({"version": "1.0.128 (Claude Code)"}, "too old"),
+    ({"flags": "--tools --resume"}, "lacks --input-format"),
+    ({"version": "hello"}, "does not answer like Claude Code"),
+    ({"auth": {"loggedIn": False}}, "not signed in"),
+    ({"auth": {}}, "not signed in"),
+])
+def test_a_claude_that_cannot_be_used_is_refused_at_the_start(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude],
+                                                              options: Mapping[str, Any], words: str) -> None:
+    with pytest.raises(cab.CannotStart, match=r"^[^\n]+\.$") as caught:
+        direct(fake_claude(**options), look=True)
+    assert words in str(caught.value) and caught.value.hint
+
+
+def test_a_claude_without_auth_is_never_asked_for_it(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    d = direct(fake_claude(version="2.0.76 (Claude Code)", has_auth=False), look=True)
+    assert d.run("hello").text == "Echo: hello" and "unknown" in d.claude.payer
+    assert [start["argv"] for start in d.fake.starts() if "-p" not in start["argv"]] == [["--version"], ["--help"]]
+
+
+def test_missing_optional_flags_are_noted_and_not_used(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    d = direct(fake_claude(flags=" ".join(cab.NEEDED_FLAGS)), look=True)
+    assert d.run("hello").text == "Echo: hello"
+    assert len(d.claude.notes) == len(cab.OPTIONAL_FLAGS)
+    assert not cab.OPTIONAL_FLAGS & set(d.fake.children()[0]["argv"])
+
+
+def test_a_login_in_the_owners_settings_is_used_with_a_note(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    fake = twist(fake_claude(auth={"loggedIn": True, "subscriptionType": "pro"}),
+                 "import os\nif 'auth' in sys.argv and 'CLAUDE_CONFIG_DIR' in os.environ:\n    sys.exit(1)")
+    d = direct(fake, look=True)
+    assert d.claude.payer == "Claude Pro subscription" and "settings folder" in d.claude.notes[-1]
+    assert "CLAUDE_CONFIG_DIR" not in json.loads(d.run("env").text)
+
+
+def test_the_account_is_handed_on_without_the_owners_address(direct: Callable[..., Direct], tmp_path: Path) -> None:
+    account = {name: "value of " + name for name in ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt",
+                                                     "subscriptionCreatedAt", "ccOnboardingFlags")}
+    (tmp_path / ".claude.json").write_text(json.dumps({"oauthAccount": {**account, "emailAddress": "ann@example.org", "displayName": "Ann"},
+                                                       "projects": {"/home/ann": {}}}))
+    written = (direct(look=True).data_dir / "claude-home" / ".claude.json").read_text()
+    assert "ann" not in written.lower()
+    assert {name: json.loads(written)["oauthAccount"][name] for name in account} == account
+
+
+def test_an_account_that_cannot_be_handed_on_does_not_stop_the_start(direct: Callable[..., Direct], tmp_path: Path) -> None:
+    account = dict.fromkeys(("accountUuid", "organizationUuid", "billingType", "accountCreatedAt", "subscriptionCreatedAt", "ccOnboardingFlags"), "x")
+    (tmp_path / ".claude.json").write_text(json.dumps({"oauthAccount": account}))
+    (tmp_path / "data" / "claude-home" / ".claude.json.part").mkdir(parents=True)
+    assert direct(look=True).run("hello").text == "Echo: hello"

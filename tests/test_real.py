@@ -1,0 +1,425 @@
+"""The bridge over the real `claude`, against a stand-in of the Messages API: what the CLI does with what we send it.
+
+    npm install @anthropic-ai/claude-code
+    CAB_TEST_CLAUDE=node_modules/.bin/claude python -m pytest tests/test_real.py
+
+Nothing here reaches the network: the CLI's only other way out is a proxy variable that names the stand-in, which refuses.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+
+import pytest
+
+import claude_api_bridge as cab
+from conftest import MODULE, Api, Program, is_running, missing, wait_until
+from messages_api import Call, MessagesApi, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
+
+pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
+
+Version = Tuple[int, ...]
+OAUTH_TOKEN = "sk-ant-oat01-dummy"
+API_KEY = "sk-ant-api03-of-the-owner"
+FAR = 4_102_444_800                                     # a moment in 2100
+
+
+class Site:
+    """A home, a data directory, a stand-in of the API, and the bridge over the real CLI as a program."""
+
+    def __init__(self, claude: Path, folder: Path) -> None:
+        self.claude, self.folder = claude, folder
+        self.home, self.data = folder / "home", folder / "data"
+        self.home.mkdir()
+        self.messages = MessagesApi()
+        self.environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.home), "ANTHROPIC_BASE_URL": self.messages.url,
+                        "CLAUDE_CODE_OAUTH_TOKEN": OAUTH_TOKEN, "HTTPS_PROXY": self.messages.url, "NO_PROXY": "127.0.0.1"}
+        self.program: Optional[Program] = None
+        self._admin = ""
+
+    def start(self, *flags: str, **environ: str) -> None:
+        """The bridge, once it serves."""
+        self.program = Program([sys.executable, str(MODULE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir",
+                                str(self.data), "--claude", str(self.claude), "--rate-limit", "0", *flags], {**self.environ, **environ}, self.folder)
+        self._admin = self._admin or self.program.token
+
+    @property
+    def admin(self) -> Api:
+        assert self.program is not None
+        return Api(self.program.port, self._admin)
+
+    def client(self, **fields: Any) -> Tuple[Api, Dict[str, Any]]:
+        """-> (a client with a token of its own, what GET /api/tokens says of it)."""
+        made = self.admin.post("/api/tokens", {"name": "test", **fields}).json
+        listed = self.admin.get("/api/tokens").json["tokens"]
+        return self.admin.with_token(made["token"]), next(token for token in listed if token["id"] == made["tokenId"])
+
+    def ask(self, message: str, client: Optional[Api] = None, **fields: Any) -> Dict[str, Any]:
+        """Asks, and waits for the end. -> the poll body."""
+        return dict((client or self.admin).post("/api/ask", {"message": message, "wait": 60, **fields}).json)
+
+    def calls(self) -> List[Call]:
+        return self.messages.messages()
+
+    def processes(self) -> Set[int]:
+        """The children of this site's bridges and all that they started."""
+        found = set()
+        for entry in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if entry.isdigit() and int(entry) != os.getpid():
+                    environ = Path("/proc", entry, "environ").read_bytes().split(b"\0")
+                    if ("HOME=%s" % self.home).encode() in environ and any(line.startswith(b"CAB_CHILD=") for line in environ):
+                        found.add(int(entry))
+        return {pid for pid in found if is_running(pid)}
+
+    def files(self) -> Dict[str, int]:
+        """Path -> moment of the last change, of all that the CLI or a tool could touch; what every start and every turn writes is left out."""
+        usual = re.compile(r"data/(bridge\.|claude-home/\.claude\.json)|home/\.claude\.json|home/\.npm/"
+                           r"|(data/claude-home|home/\.claude)/(sessions|debug|todos|plugins|backups|shell-snapshots|statsig|session-env|cache)/")
+        found = {}
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            with contextlib.suppress(FileNotFoundError):
+                if not path.is_dir() and not usual.match(name) and not name.startswith("stderr-"):
+                    found[name] = path.stat().st_mtime_ns
+        return found
+
+    def end(self) -> int:
+        """An ordered end. -> the exit status."""
+        assert self.program is not None
+        status = self.program.end(signal.SIGTERM, 20)
+        self.program = None
+        return status
+
+    def kill(self) -> None:
+        assert self.program is not None
+        self.program.end(signal.SIGKILL)
+        self.program = None
+
+    def close(self) -> None:
+        if self.program is not None:
+            assert self.end() == 0
+        self.messages.close()
+        assert not self.processes()
+
+
+@pytest.fixture(scope="module")
+def version(real_claude: Path, tmp_path_factory: pytest.TempPathFactory) -> Version:
+    """Of the CLI, by its own words."""
+    words = subprocess.run([str(real_claude), "--version"], env={"PATH": os.environ["PATH"], "HOME": str(tmp_path_factory.mktemp("version"))},
+                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60).stdout.decode()
+    return cab.Features.read(words, "").version
+
+
+@pytest.fixture(scope="module")
+def standing(real_claude: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with contextlib.closing(Site(real_claude, tmp_path_factory.mktemp("standing"))) as site:
+        secret = site.home / ".ssh" / "id_rsa"
+        secret.parent.mkdir()
+        secret.write_text("SECRET-OF-THE-OWNER\n")
+        site.start()
+        yield site
+
+
+@pytest.fixture
+def shared(standing: Site) -> Site:
+    """A bridge with the usual settings that many tests use, one after the other."""
+    standing.messages.reply = echo
+    del standing.messages.calls[:], standing.messages.outside[:]
+    return standing
+
+
+@pytest.fixture
+def site(real_claude: Path, tmp_path: Path) -> Iterator[Site]:
+    """A place for a bridge of one's own; nothing is started yet."""
+    with contextlib.closing(Site(real_claude, tmp_path)) as site:
+        yield site
+
+
+def everything(calls: List[Call]) -> str:
+    """All that reached the API, headers too."""
+    return "\n".join(json.dumps(call.headers) + call.raw.decode() for call in calls)
+
+
+# --- the quick start ---
+
+
+def curl(*words: str) -> Dict[str, Any]:
+    done = subprocess.run(["curl", "-s", "-S", "--max-time", "30", *words], env={"PATH": os.environ["PATH"]}, stdout=subprocess.PIPE,
+                          check=True, timeout=60)
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_quick_start_by_curl(shared: Site) -> None:
+    url, admin = "http://localhost:%d" % shared.admin.port, "Authorization: Bearer %s" % shared.admin.token
+    json_body = "Content-Type: application/json"
+    made = curl("-X", "POST", url + "/api/tokens", "-H", admin, "-H", json_body, "-d", '{"name": "my-app"}')
+    mine = "Authorization: Bearer " + made["token"]
+    asked = curl("-X", "POST", url + "/api/ask", "-H", mine, "-H", json_body, "-d", '{"message": "Hello Claude"}')
+    assert asked == {"ok": True, "requestId": asked["requestId"], "position": 1, "poll": "GET /api/ask/" + asked["requestId"]}
+    answer = wait_until(lambda: next(iter([body for body in [curl(url + "/api/ask/" + asked["requestId"], "-H", mine)]
+                                           if body["status"] == "completed"]), None), 30)
+    assert answer["response"] == "Echo: Hello Claude" and answer["attempts"] == 1
+    assert answer["usage"]["inputTokens"] == 10 and answer["usage"]["outputTokens"] == 7 and answer["usage"]["costUsd"] > 0
+    assert [call.headers.get("authorization") for call in shared.calls()] == ["Bearer " + OAUTH_TOKEN]
+
+
+# --- what a prompt can and cannot do ---
+
+PROMPTS = ("@/etc/hostname", "what is in @/etc/hostname ?", "@~/.ssh/id_rsa", '@"~/.ssh/id_rsa"', "/config theme=dark", "/heapdump", "/clear", "/cost",
+           "/init", "/etc/hosts is what?", "!id", "#remember x", "--help", "a\0b", "a \U0001f600 smile", "a\u2028b\u2029c", "a\r\nb\n", "é" * 16_384)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt)[1:24])
+def test_prompt_is_only_text(shared: Site, prompt: str) -> None:
+    before = shared.files()
+    body = shared.ask(prompt)
+    sent = " " + prompt if prompt.startswith("/") else prompt
+    assert [last_text(call.body) for call in shared.calls()] == [sent]
+    assert body["status"] == "completed" and body["response"] == "Echo: " + sent
+    told = everything(shared.calls())
+    assert "SECRET-OF-THE-OWNER" not in told and "Called the Read tool" not in told
+    assert [message["role"] for message in shared.calls()[0].body["messages"]].count("user") == 1
+    assert shared.files() == before
+    assert not list(shared.folder.rglob("settings.json")) and not list(shared.folder.rglob("*.heapsnapshot"))
+    assert not shared.messages.outside
+
+
+def test_lone_surrogate_arrives_as_replacement(shared: Site) -> None:
+    answer = shared.admin.post("/api/ask", b'{"message": "a\\ud800b", "wait": 60}').json
+    assert answer["response"] == "Echo: a\ufffdb" and [last_text(call.body) for call in shared.calls()] == ["a\ufffdb"]
+
+
+def test_one_byte_too_many_is_refused(shared: Site) -> None:
+    assert shared.admin.post("/api/ask", {"message": "é" * 16_384 + "x"}).status == 400
+    assert not shared.calls()
+
+
+def test_a_plain_ask_is_lean(shared: Site, tmp_path: Path) -> None:
+    assert shared.ask("hello")["status"] == "completed"
+    lean = shared.calls()[-1]
+    assert len(lean.raw) <= 4_096 and not lean.body.get("tools") and cab.SYSTEM_PROMPT in system_text(lean.body)
+    count = len(shared.calls())
+    bare = subprocess.run([str(shared.claude), "-p", "hello"], env={**shared.environ, "HOME": str(tmp_path)}, cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, timeout=60)
+    assert bare.returncode == 0 and bare.stdout.strip() == b"Echo: hello"
+    heaviest = max(len(call.raw) for call in shared.calls()[count:])
+    assert heaviest >= 45_000 and heaviest >= 20 * len(lean.raw), "%d bytes against %d" % (heaviest, len(lean.raw))
+
+
+# --- settings of one request ---
+
+
+def test_settings_reach_the_api(shared: Site, version: Version) -> None:
+    schema = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+    body = shared.ask("as you are")
+    plain = shared.calls()[-1].body
+    body = shared.ask("be brief", model="haiku", systemPrompt="Answer as a pirate ☠.")
+    assert body["status"] == "completed" and "haiku" in body["model"]
+    call = shared.calls()[-1].body
+    assert re.match(r"claude-haiku-\d", call["model"]) and call["model"] != plain["model"]
+    assert "Answer as a pirate ☠." in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
+    assert [text for role, text in turn_texts(call)] == ["be brief"], "a change of model leaves a trace in the prompt"
+    assert shared.ask("think", model="claude-opus-4-8", effort="low")["status"] == "completed"
+    assert shared.calls()[-1].body["model"] == "claude-opus-4-8"
+    if version >= (2, 1, 50):
+        assert shared.calls()[-1].body["output_config"]["effort"] == "low"
+        shared.ask("think harder", model="claude-opus-4-8", effort="max")
+        assert shared.calls()[-1].body["output_config"]["effort"] == "max"
+    body = shared.ask("forty-two", jsonSchema=schema)
+    if version < cab.JSON_SCHEMA_CLI:
+        assert body["errorCode"] == "cli_error" and "2.1.197" in body["error"]
+    else:
+        assert body["structured"] == {"answer": "forty-two"} and json.loads(body["response"]) == {"answer": "forty-two"}
+        shared.messages.reply = lambda body: Reply("I would rather not")
+        assert shared.ask("no", jsonSchema=schema)["errorCode"] == "cli_error"
+        shared.messages.reply = echo
+    assert shared.ask("as you were")["status"] == "completed"
+    after = shared.calls()[-1].body
+    assert (after["model"], after["system"][-1], after.get("output_config")) == (plain["model"], plain["system"][-1], plain.get("output_config"))
+    assert not after["tools"]
+
+
+# --- what the API can answer ---
+
+LIMIT_HEADERS = {"anthropic-ratelimit-unified-status": "rejected", "anthropic-ratelimit-unified-reset": str(FAR),
+                 "anthropic-ratelimit-unified-representative-claim": "five_hour", "anthropic-ratelimit-unified-5h-status": "rejected",
+                 "anthropic-ratelimit-unified-5h-reset": str(FAR), "retry-after": "3600"}
+API_ERRORS = (
+    ("auth_required", Reply("OAuth token has expired", status=401, error="authentication_error")),
+    ("auth_required", Reply("OAuth token has been revoked", status=403, error="permission_error")),
+    ("auth_required", Reply("OAuth token does not meet scope requirement user:inference", status=403, error="permission_error")),
+    ("context_too_long", Reply("prompt is too long: 250000 tokens > 200000 maximum", status=400, error="invalid_request_error")),
+    ("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")),
+    ("model_not_found", Reply("model: nosuch", status=404, error="not_found_error")),
+    ("context_too_long", Reply("Request exceeds the maximum size", status=413, error="request_too_large")),
+    ("usage_limit", Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error", headers=LIMIT_HEADERS)),
+    ("overloaded", Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error")),
+    ("overloaded", Reply("Overloaded", status=529, error="overloaded_error", headers={"x-should-retry": "false"})),
+    ("overloaded", Reply("Internal server error", status=500, error="api_error", headers={"x-should-retry": "false"})),
+)
+
+
+@pytest.mark.parametrize("code, reply", API_ERRORS, ids=lambda value: value if isinstance(value, str) else "%d-%s" % (value.status, value.text[:12]))
+def test_api_error_has_its_code(shared: Site, code: str, reply: Reply) -> None:
+    shared.messages.reply = lambda body: reply
+    body = shared.ask("hello")
+    assert body["status"] == "error" and body["errorCode"] == code, body
+    assert len(body["error"]) > 10 and OAUTH_TOKEN not in body["error"] and "response" not in body
+    shared.messages.reply = echo
+    assert shared.ask("and now?")["response"] == "Echo: and now?"
+
+
+# --- answers ---
+
+
+def test_a_big_answer_arrives_whole(shared: Site) -> None:
+    text = "".join("%07d " % n for n in range(3 * 1024 * 1024 // 8))
+    shared.messages.reply = lambda body: Reply(text)
+    body = shared.ask("much")
+    assert body["status"] == "completed" and body["response"] == text
+
+
+def test_a_unicode_answer_arrives_exactly(shared: Site) -> None:
+    text = "äß€ \U0001f469\u200d\U0001f680 \u2028 \u2029 \x85 \0 \x7f \ufeff \ufffd e\u0301 \\u0041 \"'<&>\t\r\n tail "
+    shared.messages.reply = lambda body: Reply(text)
+    assert shared.ask("odd")["response"] == text
+    shared.messages.reply = lambda body: Reply(text, word_seconds=0.001)
+    assert shared.ask("odd, word by word")["response"] == text
+
+
+def test_a_cut_answer_is_asked_for_again(shared: Site) -> None:
+    text = "one two three four"
+    shared.messages.reply = lambda body: Reply(text, cut_after=2 if body.get("stream") else None)
+    body = shared.ask("count")
+    assert body["status"] == "completed" and body["response"] == text
+    assert {last_text(call.body) for call in shared.calls()} == {"count"}
+
+
+def test_the_text_so_far_is_seen(shared: Site) -> None:
+    shared.messages.reply = lambda body: Reply("one two three four five six", word_seconds=0.2)
+    request = shared.admin.ask("slowly")
+    seen = wait_until(lambda: (lambda body: body.get("partial") or body["status"] == "completed")(shared.admin.poll(request)), 20)
+    assert isinstance(seen, str) and "one two three four five six".startswith(seen)
+    assert shared.admin.poll(request, wait=30)["response"] == "one two three four five six"
+
+
+# --- tools ---
+
+
+def used(site: Site, client: Api, *tools: Tuple[str, Dict[str, Any]]) -> List[Tuple[bool, str]]:
+    """Has the model call these tools. -> what it was told of each: (refused or failed, text)."""
+    site.messages.reply = calls_tools(*tools)
+    body = site.ask("use them", client)
+    assert body["response"] == "done", body
+    return tool_results(site.calls()[-1].body)
+
+
+def bash(command: str) -> Tuple[str, Dict[str, Any]]:
+    return "Bash", {"command": command, "description": "test"}
+
+
+def workspace_of(site: Site, **fields: Any) -> Tuple[Api, Path]:
+    """-> (a client with tools, its workspace, which holds in.txt, and a link that leads out)."""
+    client, token = site.client(**fields)
+    workspace = Path(token["workspace"])
+    (workspace / "in.txt").write_text("WHAT-IS-INSIDE\n")
+    (workspace / "link.txt").symlink_to("/etc/hostname")
+    (workspace / "up").symlink_to(site.home)
+    return client, workspace
+
+
+def test_no_tools_means_none(shared: Site) -> None:
+    results = used(shared, shared.admin, bash("touch made"), ("Read", {"file_path": "/etc/hostname"}), ("Write", {"file_path": "made", "content": "x"}),
+                   ("WebFetch", {"url": "https://example.com/", "prompt": "x"}), ("Agent", {"description": "x", "prompt": "x", "subagent_type": "Explore"}))
+    assert len(results) == 5 and all(failed and "No such tool" in text for failed, text in results), results
+    assert not list(shared.data.joinpath("work").iterdir())
+
+
+def test_read_stays_in_the_workspace(shared: Site) -> None:
+    client, workspace = workspace_of(shared, tools="read")
+    hostname = Path("/etc/hostname").read_text().strip()
+    inside, *outside = used(shared, client, *(("Read", {"file_path": str(path)}) for path in (
+        workspace / "in.txt", "/etc/hostname", "%s/../../bridge.db" % workspace, workspace / "link.txt", workspace / "up/.ssh/id_rsa",
+        shared.home / ".ssh/id_rsa", "~/.ssh/id_rsa")))
+    assert not inside[0] and "WHAT-IS-INSIDE" in inside[1]
+    assert len(outside) == 6 and all(failed for failed, _ in outside), outside
+    assert not any("SECRET" in text or text.strip().endswith(hostname) for _, text in outside), outside
+    found, away, *rest = used(shared, client, ("Grep", {"pattern": "INSIDE"}), ("Grep", {"pattern": "SECRET", "path": str(shared.home), "output_mode": "content"}),
+                              bash("touch made"), ("Write", {"file_path": str(workspace / "made"), "content": "x"}))
+    assert "in.txt" in found[1] and "SECRET" not in away[1]
+    assert all(failed for failed, _ in rest), rest
+    assert not (workspace / "made").exists()
+
+
+def test_web_tools_are_permitted(shared: Site) -> None:
+    client, workspace = workspace_of(shared, tools="web")
+    fetched, searched, read, run = used(shared, client, ("WebFetch", {"url": "https://example.com/", "prompt": "x"}), ("WebSearch", {"query": "tides"}),
+                                        ("Read", {"file_path": str(workspace / "in.txt")}), bash("touch made"))
+    assert shared.messages.outside, "it tried to fetch: %r" % (fetched,)
+    assert any(tool.get("type", "").startswith("web_search") for call in shared.calls() for tool in call.body.get("tools") or ()), searched
+    assert all(failed and "No such tool" in text for failed, text in (read, run)), (read, run)
+
+
+def test_all_tools_act_in_the_workspace(shared: Site, version: Version) -> None:
+    client, workspace = workspace_of(shared, tools="all")
+    outside = shared.folder / "outside.txt"
+    ran, wrote, away, up = used(shared, client, bash("touch made && pwd"), ("Write", {"file_path": str(workspace / "written.txt"), "content": "hello"}),
+                                ("Write", {"file_path": str(outside), "content": "x"}), ("Write", {"file_path": str(workspace / "up/x.txt"), "content": "x"}))
+    assert not ran[0] and str(workspace) in ran[1] and (workspace / "made").exists(), ran
+    assert not wrote[0] and (workspace / "written.txt").read_text() == "hello", wrote
+    assert away[0] and up[0] and not outside.exists() and not (shared.home / "x.txt").exists(), (away, up)
+
+
+def test_rules_allow_what_they_say(shared: Site) -> None:
+    client, workspace = workspace_of(shared, tools=["Read", "Bash(git log:*)"])
+    read, log, touch, both, hostname = used(shared, client, ("Read", {"file_path": str(workspace / "in.txt")}), bash("git log --oneline"), bash("touch made"),
+                                            bash("git log; touch made"), ("Read", {"file_path": "/etc/hostname"}))
+    assert not read[0] and "WHAT-IS-INSIDE" in read[1]
+    assert "not a git repository" in log[1] or not log[0], log
+    assert touch[0] and both[0] and hostname[0] and not (workspace / "made").exists(), (touch, both, hostname)
+
+
+SLEEP = "python3 -c 'import time;time.sleep(300)' %s"
+
+
+def sleeping(mark: str) -> Set[int]:
+    """The commands SLEEP with this mark, whatever became of their parents and environment."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and Path("/proc", entry, "cmdline").read_bytes().split(b"\0")[-2:] == [mark.encode(), b""]:
+                found.add(int(entry))
+    return found
+
+
+@pytest.mark.parametrize("command, count", ((SLEEP, 1), (SLEEP + " & " + SLEEP, 2), ("setsid " + SLEEP + " & " + SLEEP, 2),
+                                            ("(setsid env -i PATH=$PATH " + SLEEP + " &); " + SLEEP, 2)),
+                         ids=("one", "two", "own session", "own session and environment"))
+def test_revoking_ends_a_running_command(shared: Site, command: str, count: int) -> None:
+    client, token = shared.client(tools="all")
+    mark = "mark-" + token["id"]
+    shared.messages.reply = calls_tools(bash(command.replace("%s", mark)))
+    request = client.ask("run it")
+    try:
+        running = wait_until(lambda: (lambda found: found if len(found) == count else None)(sleeping(mark)), 20)
+        assert shared.admin.delete("/api/tokens/" + token["id"]).status == 200
+        wait_until(lambda: not sleeping(mark), 3)
+    finally:
+        for pid in sleeping(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert not any(is_running(pid) for pid in running) and client.poll(request)["code"] == "invalid_token"
+    shared.messages.reply = echo
+    assert shared.ask("next")["response"] == "Echo: next"

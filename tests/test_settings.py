@@ -1,0 +1,123 @@
+"""Settings: one table, from which flags, variables, defaults and help come; a wrong value is a sentence."""
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import pytest
+
+import claude_api_bridge as cab
+
+NUMBERS = [row for row in cab.SETTINGS if row.kind == "number"]
+SWITCHES = [row for row in cab.SETTINGS if row.kind == "switch"]
+
+
+def load(flags: Optional[Dict[str, Any]] = None, **environ: str) -> cab.Config:
+    return cab.load_config(flags or {}, environ)
+
+
+def test_every_setting_is_a_field_of_config_with_the_same_default() -> None:
+    expected = {row.name: Path(row.default) if row.kind == "path" else row.default for row in cab.SETTINGS}
+    assert {row.name: row.default for row in dataclasses.fields(cab.Config)} == expected
+
+
+def test_the_table_says_enough_of_each_setting() -> None:
+    for row in cab.SETTINGS:
+        assert row.flag == "--" + row.name.replace("_", "-") and "CAB_" + row.name.upper() in row.variables
+        assert row.help and row.kind in ("number", "text", "path", "switch")
+        assert row.kind != "number" or row.least <= row.default <= row.most
+
+
+def test_nothing_given_is_all_defaults() -> None:
+    config = load()
+    assert dataclasses.replace(config, data_dir=cab.Config().data_dir) == cab.Config()
+    assert config.data_dir == Path.home() / ".claude-api-bridge"
+
+
+@pytest.mark.parametrize("flags, environ, port", [
+    ({"port": "1"}, {"CAB_PORT": "2", "PORT": "3"}, 1), ({"port": None}, {"CAB_PORT": "2", "PORT": "3"}, 2), ({}, {"PORT": "3"}, 3),
+    ({}, {"CAB_PORT": "", "PORT": "3"}, 3), ({}, {"PORT": ""}, 3456), ({}, {}, 3456), ({"port": "0"}, {"PORT": "3"}, 0),
+])
+def test_a_flag_beats_a_variable_beats_the_default(flags: Dict[str, Any], environ: Dict[str, str], port: int) -> None:
+    assert load(flags, **environ).port == port
+
+
+def test_the_original_s_variables_work(tmp_path: Path) -> None:
+    config = load(PORT="8080", CAB_DATA_DIR=str(tmp_path))
+    assert (config.port, config.data_dir) == (8080, tmp_path)
+
+
+@pytest.mark.parametrize("row", SWITCHES, ids=lambda row: row.name)
+def test_a_switch_is_read_from_its_variable(row: cab.Setting) -> None:
+    for word, value in (("1", True), ("true", True), ("YES", True), ("on", True), ("0", False), ("False", False), ("no", False), ("off", False)):
+        assert getattr(load(**{row.variables[0]: word}), row.name) is value
+    assert getattr(load({row.name: True}, **{row.variables[0]: "0"}), row.name) is True
+
+
+@pytest.mark.parametrize("row", NUMBERS, ids=lambda row: row.name)
+def test_a_number_is_taken_within_its_bounds_only(row: cab.Setting) -> None:
+    assert [getattr(load({row.name: str(value)}), row.name) for value in (row.least, row.most)] == [row.least, row.most]
+    for value in (row.least - 1, row.most + 1):
+        with pytest.raises(cab.WrongSetting) as wrong:
+            load({row.name: str(value)})
+        assert row.flag in str(wrong.value) and str(row.least) in str(wrong.value) and str(row.most) in str(wrong.value)
+
+
+WRONG: List[Tuple[Dict[str, Any], Dict[str, str], str]] = [
+    *(({"port": value}, {}, "--port") for value in ("abc", "", " 80", "8_0", "1e3", "80.0", "٣", "0x50", "9" * 5000, "True")),
+    ({}, {"CAB_PORT": "abc"}, "CAB_PORT"), ({}, {"PORT": "99999"}, "PORT"), ({}, {"CAB_RATE_LIMIT": "-1"}, "CAB_RATE_LIMIT"),
+    ({}, {"CAB_DEMO": "maybe"}, "CAB_DEMO"), ({}, {"CAB_ALLOW_API_KEY": "2"}, "CAB_ALLOW_API_KEY"),
+    ({"data_dir": ""}, {}, "--data-dir"), ({}, {"CAB_DATA_DIR": "  "}, "CAB_DATA_DIR"), ({"data_dir": "a\0b"}, {}, "--data-dir"),
+    ({"data_dir": "~no-such-user/data"}, {}, "--data-dir"), ({"host": "a\0b"}, {}, "--host"), ({}, {"CAB_CLAUDE": "a\0b"}, "CAB_CLAUDE"),
+]
+
+
+@pytest.mark.parametrize("flags, environ, source", WRONG, ids=lambda value: "%.40r" % (value,))
+def test_a_wrong_value_is_a_sentence_that_names_its_source(flags: Dict[str, Any], environ: Dict[str, str], source: str) -> None:
+    with pytest.raises(cab.WrongSetting) as wrong:
+        load(flags, **environ)
+    assert str(wrong.value).startswith(source + " ") and "\n" not in str(wrong.value)
+
+
+def test_a_folder_is_absolute_wherever_the_program_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    assert load({"data_dir": "data"}).data_dir == tmp_path / "data"
+    assert load({"data_dir": "~/data"}).data_dir == tmp_path / "home" / "data"
+
+
+@pytest.mark.parametrize("host, no_tunnel, listens", [("", False, "127.0.0.1"), ("", True, "0.0.0.0"), ("::1", True, "::1"), ("10.0.0.1", False, "10.0.0.1")])
+def test_only_without_a_tunnel_the_network_may_call(host: str, no_tunnel: bool, listens: str) -> None:
+    assert cab.Config(host=host, no_tunnel=no_tunnel).listen_host == listens
+
+
+def test_help_names_every_flag_and_every_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cab.build_parser().parse_args(["start", "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert [word for row in cab.SETTINGS for word in (row.flag, *row.variables) if word not in shown] == []
+
+
+def test_every_flag_reaches_the_config(tmp_path: Path) -> None:
+    values = {"number": "1", "text": "word", "path": str(tmp_path)}
+    words = [word for row in cab.SETTINGS for word in ([row.flag] if row.kind == "switch" else [row.flag, values[row.kind]])]
+    config = load(vars(cab.build_parser().parse_args(["start", *words])))
+    assert {row.name: getattr(config, row.name) for row in cab.SETTINGS} == {
+        row.name: {"number": 1, "text": "word", "path": tmp_path, "switch": True}[row.kind] for row in cab.SETTINGS}
+
+
+@pytest.mark.parametrize("words", [["start", "--prot", "1"], ["start", "--por", "1"], ["start", "--port"], ["start", "extra"], ["frobnicate"]])
+def test_words_that_are_no_setting_are_refused_with_status_2(words: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cab.build_parser().parse_args(words)
+    assert end.value.code == 2 and words[-1].split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["start", "--port", "abc"], ["start", "--data-dir", "~no-such-user/data"], ["token", "list", "--data-dir", ""]])
+def test_a_wrong_value_ends_the_program_with_status_2_and_one_line(words: List[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cab.main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.strip().splitlines()) == 1 and words[-2] in shown.err

@@ -1,0 +1,661 @@
+"""What clients written for the Node original see: statuses, words, key order; and the limits on how often they may ask."""
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, Optional, Tuple
+
+import pytest
+
+import claude_api_bridge as cab
+from conftest import Answer, Api, FakeClaude, FakeClock, RunningBridge, missing, wait_until
+
+Start = Callable[..., RunningBridge]
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+ISO = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+DAY = 86_400
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listening thread looks more often whether it is to end, which makes these tests quick."""
+    serve = cab.BridgeServer.serve_forever
+    monkeypatch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """The file that `hold` waits for; made at the latest when the test ends."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").touch()
+
+
+def processing(api: Api, gate: Path) -> str:
+    """The id of a job that runs until the gate opens."""
+    job_id = api.ask("hold %s" % gate)
+    wait_until(lambda: api.poll(job_id).get("partial"))
+    return job_id
+
+
+def said(answer: Answer) -> Tuple[int, str]:
+    """The status and the sentence of a refusal, whose shape is checked here once for all."""
+    assert list(answer.json)[:2] == ["error", "code"] and re.fullmatch("[a-z_]+", answer.json["code"])
+    return answer.status, answer.json["error"]
+
+
+# --- who may pass ---
+
+MISSING = "Missing Authorization header. Use: Bearer <token>"
+INVALID = "Invalid or expired token"
+
+
+def test_without_a_valid_token_the_answer_is_401_in_the_original_words(bridge: Start) -> None:
+    running = bridge(spare=0)
+    nobody, user = running.admin.with_token(None), running.admin.new_token()
+    expected = {"": MISSING, "Basic dTpw": MISSING, "Bearer": MISSING, "Bearer   ": MISSING, str(user.token): MISSING,
+                "Bearer cab-" + "0" * 64: INVALID, "Bearer " + str(user.token)[:-1]: INVALID, "bearer x y": INVALID}
+    told = {sent: nobody.post("/api/ask", {"message": "hi"}, headers={"Authorization": sent} if sent else {}) for sent in expected}
+    assert {sent: said(answer) for sent, answer in told.items()} == {sent: (401, text) for sent, text in expected.items()}
+    assert said(nobody.post("/api/ask", b"{", headers={"x-api-key": "wrong"})) == (401, INVALID)
+
+
+def test_a_revoked_and_an_expired_token_are_401(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(spare=0, clock=clock)
+    revoked, expiring = running.admin.new_token(), running.admin.new_token(expiresInDays=7)
+    assert running.admin.delete("/api/tokens/" + running.admin.get("/api/tokens").json["tokens"][1]["id"]).status == 200
+    clock.advance(7 * DAY - 1)
+    assert [revoked.get("/api/ask/x").status, expiring.get("/api/ask/x").status] == [401, 404]
+    clock.advance(1)
+    assert [said(api.get("/api/ask/x")) for api in (revoked, expiring)] == [(401, INVALID)] * 2
+    assert [token["isExpired"] for token in running.admin.get("/api/tokens").json["tokens"]] == [True, False]
+
+
+def test_the_token_may_come_in_any_of_these_forms(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    forms = (("Authorization", "bearer %s"), ("authorization", "BEARER %s"), ("Authorization", "Bearer    %s"), ("X-API-Key", "%s"), ("x-api-key", " %s "))
+    told = {form: admin.with_token(None).get("/api/tokens", headers={form[0]: form[1] % admin.token}).status for form in forms}
+    assert told == dict.fromkeys(forms, 200)
+
+
+def test_an_api_key_counts_beside_another_scheme_but_not_beside_a_bearer_token(bridge: Start) -> None:
+    running = bridge(spare=0)
+    key = {"x-api-key": str(running.admin.token)}
+    nobody = running.admin.with_token(None)
+    assert nobody.get("/api/tokens", headers={**key, "Authorization": "Basic dTpw"}).status == 200
+    assert nobody.get("/api/tokens", headers={**key, "Authorization": "Bearer cab-wrong"}).status == 401
+
+
+def test_token_routes_are_for_admins_whatever_is_sent(bridge: Start) -> None:
+    user = bridge(spare=0).admin.new_token()
+    answers = (user.get("/api/tokens"), user.post("/api/tokens", b"{"), user.post("/api/tokens", {"name": "x"}), user.delete("/api/tokens/none"))
+    assert [said(answer) for answer in answers] == [(403, "Admin token required")] * 4
+
+
+# --- paths and methods ---
+
+def test_paths_match_in_any_case_with_one_slash_behind_and_any_query(bridge: Start) -> None:
+    api = bridge(spare=0).admin
+    expected = {"/api/status": 200, "/API/Status": 200, "/api/status/": 200, "/api/status?x=%zz&&=": 200, "/api/%73tatus": 200, "/dashboard/": 200,
+                "/": 200, "/?x": 200, "//api/status": 404, "/api//status": 404, "/api/status//": 404, "/api": 404, "/api/status/x": 404,
+                "/api%2Fstatus": 404, "/api/ask/x/y": 404, "/favicon.ico": 404, "/../api/status": 404}
+    answers = {path: api.get(path) for path in expected}
+    assert {path: answer.status for path, answer in answers.items()} == expected
+    assert {said(answer) for answer in answers.values() if answer.status == 404} == {(404, "Not found")}
+
+
+def test_a_wrong_method_is_405_and_allow_says_what_works(bridge: Start) -> None:
+    api = bridge(spare=0).admin
+    expected = {("GET", "/api/ask"): "OPTIONS, POST", ("PUT", "/api/ask/"): "OPTIONS, POST", ("PATCH", "/api/tokens"): "GET, HEAD, OPTIONS, POST",
+                ("DELETE", "/api/tokens"): "GET, HEAD, OPTIONS, POST", ("GET", "/api/tokens/x"): "DELETE, OPTIONS",
+                ("DELETE", "/api/status"): "GET, HEAD, OPTIONS", ("POST", "/"): "GET, HEAD, OPTIONS", ("HEAD", "/api/ask"): "OPTIONS, POST"}
+    answers = {sent: api.call(*sent) for sent in expected}
+    assert {sent: (answer.status, answer.headers["allow"]) for sent, answer in answers.items()} == {
+        sent: (405, allow) for sent, allow in expected.items()}
+    assert answers["GET", "/api/ask"].json == {"error": "GET is not allowed here. Use: OPTIONS, POST", "code": "method_not_allowed"}
+
+
+def test_a_bad_percent_escape_is_400(bridge: Start) -> None:
+    api = bridge(spare=0).admin
+    assert {said(api.get(path))[0] for path in ("/api/ask/%zz", "/%", "/api/ask/%4", "/%%41")} == {400}
+
+
+def test_head_is_get_without_the_body(bridge: Start) -> None:
+    api = bridge(spare=0).admin
+    same = ("content-length", "content-type", "access-control-allow-origin")
+    for path in ("/", "/health", "/api/tokens", "/dashboard", "/API/STATUS/", "/none", "/api/ask/none"):
+        got, head = api.get(path), api.call("HEAD", path)
+        assert (head.status, head.data, [head.headers[name] for name in same]) == (got.status, b"", [got.headers[name] for name in same]), path
+
+
+def test_options_is_204_on_any_path_and_names_our_headers(bridge: Start) -> None:
+    nobody = bridge(spare=0).admin.with_token(None)
+    for path in ("/api/ask", "/api/tokens/x", "/none", "/%zz", "//"):
+        answer = nobody.call("OPTIONS", path, headers={"Origin": "https://example.com"})
+        assert (answer.status, answer.data, answer.headers["access-control-allow-origin"]) == (204, b"", "*"), path
+        assert set(answer.headers["access-control-allow-methods"].split(",")) >= {"GET", "POST", "DELETE"}
+        assert set(answer.headers["access-control-allow-headers"].lower().split(",")) >= {"content-type", "authorization", "x-api-key"}
+
+
+def test_the_root_is_json_for_programs_and_the_page_for_browsers(bridge: Start) -> None:
+    api = bridge(spare=0).admin.with_token(None)
+    body = api.get("/", headers={"Accept": "*/*"}).json
+    assert list(body) == ["name", "version", "description", "endpoints", "docs"] and body["name"] == "claude-api-bridge"
+    assert set(body["endpoints"]) >= {"POST /api/ask", "GET /api/ask/:requestId", "POST /api/tokens", "GET /api/tokens", "DELETE /api/tokens/:id",
+                                      "GET /api/status", "GET /dashboard"}
+    page = api.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert page.headers["content-type"] == "text/html; charset=utf-8" and page.data.startswith(b"<!doctype html>")
+
+
+def test_health_is_ok_for_anyone(bridge: Start) -> None:
+    answer = bridge(spare=0).admin.with_token(None).get("/health")
+    assert (answer.status, answer.json) == (200, {"status": "ok"})
+
+
+# --- asking ---
+
+REQUIRED = "message field is required (string)"
+TOO_LONG = "Message exceeds 32768 byte limit"
+ASKS: Tuple[Tuple[Any, int, str, str], ...] = (
+    (None, 400, REQUIRED, "invalid_request"), (b"", 400, REQUIRED, "invalid_request"),
+    *((body, 400, REQUIRED, "invalid_request") for body in (
+        {}, [], [1], b"null", b'"hi"', b"5", b"true", {"message": ""}, {"message": None}, {"message": 5}, {"message": ["hi"]}, {"Message": "hi"})),
+    ({"message": " \n"}, 400, "message must not be blank", "invalid_request"),
+    ({"message": "x" * 32_769}, 400, TOO_LONG, "invalid_request"), ({"message": "é" * 20_000}, 400, TOO_LONG, "invalid_request"),
+    *((body, 400, "Body is not valid", "invalid_json") for body in (
+        b"{", b"message=hi", b'{"message": "hi"} x', b"{'message': 'hi'}", b'{"message": "\xff"}', b'{"message": "hi", "wait": NaN}', b"[" * 100_000,
+        b'{"message": "hi"}'.decode().encode("utf-16"))),
+    ({"message": "hi", "pad": "x" * (1 << 20)}, 413, "Body exceeds 1048576 byte limit", "body_too_large"),
+    *(({"message": "hi", field: value}, 400, field + " ", "invalid_request") for field, value in (
+        ("model", ""), ("model", "-p"), ("model", 5), ("model", "a b"), ("model", "m" * 129), ("systemPrompt", 5), ("systemPrompt", "x" * 32_769),
+        ("jsonSchema", "{}"), ("jsonSchema", []), ("effort", "huge"), ("effort", 1), ("conversation", "a b"), ("conversation", "mine"),
+        ("wait", 91), ("wait", -1), ("wait", "soon"), ("wait", True), ("wait", []))),
+)
+
+
+def test_a_wrong_ask_is_refused_in_the_original_words_and_queues_nothing(bridge: Start) -> None:
+    running = bridge(spare=0)
+    user = running.admin.new_token()
+    for body, status, text, code in ASKS:
+        answer = user.post("/api/ask", body)
+        assert (answer.status, answer.json["code"]) == (status, code) and answer.json["error"].startswith(text), (str(body)[:60], answer.data)
+        if isinstance(body, dict) and len(body) > 1 and status == 400:
+            assert answer.json["field"] == list(body)[1]
+    assert running.admin.get("/api/status").json["stats"]["totalRequests"] == 0
+
+
+def test_a_number_beyond_all_bounds_in_a_schema_is_refused(bridge: Start) -> None:
+    assert bridge(spare=0).admin.post("/api/ask", b'{"message": "hi", "jsonSchema": {"maximum": 1e999}}').status == 400
+
+
+def test_a_compressed_body_is_415(bridge: Start) -> None:
+    assert said(bridge(spare=0).admin.post("/api/ask", b"\x1f\x8b", headers={"Content-Encoding": "gzip"}))[0] == 415
+
+
+TAKEN = (
+    (b'\xef\xbb\xbf{"message": "BOM"}', "Echo: BOM"), (b'{"message": "first", "message": "last"}', "Echo: last"),
+    (b'{"message": "\\ud83d\\ude00 \\u0000 \\ud800"}', "Echo: \U0001f600 \0 \ufffd"),
+    (json.dumps({"message": "say " + "x" * 32_764}).encode(), "x" * 32_764))
+
+
+def test_what_the_original_took_is_taken(bridge: Start) -> None:
+    api = bridge().admin
+    ids = [api.post("/api/ask", body).json["requestId"] for body, _ in TAKEN]
+    assert [api.done(job_id)["response"] for job_id in ids] == [text for _, text in TAKEN]
+
+
+def test_an_ask_is_answered_202_in_the_original_shape(bridge: Start) -> None:
+    answer = bridge().admin.post("/api/ask", {"message": "hi"})
+    body = answer.json
+    assert (answer.status, list(body)) == (202, ["ok", "requestId", "position", "poll"])
+    assert UUID.fullmatch(body["requestId"])
+    assert body == {"ok": True, "requestId": body["requestId"], "position": 1, "poll": "GET /api/ask/" + body["requestId"]}
+    assert b'{"ok":true,' in answer.data                                     # compact, as clients that cut strings expect
+
+
+def test_unknown_fields_are_ignored_but_not_silently(bridge: Start) -> None:
+    api = bridge().admin
+    warnings = ["unknown field 'systemPromt' ignored"]
+    assert api.post("/api/ask", {"message": "hi", "systemPromt": "x"}).json["warnings"] == warnings
+    assert api.post("/api/ask", {"message": "hi", "systemPromt": "x", "wait": 30}).json["warnings"] == warnings
+    assert api.post("/api/tokens", {"name": "x", "isAdmin": True}).json["warnings"] == ["unknown field 'isAdmin' ignored"]
+    assert "warnings" not in api.post("/api/ask", {"message": "hi", "model": "haiku"}).json
+
+
+def test_the_choices_of_an_ask_reach_claude_on_stdin_only(bridge: Start, fake_claude: Callable[..., FakeClaude]) -> None:
+    claude = fake_claude()
+    api, schema = bridge(claude).admin, {"type": "object", "required": ["answer"]}
+    body = api.answer("tell me", model="haiku", systemPrompt="Be brief: ü.", effort="low", jsonSchema=schema)
+    assert body["structured"] == {"answer": "Echo: tell me"} and body["model"] == "resolved-haiku"
+    requests = [line["request"] for line in claude.lines() if line["type"] == "control_request"]
+    begin = next(request for request in requests if request["subtype"] == "initialize")
+    assert (begin["systemPrompt"], begin["jsonSchema"], begin["agents"]["bridge"]["model"]) == ("Be brief: ü.", schema, "haiku")
+    assert {"subtype": "apply_flag_settings", "settings": {"effortLevel": "low"}} in requests
+    assert claude.prompts() == ["tell me"]
+    assert not [word for start in claude.starts() for word in start["argv"] if re.search("tell me|Be brief|haiku|answer|^low$", word)]
+
+
+# --- polling ---
+
+def test_polls_say_queued_processing_and_completed_in_the_original_shapes(bridge: Start, gate: Path) -> None:
+    api = bridge().admin
+    running = processing(api, gate)
+    queued = api.ask("say done")
+    seen = {name: api.get("/api/ask/" + job_id) for name, job_id in (("queued", queued), ("processing", running))}
+    gate.touch()
+    api.done(queued)
+    seen["completed"] = api.get("/api/ask/" + queued)
+    first = {"queued": (202, {"status": "queued", "requestId": queued, "queuePosition": 1}),
+             "processing": (202, {"status": "processing", "requestId": running, "queuePosition": 0}),
+             "completed": (200, {"status": "completed", "requestId": queued, "response": "done"})}
+    assert {name: (answer.status, dict(list(answer.json.items())[:3])) for name, answer in seen.items()} == first
+    assert [list(answer.json)[:3] for answer in seen.values()] == [list(body) for _, body in first.values()]
+    assert seen["processing"].json["partial"] == "he" and not {"partial", "startedAt"} & set(seen["queued"].json)
+    done = seen["completed"].json
+    assert list(done)[3] == "completedAt" and all(ISO.fullmatch(done[name]) for name in ("completedAt", "createdAt", "startedAt"))
+    assert (done["attempts"], done["model"]) == (1, "resolved-default-model") and 0 <= done["durationMs"] < 60_000
+    assert set(done["usage"]) == {"inputTokens", "outputTokens", "cacheReadTokens", "cacheCreationTokens", "costUsd"}
+    assert api.done(running)["response"] == "held"
+
+
+def test_a_failed_request_is_200_with_error_and_its_code(bridge: Start) -> None:
+    api = bridge(spare=0).admin
+    job_id = api.ask("die 3 the words of claude")
+    api.done(job_id)
+    answer = api.get("/api/ask/" + job_id)
+    assert (answer.status, list(answer.json)[:3], answer.json["status"]) == (200, ["status", "requestId", "error"], "error")
+    assert "the words of claude" in answer.json["error"] and answer.json["errorCode"] == "cli_error" and "response" not in answer.json
+
+
+def test_positions_are_exact_even_within_one_moment(bridge: Start, clock: FakeClock, gate: Path, tmp_path: Path) -> None:
+    running = bridge(spare=0, clock=clock)
+    others = running.admin.new_token()
+    jobs = [processing(running.admin, gate)]
+    for position, message in ((2, "hold %s" % (tmp_path / "next")), (3, "hi"), (4, "hi"), (5, "hi")):
+        answer = (others if position % 2 else running.admin).post("/api/ask", {"message": message}).json
+        assert answer["position"] == position
+        jobs.append(answer["requestId"])
+    assert [running.admin.poll(job_id)["queuePosition"] for job_id in jobs] == [0, 1, 2, 3, 4]
+    gate.touch()
+    wait_until(lambda: running.admin.poll(jobs[1])["status"] == "processing")
+    try:
+        assert [running.admin.poll(job_id).get("queuePosition") for job_id in jobs] == [None, 0, 1, 2, 3]
+    finally:
+        (tmp_path / "next").touch()
+
+
+def test_a_request_is_found_by_its_owner_and_by_admins_only(bridge: Start) -> None:
+    admin = bridge().admin
+    mine, other = admin.new_token("mine"), admin.new_token("other")
+    job_id = mine.ask("hi")
+    mine.done(job_id)
+    assert [api.get("/api/ask/" + job_id).status for api in (mine, admin)] == [200, 200]
+    unknown = other.get("/api/ask/00000000-0000-4000-8000-000000000000")
+    assert said(unknown) == (404, "Request not found")
+    for answer in (other.get("/api/ask/" + job_id), mine.get("/api/ask/" + job_id.upper()), other.get("/api/ask/%s?wait=60" % job_id)):
+        assert (answer.status, answer.data) == (404, unknown.data)          # nothing tells that it exists
+
+
+def test_a_wait_ends_as_soon_as_the_answer_is_there(bridge: Start, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = bridge().admin
+    job_id, poll, began = processing(api, gate), cab.Service.poll, time.monotonic()
+    monkeypatch.setattr(cab.Service, "poll", lambda *args: gate.touch() or poll(*args))         # type: ignore[func-returns-value]
+    answer = api.get("/api/ask/%s?wait=90" % job_id)
+    assert (answer.status, answer.json["response"]) == (200, "held") and time.monotonic() - began < 30
+
+
+def test_a_wait_ends_with_202_after_its_bound(bridge: Start, gate: Path) -> None:
+    api = bridge().admin
+    job_id, began = processing(api, gate), time.monotonic()
+    answer = api.get("/api/ask/%s?wait=0.2" % job_id)
+    assert (answer.status, answer.json["partial"]) == (202, "he") and 0.2 <= time.monotonic() - began < 30
+    began, answer = time.monotonic(), api.post("/api/ask", {"message": "hi", "wait": 0.2})
+    assert (answer.status, list(answer.json)) == (202, ["ok", "requestId", "position", "poll"]) and 0.2 <= time.monotonic() - began < 30
+
+
+def test_a_wait_that_is_no_number_of_seconds_is_400(bridge: Start) -> None:
+    api = bridge(spare=0).admin
+    for wait in ("91", "90.5", "-1", "nan", "inf", "-inf", "abc", "", "1e9", "0x10", "5s"):
+        answer = api.get("/api/ask/none?wait=" + wait)
+        assert said(answer) == (400, "wait must be a number of seconds from 0 to 90") and answer.json["field"] == "wait", wait
+
+
+def test_an_ask_that_waits_is_answered_with_the_finished_poll_body(bridge: Start) -> None:
+    api = bridge().admin
+    for message, response in (("say at once", "at once"), ("die 3 so", None)):
+        answer = api.post("/api/ask", {"message": message, "wait": 60})
+        assert (answer.status, answer.json.get("response")) == (200, response)
+        assert answer.json == api.poll(answer.json["requestId"])
+
+
+# --- tokens ---
+
+NAME_REQUIRED = "Token name is required"
+MODES = 'sessionMode must be "stateful" or "stateless"'
+EXPIRY = "expiresInDays must be 1, 7, 30, 90, or null (never)"
+WRONG_TOKENS: Tuple[Tuple[Any, str, Optional[str]], ...] = (
+    *((body, NAME_REQUIRED, "name") for body in (None, {}, [], b"null", b'"x"', {"name": ""}, {"name": "  "}, {"name": 5}, {"name": None}, {"name": ["x"]})),
+    ({"name": "x" * 101}, "Token name must be 100 characters or less", "name"),
+    *(({"name": "x", "sessionMode": mode}, MODES, "sessionMode") for mode in ("Stateful", "both", 1, True, ["stateful"])),
+    *(({"name": "x", "expiresInDays": days}, EXPIRY, "expiresInDays") for days in (0, 2, "7", -1, True, 7.5, [7], "")),
+    *(({"name": "x", "admin": admin}, "admin must be true or false", "admin") for admin in ("true", 1, 0, [])),
+    *(({"name": "x", "tools": tools}, "tools must be", "tools") for tools in ("", "every", [], [""], ["Bash(a\nb)"], ["--flag"], [1], {}, True, ["R"] * 51)),
+    (b"{", "Body is not valid JSON", None),
+)
+
+
+def test_a_wrong_token_is_refused_in_the_original_words_and_none_is_made(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    for body, text, field in WRONG_TOKENS:
+        answer = admin.post("/api/tokens", body)
+        assert answer.status == 400 and answer.json["error"].startswith(text) and answer.json.get("field") == field, (body, answer.data)
+    assert len(admin.get("/api/tokens").json["tokens"]) == 1
+
+
+def test_a_tool_rule_with_half_a_character_is_no_fault_of_ours(bridge: Start) -> None:
+    assert bridge(spare=0).admin.post("/api/tokens", b'{"name": "x", "tools": ["Read(\\ud800)"]}').status in (201, 400)
+
+
+def test_a_token_is_made_in_the_original_shape(bridge: Start) -> None:
+    answer = bridge(spare=0).admin.post("/api/tokens", {"name": "bot"})
+    body = answer.json
+    assert (answer.status, list(body)) == (201, ["ok", "tokenId", "token", "prefix", "warning"])
+    assert re.fullmatch("cab-[0-9a-f]{64}", body["token"]) and UUID.fullmatch(body["tokenId"])
+    assert (body["ok"], body["prefix"], body["warning"]) == (True, body["token"][:12], "Save this token now. It cannot be retrieved again.")
+
+
+def test_the_choices_for_a_token_are_the_original_ones(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    for fields, mode, days in (({"sessionMode": "", "expiresInDays": None}, "stateless", None), ({"sessionMode": None}, "stateless", None),
+                               ({"sessionMode": "stateful", "expiresInDays": 1}, "stateful", 1), ({"expiresInDays": 7}, "stateless", 7),
+                               ({"expiresInDays": 30}, "stateless", 30), ({"expiresInDays": 90}, "stateless", 90)):
+        admin.new_token("  blanks around " + "x" * 80, **fields)
+        token = admin.get("/api/tokens").json["tokens"][0]
+        assert (token["name"], token["sessionMode"]) == ("blanks around " + "x" * 80, mode)
+        assert token["expiresAt"] == (cab.iso_time(clock.now() + days * DAY) if days else None)
+
+
+def test_a_whole_number_may_be_written_with_a_point(bridge: Start) -> None:
+    assert bridge(spare=0).admin.post("/api/tokens", b'{"name": "x", "expiresInDays": 7.0}').status == 201      # one kind of number in JSON
+
+
+def test_the_list_of_tokens_has_the_original_shape_newest_first(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    unused = admin.new_token("unused", expiresInDays=7)
+    admin.new_token("used", sessionMode="stateful", tools="read").get("/api/ask/x")
+    answer = admin.get("/api/tokens")
+    tokens = answer.json["tokens"]
+    keys = ["id", "name", "prefix", "sessionMode", "expiresAt", "createdAt", "lastUsedAt", "isAdmin", "isExpired"]
+    assert {tuple(list(token)[:9]) for token in tokens} == {tuple(keys)}
+    assert [(token["name"], token["sessionMode"], token["isAdmin"], token["tools"]) for token in tokens] == [
+        ("used", "stateful", False, "read"), ("unused", "stateless", False, "none"), ("admin", "stateless", True, "none")]
+    now = cab.iso_time(clock.now())
+    assert [token["lastUsedAt"] for token in tokens] == [now, None, now] and tokens[1]["createdAt"] == now
+    assert str(unused.token).encode() not in answer.data and cab.digest(str(unused.token)).encode() not in answer.data
+
+
+def test_a_token_is_revoked_once(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    token_id = admin.post("/api/tokens", {"name": "x"}).json["tokenId"]
+    answer = admin.delete("/api/tokens/" + token_id)
+    assert (answer.status, answer.json) == (200, {"ok": True, "message": "Token revoked"})
+    assert {said(admin.delete("/api/tokens/" + each)) for each in (token_id, "none", "%20")} == {(404, "Token not found")}
+
+
+def test_there_are_at_most_a_hundred_tokens_and_expired_ones_do_not_count(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    for _ in range(99):
+        admin.new_token(expiresInDays=1)
+    assert said(admin.post("/api/tokens", {"name": "x"})) == (400, "Maximum 100 tokens allowed")
+    clock.advance(DAY)
+    assert admin.post("/api/tokens", {"name": "x"}).status == 201
+
+
+def test_the_last_admin_that_still_counts_cannot_be_deleted(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    first = admin.get("/api/tokens").json["tokens"][0]["id"]
+    last = 400, "Cannot delete the last admin token"
+    assert said(admin.delete("/api/tokens/" + first)) == last
+    admin.new_token("short", admin=True, expiresInDays=1)
+    clock.advance(DAY)
+    assert said(admin.delete("/api/tokens/" + first)) == last              # the other one has expired
+    successor = admin.new_token("long", admin=True)
+    assert admin.delete("/api/tokens/" + first).status == 200
+    assert [admin.get("/api/tokens").status, successor.get("/api/tokens").status] == [401, 200]
+
+
+# --- status ---
+
+def test_the_status_counts_in_the_original_shape(bridge: Start, gate: Path) -> None:
+    running = bridge(spare=0)
+    admin = running.admin
+    admin.answer("hi")
+    admin.answer("die 3")
+    processing(admin, gate)
+    admin.ask("hi")
+    body = admin.with_token(None).get("/api/status").json
+    assert [list(body), list(body["queue"]), list(body["stats"])] == [
+        ["status", "version", "queue", "stats"], ["isProcessing", "length"],
+        ["totalTokens", "totalRequests", "completedRequests", "errorRequests", "queuedRequests"]]
+    assert body == {"status": "running", "version": cab.__version__, "queue": {"isProcessing": True, "length": 2}, "stats": {
+        "totalTokens": 1, "totalRequests": 4, "completedRequests": 1, "errorRequests": 1, "queuedRequests": 1}}
+
+
+def test_the_status_tells_admins_more_and_nobody_else(bridge: Start, gate: Path) -> None:
+    admin = bridge(spare=0).admin
+    job_id = processing(admin, gate)
+    body, public = admin.get("/api/status").json, admin.with_token(None).get("/api/status").json
+    assert list(body)[:4] == list(public) == ["status", "version", "queue", "stats"]
+    assert (body["worker"]["alive"], body["worker"]["requestId"]) == (True, job_id) and ISO.fullmatch(body["worker"]["since"])
+    assert body["claude"]["version"].startswith("2.1.330")
+    assert list(admin.new_token().get("/api/status").json) == list(public)
+
+
+# --- limits ---
+
+def call_from(address: str, running: RunningBridge, path: str, **headers: str) -> Answer:
+    """A call from another address of this machine (127.0.0.0/8 is ours on Linux, and 127.0.0.1 alone on some systems)."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20, source_address=(address, 0))
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    except OSError as error:
+        missing("cannot call from %s: %s" % (address, error))
+        raise
+    finally:
+        connection.close()
+
+
+def statuses(count: int, call: Callable[[], Answer]) -> List[int]:
+    return [call().status for _ in range(count)]
+
+
+def test_holders_and_strangers_have_buckets_of_their_own_and_each_address_too(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(rate_limit=5, clock=clock, spare=0)
+    nobody = running.admin.with_token(None)
+    assert statuses(6, lambda: nobody.get("/api/status")) == [200] * 5 + [429]
+    assert [nobody.get("/none").status, nobody.get("/dashboard").status, nobody.post("/api/ask").status] == [429] * 3
+    assert statuses(6, lambda: running.admin.get("/api/status")) == [200] * 5 + [429]
+    assert call_from("127.0.0.2", running, "/api/status").status == 200
+    assert nobody.call("OPTIONS", "/api/ask").status == 204
+
+
+def test_all_holders_share_one_bucket_that_fills_with_time(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(rate_limit=5, clock=clock, spare=0)
+    user = running.admin.new_token()
+    assert statuses(5, lambda: user.get("/none")) == [404] * 4 + [429]
+    assert running.admin.get("/api/tokens").status == 429
+    clock.advance(11.9)
+    assert user.get("/api/status").status == 429
+    clock.advance(0.2)
+    assert [user.get("/api/status").status, user.get("/api/status").status] == [200, 429]
+    clock.advance(3600)
+    assert statuses(6, lambda: user.get("/api/status")) == [200] * 5 + [429]
+
+
+def test_answers_tell_what_is_left_and_a_429_when_to_come_back(bridge: Start, clock: FakeClock) -> None:
+    api = bridge(rate_limit=5, clock=clock, spare=0).admin
+    names = ("ratelimit-policy", "ratelimit-limit", "ratelimit-remaining", "ratelimit-reset")
+    told = api.get("/api/status").headers
+    assert [told[name] for name in names] == ["5;w=60", "5", "4", "12"]
+    statuses(4, lambda: api.get("/api/status"))
+    refused = api.get("/api/status")
+    assert [refused.headers[name] for name in (*names, "retry-after")] == ["5;w=60", "5", "0", "60", "12"]
+    assert refused.json == {"error": "Too many requests, please slow down.", "code": "rate_limited", "retryAfter": 12}
+
+
+def test_polls_of_ones_own_unfinished_request_do_not_use_up_the_bucket(bridge: Start, clock: FakeClock, gate: Path) -> None:
+    running = bridge(rate_limit=5, clock=clock, spare=0)
+    api = running.admin
+    job_id = api.ask("hold %s" % gate)
+    assert statuses(26, lambda: api.get("/api/ask/" + job_id)) == [202] * 25 + [429]
+    assert statuses(5, lambda: api.get("/api/status")) == [200] * 4 + [429]
+
+
+def test_waits_and_polls_of_others_or_of_what_is_done_use_up_the_bucket(bridge: Start, clock: FakeClock, gate: Path) -> None:
+    running = bridge(rate_limit=5, clock=clock, spare=0)
+    user = running.admin.new_token()
+    done = user.post("/api/ask", {"message": "hi", "wait": 60}).json["requestId"]
+    clock.advance(60)
+    held = user.ask("hold %s" % gate)
+    calls = ((user, "/api/ask/" + done), (user, "/api/ask/%s?wait=0" % held), (running.admin, "/api/ask/" + held), (user, "/api/ask/none"))
+    assert [api.get(path).status for api, path in calls] == [200, 202, 202, 404]
+    assert user.get("/api/status").status == 429
+    assert user.get("/api/ask/" + held).status == 202
+
+
+def test_headers_that_anyone_can_send_do_not_change_an_address(bridge: Start, clock: FakeClock) -> None:
+    nobody = bridge(rate_limit=5, clock=clock, spare=0).admin.with_token(None)
+    forged = iter(range(100))
+    assert statuses(6, lambda: nobody.get("/api/status", headers={
+        name: "10.0.0.%d" % next(forged) for name in ("X-Forwarded-For", "X-Real-IP", "CF-Connecting-IP", "Forwarded")})) == [200] * 5 + [429]
+
+
+def test_ten_wrong_tokens_a_minute_and_address_are_heard_and_a_right_one_always(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(rate_limit=0, clock=clock, spare=0)
+    wrong = running.admin.with_token("cab-wrong")
+    assert statuses(11, lambda: wrong.get("/api/tokens")) == [401] * 10 + [429]
+    refused = wrong.post("/api/ask", {"message": "hi"})
+    assert (refused.status, refused.headers["retry-after"], refused.json["code"]) == (429, "6", "rate_limited")
+    assert running.admin.get("/api/tokens").status == 200
+    assert wrong.with_token(None).get("/api/tokens").status == 401
+    assert call_from("127.0.0.2", running, "/api/tokens", Authorization="Bearer cab-wrong").status == 401
+    clock.advance(6)
+    assert statuses(2, lambda: wrong.get("/api/status")) == [200, 429]
+
+
+def test_zero_switches_the_limits_off(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(rate_limit=0, clock=clock, spare=0)
+    for api in (running.admin, running.admin.with_token(None)):
+        answers = [api.get("/api/status") for _ in range(130)]
+        assert {answer.status for answer in answers} == {200} and "ratelimit-limit" not in answers[-1].headers
+
+
+def test_a_full_queue_is_429_with_advice_and_the_queue_goes_on(bridge: Start, gate: Path) -> None:
+    api = bridge(spare=0, rate_limit=1_000).admin
+    for position in range(1, 51):
+        assert api.post("/api/ask", {"message": "hold %s" % gate}).json["position"] == position
+    full = api.post("/api/ask", {"message": "hi"})
+    assert said(full) == (429, "Queue is full. Please try again later.") and full.json["code"] == "queue_full"
+    assert int(full.headers["retry-after"]) == full.json["retryAfter"] > 0
+    gate.touch()
+    wait_until(lambda: api.post("/api/ask", {"message": "hi"}).status == 202)
+
+
+def test_a_full_queue_tells_the_rate_limit_too(bridge: Start, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise cab.QueueFull(headers=(("Retry-After", "10"),))
+
+    monkeypatch.setattr(cab.Store, "enqueue", refuse)
+    answer = bridge(spare=0, rate_limit=5).admin.post("/api/ask", {"message": "hi"})
+    assert (answer.status, answer.headers.get("ratelimit-limit"), answer.headers.get("ratelimit-remaining")) == (429, "5", "4")
+
+
+# --- the three programs of the original's README ---
+
+def polling_loop(api: Api, message: str) -> str:
+    """Its Python program: post, poll until completed, raise on error; any other body is a KeyError."""
+    request_id = api.post("/api/ask", {"message": message}).json["requestId"]
+
+    def look() -> Optional[str]:
+        data = api.get("/api/ask/" + request_id).json
+        if data["status"] == "error":
+            raise Exception(data["error"])
+        return str(data["response"]) if data["status"] == "completed" else None
+
+    return str(wait_until(look))
+
+
+def test_the_original_python_program_gets_its_answer_or_its_error(bridge: Start) -> None:
+    api = bridge().admin.new_token()
+    assert polling_loop(api, "Explain quantum computing in 3 sentences") == "Echo: Explain quantum computing in 3 sentences"
+    with pytest.raises(Exception, match="out of order"):
+        polling_loop(api, "die 3 out of order")
+
+
+SHELL = r"""
+URL="http://127.0.0.1:PORT"
+TOKEN="cab-your-token-here"
+RESPONSE=$(curl -s -X POST "$URL/api/ask" \
+-H "Authorization: Bearer $TOKEN" \
+-H "Content-Type: application/json" \
+-d '{"message": "List 5 useful Linux commands"}')
+REQUEST_ID=$(echo $RESPONSE | jq -r '.requestId')
+while true; do
+RESULT=$(curl -s "$URL/api/ask/$REQUEST_ID" \
+-H "Authorization: Bearer $TOKEN")
+STATUS=$(echo $RESULT | jq -r '.status')
+if [ "$STATUS" = "completed" ]; then
+echo $RESULT | jq -r '.response'
+break
+fi
+sleep 0.05
+done
+"""
+
+JAVASCRIPT = """
+const BASE_URL = "http://127.0.0.1:PORT";
+const TOKEN = "cab-your-token-here";
+async function askClaude(message) {
+  const res = await fetch(`${BASE_URL}/api/ask`, {
+    method: "POST",
+    headers: { Authorization: `Bearer ${TOKEN}`, "Content-Type": "application/json" },
+    body: JSON.stringify({ message }),
+  });
+  const { requestId } = await res.json();
+  while (true) {
+    const poll = await fetch(`${BASE_URL}/api/ask/${requestId}`, { headers: { Authorization: `Bearer ${TOKEN}` } });
+    const data = await poll.json();
+    if (data.status === "completed") return data.response;
+    if (data.status === "error") throw new Error(data.error);
+    await new Promise((r) => setTimeout(r, 50));
+  }
+}
+console.log(await askClaude("What is the meaning of life?"));
+console.log(await askClaude("die 3 out of order").catch((error) => "failed: " + error.message));
+"""
+
+
+def run_program(api: Api, words: List[str], text: str) -> str:
+    """What a client program prints; its standard input is the program."""
+    for word in (words[0], *(("curl", "jq") if words[0] == "bash" else ())):
+        if not shutil.which(word):
+            missing("no %s here" % word)
+    sent = text.replace("PORT", str(api.port)).replace("cab-your-token-here", str(api.token))
+    ended = subprocess.run(words, input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=30)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+def test_the_original_shell_program_gets_its_answer(bridge: Start) -> None:
+    assert run_program(bridge().admin.new_token(), ["bash"], SHELL) == "Echo: List 5 useful Linux commands\n"
+
+
+def test_the_original_javascript_program_gets_its_answer_or_its_error(bridge: Start) -> None:
+    told = run_program(bridge().admin.new_token(), ["node", "--input-type=module", "-"], JAVASCRIPT).splitlines()
+    assert told[0] == "Echo: What is the meaning of life?" and re.match("failed: .*out of order", told[1])

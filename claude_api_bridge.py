@@ -50,11 +50,12 @@ import uuid
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
+from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-                    Tuple, Type, Union)
+                    Set, Tuple, Type, Union)
 from urllib.parse import parse_qsl, unquote
 
 __version__ = "0.2.0"
@@ -879,10 +880,12 @@ class LineFramer:
 
 
 class CliEvent(NamedTuple):
-    """One line of the CLI. kind: init, delta, message, tool, assistant, result, control, asks or noise (a sign of life)."""
+    """One line of the CLI. kind: init, delta, message, assistant, told, result, control, asks or noise (a sign of life).
+    tools: the ids of the tool calls that begin (assistant) or end (told) with it."""
     kind: str
     body: Mapping[str, Any] = {}
     text: str = ""
+    tools: Tuple[str, ...] = ()
 
 
 def read_cli_event(line: bytes) -> CliEvent:
@@ -899,10 +902,11 @@ def read_cli_event(line: bytes) -> CliEvent:
         return CliEvent("message" if event.get("type") == "message_start" else "noise", body)
     if kind == "system":
         return CliEvent("init" if body.get("subtype") == "init" else "noise", body)
-    if kind == "assistant":
+    if kind in ("assistant", "user"):
         content = (body.get("message") or {}).get("content")
-        uses_tool = isinstance(content, list) and any(block.get("type") == "tool_use" for block in content)
-        return CliEvent("tool" if uses_tool else "assistant", body)
+        blocks = content if isinstance(content, list) else []
+        name = "id" if kind == "assistant" else "tool_use_id"
+        return CliEvent("assistant" if kind == "assistant" else "told", body, tools=tuple(str(block[name]) for block in blocks if block.get(name)))
     names = {"result": "result", "control_response": "control", "control_request": "asks"}
     return CliEvent(names.get(str(kind), "noise"), body)
 
@@ -1212,7 +1216,8 @@ class Store:
         with self._write() as db:
             done = db.execute("UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?, usage = ?,"
                               " model = coalesce(?, model) WHERE id = ? AND status = 'processing'",
-                              (now, clean_text(answer.text), answer.structured, as_json(answer.usage), answer.model, job.id)).rowcount
+                              (now, clean_text(answer.text), answer.structured and clean_text(answer.structured), as_json(answer.usage),
+                               answer.model, job.id)).rowcount
             if done and job.conversation:
                 db.execute("UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ? WHERE token_id = ? AND name = ?",
                            (answer.session_id, answer.spent_usd, now, job.token_id, job.conversation))
@@ -1409,7 +1414,7 @@ class Child:
         self._orders: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
         self._complaints: Deque[bytes] = deque(maxlen=8)
-        self._closing = False
+        self._closing = self._was_dead = False
         self.process = subprocess.Popen(list(argv), cwd=str(cwd), env={**environment, TAG: tag}, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **group_options())
         self.pid = self.process.pid
@@ -1468,7 +1473,10 @@ class Child:
         try:
             item = self._lines.get(timeout=max(0.0, timeout))
         except queue.Empty:
-            return None
+            if self.is_alive or not self._was_dead:
+                self._was_dead = not self.is_alive
+                return None
+            item = None                     # its end came two looks ago, only its pipes are held open by what it started
         if item is None:
             raise ChildGone(self._last_words())
         if isinstance(item, Exception):
@@ -1482,7 +1490,10 @@ class Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         self._pumps[2].join(1)
-        words = redact(b"".join(self._complaints)[-STDERR_BYTES:].decode("utf-8", "replace").strip())
+        words = b"".join(self._complaints).decode("utf-8", "replace")
+        if len(self._complaints) == self._complaints.maxlen:       # the beginning is lost: so is the first word, which may be half a secret
+            words = re.sub(r"^\S*", "...", words)
+        words = redact(words.strip())
         return "claude ended (exit code %s) without an answer%s" % (self.process.returncode, ": " + words if words else ".")
 
     def end_input(self) -> None:
@@ -1608,9 +1619,10 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
         if known.get("oauthAccount") == wanted:
             return
         known["oauthAccount"] = wanted
-        part = target.with_name(".claude.json.part")
-        part.write_text(as_json(known), "utf-8")
-        os.replace(part, target)
+        with contextlib.suppress(OSError):      # then the CLI asks for the profile itself
+            part = target.with_name(".claude.json.part")
+            part.write_text(as_json(known), "utf-8")
+            os.replace(part, target)
 
 
 @dataclass(frozen=True)
@@ -1653,7 +1665,7 @@ class Turn:
                  stop_reason: Callable[[], Optional[str]]) -> None:
         self._child, self._setup, self._clock, self._config = child, setup, clock, config
         self._deadline, self._stop_reason = deadline, stop_reason
-        self._tool_runs = False
+        self._tools: Set[str] = set()    # those that run: a command may be silent for long
         self.heard = False               # the prompt was taken: from now on a lost child is a failed run
         self.over = False                # the result came: the child is idle
 
@@ -1667,11 +1679,11 @@ class Turn:
             now = self._clock.monotonic()
             if now >= self._deadline:
                 raise RunFailed("timeout", "The run took longer than %g seconds." % self._config.run_seconds)
-            if now >= silent_at and not self._tool_runs:
+            if now >= silent_at and not self._tools:
                 raise RunFailed("timeout", "claude gave no sign of life for %g seconds." % self._config.silence_seconds)
             event = self._child.next_event(min(TICK_SECONDS, self._deadline - now))
             if event is not None:
-                self._tool_runs = event.kind == "tool" or self._tool_runs and event.kind == "noise"
+                self._tools = self._tools.union(event.tools) if event.kind == "assistant" else self._tools.difference(event.tools)
                 return event
 
     def open(self, features: Features, history: Sequence[Exchange]) -> None:
@@ -1733,7 +1745,7 @@ class Turn:
         if self._setup.json_schema:
             if "structured_output" not in body:
                 raise RunFailed("cli_error", "The model did not give an answer that satisfies jsonSchema.")
-            structured = clean_text(as_json(body["structured_output"]))
+            structured = as_json(body["structured_output"])
         if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
             raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
         usage, self._child.spent_usd = usage_of(body, self._child.spent_usd)
@@ -1856,7 +1868,7 @@ class ClaudeCli:
         try:
             if not setup.workspace:
                 private_directory(folder)
-            child = Child(argv, folder, self.claude.environment, "%s.%d" % (self._tag, self._count))
+            child = Child(argv, folder, self.claude.environment, "%s.%d." % (self._tag, self._count))
         except (OSError, CannotStart) as error:
             raise RunFailed("cli_error", "claude could not be started: %s" % error) from None
         self._note_child(child.pid, started_at(child.pid))
@@ -1972,7 +1984,7 @@ class Worker:
         self._live: Dict[str, LiveText] = {}
         self._stopping = threading.Event()
         self._give_up_at = float("inf")
-        self._purged_at = float("-inf")
+        self._housed_at = self._purged_at = float("-inf")
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
         self.running: Optional[Tuple[str, float]] = None      # (job id, since), for whoever asks what the worker does
 
@@ -2009,9 +2021,8 @@ class Worker:
                         if failed:
                             self._store.recover()
                             failed = False
-                        self._claude.prepare()
+                        self._keep_house()
                         if not self.step():
-                            self._keep_house()
                             bell.wait(1)
                     except Exception:
                         failed = True
@@ -2051,6 +2062,7 @@ class Worker:
     def _stop_reason(self, job: Job) -> Optional[str]:
         if self._clock.monotonic() >= self._give_up_at:
             return "interrupted"
+        self._keep_house()
         return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
 
     def _settle(self, job: Job, failure: RunFailed) -> None:
@@ -2062,10 +2074,14 @@ class Worker:
         self._report("Request %s failed: %s: %s" % (job.id[:8], failure.code, redact(str(failure))[:300]))
 
     def _keep_house(self) -> None:
-        """Old jobs are deleted once an hour; the conversations of revoked tokens end at once."""
-        self._claude.keep_only(lambda token_id: self._store.token(token_id) is not None)
-        if self._clock.monotonic() - self._purged_at >= 3600:
-            self._purged_at = self._clock.monotonic()
+        """Once a second, also during a run: the conversations of revoked tokens end; once an hour old jobs are deleted."""
+        now = self._clock.monotonic()
+        if now - self._housed_at >= 1:
+            self._housed_at = now
+            self._claude.prepare()
+            self._claude.keep_only(lambda token_id: self._store.token(token_id) is not None)
+        if now - self._purged_at >= 3600:
+            self._purged_at = now
             self._store.purge(self._config.keep_days)
 
 
@@ -2114,18 +2130,21 @@ class Service:
         self._hub.wake(Hub.QUEUE)
         return job, position
 
-    def poll(self, caller: Caller, job_id: str, wait: float = 0.0) -> JobView:
-        """How a job stands, at the latest `wait` seconds from now. Raises NotFound, also for another token's job."""
+    def poll(self, caller: Caller, job_id: str, wait: float = 0.0, has_left: Callable[[], bool] = lambda: False) -> JobView:
+        """How a job stands, at the latest `wait` seconds from now, or when the caller has left.
+
+        Raises NotFound, also for another token's job.
+        """
         until = self._clock.monotonic() + wait
         with self._hub.watch(job_id) as bell:
             while True:
                 bell.clear()
                 job = self._job(caller, job_id)
                 left = until - self._clock.monotonic()
-                if job.is_finished or left <= 0 or self._hub.is_closed:
+                if job.is_finished or left <= 0 or self._hub.is_closed or has_left():
                     partial = self._partial(job_id) if job.status == JobStatus.PROCESSING else None
                     return JobView(job, self._store.queue_position(job), partial)
-                bell.wait(min(left, 5))          # now and then a look: the command line may have revoked the token
+                bell.wait(min(left, 1))          # the bell tells all but a revocation on the command line and a caller who left
 
     def _job(self, caller: Caller, job_id: str) -> Job:
         job = self._store.job(job_id)
@@ -2175,13 +2194,15 @@ class Service:
 
 @dataclass(frozen=True)
 class Request:
-    """What arrived. headers: lower-case names; body: reads the bytes when they are wanted; parts: those of the path."""
+    """What arrived. headers: lower-case names; body: reads the bytes when they are wanted; has_left: whether the caller
+    hung up; parts: those of the path."""
     method: str
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
     address: str
     body: Callable[[], bytes]
+    has_left: Callable[[], bool] = lambda: False
     parts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -2250,7 +2271,7 @@ def answer_ask(service: Service, backstage: Backstage, caller: Optional[Caller],
     ask, warnings = Ask.parse(parsed_json(request.body() or b"{}"))
     job, position = service.ask(caller, ask)
     if ask.wait:
-        view = service.poll(caller, job.id, ask.wait)
+        view = service.poll(caller, job.id, ask.wait, request.has_left)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **({"warnings": warnings} if warnings else {})})
     body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id}
@@ -2259,7 +2280,7 @@ def answer_ask(service: Service, backstage: Backstage, caller: Optional[Caller],
 
 def answer_poll(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
     assert caller is not None
-    view = service.poll(caller, request.parts["requestId"], check_wait(request.query.get("wait")))
+    view = service.poll(caller, request.parts["requestId"], check_wait(request.query.get("wait")), request.has_left)
     return json_response(200 if view.job.is_finished else 202, job_body(view))
 
 
@@ -2473,7 +2494,7 @@ class Dispatcher:
         except (ConnectionError, socket.timeout):
             raise
         except Exception:
-            self._report("Unexpected error in %s %s:\n%s" % (request.method, request.path[:80], redact(traceback.format_exc())))
+            self._report(redact("Unexpected error in %s %s:\n%s" % (request.method, request.path, traceback.format_exc())))
             return self.refusal(BridgeError())
 
     @staticmethod
@@ -2527,8 +2548,19 @@ class Phase:
     SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf")}
 
 
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*")
+def response_head(response: Response, closes: bool) -> bytes:
+    """Status line and headers; those of the response before the standard ones of the same name."""
+    names = {name for name, _ in response.headers}
+    headers = [*((name, value) for name, value in STANDARD_HEADERS if name not in names), *response.headers]
+    if response.status != 204:
+        headers.append(("Content-Type", response.content_type))
+    headers += [("Content-Length", str(len(response.body))), ("Date", formatdate(usegmt=True)), ("Connection", "close" if closes else "keep-alive")]
+    lines = "".join("%s: %s\r\n" % header for header in headers)
+    return ("HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, HTTPStatus(response.status).phrase, lines)).encode("latin-1", "replace")
+
+
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)\r\n")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -2553,7 +2585,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def parse_request(self) -> bool:
-        """Reads the head strictly: CRLF or LF ends lines, nothing is folded, no control characters, one Host, one length.
+        """Reads the head strictly: CRLF ends lines, nothing is folded, no control characters, one Host, one length.
 
         Replaces the lenient parser of http.server, which lets two differing lengths or a bare CR pass. -> False when
         it answered with an error (the connection is then closed, since nobody knows where the next request begins).
@@ -2571,7 +2603,7 @@ class Handler(BaseHTTPRequestHandler):
     def _read_head(self) -> None:
         first = self.raw_requestline if self.raw_requestline.strip() else self.rfile.readline(HEAD_BYTES + 1)   # one blank line may lead
         lines, size = [first], len(first)
-        while lines[-1] not in (b"\r\n", b"\n"):
+        while lines[-1] != b"\r\n":
             if size > HEAD_BYTES:
                 raise HeadTooLarge()
             line = self.rfile.readline(HEAD_BYTES + 1)
@@ -2579,20 +2611,23 @@ class Handler(BaseHTTPRequestHandler):
                 raise HeadTooLarge() if line and len(line) > HEAD_BYTES else MalformedRequest("The request head broke off")
             lines.append(line)
             size += len(line)
-        found = REQUEST_LINE.fullmatch(strip_end(lines[0]))
+        found = REQUEST_LINE.fullmatch(lines[0])
         if not found:
             raise MalformedRequest("Malformed request line")
         self.command, target, version = (part.decode("latin-1") for part in found.groups())
         if version not in ("1.0", "1.1"):
             raise UnknownVersion()
         self.request_version, self.close_connection = "HTTP/" + version, version == "1.0"
+        is_target = target.startswith(("/", "http://", "https://")) or (self.command, target) == ("OPTIONS", "*")
+        if hasattr(self, "do_" + self.command) and not is_target:
+            raise MalformedRequest("Malformed request line")
         self.path = target
         self._read_headers(lines[1:-1])
 
     def _read_headers(self, lines: Sequence[bytes]) -> None:
         headers: Dict[str, str] = {}
         for line in lines:
-            found = HEADER_LINE.fullmatch(strip_end(line))
+            found = HEADER_LINE.fullmatch(line)
             if not found:
                 raise MalformedRequest("Malformed header line")
             name, value = found.group(1).decode("latin-1").lower(), found.group(2).decode("latin-1")
@@ -2631,7 +2666,7 @@ class Handler(BaseHTTPRequestHandler):
         target = self.path if self.path.startswith("/") else "/" + self.path.partition("://")[2].partition("/")[2]
         path, _, query = target.partition("?")
         request = Request(self.command, path, dict(parse_qsl(query, keep_blank_values=True)), self.headers,  # type: ignore[arg-type]
-                          self.client_address[0], self._body)
+                          self.client_address[0], self._body, self._has_left)
         response = self.server.dispatcher.dispatch(request)
         if self._unread != 0:
             self._leave_body()
@@ -2685,9 +2720,21 @@ class Handler(BaseHTTPRequestHandler):
             line = self.rfile.readline(HEAD_BYTES)
             if line == b"\r\n":
                 return b"".join(parts)
-            if not HEADER_LINE.fullmatch(strip_end(line)):
+            if not HEADER_LINE.fullmatch(line):
                 break
         raise MalformedRequest("Malformed trailer")
+
+    def _has_left(self) -> bool:
+        """Whether the other side has ended its sending; what it sent before stays to be read."""
+        try:
+            self.connection.settimeout(0)
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def _leave_body(self) -> None:
         """A body that nobody read: a small one is skipped, else the connection ends after the answer."""
@@ -2701,15 +2748,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
-        names = {name for name, _ in response.headers}
-        headers = [*((name, value) for name, value in STANDARD_HEADERS if name not in names), *response.headers]
-        if response.status != 204:
-            headers.append(("Content-Type", response.content_type))
-        headers += [("Content-Length", str(len(response.body))), ("Date", self.date_time_string()),
-                    ("Connection", "close" if self.close_connection else "keep-alive")]
-        head = "HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, HTTPStatus(response.status).phrase,
-                                             "".join("%s: %s\r\n" % header for header in headers))
-        data = memoryview(head.encode("latin-1", "replace") + (b"" if self.command == "HEAD" else response.body))
+        data = memoryview(response_head(response, self.close_connection) + (b"" if self.command == "HEAD" else response.body))
         for start in range(0, len(data), 1 << 18):          # a slow reader may take SEND_SECONDS for each piece
             self.connection.sendall(data[start:start + (1 << 18)])
         if self.close_connection and self._unread != 0:
@@ -2717,6 +2756,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """After a refused body: what still comes is read for a moment, else the client may lose the answer to a reset."""
+        self.server.enter(self.connection, Phase.BODY)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(DRAIN_SECONDS)
@@ -2740,11 +2780,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-
-def strip_end(line: bytes) -> bytes:
-    """A line without its CRLF; a bare LF counts as an end too, a CR anywhere else stays and is refused."""
-    return line[:-2] if line.endswith(b"\r\n") else line[:-1]
 
 
 class BridgeServer(ThreadingHTTPServer):
@@ -2803,11 +2838,10 @@ class BridgeServer(ThreadingHTTPServer):
         return True
 
     def _turn_away(self, request: Any) -> None:
-        body = as_json(error_body(Unavailable("Too many connections. Please try again later."))).encode()
+        response = Dispatcher.refusal(Unavailable("Too many connections. Please try again later.", (("Retry-After", "1"),)))
         with contextlib.suppress(OSError):
             request.settimeout(1)
-            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 1\r\n"
-                            b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            request.sendall(response_head(response, True) + response.body)
         super().shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 from conftest import Api, FakeClaude, Program, is_running, run_cli, wait_until
+from test_processes import answer_probes_quickly
 
 import claude_api_bridge as cab
-from fake_claude import FLAGS
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_SET_PDEATHSIG")
 ORIGINAL_SCHEMA = """
@@ -30,24 +30,9 @@ CREATE TABLE sessions (id TEXT PRIMARY KEY, token_id TEXT REFERENCES tokens(id) 
 """
 
 
-PROBES = """#!/bin/sh
-case "$1" in
---version) echo "2.1.330 (Claude Code)"; exit ;;
---help) echo "  auth %s"; exit ;;
-auth) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
-esac
-exec %s -S %s "$@"
-"""
-
-
 @pytest.fixture
 def fake(fake_claude: Callable[..., FakeClaude]) -> FakeClaude:
-    """The fake, but what a start asks it is answered by a shell: there are many starts here, and a Python takes longer."""
-    fake = fake_claude()
-    script = fake.path.rename(fake.path.with_name("claude.py"))
-    fake.path.write_text(PROBES % (FLAGS, sys.executable, script))
-    fake.path.chmod(0o755)
-    return fake
+    return answer_probes_quickly(fake_claude())
 
 
 @pytest.fixture
@@ -120,6 +105,7 @@ def refusal(done: Any) -> str:
 
 def test_a_bridge_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> None:
     config = cab.Config(port=0, host="127.0.0.1", data_dir=tmp_path / "data", claude=str(fake.path))
+    token = None
     for _ in range(2):                                       # twice: lock, port and database are free again
         threads = set(threading.enumerate())
         with cab.Bridge(config, cab.find_claude(config, dict(os.environ)), cab.Clock(), lambda text: None) as bridge:

@@ -13,9 +13,10 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Opt
 
 import pytest
 from conftest import MODULE, Api, FakeClaude, Program, run_cli, wait_until
+from fake_claude import FLAGS
+from test_processes import answer_probes_quickly
 
 import claude_api_bridge as cab
-from fake_claude import FLAGS
 
 TOKEN = re.compile(r"cab-[0-9a-f]{64}")
 
@@ -47,12 +48,13 @@ def typed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.fixture
-def program(program: Callable[..., Program]) -> Iterator[Callable[..., Program]]:
-    """As conftest's, but what still runs in the end is killed, which is quicker."""
+def program(program: Callable[..., Program], fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., Program]]:
+    """As conftest's, but quicker: a fake that answers probes at once, and what still runs in the end is killed."""
     started: List[Program] = []
+    claude = answer_probes_quickly(fake_claude()).path
 
     def start(*flags: str, **options: Any) -> Program:
-        started.append(program(*flags, **options))
+        started.append(program(*flags, **{"claude": claude, **options}))
         return started[-1]
 
     yield start
@@ -240,7 +242,8 @@ def test_stdout_holds_nothing_but_token_and_address(program: Callable[..., Progr
     running = program()
     running.api.answer("hello"), running.api.answer("die 1")
     assert len(running.lines) == 2 and rest_of_stdout(running) == ""
-    assert all(word in running.stderr for word in ("Dashboard: http", "Data directory: ", "Claude Code CLI detected (2.1.330", "completed", "failed", "Shutting down"))
+    told = ("Dashboard: http", "Data directory: ", "Claude Code CLI detected (2.1.330", "completed", "failed", "Shutting down")
+    assert [words for words in told if words not in running.stderr] == []
 
 
 @pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}])
@@ -257,7 +260,8 @@ def test_a_terminal_without_colour_gets_none(tmp_path: Path) -> None:
                        stderr=theirs, env={"NO_COLOR": "1", "TERM": "xterm-256color", "LANG": "C.UTF-8", "PATH": os.environ["PATH"]}, timeout=30)
         said = os.read(ours, 10_000).decode()
     finally:
-        os.close(ours), os.close(theirs)
+        os.close(ours)
+        os.close(theirs)
     assert "Token not found" in said and "\x1b" not in said
 
 

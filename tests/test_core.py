@@ -382,10 +382,11 @@ TEXT_DELTA = {"type": "content_block_delta", "index": 0, "delta": {"type": "text
     (stream(TEXT_DELTA, parent_tool_use_id="toolu_1"), "noise", ""),                     # a subagent's words are not the answer
     (stream({"type": "message_start"}, parent_tool_use_id="toolu_1"), "noise", ""),
     (assistant({"type": "text", "text": "Hi"}), "assistant", ""),
-    (assistant({"type": "text", "text": "Hi"}, {"type": "tool_use", "name": "Bash"}), "tool", ""),
+    (assistant({"type": "text", "text": "Hi"}, {"type": "tool_use", "id": "t1", "name": "Bash"}), "assistant", ""),
     ({"type": "assistant", "message": {"content": "Hi"}}, "assistant", ""),
     ({"type": "assistant"}, "assistant", ""),
-    ({"type": "user", "message": {"role": "user", "content": []}}, "noise", ""),
+    ({"type": "user", "message": {"role": "user", "content": []}}, "told", ""),
+    ({"type": "user", "message": {"role": "user", "content": "[Request interrupted by user]"}}, "told", ""),
     ({"type": "result", "subtype": "success"}, "result", ""),
     ({"type": "control_response", "response": {}}, "control", ""),
     ({"type": "control_request", "request_id": "1"}, "asks", ""),
@@ -394,6 +395,12 @@ TEXT_DELTA = {"type": "content_block_delta", "index": 0, "delta": {"type": "text
 def test_a_line_of_the_cli_is_understood(message: Dict[str, Any], kind: str, text: str) -> None:
     event = cab.read_cli_event(json.dumps(message, ensure_ascii=False).encode())
     assert (event.kind, event.text, event.body) == (kind, text, message)
+
+
+def test_a_line_names_the_tool_calls_that_begin_and_end_with_it() -> None:
+    calls = assistant({"type": "tool_use", "id": "t1"}, {"type": "text", "text": "and"}, {"type": "tool_use", "id": "t2"})
+    results = {"type": "user", "message": {"content": [{"type": "tool_result", "tool_use_id": "t1", "content": "ok"}]}}
+    assert [cab.read_cli_event(json.dumps(line).encode()).tools for line in (calls, results)] == [("t1", "t2"), ("t1",)]
 
 
 @pytest.mark.parametrize("line", [b"[DEBUG] starting", b"undefined", b"[1, 2]", b"\xff\xfe", b"   "])
@@ -419,6 +426,7 @@ SAID_BY_MODEL = "There's an issue with the selected model (x). It may not exist 
     ({"result": "Failed to authenticate. API Error: 401 OAuth token has expired"}, "", "auth_required"),      # up to 2.1.50 no status
     ({"api_error_status": 403, "result": "Your account does not have access to Claude. Please login again."}, "authentication_failed",
      "auth_required"),
+    ({"api_error_status": 403, "result": "API Error: 403 forbidden"}, "", "auth_required"),
     ({"api_error_status": None, "result": "Not logged in · Please run /login"}, "", "auth_required"),
     ({"result": "Invalid API key · Please run /login"}, "", "auth_required"),
     ({"api_error_status": 400, "result": "Prompt is too long · Try /compact"}, "invalid_request", "context_too_long"),

@@ -516,6 +516,17 @@ def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served
             assert new.send(request()).answer().status == 200
 
 
+def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "CONNECTIONS", 1)
+    with Wire(served.port) as deaf:
+        deaf.socket.settimeout(0.3)
+        with pytest.raises(socket.timeout):               # its answers fill the buffers, then the bridge stops reading
+            for _ in range(5_000):
+                deaf.send(request("GET /dashboard HTTP/1.1") * 100)
+        with Wire(served.port) as new:
+            assert new.send(request()).answer().status == 200
+
+
 def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "DRAIN_SECONDS", 0.3)
     with Wire(served.port) as wire:

@@ -10,18 +10,42 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
-from conftest import FakeClaude, RunningBridge, is_running, run_cli, wait_until
-
-import claude_api_bridge as cab
+from conftest import FakeClaude, FakeClock, RunningBridge, is_running, run_cli, wait_until
 from fake_claude import FLAGS
 
-LIMIT_REACHED = {"said": "rate_limit", "api_error_status": 429, "result": "You've hit your session limit · resets 8:28am (UTC)"}
+import claude_api_bridge as cab
+
+LIMIT_REACHED: Dict[str, Any] = {"said": "rate_limit", "api_error_status": 429, "result": "You've hit your session limit · resets 8:28am (UTC)"}
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+PROBES = """#!/bin/sh
+case "$1" in
+--version) echo "2.1.330 (Claude Code)"; exit ;;
+--help) echo "  auth %s"; exit ;;
+auth) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
+esac
+exec %s -S %s "$@"
+"""
+
+
+def answer_probes_quickly(fake: FakeClaude) -> FakeClaude:
+    """The same fake, but what a start asks it is answered by a shell, which takes a tenth of the time."""
+    script = fake.path.rename(fake.path.with_name("claude.py"))
+    fake.path.write_text(PROBES % (FLAGS, sys.executable, script))
+    fake.path.chmod(0o755)
+    return fake
+
+
+@pytest.fixture
+def fake_claude(fake_claude: Callable[..., FakeClaude]) -> Callable[..., FakeClaude]:
+    return lambda **options: fake_claude(**options) if options else answer_probes_quickly(fake_claude())
 
 
 def twist(fake: FakeClaude, code: str) -> FakeClaude:
     """The fake with a fault of its own: `code` runs before its main."""
-    fake.path.write_text(fake.path.read_text().replace("sys.exit(", code + "\nsys.exit(", 1))
+    script = next(path for path in (fake.path.with_name("claude.py"), fake.path) if path.exists())
+    script.write_text(script.read_text().replace("sys.exit(", code + "\nsys.exit(", 1))
     return fake
 
 
@@ -56,9 +80,9 @@ def servers_close_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 class Direct:
     """ClaudeCli alone, without queue and HTTP."""
 
-    def __init__(self, fake: FakeClaude, claude: cab.Claude, config: cab.Config) -> None:
+    def __init__(self, fake: FakeClaude, claude: cab.Claude, config: cab.Config, clock: cab.Clock) -> None:
         self.fake, self.claude, self.data_dir = fake, claude, config.data_dir
-        self.cli = cab.ClaudeCli(claude, config, cab.Clock(), "test%d" % os.getpid(), lambda pid, started: None)
+        self.cli = cab.ClaudeCli(claude, config, clock, "test%d" % os.getpid(), lambda pid, started: None)
 
     def run(self, message: str, stop_reason: Callable[[], Optional[str]] = lambda: None, work: Mapping[str, Any] = {}, **setup: Any) -> cab.Answer:
         return self.cli.run(cab.Work(message, cab.Setup(**{"system_prompt": cab.SYSTEM_PROMPT, **setup}), **work), cab.LiveText(), stop_reason)
@@ -77,18 +101,19 @@ class Direct:
 
 @pytest.fixture
 def direct(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., Direct]]:
-    """direct(claude=..., look=..., environ=..., **settings) -> a Direct that starts one process per request, unless told otherwise.
+    """direct(claude=..., look=..., environ=..., clock=..., **settings) -> a Direct that starts one process per request, unless told otherwise.
 
     look: asks the fake what it is, as a start does; else it is known, which is quicker.
     """
     made: List[Direct] = []
 
-    def make(claude: Optional[FakeClaude] = None, look: bool = False, environ: Optional[Mapping[str, str]] = None, **settings: Any) -> Direct:
+    def make(claude: Optional[FakeClaude] = None, look: bool = False, environ: Optional[Mapping[str, str]] = None,
+             clock: Optional[cab.Clock] = None, **settings: Any) -> Direct:
         fake = claude or fake_claude()
         config = cab.Config(**{"data_dir": tmp_path / "data", "claude": str(fake.path), "spare": 0, **settings})
         environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})}
         known = cab.Claude((str(fake.path),), cab.Features.read("2.1.330", FLAGS), cab.child_environment(environ, config.allow_api_key, None), "")
-        made.append(Direct(fake, cab.find_claude(config, environ) if look else known, config))
+        made.append(Direct(fake, cab.find_claude(config, environ) if look else known, config, clock or cab.Clock()))
         return made[-1]
 
     yield make
@@ -280,7 +305,7 @@ def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: 
     assert d.run("hello").text == "Echo: hello"
 
 
-RESULTS = [
+RESULTS: List[Tuple[Dict[str, Any], str]] = [
     (LIMIT_REACHED, "usage_limit"),
     ({"said": "rate_limit", "api_error_status": 429, "result": "API Error: Server is temporarily limiting requests (not your usage limit)"}, "overloaded"),
     ({"said": "authentication_failed", "api_error_status": 401, "result": "Failed to authenticate. API Error: 401 expired"}, "auth_required"),
@@ -476,15 +501,24 @@ def test_another_model_resumes_the_session_in_a_new_process(talk: Callable[..., 
     wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]))
 
 
-@pytest.mark.parametrize("warm_seconds, messages", [(0, ["one", "two"]), (0.2, ["one"])])
-def test_a_cooled_conversation_is_resumed_under_the_same_id(talk: Callable[..., Talk], warm_seconds: float, messages: List[str]) -> None:
-    t = talk(warm_seconds=warm_seconds)
-    for message in messages:
-        t.say(message)
-        wait_until(lambda: not is_running(pids_of(t.fake, message)[0]))
-    assert t.remembered() == [text for message in messages for text in (message, "Echo: " + message)]
+def test_a_conversation_without_a_warm_process_is_resumed_under_the_same_id(talk: Callable[..., Talk]) -> None:
+    t = talk(warm_seconds=0)
+    t.say("one"), t.say("two")
+    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
     session_id = session_in(t.argv("one"), "--session-id")
-    assert session_id and {session_in(t.argv(message), "--resume") for message in [*messages[1:], "turns"]} == {session_id}
+    assert session_id and [session_in(t.argv(message), "--resume") for message in ("two", "turns")] == [session_id] * 2
+
+
+def test_the_process_of_a_conversation_leaves_when_its_time_is_over(direct: Callable[..., Direct], clock: FakeClock) -> None:
+    d = direct(clock=clock, warm_seconds=600)
+    d.talk("one", "hello")
+    pid = pids_of(d.fake, "hello")[0]
+    clock.advance(599)
+    d.cli.prepare()
+    assert d.talk("one", "turns").text == '[["user", "hello"], ["assistant", "Echo: hello"]]' and pids_of(d.fake, "turns") == [pid]
+    clock.advance(600)
+    d.cli.prepare()
+    wait_until(lambda: not is_running(pid))
 
 
 @pytest.mark.parametrize("spare", [0, 1])

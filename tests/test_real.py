@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
@@ -183,7 +182,7 @@ PROMPTS = ("@/etc/hostname", "what is in @/etc/hostname ?", "@~/.ssh/id_rsa", '@
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt)[1:24])
-def test_prompt_is_only_text(shared: Site, prompt: str) -> None:
+def test_prompt_is_only_text(shared: Site, version: Version, prompt: str) -> None:
     before = shared.files()
     body = shared.ask(prompt)
     sent = " " + prompt if prompt.startswith("/") else prompt
@@ -194,7 +193,8 @@ def test_prompt_is_only_text(shared: Site, prompt: str) -> None:
     assert [message["role"] for message in shared.calls()[0].body["messages"]].count("user") == 1
     assert shared.files() == before
     assert not list(shared.folder.rglob("settings.json")) and not list(shared.folder.rglob("*.heapsnapshot"))
-    assert not shared.messages.outside
+    if version >= (2, 1, 197):                          # older ones call home from every process, whatever they are told
+        assert not shared.messages.outside
 
 
 def test_lone_surrogate_arrives_as_replacement(shared: Site) -> None:
@@ -224,7 +224,7 @@ def test_a_plain_ask_is_lean(shared: Site, tmp_path: Path) -> None:
 
 def test_settings_reach_the_api(shared: Site, version: Version) -> None:
     schema = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
-    body = shared.ask("as you are")
+    assert shared.ask("as you are")["status"] == "completed"
     plain = shared.calls()[-1].body
     body = shared.ask("be brief", model="haiku", systemPrompt="Answer as a pirate ☠.")
     assert body["status"] == "completed" and "haiku" in body["model"]
@@ -249,7 +249,15 @@ def test_settings_reach_the_api(shared: Site, version: Version) -> None:
     assert shared.ask("as you were")["status"] == "completed"
     after = shared.calls()[-1].body
     assert (after["model"], after["system"][-1], after.get("output_config")) == (plain["model"], plain["system"][-1], plain.get("output_config"))
-    assert not after["tools"]
+    assert not after.get("tools")
+
+
+@pytest.mark.parametrize("model", ("default", "claude-sonnet-4-5-20250929", "gpt-4o"))
+def test_a_model_is_taken_at_its_word(shared: Site, model: str) -> None:
+    """Full names arrive as they are, also unknown ones (the API refuses them); `default` is what no model is."""
+    assert shared.ask("hello")["status"] == shared.ask("hello", model=model)["status"] == "completed"
+    plain, named = (call.body["model"] for call in shared.calls())
+    assert named == (plain if model == "default" else model)
 
 
 # --- what the API can answer ---
@@ -266,7 +274,8 @@ API_ERRORS = (
     ("model_not_found", Reply("model: nosuch", status=404, error="not_found_error")),
     ("context_too_long", Reply("Request exceeds the maximum size", status=413, error="request_too_large")),
     ("usage_limit", Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error", headers=LIMIT_HEADERS)),
-    ("overloaded", Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error")),
+    ("overloaded", Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error",
+                         headers={"x-should-retry": "false"})),
     ("overloaded", Reply("Overloaded", status=529, error="overloaded_error", headers={"x-should-retry": "false"})),
     ("overloaded", Reply("Internal server error", status=500, error="api_error", headers={"x-should-retry": "false"})),
 )
@@ -300,7 +309,9 @@ def test_a_unicode_answer_arrives_exactly(shared: Site) -> None:
     assert shared.ask("odd, word by word")["response"] == text
 
 
-def test_a_cut_answer_is_asked_for_again(shared: Site) -> None:
+def test_a_cut_answer_is_asked_for_again(shared: Site, version: Version) -> None:
+    if version < (2, 1, 50):
+        pytest.skip("this CLI gives up when a stream breaks off")
     text = "one two three four"
     shared.messages.reply = lambda body: Reply(text, cut_after=2 if body.get("stream") else None)
     body = shared.ask("count")
@@ -420,6 +431,251 @@ def test_revoking_ends_a_running_command(shared: Site, command: str, count: int)
     finally:
         for pid in sleeping(mark):
             os.kill(pid, signal.SIGKILL)
-    assert not any(is_running(pid) for pid in running) and client.poll(request)["code"] == "invalid_token"
+    wait_until(lambda: not any(is_running(pid) for pid in running), 1)
+    assert client.poll(request)["code"] == "invalid_token"
     shared.messages.reply = echo
     assert shared.ask("next")["response"] == "Echo: next"
+
+
+# --- conversations ---
+
+
+class Talk:
+    """A stateful client that looks, at every turn, whether the API heard all earlier ones, and only those."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.client = site, site.client(sessionMode="stateful")[0]
+        self.said: List[Tuple[str, str]] = []
+
+    def say(self, text: str, **fields: Any) -> Dict[str, Any]:
+        """-> the request's body as it reached the API."""
+        client = self.site.admin.with_token(self.client.token)          # the port changes with a restart
+        body = self.site.ask(text, client, **fields)
+        assert body["status"] == "completed" and body["response"] == "Echo: " + text, body
+        call = self.site.calls()[-1].body
+        assert [(role, told) for role, told in turn_texts(call) if told] == [*self.said, ("user", text)]
+        self.said += [("user", text), ("assistant", body["response"])]
+        return call
+
+    def cool(self) -> None:
+        """Waits until the process of the conversation has left: the spare alone is there."""
+        wait_until(lambda: len(self.site.processes()) == 1, 10)
+
+
+def test_a_conversation_remembers(site: Site, version: Version) -> None:
+    site.start("--warm-seconds", "1")
+    talk = Talk(site)
+    talk.say("my number is 7")
+    talk.say("and now?")                                # the same process
+    other = Talk(site)
+    other.say("I am somebody else")
+    talk.cool()
+    talk.say("after a pause")                           # the CLI's own session is resumed
+    site.end()
+    site.start("--warm-seconds", "1")
+    plain = talk.say("after a restart")
+    talk.cool()
+    for projects in (site.data / "claude-home/projects", site.home / ".claude/projects"):
+        shutil.rmtree(projects, ignore_errors=True)
+    talk.say("after the loss of the CLI's files")       # told again from our own database
+    talk.say("in the process that was told")
+    talk.cool()
+    assert talk.say("told a second time")["model"] == plain["model"]
+    call = talk.say("with other instructions", systemPrompt="Speak like a pirate ☠.")
+    assert "pirate ☠" in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
+    call = talk.say("with another model", model="haiku")
+    assert re.match(r"claude-haiku-\d", call["model"]) and "pirate" not in system_text(call) and cab.SYSTEM_PROMPT in system_text(call)
+    talk.cool()
+    assert talk.say("with no model named")["model"] == plain["model"]
+    other.say("and still am")
+
+
+def test_a_resumed_session_follows_new_settings(site: Site, version: Version) -> None:
+    """The same without the detour over our own copy of the turns: the CLI resumes its session under new settings."""
+    site.start("--warm-seconds", "0")
+    talk = Talk(site)
+    plain = talk.say("one")
+    call = talk.say("two", systemPrompt="Speak like a pirate ☠.")
+    assert "pirate ☠" in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
+    call = talk.say("three", model="haiku")
+    assert re.match(r"claude-haiku-\d", call["model"]) and "pirate" not in system_text(call) and cab.SYSTEM_PROMPT in system_text(call)
+    assert talk.say("four")["model"] == plain["model"]
+    assert not talk.say("five").get("tools")
+
+
+@pytest.mark.parametrize("reply", (Reply("Overloaded", status=529, error="overloaded_error", headers={"x-should-retry": "false"}),
+                                   Reply("messages: something odd", status=400, error="invalid_request_error"), Reply("no", hold=threading.Event())),
+                         ids=("overloaded", "refused", "never answered"))
+def test_a_failed_turn_is_no_part_of_a_conversation(site: Site, reply: Reply) -> None:
+    site.start("--run-seconds", "12" if reply.hold is None else "3")
+    talk = Talk(site)
+    talk.say("one")
+    site.messages.reply = lambda body: reply
+    assert site.ask("this fails", talk.client)["status"] == "error"
+    site.messages.reply = echo
+    talk.say("two")
+    talk.say("three")
+    if reply.hold is not None:
+        reply.hold.set()
+
+
+# --- ends ---
+
+
+def test_kill_nine_loses_nothing(site: Site) -> None:
+    site.start()
+    held = threading.Event()
+    site.messages.reply = lambda body: Reply("too late", hold=held)
+    ids = [site.admin.ask("request %d" % n) for n in range(6)]
+    wait_until(site.calls, 20)
+    first = wait_until(lambda: (lambda found: found if len(found) >= 2 else None)(site.processes()), 20)      # the running one and a spare
+    site.kill()
+    site.messages.reply = echo
+    site.start()
+    assert not any(is_running(pid) for pid in first)
+    bodies = [site.admin.poll(request, wait=60) for request in ids]
+    held.set()
+    assert [body["response"] for body in bodies] == ["Echo: request %d" % n for n in range(6)]
+    assert [body["attempts"] for body in bodies] == [2, 1, 1, 1, 1, 1]
+    moments = [moment for body in bodies for moment in (body["startedAt"], body["completedAt"])]
+    assert moments == sorted(moments), "one after the other, in the order of asking"
+    assert Counter(site.messages.prompts()) == {"request 0": 2, **{"request %d" % n: 1 for n in range(1, 6)}}
+
+
+def test_killed_twice_is_given_up(site: Site) -> None:
+    held = threading.Event()
+    site.messages.reply = lambda body: Reply("too late", hold=held)
+    request = ""
+    for n in (1, 2):
+        site.start()
+        request = request or site.admin.ask("hello")
+        wait_until(lambda: len(site.calls()) == n, 20)
+        site.kill()
+    site.messages.reply = echo
+    site.start()
+    assert site.admin.poll(request)["errorCode"] == "interrupted" and site.ask("and now?")["response"] == "Echo: and now?"
+    held.set()
+    assert site.messages.prompts() == ["hello", "hello", "and now?"]
+
+
+def test_kill_nine_ends_a_running_command(site: Site) -> None:
+    site.start()
+    client, token = site.client(tools="all")
+    mark = "mark-" + token["id"]
+    site.messages.reply = calls_tools(bash(SLEEP.replace("%s", mark)))
+    client.ask("run it")
+    try:
+        wait_until(lambda: sleeping(mark), 20)
+        site.kill()
+        site.messages.reply = echo
+        site.start()
+        assert not sleeping(mark)
+    finally:
+        for pid in sleeping(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_an_ordered_end_keeps_the_running_request(site: Site) -> None:
+    site.start()
+    held = threading.Event()
+    site.messages.reply = lambda body: Reply("too late", hold=held)
+    request = site.admin.ask("hello")
+    wait_until(site.calls, 20)
+    assert site.end() == 0 and not site.processes()
+    site.messages.reply = echo
+    site.start()
+    body = site.admin.poll(request, wait=60)
+    held.set()
+    assert body["response"] == "Echo: hello" and body["attempts"] == 1
+
+
+def test_deadlines_end_the_process(site: Site) -> None:
+    site.start("--run-seconds", "3", "--spare", "0")
+    held = threading.Event()
+    site.messages.reply = lambda body: Reply("too late", hold=held)
+    body = site.ask("never")
+    assert body["errorCode"] == "timeout" and "3 seconds" in body["error"] and not site.processes()
+    site.messages.reply = lambda body: Reply("word " * 2_000, word_seconds=0.01)
+    body = site.ask("too long")
+    assert body["errorCode"] == "timeout" and not site.processes()
+    request = site.client(name="short-lived")
+    request[0].ask("revoked")
+    wait_until(lambda: "revoked" in site.messages.prompts(), 20)
+    assert site.admin.delete("/api/tokens/" + request[1]["id"]).status == 200
+    wait_until(lambda: not site.processes(), 3)
+    held.set()
+
+
+# --- who pays, and what stays at home ---
+
+
+def test_an_api_key_is_not_used(site: Site) -> None:
+    environ = {"ANTHROPIC_API_KEY": API_KEY, "ANTHROPIC_AUTH_TOKEN": API_KEY, "ANTHROPIC_MODEL": "claude-of-the-key", "ANTHROPIC_CUSTOM_HEADERS": "x-custom: " + API_KEY}
+    site.start(**environ)
+    assert site.ask("hello")["response"] == "Echo: hello"
+    assert all(call.headers["authorization"] == "Bearer " + OAUTH_TOKEN and "x-api-key" not in call.headers for call in site.calls())
+    assert API_KEY not in everything(site.messages.calls) and "claude-of-the-key" not in everything(site.messages.calls)
+    assert site.program and "ANTHROPIC_API_KEY is set; it is not handed on to claude." in site.program.stderr and API_KEY not in site.program.stderr
+    site.end()
+    site.start("--allow-api-key", ANTHROPIC_API_KEY=API_KEY)
+    assert site.ask("hello again")["response"] == "Echo: hello again"
+    assert site.calls()[-1].headers.get("x-api-key") == API_KEY
+    assert site.program and "BILLED PER TOKEN" in site.program.stderr
+
+
+def test_the_billing_guard_stops_a_run(site: Site, version: Version) -> None:
+    """An owner whose `claude` is signed in to an API account: the key is in its own settings file, not in the environment."""
+    if version < (2, 1, 197):
+        pytest.skip("this CLI does not say where the key comes from")
+    (site.home / ".claude.json").write_text(json.dumps({"primaryApiKey": API_KEY}))
+    site.start(CLAUDE_CODE_OAUTH_TOKEN="")
+    body = site.ask("hello")
+    assert body["errorCode"] == "billing_guard" and not site.calls()
+    assert site.program and "(--allow-api-key): requests are BILLED" not in site.program.stderr, "nobody gave that flag: all requests are refused"
+    site.end()
+    site.start("--allow-api-key", CLAUDE_CODE_OAUTH_TOKEN="")
+    assert site.ask("hello")["response"] == "Echo: hello" and site.calls()[-1].headers.get("x-api-key") == API_KEY
+    assert site.program and "BILLED PER TOKEN" in site.program.stderr
+
+
+def sign_in(home: Path) -> None:
+    """A login on disk, as `claude` keeps it on Linux."""
+    (home / ".claude").mkdir()
+    (home / ".claude/.credentials.json").write_text(json.dumps({"claudeAiOauth": {
+        "accessToken": "sk-ant-oat01-x", "refreshToken": "sk-ant-ort01-x", "expiresAt": FAR * 1000,
+        "scopes": ["user:inference", "user:profile"], "subscriptionType": "max"}}))
+
+
+def test_what_is_the_owners_stays_out(site: Site, version: Version) -> None:
+    if version < (2, 1, 50):
+        pytest.skip("this CLI cannot be asked who is signed in")
+    sign_in(site.home)
+    touch = "touch " + str(site.folder / "RAN-")
+    server = {"owners-server": {"command": "sh", "args": ["-c", touch + "server"]}}
+    (site.home / ".claude.json").write_text(json.dumps({"mcpServers": server, "oauthAccount": {
+        "emailAddress": "owner@example.com", "displayName": "OWNERS-NAME", "fullName": "OWNERS-NAME", "organizationName": "OWNERS-FIRM",
+        "accountUuid": "11111111-1111-1111-1111-111111111111", "organizationUuid": "22222222-2222-2222-2222-222222222222",
+        "billingType": "stripe_subscription", "accountCreatedAt": "2025-01-01T00:00:00Z", "subscriptionCreatedAt": "2025-01-01T00:00:00Z",
+        "ccOnboardingFlags": {}}}))
+    hook = [{"hooks": [{"type": "command", "command": touch + "hook"}]}]
+    (site.home / ".claude/settings.json").write_text(json.dumps({
+        "model": "claude-of-the-owner", "apiKeyHelper": touch + "helper; echo " + API_KEY, "outputStyle": "Explanatory", "env": {"ANTHROPIC_MODEL": "claude-of-the-owner"},
+        "hooks": {name: hook for name in ("SessionStart", "UserPromptSubmit", "Stop", "SessionEnd")}, "permissions": {"allow": ["Bash(*)", "Read"]}}))
+    for name in ("CLAUDE.md", ".claude/CLAUDE.md", ".claude/commands/mine.md", ".claude/agents/mine.md", ".claude/skills/mine/SKILL.md", ".claude/rules/mine.md"):
+        (site.home / name).parent.mkdir(parents=True, exist_ok=True)
+        (site.home / name).write_text("---\nname: mine\ndescription: OWNERS-WORDS\n---\nOWNERS-WORDS\n")
+    (site.home / ".mcp.json").write_text(json.dumps({"mcpServers": server}))
+    site.start(CLAUDE_CODE_OAUTH_TOKEN="")
+    assert site.program and "Who pays: Claude Max subscription" in site.program.stderr
+    client, token = site.client(tools="all", sessionMode="stateful")
+    (Path(token["workspace"]) / "CLAUDE.md").write_text("OWNERS-WORDS\n")
+    before = site.files()
+    for n in (1, 2, 3):
+        assert site.ask("hello %d" % n)["response"] == "Echo: hello %d" % n
+        assert site.ask("hello tools %d" % n, client)["response"] == "Echo: hello tools %d" % n
+    told = everything(site.messages.calls)
+    assert not re.findall(r"OWNERS-[A-Z]+|owner@example\.com|claude-of-the-owner|owners-server|sk-ant-ort01-x|" + API_KEY, told)
+    assert {call.headers["authorization"] for call in site.calls()} == {"Bearer sk-ant-oat01-x"}
+    assert not list(site.folder.glob("RAN-*")) and site.files() == before
+    if version >= (2, 1, 197):
+        assert not site.messages.outside

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -303,7 +304,7 @@ def test_new_requests_come_after_the_original_s(taken_over: cab.Store) -> None:
 
 
 def test_revoking_a_token_of_the_original_takes_its_requests_along(taken_over: cab.Store, tmp_path: Path) -> None:
-    assert taken_over.delete_token("id-memo")
+    taken_over.delete_token("id-memo")
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs WHERE token_id = 'id-memo'") == [(0,)]
     assert rows(tmp_path / "bridge.db", "PRAGMA foreign_key_check") == []
 
@@ -350,6 +351,20 @@ def test_the_original_s_file_without_a_request_is_taken_over_too(tmp_path: Path,
         db.execute("DELETE FROM requests")
         db.execute("DELETE FROM sessions")
     assert open_store().counts() == {"tokens": 4} and (tmp_path / "bridge-original.db").exists()
+
+
+def test_a_start_that_fails_because_the_original_still_runs_leaves_its_file_alone(tmp_path: Path, clock: FakeClock) -> None:
+    # The original listens on the same port by default and would find its tables gone.
+    with original(tmp_path / "bridge.db"):
+        pass
+    before = dump(tmp_path / "bridge.db")
+    with socket.create_server(("127.0.0.1", 0)) as theirs:
+        config = cab.Config(port=theirs.getsockname()[1], host="127.0.0.1", data_dir=tmp_path)
+        claude = cab.Claude(("claude",), cab.Features.read("2.1.330", ""), {}, "nobody")
+        with pytest.raises(cab.CannotStart) as refused, cab.Bridge(config, claude, clock, print):
+            pass
+    assert str(config.port) in str(refused.value)
+    assert dump(tmp_path / "bridge.db") == before
 
 
 # --- tokens ---
@@ -408,9 +423,12 @@ def test_the_last_admin_cannot_be_revoked_and_an_expired_one_is_no_help(store: c
     clock.advance(86_400)
     with pytest.raises(cab.LastAdmin):
         store.delete_token(first.id)
-    assert store.token(first.id) and store.delete_token(app.id) and store.delete_token(brief.id)
+    assert store.token(first.id)
+    store.delete_token(app.id)
+    store.delete_token(brief.id)
     second = add(store, admin=True)
-    assert store.delete_token(first.id) and store.tokens() == [second] and store.has_admin()
+    store.delete_token(first.id)
+    assert store.tokens() == [second] and store.has_admin()
 
 
 def test_an_expired_admin_is_none(store: cab.Store, clock: FakeClock) -> None:
@@ -426,7 +444,10 @@ def test_revoking_takes_jobs_and_conversations_along(store: cab.Store, tmp_path:
         exchange(store, token, "hi", "ho")
         store.open_conversation(token.id, "default")
         queue_up(store, token, "waits")
-    assert store.delete_token(gone.id) is True and store.delete_token(gone.id) is False and store.delete_token("none") is False
+    store.delete_token(gone.id)
+    for token_id in (gone.id, "none"):
+        with pytest.raises(cab.NotFound):
+            store.delete_token(token_id)
     for table in ("jobs", "conversations"):
         assert rows(tmp_path / "bridge.db", "SELECT DISTINCT token_id FROM " + table) == [(stays.id,)]
 

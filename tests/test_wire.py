@@ -21,11 +21,25 @@ ISO = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 DAY = 86_400
 
 
-@pytest.fixture(autouse=True)
-def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def short_rounds() -> Iterator[None]:
     """The listening thread looks more often whether it is to end, which makes these tests quick."""
     serve = cab.BridgeServer.serve_forever
-    monkeypatch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+        yield
+
+
+@pytest.fixture(scope="module")
+def admin(tmp_path_factory: pytest.TempPathFactory, short_rounds: None) -> Iterator[Api]:
+    """The admin's client of one bridge for all tests that queue nothing; it never ran a request."""
+    folder = tmp_path_factory.mktemp("served")
+    config = cab.Config(port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data", claude=str(FakeClaude(folder / "fake").path),
+                        rate_limit=0, spare=0)
+    with cab.Bridge(config, cab.find_claude(config, {"PATH": "", "HOME": str(folder)}), cab.Clock(), lambda text: None) as opened:
+        opened.serve()
+        yield Api(opened.port, opened.new_admin_token)
+        assert Api(opened.port).get("/api/status").json["stats"]["totalRequests"] == 0
 
 
 @pytest.fixture
@@ -75,65 +89,59 @@ def test_a_revoked_and_an_expired_token_are_401(bridge: Start, clock: FakeClock)
     assert [token["isExpired"] for token in running.admin.get("/api/tokens").json["tokens"]] == [True, False]
 
 
-def test_the_token_may_come_in_any_of_these_forms(bridge: Start) -> None:
-    admin = bridge(spare=0).admin
+def test_the_token_may_come_in_any_of_these_forms(admin: Api) -> None:
     forms = (("Authorization", "bearer %s"), ("authorization", "BEARER %s"), ("Authorization", "Bearer    %s"), ("X-API-Key", "%s"), ("x-api-key", " %s "))
     told = {form: admin.with_token(None).get("/api/tokens", headers={form[0]: form[1] % admin.token}).status for form in forms}
     assert told == dict.fromkeys(forms, 200)
 
 
-def test_an_api_key_counts_beside_another_scheme_but_not_beside_a_bearer_token(bridge: Start) -> None:
-    running = bridge(spare=0)
-    key = {"x-api-key": str(running.admin.token)}
-    nobody = running.admin.with_token(None)
+def test_an_api_key_counts_beside_another_scheme_but_not_beside_a_bearer_token(admin: Api) -> None:
+    key = {"x-api-key": str(admin.token)}
+    nobody = admin.with_token(None)
     assert nobody.get("/api/tokens", headers={**key, "Authorization": "Basic dTpw"}).status == 200
     assert nobody.get("/api/tokens", headers={**key, "Authorization": "Bearer cab-wrong"}).status == 401
 
 
-def test_token_routes_are_for_admins_whatever_is_sent(bridge: Start) -> None:
-    user = bridge(spare=0).admin.new_token()
+def test_token_routes_are_for_admins_whatever_is_sent(admin: Api) -> None:
+    user = admin.new_token()
     answers = (user.get("/api/tokens"), user.post("/api/tokens", b"{"), user.post("/api/tokens", {"name": "x"}), user.delete("/api/tokens/none"))
     assert [said(answer) for answer in answers] == [(403, "Admin token required")] * 4
 
 
 # --- paths and methods ---
 
-def test_paths_match_in_any_case_with_one_slash_behind_and_any_query(bridge: Start) -> None:
-    api = bridge(spare=0).admin
+def test_paths_match_in_any_case_with_one_slash_behind_and_any_query(admin: Api) -> None:
     expected = {"/api/status": 200, "/API/Status": 200, "/api/status/": 200, "/api/status?x=%zz&&=": 200, "/api/%73tatus": 200, "/dashboard/": 200,
                 "/": 200, "/?x": 200, "//api/status": 404, "/api//status": 404, "/api/status//": 404, "/api": 404, "/api/status/x": 404,
                 "/api%2Fstatus": 404, "/api/ask/x/y": 404, "/favicon.ico": 404, "/../api/status": 404}
-    answers = {path: api.get(path) for path in expected}
+    answers = {path: admin.get(path) for path in expected}
     assert {path: answer.status for path, answer in answers.items()} == expected
     assert {said(answer) for answer in answers.values() if answer.status == 404} == {(404, "Not found")}
 
 
-def test_a_wrong_method_is_405_and_allow_says_what_works(bridge: Start) -> None:
-    api = bridge(spare=0).admin
+def test_a_wrong_method_is_405_and_allow_says_what_works(admin: Api) -> None:
     expected = {("GET", "/api/ask"): "OPTIONS, POST", ("PUT", "/api/ask/"): "OPTIONS, POST", ("PATCH", "/api/tokens"): "GET, HEAD, OPTIONS, POST",
                 ("DELETE", "/api/tokens"): "GET, HEAD, OPTIONS, POST", ("GET", "/api/tokens/x"): "DELETE, OPTIONS",
                 ("DELETE", "/api/status"): "GET, HEAD, OPTIONS", ("POST", "/"): "GET, HEAD, OPTIONS", ("HEAD", "/api/ask"): "OPTIONS, POST"}
-    answers = {sent: api.call(*sent) for sent in expected}
+    answers = {sent: admin.call(*sent) for sent in expected}
     assert {sent: (answer.status, answer.headers["allow"]) for sent, answer in answers.items()} == {
         sent: (405, allow) for sent, allow in expected.items()}
     assert answers["GET", "/api/ask"].json == {"error": "GET is not allowed here. Use: OPTIONS, POST", "code": "method_not_allowed"}
 
 
-def test_a_bad_percent_escape_is_400(bridge: Start) -> None:
-    api = bridge(spare=0).admin
-    assert {said(api.get(path))[0] for path in ("/api/ask/%zz", "/%", "/api/ask/%4", "/%%41")} == {400}
+def test_a_bad_percent_escape_is_400(admin: Api) -> None:
+    assert {said(admin.get(path))[0] for path in ("/api/ask/%zz", "/%", "/api/ask/%4", "/%%41")} == {400}
 
 
-def test_head_is_get_without_the_body(bridge: Start) -> None:
-    api = bridge(spare=0).admin
+def test_head_is_get_without_the_body(admin: Api) -> None:
     same = ("content-length", "content-type", "access-control-allow-origin")
     for path in ("/", "/health", "/api/tokens", "/dashboard", "/API/STATUS/", "/none", "/api/ask/none"):
-        got, head = api.get(path), api.call("HEAD", path)
+        got, head = admin.get(path), admin.call("HEAD", path)
         assert (head.status, head.data, [head.headers[name] for name in same]) == (got.status, b"", [got.headers[name] for name in same]), path
 
 
-def test_options_is_204_on_any_path_and_names_our_headers(bridge: Start) -> None:
-    nobody = bridge(spare=0).admin.with_token(None)
+def test_options_is_204_on_any_path_and_names_our_headers(admin: Api) -> None:
+    nobody = admin.with_token(None)
     for path in ("/api/ask", "/api/tokens/x", "/none", "/%zz", "//"):
         answer = nobody.call("OPTIONS", path, headers={"Origin": "https://example.com"})
         assert (answer.status, answer.data, answer.headers["access-control-allow-origin"]) == (204, b"", "*"), path
@@ -141,18 +149,18 @@ def test_options_is_204_on_any_path_and_names_our_headers(bridge: Start) -> None
         assert set(answer.headers["access-control-allow-headers"].lower().split(",")) >= {"content-type", "authorization", "x-api-key"}
 
 
-def test_the_root_is_json_for_programs_and_the_page_for_browsers(bridge: Start) -> None:
-    api = bridge(spare=0).admin.with_token(None)
-    body = api.get("/", headers={"Accept": "*/*"}).json
+def test_the_root_is_json_for_programs_and_the_page_for_browsers(admin: Api) -> None:
+    nobody = admin.with_token(None)
+    body = nobody.get("/", headers={"Accept": "*/*"}).json
     assert list(body) == ["name", "version", "description", "endpoints", "docs"] and body["name"] == "claude-api-bridge"
     assert set(body["endpoints"]) >= {"POST /api/ask", "GET /api/ask/:requestId", "POST /api/tokens", "GET /api/tokens", "DELETE /api/tokens/:id",
                                       "GET /api/status", "GET /dashboard"}
-    page = api.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    page = nobody.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert page.headers["content-type"] == "text/html; charset=utf-8" and page.data.startswith(b"<!doctype html>")
 
 
-def test_health_is_ok_for_anyone(bridge: Start) -> None:
-    answer = bridge(spare=0).admin.with_token(None).get("/health")
+def test_health_is_ok_for_anyone(admin: Api) -> None:
+    answer = admin.with_token(None).get("/health")
     assert (answer.status, answer.json) == (200, {"status": "ok"})
 
 
@@ -177,23 +185,22 @@ ASKS: Tuple[Tuple[Any, int, str, str], ...] = (
 )
 
 
-def test_a_wrong_ask_is_refused_in_the_original_words_and_queues_nothing(bridge: Start) -> None:
-    running = bridge(spare=0)
-    user = running.admin.new_token()
+def test_a_wrong_ask_is_refused_in_the_original_words_and_queues_nothing(admin: Api) -> None:
+    user = admin.new_token()
     for body, status, text, code in ASKS:
         answer = user.post("/api/ask", body)
         assert (answer.status, answer.json["code"]) == (status, code) and answer.json["error"].startswith(text), (str(body)[:60], answer.data)
         if isinstance(body, dict) and len(body) > 1 and status == 400:
             assert answer.json["field"] == list(body)[1]
-    assert running.admin.get("/api/status").json["stats"]["totalRequests"] == 0
+    assert admin.get("/api/status").json["stats"]["totalRequests"] == 0
 
 
-def test_a_number_beyond_all_bounds_in_a_schema_is_refused(bridge: Start) -> None:
-    assert bridge(spare=0).admin.post("/api/ask", b'{"message": "hi", "jsonSchema": {"maximum": 1e999}}').status == 400
+def test_a_number_beyond_all_bounds_in_a_schema_is_refused(admin: Api) -> None:
+    assert admin.post("/api/ask", b'{"message": "hi", "jsonSchema": {"maximum": 1e999}}').status == 400
 
 
-def test_a_compressed_body_is_415(bridge: Start) -> None:
-    assert said(bridge(spare=0).admin.post("/api/ask", b"\x1f\x8b", headers={"Content-Encoding": "gzip"}))[0] == 415
+def test_a_compressed_body_is_415(admin: Api) -> None:
+    assert said(admin.post("/api/ask", b"\x1f\x8b", headers={"Content-Encoding": "gzip"}))[0] == 415
 
 
 TAKEN = (
@@ -317,10 +324,9 @@ def test_a_wait_ends_with_202_after_its_bound(bridge: Start, gate: Path) -> None
     assert (answer.status, list(answer.json)) == (202, ["ok", "requestId", "position", "poll"]) and 0.2 <= time.monotonic() - began < 30
 
 
-def test_a_wait_that_is_no_number_of_seconds_is_400(bridge: Start) -> None:
-    api = bridge(spare=0).admin
+def test_a_wait_that_is_no_number_of_seconds_is_400(admin: Api) -> None:
     for wait in ("91", "90.5", "-1", "nan", "inf", "-inf", "abc", "", "1e9", "0x10", "5s"):
-        answer = api.get("/api/ask/none?wait=" + wait)
+        answer = admin.get("/api/ask/none?wait=" + wait)
         assert said(answer) == (400, "wait must be a number of seconds from 0 to 90") and answer.json["field"] == "wait", wait
 
 
@@ -348,20 +354,20 @@ WRONG_TOKENS: Tuple[Tuple[Any, str, Optional[str]], ...] = (
 )
 
 
-def test_a_wrong_token_is_refused_in_the_original_words_and_none_is_made(bridge: Start) -> None:
-    admin = bridge(spare=0).admin
+def test_a_wrong_token_is_refused_in_the_original_words_and_none_is_made(admin: Api) -> None:
+    before = admin.get("/api/tokens").json
     for body, text, field in WRONG_TOKENS:
         answer = admin.post("/api/tokens", body)
         assert answer.status == 400 and answer.json["error"].startswith(text) and answer.json.get("field") == field, (body, answer.data)
-    assert len(admin.get("/api/tokens").json["tokens"]) == 1
+    assert admin.get("/api/tokens").json == before
 
 
-def test_a_tool_rule_with_half_a_character_is_no_fault_of_ours(bridge: Start) -> None:
-    assert bridge(spare=0).admin.post("/api/tokens", b'{"name": "x", "tools": ["Read(\\ud800)"]}').status in (201, 400)
+def test_a_tool_rule_with_half_a_character_is_no_fault_of_ours(admin: Api) -> None:
+    assert admin.post("/api/tokens", b'{"name": "x", "tools": ["Read(\\ud800)"]}').status in (201, 400)
 
 
-def test_a_token_is_made_in_the_original_shape(bridge: Start) -> None:
-    answer = bridge(spare=0).admin.post("/api/tokens", {"name": "bot"})
+def test_a_token_is_made_in_the_original_shape(admin: Api) -> None:
+    answer = admin.post("/api/tokens", {"name": "bot"})
     body = answer.json
     assert (answer.status, list(body)) == (201, ["ok", "tokenId", "token", "prefix", "warning"])
     assert re.fullmatch("cab-[0-9a-f]{64}", body["token"]) and UUID.fullmatch(body["tokenId"])
@@ -379,8 +385,8 @@ def test_the_choices_for_a_token_are_the_original_ones(bridge: Start, clock: Fak
         assert token["expiresAt"] == (cab.iso_time(clock.now() + days * DAY) if days else None)
 
 
-def test_a_whole_number_may_be_written_with_a_point(bridge: Start) -> None:
-    assert bridge(spare=0).admin.post("/api/tokens", b'{"name": "x", "expiresInDays": 7.0}').status == 201      # one kind of number in JSON
+def test_a_whole_number_may_be_written_with_a_point(admin: Api) -> None:
+    assert admin.post("/api/tokens", b'{"name": "x", "expiresInDays": 7.0}').status == 201      # one kind of number in JSON
 
 
 def test_the_list_of_tokens_has_the_original_shape_newest_first(bridge: Start, clock: FakeClock) -> None:
@@ -398,8 +404,7 @@ def test_the_list_of_tokens_has_the_original_shape_newest_first(bridge: Start, c
     assert str(unused.token).encode() not in answer.data and cab.digest(str(unused.token)).encode() not in answer.data
 
 
-def test_a_token_is_revoked_once(bridge: Start) -> None:
-    admin = bridge(spare=0).admin
+def test_a_token_is_revoked_once(admin: Api) -> None:
     token_id = admin.post("/api/tokens", {"name": "x"}).json["tokenId"]
     answer = admin.delete("/api/tokens/" + token_id)
     assert (answer.status, answer.json) == (200, {"ok": True, "message": "Token revoked"})

@@ -345,7 +345,7 @@ class UnknownVersion(BridgeError):
     status, code, text = 505, "http_version", "Only HTTP/1.0 and HTTP/1.1 are supported"
 
 
-ERRORS: Tuple[Type[BridgeError], ...] = tuple(sorted(BridgeError.__subclasses__(), key=lambda kind: (kind.status, kind.code))) + (BridgeError,)
+ERRORS: Tuple[Type[BridgeError], ...] = (*sorted(BridgeError.__subclasses__(), key=lambda kind: (kind.status, kind.code)), BridgeError)
 
 RUN_ERRORS = {
     "cancelled": "the request was cancelled, or its token was revoked",
@@ -521,9 +521,10 @@ def check_tools(value: Any) -> Union[str, Tuple[str, ...]]:
         return Tools.NONE
     if isinstance(value, str) and value in Tools.LEVELS:
         return value
-    if isinstance(value, (list, tuple)) and 0 < len(value) <= TOOL_RULES and all(
-            isinstance(rule, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}(\([^()\x00-\x1f\"\ud800-\udfff]{1,200}\))?", rule) for rule in value):
-        return tuple(value)
+    rules = value if isinstance(value, (list, tuple)) and 0 < len(value) <= TOOL_RULES else ()
+    rule = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}(\([^()\x00-\x1f\"\ud800-\udfff]{1,200}\))?")
+    if rules and all(isinstance(each, str) and rule.fullmatch(each) for each in rules):
+        return tuple(rules)
     raise InvalidRequest('tools must be "none", "read", "web", "all" or a list of 1 to %d rules such as "Read" or "Bash(git log:*)"'
                          % TOOL_RULES)
 
@@ -715,6 +716,11 @@ class TokenBucket:
         self._at = now
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which could move the cursor or forge lines, become `?`; lines stay lines."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
+
+
 def whole_seconds(seconds: float) -> int:
     """Rounded up: a client that waits so long is welcome."""
     return int(-(-seconds // 1))
@@ -777,7 +783,8 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated:
             if not STRIPPED.fullmatch(name) or name in HANDED_ON or allow_api_key and name in API_KEYS}
     kept.update(CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
                 CLAUDE_CODE_DISABLE_TERMINAL_TITLE="1", CLAUDE_CODE_DISABLE_CLAUDE_MDS="1",
-                CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", CLAUDE_CODE_DISABLE_BACKGROUND_TASKS="1", ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
+                CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", CLAUDE_CODE_DISABLE_BACKGROUND_TASKS="1",
+                ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
     owners = environ.get("CLAUDE_CONFIG_DIR", "")
     if isolated:
         kept.update(CLAUDE_CONFIG_DIR=isolated, CLAUDE_SECURESTORAGE_CONFIG_DIR=owners)
@@ -846,16 +853,20 @@ def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]
     return [{"type": "control_request", "request_id": str(n), "request": body} for n, body in enumerate(requests, 1)]
 
 
+def text_message(role: str, text: str) -> Dict[str, Any]:
+    return {"type": role, "message": {"role": role, "content": [{"type": "text", "text": text}]}}
+
+
 def user_message(text: str, asks: bool = True) -> Dict[str, Any]:
     """A prompt, or with asks=False an earlier one told again. A leading "/" would be taken as a command: a space
     in front makes it text (2.0.76 to 2.1.330; only the very first character counts)."""
-    message = {"type": "user", "message": {"role": "user", "content": [{"type": "text", "text": " " + text if text.startswith("/") else text}]}}
+    message = text_message("user", " " + text if text.startswith("/") else text)
     return message if asks else {**message, "shouldQuery": False}
 
 
 def assistant_message(text: str) -> Dict[str, Any]:
     """An earlier answer told again; blank text would be refused by the API later."""
-    return {"type": "assistant", "message": {"role": "assistant", "content": [{"type": "text", "text": text if text.strip() else "(no answer)"}]}}
+    return text_message("assistant", text if text.strip() else "(no answer)")
 
 
 class LineFramer:
@@ -905,8 +916,8 @@ def read_cli_event(line: bytes) -> CliEvent:
     if kind in ("assistant", "user"):
         content = (body.get("message") or {}).get("content")
         blocks = content if isinstance(content, list) else []
-        name = "id" if kind == "assistant" else "tool_use_id"
-        return CliEvent("assistant" if kind == "assistant" else "told", body, tools=tuple(str(block[name]) for block in blocks if block.get(name)))
+        name, key = ("assistant", "id") if kind == "assistant" else ("told", "tool_use_id")
+        return CliEvent(name, body, tools=tuple(str(block[key]) for block in blocks if block.get(key)))
     names = {"result": "result", "control_response": "control", "control_request": "asks"}
     return CliEvent(names.get(str(kind), "noise"), body)
 
@@ -941,18 +952,26 @@ def usage_of(result: Mapping[str, Any], spent_usd: float) -> Tuple[Usage, float]
     return Usage(counts[0], counts[1], counts[2], counts[3], round(total - spent_usd if total >= spent_usd else total, 8)), total
 
 
-def payer_of(status: Mapping[str, Any]) -> Tuple[bool, str]:
-    """`claude auth status` -> (signed in, who pays, in words)."""
+class Login(NamedTuple):
+    """Whose account `claude` uses. payer: in words; is_billed: by an API key, per token."""
+    is_signed_in: bool
+    payer: str
+    is_billed: bool = False
+
+
+def payer_of(status: Mapping[str, Any]) -> Login:
+    """What `claude auth status` says about the bill: an apiKeySource means an API key, whatever else it says."""
     if not status.get("loggedIn"):
-        return False, "nobody: claude is not signed in"
+        return Login(False, "nobody: claude is not signed in")
     source = status.get("apiKeySource")
     if source and source != "none":
-        return True, "API key (%s): billed per token" % source
+        return Login(True, "an API key (%s)" % redact(str(source)), True)
     if status.get("subscriptionType"):
-        return True, "Claude %s subscription" % str(status["subscriptionType"]).replace("_", " ").title()
+        return Login(True, "Claude %s subscription" % str(status["subscriptionType"]).replace("_", " ").title())
     if status.get("authMethod") == "oauth_token":
-        return True, "the subscription behind CLAUDE_CODE_OAUTH_TOKEN"
-    return True, "the login of claude (%s)" % (status.get("authMethod") or "unknown method")
+        return Login(True, "the subscription behind CLAUDE_CODE_OAUTH_TOKEN")
+    return Login(True, "the login of claude (%s)" % (status.get("authMethod") or "unknown method"))
+
 
 # === 5 Store ==================================================================================================
 # The only SQLite. One connection behind one lock, used from any thread; records go in and out, never rows.
@@ -1160,7 +1179,7 @@ class Store:
     @staticmethod
     def _token(row: Tuple[Any, ...]) -> Token:
         tools = json.loads(row[8])
-        return Token(*row[:7], bool(row[7]), tuple(tools) if isinstance(tools, list) else tools, row[9])
+        return Token(*row[:7], is_admin=bool(row[7]), tools=tuple(tools) if isinstance(tools, list) else tools, workspace=row[9])
 
     # --- jobs ---
 
@@ -1242,9 +1261,9 @@ class Store:
         Call it only when no run of the dead bridge goes on.  -> (jobs that wait again, jobs given up).
         """
         with self._write() as db:
+            why = "The run was cut short %d times: the bridge ended, or failed." % JOB_ATTEMPTS
             lost = db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
-                              " WHERE status = 'processing' AND attempts >= ?",
-                              (self._clock.now(), "The run was cut short %d times: the bridge ended, or failed." % JOB_ATTEMPTS, JOB_ATTEMPTS)).rowcount
+                              " WHERE status = 'processing' AND attempts >= ?", (self._clock.now(), why, JOB_ATTEMPTS)).rowcount
             again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL WHERE status = 'processing'").rowcount
         return again, lost
 
@@ -1278,7 +1297,8 @@ class Store:
         with self._write() as db:
             db.execute("INSERT OR IGNORE INTO conversations (token_id, name, created_at, last_used_at)"
                        " SELECT id, ?, ?, ? FROM tokens WHERE id = ?", (name, now, now, token_id))
-            found = db.execute("SELECT session_id, spent_usd FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).fetchone()
+            found = db.execute("SELECT session_id, spent_usd FROM conversations WHERE token_id = ? AND name = ?",
+                               (token_id, name)).fetchone()
             db.execute("UPDATE conversations SET session_id = NULL WHERE token_id = ? AND name = ?", (token_id, name))
         return (found[0], float(found[1])) if found else (None, 0.0)
 
@@ -1536,6 +1556,7 @@ class Claude:
     features: Features
     environment: Dict[str, str]
     payer: str
+    is_billed: bool = False
     notes: Tuple[str, ...] = ()
 
 
@@ -1555,14 +1576,15 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> Claude:
             "update it: claude update (2.0.76 or newer is needed)")
     notes = tuple("This Claude Code lacks %s: the bridge does without." % flag for flag in sorted(OPTIONAL_FLAGS - features.flags))
     if not features.has_auth:
-        return Claude(command, features, plain, "unknown: this Claude Code cannot say (2.1.50 or newer can)", notes)
+        return Claude(command, features, plain, "unknown: this Claude Code cannot say (2.1.50 or newer can)", notes=notes)
     home = private_directory(config.data_dir / "claude-home")
     write_account(home, environ)
     isolated = child_environment(environ, config.allow_api_key, str(home))
-    for environment, note in ((isolated, ()), (plain, ("This Claude Code keeps its login in its own settings folder, which the bridge therefore shares.",))):
-        signed_in, payer = payer_of(login_status(command, environment))
-        if signed_in:
-            return Claude(command, features, environment, payer, notes + note)
+    shared = "This Claude Code keeps its login in its own settings folder, which the bridge therefore shares."
+    for environment, note in ((isolated, ()), (plain, (shared,))):
+        login = payer_of(login_status(command, environment))
+        if login.is_signed_in:
+            return Claude(command, features, environment, login.payer, login.is_billed, notes + note)
     raise CannotStart("Claude Code is installed but not signed in.",
                       "run claude and sign in, or set CLAUDE_CODE_OAUTH_TOKEN (claude setup-token makes one), or try: start --demo")
 
@@ -1726,8 +1748,8 @@ class Turn:
     def _guard_billing(self, source: Any) -> None:
         if source and source != "none" and not self._config.allow_api_key:
             self._child.stop()
-            raise RunFailed("billing_guard", "claude would have billed this run to an API key (%s), so it was stopped. Sign claude in to the"
-                            " subscription, or allow it with --allow-api-key." % redact(str(source)))
+            raise RunFailed("billing_guard", "claude would have billed this run to an API key (%s), so it was stopped. Sign claude in"
+                            " to the subscription, or allow it with --allow-api-key." % redact(str(source)))
 
     @staticmethod
     def _check_control(response: Mapping[str, Any]) -> None:
@@ -1896,7 +1918,7 @@ class ClaudeCli:
 
     def close(self) -> None:
         """Ends every child; within 2 seconds."""
-        children = [child for child, _ in self._leaving] + [warm.child for warm in self._warm.values()] + ([self._spare] if self._spare else [])
+        children = [*(child for child, _ in self._leaving), *(warm.child for warm in self._warm.values()), *filter(None, [self._spare])]
         for child in children:
             child.end_input()
         until = self._clock.monotonic() + 1
@@ -2110,7 +2132,8 @@ class JobView(NamedTuple):
 class Service:
     """The bridge without HTTP. partial: reads the text of a running answer."""
 
-    def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path, partial: Callable[[str], Optional[str]] = lambda job_id: None) -> None:
+    def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path,
+                 partial: Callable[[str], Optional[str]] = lambda job_id: None) -> None:
         self._store, self._hub, self._clock, self._data_dir, self._partial = store, hub, clock, data_dir, partial
 
     def authenticate(self, secret: str) -> Caller:
@@ -2354,7 +2377,8 @@ ROUTES = (
           {200: '{"status":"running","version":"...","queue":{...},"stats":{...}}'}),
     Route("GET", "/health", Needs.NOTHING, answer_health, "200 while the worker and the database work", None, {200: '{"status":"ok"}'}),
     Route("GET", "/dashboard", Needs.NOTHING, answer_page, "A page with the counters", None, {200: "HTML"}),
-    Route("GET", "/", Needs.NOTHING, answer_root, "The list of endpoints, or the page for a browser", None, {200: '{"name":...,"endpoints":{...}}'}),
+    Route("GET", "/", Needs.NOTHING, answer_root, "The list of endpoints, or the page for a browser", None,
+          {200: '{"name":...,"endpoints":{...}}'}),
 )
 
 
@@ -2385,11 +2409,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def routes_markdown() -> str:
+    """The table of endpoints for the README."""
     who = {Needs.NOTHING: "-", Needs.TOKEN: "token", Needs.ADMIN: "admin token"}
+
+    def answers(route: Route) -> str:
+        return "<br>".join(("%d `%s`" if text.startswith("{") else "%d %s") % (status, text) for status, text in route.gives.items())
+
     return markdown_table(("Method", "Path", "Needs", "What", "Answers"), (
-        (route.method, "`%s`" % route.path, who[route.needs], route.doc,
-         "<br>".join("%d `%s`" % (status, text) if text.startswith("{") else "%d %s" % (status, text) for status, text in route.gives.items()))
-        for route in ROUTES))
+        (route.method, "`%s`" % route.path, who[route.needs], route.doc, answers(route)) for route in ROUTES))
 
 
 def command_markdown(command: Type[Command]) -> str:
@@ -2399,8 +2426,10 @@ def command_markdown(command: Type[Command]) -> str:
 
 
 def errors_markdown() -> str:
-    return markdown_table(("Status", "Code", "When"), ((str(kind.status), "`%s`" % kind.code, (kind.__doc__ or "").strip() if kind is not BridgeError
-                                                        else "Something unexpected; the bridge's log has the details.") for kind in ERRORS))
+    def meaning(kind: Type[BridgeError]) -> str:
+        return kind.__doc__ or "" if kind is not BridgeError else "Something unexpected; the bridge's log has the details."
+
+    return markdown_table(("Status", "Code", "When"), (("%d" % kind.status, "`%s`" % kind.code, meaning(kind)) for kind in ERRORS))
 
 
 def run_errors_markdown() -> str:
@@ -2516,7 +2545,11 @@ class Dispatcher:
         take(bucket)
         if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
             raise AdminRequired()
-        response = route.answer(self._service, self._backstage, caller, replace(request, parts=parts))
+        try:
+            response = route.answer(self._service, self._backstage, caller, replace(request, parts=parts))
+        except BridgeError as error:
+            error.headers += bucket.headers()
+            raise
         return replace(response, headers=response.headers + bucket.headers())
 
     def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
@@ -2540,12 +2573,14 @@ class Dispatcher:
 
 
 class Phase:
-    """What a connection is doing: nothing (it may be closed for a new one), sending a head or body, or being answered."""
+    """What a connection is doing: nothing, sending a head or body, being answered, or taking the answer. All but a BUSY one
+    may be closed to make room."""
     IDLE = "idle"
     HEAD = "head"
     BODY = "body"
     BUSY = "busy"
-    SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf")}
+    SEND = "send"
+    SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"), SEND: float("inf")}
 
 
 def response_head(response: Response, closes: bool) -> bytes:
@@ -2554,13 +2589,15 @@ def response_head(response: Response, closes: bool) -> bytes:
     headers = [*((name, value) for name, value in STANDARD_HEADERS if name not in names), *response.headers]
     if response.status != 204:
         headers.append(("Content-Type", response.content_type))
-    headers += [("Content-Length", str(len(response.body))), ("Date", formatdate(usegmt=True)), ("Connection", "close" if closes else "keep-alive")]
+    headers += [("Content-Length", str(len(response.body))), ("Date", formatdate(usegmt=True)),
+                ("Connection", "close" if closes else "keep-alive")]
     lines = "".join("%s: %s\r\n" % header for header in headers)
     return ("HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, HTTPStatus(response.status).phrase, lines)).encode("latin-1", "replace")
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)\r\n")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*"
+                         rb"((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -2571,6 +2608,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = SEND_SECONDS
     disable_nagle_algorithm = True
     server: "BridgeServer"
+    raw_requestline: bytes
 
     def handle_one_request(self) -> None:
         """Waits for a request's first byte, so that an idle connection is known as such, then has it read and answered."""
@@ -2748,6 +2786,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
+        self.server.enter(self.connection, Phase.SEND)
         data = memoryview(response_head(response, self.close_connection) + (b"" if self.command == "HEAD" else response.body))
         for start in range(0, len(data), 1 << 18):          # a slow reader may take SEND_SECONDS for each piece
             self.connection.sendall(data[start:start + (1 << 18)])
@@ -2788,9 +2827,11 @@ class BridgeServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = os.name == "posix"
 
-    def __init__(self, host: str, port: int, dispatcher: Dispatcher, clock: Clock, report: Callable[[str], None]) -> None:
+    dispatcher: Dispatcher               # set before `start`; the port is bound first, since all else may change the data
+
+    def __init__(self, host: str, port: int, clock: Clock, report: Callable[[str], None]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.dispatcher, self._clock, self._report = dispatcher, clock, report
+        self._clock, self._report = clock, report
         self._lock = threading.Lock()
         self._phases: Dict[socket.socket, Tuple[str, float, float]] = {}     # connection -> (phase, deadline, since)
         self._thread = threading.Thread(target=self.serve_forever, args=(0.5,), name="http", daemon=True)
@@ -2871,7 +2912,7 @@ class BridgeServer(ThreadingHTTPServer):
         """Lets answers that are being made go out, then ends every connection. Idempotent."""
         self.stop_accepting()
         until = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < until and any(phase == Phase.BUSY for phase, _, _ in self._snapshot()):
+        while time.monotonic() < until and any(phase in (Phase.BUSY, Phase.SEND) for phase, _, _ in self._snapshot()):
             time.sleep(0.01)
         with self._lock:
             connections = list(self._phases)
@@ -2901,12 +2942,14 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>claude-api-bridge</title>
 <style nonce="NONCE">
-:root { --paper: #faf9f7; --card: #fff; --ink: #1f1e1c; --faint: #6b6862; --line: #e3e0da; --good: #2e7d4f; --bad: #b3402f; color-scheme: light dark }
+:root { color-scheme: light dark;
+  --paper: #faf9f7; --card: #fff; --ink: #1f1e1c; --faint: #6b6862; --line: #e3e0da; --good: #2e7d4f; --bad: #b3402f }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #1b1a18; --card: #252422; --ink: #efece6; --faint: #a09b92; --line: #3a3834; --good: #7cc79a; --bad: #ef8d7c }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
 header { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; margin-bottom: 1.5rem }
 h1 { font-size: 1.25rem; margin: 0 }
 header p, footer { color: var(--faint); margin: 0 }
@@ -3032,20 +3075,22 @@ class Bridge:
         self._parts.close()
 
     def _open(self) -> None:
-        """Store, leftovers, recovery, worker, server; closed in the order of style: accept no more, worker, waiters, server, store."""
+        """Lock, port, store, leftovers, recovery, worker; closed in this order: accept no more, worker, waiters, server, store."""
         data_dir = private_directory(self.config.data_dir)
         lock = DataLock(data_dir / "bridge.lock")
         self._parts.callback(lock.close)
+        self._server = self._listen()
+        self._parts.callback(self._server.server_close)
         store = Store(data_dir / "bridge.db", self._clock)
         self._parts.callback(store.close)
+        self._parts.callback(self._server.close)
         hub = Hub()
         tag = digest(str(data_dir.resolve()))[:16]
-        worker = Worker(store, ClaudeCli(self._claude, self.config, self._clock, tag, store.note_child), hub, self._clock, self._report, self.config)
+        claude = ClaudeCli(self._claude, self.config, self._clock, tag, store.note_child)
+        worker = Worker(store, claude, hub, self._clock, self._report, self.config)
         service = Service(store, hub, self._clock, data_dir, worker.partial)
         backstage = Backstage(self._page, lambda: self._details(worker), lambda: self._check(worker))
-        dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report)
-        self._server = self._listen(dispatcher)
-        self._parts.callback(self._server.close)
+        self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report)
         left = end_leftovers(tag + ".", store.children())
         for pid, _ in store.children():
             store.note_child(pid, None)
@@ -3064,10 +3109,10 @@ class Bridge:
         """Begins to answer; before this the port is bound, but nothing is read."""
         self._server.start()
 
-    def _listen(self, dispatcher: Dispatcher) -> BridgeServer:
+    def _listen(self) -> BridgeServer:
         host, port = self.config.listen_host, self.config.port
         try:
-            return BridgeServer(host, port, dispatcher, self._clock, self._report)
+            return BridgeServer(host, port, self._clock, self._report)
         except (OSError, OverflowError) as error:
             raise CannotStart("Port %d on %s cannot be used: %s." % (port, host, getattr(error, "strerror", None) or error),
                               "is another program using it? choose another one with --port") from None
@@ -3119,8 +3164,11 @@ class Console:
         self._is_rich = bool(getattr(sys.stderr, "isatty", lambda: False)()) and "utf" in (sys.stderr.encoding or "").lower()
 
     def data(self, text: str) -> None:
-        """A line on stdout, at once."""
-        print(text, flush=True)
+        """A line on stdout, at once. A reader that has left misses it; the bridge goes on."""
+        try:
+            print(text, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # else Python complains again at its end
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):        # the terminal may be gone; the bridge goes on
@@ -3139,7 +3187,7 @@ class Console:
 
     def log(self, text: str) -> None:
         """What happens while the bridge runs, with the time of day."""
-        self.say("·", "%s %s" % (time.strftime("%H:%M:%S"), text))
+        self.say("·", "%s %s" % (time.strftime("%H:%M:%S"), printable(text)))
 
     def fail(self, text: str, hint: str = "") -> None:
         self._tell(("  ❌  " if self._is_rich else "error: ") + text)
@@ -3199,15 +3247,19 @@ def command_start(config: Config, console: Console) -> int:
 
 
 def tell_payer(config: Config, claude: Claude, console: Console) -> None:
-    billed = "per token" in claude.payer or config.allow_api_key and any(os.environ.get(name) for name in API_KEYS)
+    """Says which claude was found and who pays for it; a bill per token is said loudly."""
     if config.demo:
         return console.say("🎭", "Demo: every answer is an echo, Claude is not asked.")
     console.say("✅", "Claude Code CLI detected (%s)" % claude.features.version_text)
-    if billed:
-        console.say("⚠️", "Who pays: an API key is handed on to claude (--allow-api-key): requests are BILLED PER TOKEN.")
+    keys = sorted(API_KEYS & set(os.environ))
+    if config.allow_api_key and keys:
+        console.say("⚠️", "Who pays: %s is handed on to claude (--allow-api-key): requests are BILLED PER TOKEN." % " and ".join(keys))
+    elif claude.is_billed:
+        console.say("⚠️", "Who pays: %s. Requests are %s." % (
+            claude.payer, "BILLED PER TOKEN" if config.allow_api_key else "stopped, since --allow-api-key is not given"))
     else:
         console.say("✅", "Who pays: %s" % claude.payer)
-    for name in sorted(API_KEYS & set(os.environ)) if not config.allow_api_key else ():
+    for name in keys if not config.allow_api_key else ():
         console.say("ℹ️", "%s is set; it is not handed on to claude." % name)
     if claude.environment.get("ANTHROPIC_BASE_URL"):
         console.say("ℹ️", "ANTHROPIC_BASE_URL is handed on to claude: %s" % claude.environment["ANTHROPIC_BASE_URL"])
@@ -3241,9 +3293,10 @@ def command_token(arguments: argparse.Namespace, config: Config, console: Consol
 
 
 def create_token(arguments: argparse.Namespace, service: Service, console: Console) -> int:
+    """token create: the same checks as over HTTP, and a folder of the owner's choice. -> 0. Raises InvalidRequest, CannotStart."""
     tools: Any = arguments.tools
     if tools and tools not in Tools.LEVELS:
-        tools = [rule for rule in re.split(r",(?![^(]*\))", tools) if rule]
+        tools = [rule.strip() for rule in re.split(r",(?![^(]*\))", tools)]
     new, _ = NewToken.parse({"name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires, "tools": tools,
                              "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
     workspace = Path(arguments.workspace).expanduser().absolute() if arguments.workspace else None
@@ -3258,15 +3311,17 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
 
 
 def list_tokens(arguments: argparse.Namespace, service: Service, console: Console) -> int:
+    """token list: a table for people, or JSON. -> 0."""
     bodies = [token_body(token, service.now()) for token in service.tokens()]
     if arguments.json:
         console.data(json.dumps(bodies, ensure_ascii=False, indent=2))
         return 0
-    console.data("%-36s  %-12s  %-9s  %-5s  %-10s  %s" % ("ID", "PREFIX", "MODE", "ADMIN", "EXPIRES", "NAME"))
+    row = "%-36s  %-12s  %-9s  %-5s  %-10s  %s"
+    console.data(row % ("ID", "PREFIX", "MODE", "ADMIN", "EXPIRES", "NAME"))
     for body in bodies:
         expires = "expired" if body["isExpired"] else (body["expiresAt"] or "never")[:10]
-        console.data("%-36s  %-12s  %-9s  %-5s  %-10s  %s" % (body["id"], body["prefix"], body["sessionMode"],
-                                                            "yes" if body["isAdmin"] else "no", expires, body["name"]))
+        name = printable(body["name"]).replace("\n", "?")
+        console.data(row % (body["id"], body["prefix"], body["sessionMode"], "yes" if body["isAdmin"] else "no", expires, name))
     return 0
 
 
@@ -3284,6 +3339,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> 
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(description="A REST API for the claude command line tool you already pay for.", allow_abbrev=False)
     parser.add_argument("--version", "-v", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -3392,8 +3448,9 @@ class DemoClaude:
             if line is None or line.get("request", {}).get("subtype") == "interrupt":
                 self._input.put(line if line is None else {"type": "noise"})
                 return self._say(type="result", subtype="error_during_execution", is_error=True, errors=["interrupted"])
-        result: Dict[str, Any] = {"type": "result", "subtype": "success", "is_error": False, "num_turns": 1, "result": text, "total_cost_usd": 0,
-                                  "usage": {"input_tokens": len(message.split()), "output_tokens": len(text.split())}}
+        usage = {"input_tokens": len(message.split()), "output_tokens": len(text.split())}
+        result: Dict[str, Any] = {"type": "result", "subtype": "success", "is_error": False, "num_turns": 1, "result": text,
+                                  "total_cost_usd": 0, "usage": usage}
         if self._has_schema:
             result.update(result=as_json({"demo": message}), structured_output={"demo": message})
         self._say(**result)

@@ -27,7 +27,7 @@ class Reply:
     error: str = "api_error"
     headers: Dict[str, str] = field(default_factory=dict)
     word_seconds: float = 0.0                            # pause before each word
-    hold: Optional[threading.Event] = None               # nothing is sent until it is set
+    hold: Optional[threading.Event] = None               # nothing is sent until it is set, or the stand-in is closed
     stop_reason: str = ""
     cut_after: Optional[int] = None                      # drop the connection after so many words
 
@@ -109,6 +109,7 @@ class MessagesApi:
         self.outside: List[str] = []                     # "host:port" of what was asked of us as a proxy, and refused
         self.reply: Callable[[Dict[str, Any]], Reply] = echo
         self._lock = threading.Lock()
+        self._closing = False
         api = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -168,8 +169,9 @@ class MessagesApi:
         if not handler.path.startswith("/v1/messages"):
             return self._json(handler, 404, {"type": "error", "error": {"type": "not_found_error", "message": "not here"}})
         reply = echo(body) if is_warm_up(body) else self.reply(body)
-        if reply.hold is not None:
-            reply.hold.wait(60)
+        until = time.monotonic() + 60
+        while reply.hold is not None and not reply.hold.wait(0.1) and not self._closing and time.monotonic() < until:
+            pass
         if reply.status != 200:
             return self._json(handler, reply.status, {"type": "error", "error": {"type": reply.error, "message": reply.text}},
                               reply.headers)
@@ -227,6 +229,7 @@ class MessagesApi:
         event("message_stop")
 
     def close(self) -> None:
+        self._closing = True
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(5)

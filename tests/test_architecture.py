@@ -109,7 +109,8 @@ def test_the_core_is_pure() -> None:
 
 
 def test_store_queue_service_and_routes_take_the_time_from_their_clock() -> None:
-    assert [place(node) for node in attributes("time") if room(node) in (5, 6, 7, 8, 9)] == []
+    # A pause between two tries is no time told.
+    assert [place(node) for node in attributes("time") if room(node) in (5, 6, 7, 8, 9) and node.attr != "sleep"] == []
 
 
 def imported() -> Set[str]:
@@ -214,5 +215,5 @@ def test_every_public_function_that_is_no_glance_says_what_it_achieves() -> None
 
 
 def test_lines_fit_a_screen() -> None:
-    assert ["line %d: %d characters" % (number, len(line)) for number, line in enumerate(LINES, 1) if len(line) > 150] == []
+    assert ["line %d: %d characters" % (number, len(line)) for number, line in enumerate(LINES, 1) if len(line) > 140] == []
     assert [number for number, line in enumerate(LINES, 1) if line != line.rstrip() or "\t" in line] == []

@@ -483,8 +483,8 @@ def test_the_figures_of_one_turn_are_taken_from_the_sums(result: Dict[str, Any],
     ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"}, True, "Claude Max subscription"),
     ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max", "apiKeySource": "none"}, True, "Claude Max subscription"),
     ({"loggedIn": True, "authMethod": "oauth_token"}, True, "CLAUDE_CODE_OAUTH_TOKEN"),
-    ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max", "apiKeySource": "ANTHROPIC_API_KEY"}, True, "billed per token"),
-    ({"loggedIn": True, "authMethod": "oauth_token", "apiKeySource": "apiKeyHelper"}, True, "billed per token"),
+    ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max", "apiKeySource": "ANTHROPIC_API_KEY"}, True, "an API key (ANTHROPIC_API_KEY)"),
+    ({"loggedIn": True, "authMethod": "oauth_token", "apiKeySource": "apiKeyHelper"}, True, "an API key (apiKeyHelper)"),
     ({"loggedIn": True, "authMethod": "third_party"}, True, "third_party"), ({"loggedIn": True}, True, "unknown"),
 ], ids=lambda value: "%.90r" % (value,))
 def test_who_pays_is_read_from_the_login(status: Dict[str, Any], signed_in: bool, who: str) -> None:

@@ -286,6 +286,7 @@ REFUSED: Tuple[Tuple[str, int, Union[bytes, str]], ...] = (
     ("a blank in the target", 400, request("GET /hea lth HTTP/1.1")),
     ("bytes beyond ASCII in the target", 400, request("GET /h\xe9alth HTTP/1.1")),
     ("a target that is no path", 400, request("GET health HTTP/1.1")),
+    ("an asterisk with GET", 400, request("GET * HTTP/1.1")),
     ("no version", 400, b"GET /health\r\n\r\n"),
     ("a version of three digits", 400, request("GET /health HTTP/1.10")),
     ("a version in small letters", 400, request("GET /health http/1.1")),
@@ -550,6 +551,15 @@ def test_a_client_that_left_before_its_answer_is_no_error(bridge: Callable[..., 
     gate.touch()
     wait_until(lambda: not connection_threads())
     assert "error" not in " ".join(running.log).lower()
+
+
+def test_a_client_that_only_ended_its_sending_is_answered(bridge: Callable[..., RunningBridge], gate: Path) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    for path in ("/health", "/api/ask/" + job_id, "/api/ask/%s?wait=90" % job_id):
+        with Wire(running.port) as wire:
+            wire.send(request("GET %s HTTP/1.1" % path, "Authorization: Bearer %s" % running.admin.token)).socket.shutdown(socket.SHUT_WR)
+            assert wire.answer().json["status"] in ("ok", "processing")
 
 
 def test_closing_the_bridge_ends_idle_connections_and_answers_waiting_ones(bridge: Callable[..., RunningBridge], gate: Path,

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
-from conftest import FakeClaude, FakeClock, RunningBridge, is_running, run_cli, wait_until
+from conftest import (
+    FakeClaude,
+    FakeClock,
+    RunningBridge,
+    is_running,
+    run_cli,
+    wait_until,
+)
 from fake_claude import FLAGS
 
 import claude_api_bridge as cab

@@ -7,8 +7,9 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
 
@@ -22,16 +23,24 @@ DAY = 86_400
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_rounds() -> Iterator[None]:
-    """The listening thread looks more often whether it is to end, which makes these tests quick."""
-    serve = cab.BridgeServer.serve_forever
+def quick() -> Iterator[None]:
+    """Less waiting, for the many bridges here: the listening thread looks more often whether it is to end, and what the
+    fake claude can do is asked once (all fakes can do the same)."""
+    serve, look = cab.BridgeServer.serve_forever, cab.find_claude
+    known: List[cab.Claude] = []
+
+    def find(config: cab.Config, environ: Mapping[str, str]) -> cab.Claude:
+        known.append(known[0] if known else look(config, environ))
+        return replace(known[0], command=(config.claude,))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+        patch.setattr(cab, "find_claude", find)
         yield
 
 
 @pytest.fixture(scope="module")
-def admin(tmp_path_factory: pytest.TempPathFactory, short_rounds: None) -> Iterator[Api]:
+def admin(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Iterator[Api]:
     """The admin's client of one bridge for all tests that queue nothing; it never ran a request."""
     folder = tmp_path_factory.mktemp("served")
     config = cab.Config(port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data", claude=str(FakeClaude(folder / "fake").path),
@@ -256,9 +265,10 @@ def test_polls_say_queued_processing_and_completed_in_the_original_shapes(bridge
     gate.touch()
     api.done(queued)
     seen["completed"] = api.get("/api/ask/" + queued)
-    first = {"queued": (202, {"status": "queued", "requestId": queued, "queuePosition": 1}),
-             "processing": (202, {"status": "processing", "requestId": running, "queuePosition": 0}),
-             "completed": (200, {"status": "completed", "requestId": queued, "response": "done"})}
+    first: Dict[str, Tuple[int, Dict[str, Any]]] = {
+        "queued": (202, {"status": "queued", "requestId": queued, "queuePosition": 1}),
+        "processing": (202, {"status": "processing", "requestId": running, "queuePosition": 0}),
+        "completed": (200, {"status": "completed", "requestId": queued, "response": "done"})}
     assert {name: (answer.status, dict(list(answer.json.items())[:3])) for name, answer in seen.items()} == first
     assert [list(answer.json)[:3] for answer in seen.values()] == [list(body) for _, body in first.values()]
     assert seen["processing"].json["partial"] == "he" and not {"partial", "startedAt"} & set(seen["queued"].json)
@@ -343,13 +353,16 @@ def test_an_ask_that_waits_is_answered_with_the_finished_poll_body(bridge: Start
 NAME_REQUIRED = "Token name is required"
 MODES = 'sessionMode must be "stateful" or "stateless"'
 EXPIRY = "expiresInDays must be 1, 7, 30, 90, or null (never)"
+NO_NAMES: Tuple[Any, ...] = (None, {}, [], b"null", b'"x"', {"name": ""}, {"name": "  "}, {"name": 5}, {"name": None}, {"name": ["x"]})
+NO_FLAGS: Tuple[Any, ...] = ("true", 1, 0, [])
+NO_TOOLS: Tuple[Any, ...] = ("", "every", [], [""], ["Bash(a\nb)"], ["--flag"], [1], {}, True, ["R"] * 51)
 WRONG_TOKENS: Tuple[Tuple[Any, str, Optional[str]], ...] = (
-    *((body, NAME_REQUIRED, "name") for body in (None, {}, [], b"null", b'"x"', {"name": ""}, {"name": "  "}, {"name": 5}, {"name": None}, {"name": ["x"]})),
+    *((body, NAME_REQUIRED, "name") for body in NO_NAMES),
     ({"name": "x" * 101}, "Token name must be 100 characters or less", "name"),
     *(({"name": "x", "sessionMode": mode}, MODES, "sessionMode") for mode in ("Stateful", "both", 1, True, ["stateful"])),
     *(({"name": "x", "expiresInDays": days}, EXPIRY, "expiresInDays") for days in (0, 2, "7", -1, True, 7.5, [7], "")),
-    *(({"name": "x", "admin": admin}, "admin must be true or false", "admin") for admin in ("true", 1, 0, [])),
-    *(({"name": "x", "tools": tools}, "tools must be", "tools") for tools in ("", "every", [], [""], ["Bash(a\nb)"], ["--flag"], [1], {}, True, ["R"] * 51)),
+    *(({"name": "x", "admin": admin}, "admin must be true or false", "admin") for admin in NO_FLAGS),
+    *(({"name": "x", "tools": tools}, "tools must be", "tools") for tools in NO_TOOLS),
     (b"{", "Body is not valid JSON", None),
 )
 

@@ -1178,8 +1178,10 @@ class Store:
 
     @staticmethod
     def _token(row: Tuple[Any, ...]) -> Token:
-        tools = json.loads(row[8])
-        return Token(*row[:7], is_admin=bool(row[7]), tools=tuple(tools) if isinstance(tools, list) else tools, workspace=row[9])
+        token_id, name, prefix, mode, expires_at, created_at, last_used_at, is_admin, tools, workspace = row
+        level = json.loads(tools)
+        return Token(token_id, name, prefix, mode, expires_at, created_at, last_used_at, bool(is_admin),
+                     tuple(level) if isinstance(level, list) else level, workspace)
 
     # --- jobs ---
 
@@ -1363,7 +1365,7 @@ def started_at(pid: int) -> Optional[str]:
             state, *rest = Path("/proc/%d/stat" % pid).read_text(errors="replace").rpartition(")")[2].split()
             return None if state == "Z" else "%s/%s" % (boot, rest[18])
         if os.name == "nt":
-            kernel, times = ctypes.windll.kernel32, (ctypes.c_ulonglong * 4)()  # type: ignore[attr-defined]
+            kernel, times = ctypes.windll.kernel32, (ctypes.c_ulonglong * 4)()
             kernel.OpenProcess.restype = ctypes.c_void_p
             handle = ctypes.c_void_p(kernel.OpenProcess(0x1000, False, pid))    # PROCESS_QUERY_LIMITED_INFORMATION
             found = kernel.GetProcessTimes(handle, *(ctypes.byref(times, 8 * n) for n in range(4)))
@@ -2366,8 +2368,8 @@ ROUTES = (
     Route("POST", "/api/ask", Needs.TOKEN, answer_ask, "Send a message to Claude Code", Ask,
           {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}', 200: "with `wait`: the poll body, finished"}),
     Route("GET", "/api/ask/:requestId", Needs.TOKEN, answer_poll, "Poll for the answer; `?wait=30` holds it until then", None,
-          {202: '{"status":"queued","requestId":ID,"queuePosition":1}, or "processing"',
-           200: '{"status":"completed","requestId":ID,"response":"..."}, or "error"'}, polls=True),
+          {202: '{"status":"queued","requestId":ID,"queuePosition":1}',
+           200: '{"status":"completed","requestId":ID,"response":"..."}'}, polls=True),
     Route("POST", "/api/tokens", Needs.ADMIN, answer_new_token, "Create a token", NewToken,
           {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}),
     Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}),
@@ -2801,7 +2803,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.settimeout(DRAIN_SECONDS)
             until, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
             while left > 0 and time.monotonic() < until:
-                data = self.rfile.read1(1 << 16)            # type: ignore[attr-defined]
+                data = self.rfile.read1(1 << 16)
                 if not data:
                     break
                 left -= len(data)

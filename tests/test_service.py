@@ -214,6 +214,15 @@ def test_a_wait_ends_when_the_token_is_revoked(bench: Bench) -> None:
     assert isinstance(result(), cab.NotFound) and time.monotonic() - began < 2
 
 
+def test_revoking_a_token_rings_for_its_unfinished_jobs(bench: Bench) -> None:
+    caller = bench.caller()
+    jobs = [bench.ask(caller) for _ in range(2)]
+    bench.store.claim()
+    with bench.hub.watch(jobs[0].id) as running, bench.hub.watch(jobs[1].id) as waiting:
+        bench.service.revoke_token(caller.token.id)
+        assert running.is_set() and waiting.is_set()
+
+
 def test_only_one_s_own_unfinished_job_is_that(bench: Bench) -> None:
     owner, admin = bench.caller(), bench.caller(admin=True)
     done, waits = bench.ask(owner), bench.ask(owner)

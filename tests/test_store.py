@@ -653,7 +653,7 @@ def test_a_conversation_of_a_revoked_token_is_not_begun(store: cab.Store, tmp_pa
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM conversations") == [(0,)]
 
 
-def test_the_history_is_the_completed_turns_of_this_conversation_before_this_job(store: cab.Store) -> None:
+def test_the_history_is_the_completed_turns_of_this_conversation_before_this_job(store: cab.Store, tmp_path: Path) -> None:
     token, other = add(store), add(store)
     exchange(store, token, "one", "1", "trip")
     exchange(store, token, "elsewhere", "x", "home")
@@ -661,10 +661,10 @@ def test_the_history_is_the_completed_turns_of_this_conversation_before_this_job
     queue_up(store, token, "failed", conversation="trip")
     store.fail(claimed(store), "timeout", "x")
     exchange(store, token, "two", "2", "trip")
-    asked = queue_up(store, token, "now", conversation="trip")[0]
-    queue_up(store, token, "later", conversation="trip")
-    job = store.job(asked.id)
-    assert job and store.history(job) == [("one", "1"), ("two", "2")]
+    exchange(store, token, "now", "3", "trip")
+    exchange(store, token, "later", "4", "trip")
+    asked = store.job(rows(tmp_path / "bridge.db", "SELECT id FROM jobs WHERE message = 'now'")[0][0])
+    assert asked and store.history(asked) == [("one", "1"), ("two", "2")]
 
 
 @pytest.mark.parametrize("turns, size, kept", [

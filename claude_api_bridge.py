@@ -744,7 +744,8 @@ ALL_TOOLS = ("Bash", "Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit", "W
 STRIPPED = re.compile(r"ANTHROPIC_.*|CLAUDE.*|CAB_.*|MAX_THINKING_TOKENS|OTEL_.*|NODE_OPTIONS|BUN_OPTIONS|ENABLE_CLAUDEAI_MCP_SERVERS|"
                       r"DISABLE_(?:TELEMETRY|AUTOUPDATER|ERROR_REPORTING)", re.IGNORECASE)
 HANDED_ON = frozenset(("ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_GIT_BASH_PATH", "CLAUDE_CODE_CERT_STORE",
-                       "CLAUDE_CODE_CLIENT_CERT", "CLAUDE_CODE_CLIENT_KEY", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE"))
+                       "CLAUDE_CODE_CLIENT_CERT", "CLAUDE_CODE_CLIENT_KEY", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE",
+                       "CLAUDE_SECURESTORAGE_CONFIG_DIR"))
 API_KEYS = frozenset(("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
 
 
@@ -787,7 +788,7 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated:
                 ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
     owners = environ.get("CLAUDE_CONFIG_DIR", "")
     if isolated:
-        kept.update(CLAUDE_CONFIG_DIR=isolated, CLAUDE_SECURESTORAGE_CONFIG_DIR=owners)
+        kept.update(CLAUDE_CONFIG_DIR=isolated, CLAUDE_SECURESTORAGE_CONFIG_DIR=environ.get("CLAUDE_SECURESTORAGE_CONFIG_DIR", owners))
     elif owners:
         kept["CLAUDE_CONFIG_DIR"] = owners
     return kept
@@ -1127,12 +1128,13 @@ class Store:
     # --- tokens ---
 
     def add_token(self, new: NewToken, secret: str, workspace: Optional[str] = None) -> Token:
-        """Raises TokenLimit; expired tokens do not count."""
+        """Raises TokenLimit; expired tokens do not count, and an admin token can always be made where there is none."""
         now = self._clock.now()
         expires_at = None if new.expires_in_days is None else now + new.expires_in_days * 86_400
         token = Token(str(uuid.uuid4()), new.name, secret[:12], new.session_mode, expires_at, now, None, new.admin, new.tools, workspace)
         with self._write() as db:
-            if db.execute("SELECT count(*) FROM tokens WHERE expires_at IS NULL OR expires_at > ?", (now,)).fetchone()[0] >= TOKENS:
+            count = db.execute("SELECT count(*) FROM tokens WHERE expires_at IS NULL OR expires_at > ?", (now,)).fetchone()[0]
+            if count >= TOKENS and (self.has_admin() or not new.admin):
                 raise TokenLimit()
             db.execute("INSERT INTO tokens (%s, token_hash) VALUES (?,?,?,?,?,?,?,?,?,?,?)" % TOKEN_COLUMNS,
                        (token.id, token.name, token.prefix, token.session_mode, token.expires_at, token.created_at, None,
@@ -1202,7 +1204,9 @@ class Store:
                              " conversation, effort) VALUES (?,?,?,?,?,?,?,?,?,?)",
                              (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
                               ask.conversation, ask.effort)).lastrowid
-        return Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model), ahead + 1
+        job = Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model, system_prompt=ask.system_prompt,
+                  json_schema=ask.json_schema, conversation=ask.conversation, effort=ask.effort)
+        return job, ahead + 1
 
     def job(self, job_id: str) -> Optional[Job]:
         rows = self._read("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), job_id)
@@ -1305,17 +1309,18 @@ class Store:
         return (found[0], float(found[1])) if found else (None, 0.0)
 
     def history(self, job: Job) -> List[Exchange]:
-        """The completed turns before this one, oldest first; the latest HISTORY_TURNS within HISTORY_BYTES."""
+        """The completed turns before this one, oldest first; the latest HISTORY_TURNS within HISTORY_BYTES, the last one cut to fit."""
         rows = self._read("SELECT message, response FROM jobs WHERE token_id = ? AND conversation = ? AND seq < ?"
                           " AND status = 'completed' AND response IS NOT NULL ORDER BY seq DESC LIMIT ?",
                           job.token_id, job.conversation, job.seq, HISTORY_TURNS)
         kept: List[Exchange] = []
-        size = 0
+        left = HISTORY_BYTES
         for message, response in rows:
-            size += len(message.encode()) + len(response.encode())
-            if size > HISTORY_BYTES:
+            left -= len(message.encode())
+            if kept and len(response.encode()) > left:
                 break
-            kept.insert(0, Exchange(message, response))
+            kept.insert(0, Exchange(message, response.encode()[:left].decode("utf-8", "ignore")))
+            left -= len(response.encode())
         return kept
 
     # --- children ---
@@ -2049,8 +2054,9 @@ class Worker:
                         if not self.step():
                             bell.wait(1)
                     except Exception:
+                        if not failed:
+                            self._report("The worker met an error and tries again every second:\n" + redact(traceback.format_exc()))
                         failed = True
-                        self._report("The worker met an error and goes on:\n" + redact(traceback.format_exc()))
                         self._stopping.wait(1)
         finally:
             self._claude.close()
@@ -2086,8 +2092,10 @@ class Worker:
     def _stop_reason(self, job: Job) -> Optional[str]:
         if self._clock.monotonic() >= self._give_up_at:
             return "interrupted"
-        self._keep_house()
-        return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
+        with contextlib.suppress(Unavailable):       # a database that is locked for a while does not end a run
+            self._keep_house()
+            return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
+        return None
 
     def _settle(self, job: Job, failure: RunFailed) -> None:
         """What becomes of a job whose run failed."""
@@ -2143,7 +2151,8 @@ class Service:
         token = self._store.token_by_digest(digest(secret))
         if token is None or token.is_expired(self._clock.now()):
             raise InvalidToken()
-        self._store.touch_token(token)
+        with contextlib.suppress(Unavailable):       # a full disk keeps nobody from reading
+            self._store.touch_token(token)
         return Caller(token)
 
     def ask(self, caller: Caller, ask: Ask) -> Tuple[Job, int]:
@@ -3115,7 +3124,7 @@ class Bridge:
         host, port = self.config.listen_host, self.config.port
         try:
             return BridgeServer(host, port, self._clock, self._report)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, TypeError, ValueError) as error:
             raise CannotStart("Port %d on %s cannot be used: %s." % (port, host, getattr(error, "strerror", None) or error),
                               "is another program using it? choose another one with --port") from None
 

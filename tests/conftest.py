@@ -68,17 +68,9 @@ def clock() -> FakeClock:
 
 
 def our_children() -> List[int]:
-    """Processes whose parent is this one (Linux)."""
-    found = []
-    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
-        if entry.isdigit():
-            try:
-                stat = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(stat[1]) == os.getpid() and stat[0] != "Z":
-                found.append(int(entry))
-    return found
+    """Living processes whose parent is this one (Linux)."""
+    listed = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return [int(pid) for pid in listed.split() if is_running(int(pid))]
 
 
 @pytest.fixture(autouse=True)

@@ -214,6 +214,11 @@ def test_a_workspace_must_exist_and_have_a_use(typed: Callable[..., Said], words
     assert tokens(typed) == {}
 
 
+def test_an_id_that_no_token_has_is_one_sentence(typed: Callable[..., Said]) -> None:
+    for token_id in ("x", "%", "\udcff"):                    # the last as the system hands over a byte that is not UTF-8
+        assert typed("token", "revoke", token_id) == (1, "", "error: Token not found\n")
+
+
 @pytest.mark.parametrize("name", ["", "  ", "x" * 101])
 def test_a_name_that_cannot_be_used_is_refused(typed: Callable[..., Said], name: str) -> None:
     status, out, err = typed("token", "create", name)
@@ -291,6 +296,21 @@ def test_a_reader_that_left_is_no_traceback(tmp_path: Path) -> None:
     finally:
         os.close(writer)
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["start", "--demo", "--no-tunnel", "--host", "127.0.0.1", "--port", "0"], ["token", "create", "x", "--admin"]])
+def test_a_token_that_could_not_be_printed_is_not_made(program: Callable[..., Program], tmp_path: Path, words: List[str]) -> None:
+    with open("/dev/full", "w") as full:
+        running = subprocess.Popen([sys.executable, str(MODULE), *words, "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL,
+                                   stdout=full, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    try:
+        _, err = running.communicate(timeout=5)
+    finally:
+        running.kill()
+        running.communicate()
+    assert running.returncode == 1 and "Traceback" not in err and "error: " in err
+    assert TOKEN.fullmatch(program().lines[0])
 
 
 # --- start: which claude, and who pays ---

@@ -484,13 +484,14 @@ def test_no_deadline_cuts_an_answer_that_is_waited_for(bridge: Callable[..., Run
 def test_at_the_cap_the_connection_longest_without_a_request_makes_room(served: RunningBridge, monkeypatch: pytest.MonkeyPatch,
                                                                         first: bytes) -> None:
     monkeypatch.setattr(cab, "CONNECTIONS", 2)
-    with Wire(served.port) as oldest, Wire(served.port) as younger:
-        oldest.send(first)
-        assert younger.send(request()).answer().status == 200
+    with Wire(served.port) as used, Wire(served.port) as waiting:
+        waiting.send(first)
+        wait_until(lambda: len(connection_threads()) == 2)
+        assert used.send(request()).answer().status == 200
         with Wire(served.port) as new:
             assert new.send(request()).answer().status == 200
-            assert oldest.rest() == b""
-            assert younger.send(request()).answer().status == 200
+            assert waiting.rest() == b""
+            assert used.send(request()).answer().status == 200
 
 
 def test_when_all_connections_are_busy_a_new_one_gets_503_until_one_is_done(bridge: Callable[..., RunningBridge], gate: Path,

@@ -356,6 +356,18 @@ def test_a_run_that_an_api_key_would_pay_is_stopped(bridge: Callable[..., Runnin
     assert not [path for path in b.data_dir.glob("bridge.db*") if b"this was billed" in path.read_bytes()]
 
 
+def test_a_run_that_an_api_key_would_pay_is_stopped_without_grace(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude],
+                                                                  tmp_path: Path) -> None:
+    billed = """import os, signal
+def hang(self, rest):
+    signal.signal(signal.SIGTERM, lambda *_: (open(%r, "w"), os._exit(0)))
+    self.begin("ANTHROPIC_API_KEY")
+    signal.pause()
+fake_claude.Fake.act_hang = hang""" % str(tmp_path / "asked")
+    assert direct(twist(fake_claude(), billed)).failure("hang")[0] == "billing_guard"
+    assert not (tmp_path / "asked").exists()
+
+
 def test_an_api_key_may_pay_when_the_owner_allows_it(direct: Callable[..., Direct]) -> None:
     assert direct(allow_api_key=True).run("apikey").text == "this was billed"
 
@@ -537,7 +549,8 @@ def test_a_conversation_that_the_cli_lost_is_told_again_from_then_on(talk: Calla
     assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
     t.say("three")
     assert t.remembered() == ["one", "Echo: one", "two", "Echo: two", "three", "Echo: three"]
-    assert not any(session_in(t.argv(message), flag) for message in ("turns", "three") for flag in ("--resume", "--session-id"))
+    resumed = [start["pid"] for start in t.fake.children() if session_in(start["argv"], "--resume")]
+    assert len(resumed) == 2 and resumed[0] == pids_of(t.fake, "two")[0]     # the second found nothing, and there is no third
 
 
 def test_conversations_share_neither_process_nor_memory(talk: Callable[..., Talk]) -> None:

@@ -41,7 +41,7 @@ class Bench:
 class Time(FakeClock):
     """Moments are moved by hand; spans are real, for those who wait."""
 
-    def monotonic(self) -> float:  # type: ignore[override]
+    def monotonic(self) -> float:
         return time.monotonic()
 
 

@@ -13,7 +13,7 @@ NUMBERS = [row for row in cab.SETTINGS if row.kind == "number"]
 SWITCHES = [row for row in cab.SETTINGS if row.kind == "switch"]
 
 
-def load(flags: Optional[Dict[str, Any]] = None, **environ: str) -> cab.Config:
+def load(flags: Optional[Dict[str, Any]] = None, /, **environ: str) -> cab.Config:
     return cab.load_config(flags or {}, environ)
 
 
@@ -88,7 +88,9 @@ def test_a_folder_is_absolute_wherever_the_program_was_started(tmp_path: Path, m
     assert load({"data_dir": "~/data"}).data_dir == tmp_path / "home" / "data"
 
 
-@pytest.mark.parametrize("host, no_tunnel, listens", [("", False, "127.0.0.1"), ("", True, "0.0.0.0"), ("::1", True, "::1"), ("10.0.0.1", False, "10.0.0.1")])
+@pytest.mark.parametrize("host, no_tunnel, listens", [
+    ("", False, "127.0.0.1"), ("", True, "0.0.0.0"), ("::1", True, "::1"), ("10.0.0.1", False, "10.0.0.1"),
+])
 def test_only_without_a_tunnel_the_network_may_call(host: str, no_tunnel: bool, listens: str) -> None:
     assert cab.Config(host=host, no_tunnel=no_tunnel).listen_host == listens
 

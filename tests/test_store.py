@@ -716,3 +716,29 @@ def test_what_was_acknowledged_survives_kill_9(open_store: Callable[..., cab.Sto
     assert [store.job_status(each) for each in (first, second)] == ["processing", "queued"]
     assert store.recover() == (1, 0)
     assert [claimed(store).id for _ in range(2)] == [first, second]
+
+
+def test_an_admin_can_always_be_made_where_there_is_none(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "TOKENS", 1)
+    add(store)
+    assert add(store, admin=True).is_admin
+    with pytest.raises(cab.TokenLimit):
+        add(store, admin=True)
+
+
+def test_a_turn_larger_than_the_history_is_cut_and_not_forgotten(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "HISTORY_BYTES", 10)
+    token = add(store, session_mode="stateful")
+    for message, response in (("old", "old"), ("new", "é" * 50), ("next", "")):
+        store.enqueue(token.id, cab.Ask(message, conversation="default"))
+        job = store.claim()
+        assert job
+        if response:
+            store.complete(job, cab.Answer(response))
+    assert store.history(job) == [("new", "ééé")]
+
+
+def test_the_job_that_is_queued_is_the_job_that_is_stored(store: cab.Store) -> None:
+    token = add(store, session_mode="stateful")
+    job, _ = store.enqueue(token.id, cab.Ask("hi", "haiku", "be short", "{}", "trip", "low"))
+    assert store.job(job.id) == job

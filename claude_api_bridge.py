@@ -473,6 +473,12 @@ def pattern_check(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
     return check
 
 
+def check_model(value: Any) -> Optional[str]:
+    """A model's name; `default` is the same as none (an agent's model is sent as it is, so the CLI would not resolve it)."""
+    name = pattern_check(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku")(value)
+    return None if name == "default" else name
+
+
 def choice_check(choices: Sequence[Any], advice: str) -> Callable[[Any], Any]:
     """A check for an optional value out of `choices`; 7.0 is 7, but True is not 1."""
     def check(value: Any) -> Any:
@@ -555,9 +561,7 @@ class Command:
 class Ask(Command):
     """A message for Claude."""
     message: str = wire(check_message, "string", "what to ask; 1 to 32,768 bytes of UTF-8", "Why is the sky blue?", "")
-    model: Optional[str] = wire(
-        pattern_check(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku"),
-        "string", "alias or full name of a model; default: the one claude would take", "haiku")
+    model: Optional[str] = wire(check_model, "string", "alias or full name of a model; default: the one claude would take", "haiku")
     system_prompt: Optional[str] = wire(text_check("systemPrompt", SYSTEM_PROMPT_BYTES), "string",
                                         "instructions for the model, up to 32,768 bytes", "Answer in one sentence.")
     json_schema: Optional[str] = wire(check_schema, "object", "JSON Schema that the answer must satisfy; it comes back as `structured`",
@@ -1394,16 +1398,26 @@ def tagged(tag: str) -> List[int]:
     return found
 
 
-def descendants(pid: int) -> List[int]:
-    """The processes below one, by parent; those whose parent died are not found (Linux finds them by tag)."""
+def parents() -> List[Tuple[int, int]]:
+    """(pid, parent) of every process; none on Windows, where taskkill knows."""
+    if sys.platform == "linux":
+        found = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError, IndexError):
+                found.append((int(entry), int(Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()[1])))
+        return found
     if os.name == "nt":
         return []
     try:
         listing = subprocess.run(["ps", "-axo", "pid=,ppid="], stdout=subprocess.PIPE, timeout=5).stdout.decode().split()
     except (OSError, subprocess.SubprocessError):
         return []
-    below, grew = {pid}, True
-    pairs = list(zip(map(int, listing[::2]), map(int, listing[1::2])))
+    return list(zip(map(int, listing[::2]), map(int, listing[1::2])))
+
+
+def descendants(pid: int) -> List[int]:
+    """The processes below one, by parent; those whose parent died are not found (Linux finds them by tag)."""
+    pairs, below, grew = parents(), {pid}, True
     while grew:
         more = {child for child, parent in pairs if parent in below} - below
         below, grew = below | more, bool(more)
@@ -1420,12 +1434,15 @@ def kill_process(pid: int, group: bool = False) -> None:
 
 
 def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str]]) -> List[int]:
-    """Ends what a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid and start time. -> pids."""
+    """Ends what a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid and start time. -> pids, gone."""
     mine = {pid for pid, started in recorded if started_at(pid) == started}
-    found = sorted(mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()})
+    found = {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()}}
     for pid in found:
         kill_process(pid)
-    return found
+    until = time.monotonic() + DRAIN_SECONDS
+    while time.monotonic() < until and any(started and started_at(pid) == started for pid, started in found.items()):
+        time.sleep(0.01)
+    return sorted(found)
 
 
 class ChildGone(Exception):
@@ -1532,7 +1549,7 @@ class Child:
 
         grace: seconds for the polite steps; 0 kills at once. family: look for descendants (a child without tools has none).
         """
-        below = descendants(self.pid) if family and sys.platform != "linux" and self.is_alive else []
+        below = descendants(self.pid) if family and self.is_alive else []
         if interrupt:
             self.send({"type": "control_request", "request_id": "stop", "request": {"subtype": "interrupt"}})
         self.end_input()

@@ -149,6 +149,12 @@ def processing(running: RunningBridge, gate: Path) -> str:
     return job_id
 
 
+def set_cap(monkeypatch: pytest.MonkeyPatch, connections: int) -> None:
+    """From now on so many connections have a place; none of an earlier test has one."""
+    wait_until(lambda: not connection_threads())
+    monkeypatch.setattr(cab, "CONNECTIONS", connections)
+
+
 # --- one connection, many requests ---
 
 def test_a_connection_serves_one_request_after_the_other(served: RunningBridge) -> None:
@@ -483,11 +489,13 @@ def test_no_deadline_cuts_an_answer_that_is_waited_for(bridge: Callable[..., Run
 @pytest.mark.parametrize("first", [b"", b"GET /health HT", b"\r\n"])
 def test_at_the_cap_the_connection_longest_without_a_request_makes_room(served: RunningBridge, monkeypatch: pytest.MonkeyPatch,
                                                                         first: bytes) -> None:
-    monkeypatch.setattr(cab, "CONNECTIONS", 2)
+    set_cap(monkeypatch, 2)
+    phases: List[None] = []
+    enter = cab.BridgeServer.enter
+    monkeypatch.setattr(cab.BridgeServer, "enter", lambda *args: phases.append(enter(*args)))    # type: ignore[func-returns-value]
     with Wire(served.port) as used, Wire(served.port) as waiting:
-        waiting.send(first)
-        wait_until(lambda: len(connection_threads()) == 2)
-        assert used.send(request()).answer().status == 200
+        wait_until(lambda: len(phases) == 2)              # both began to wait for a request
+        assert waiting.send(first) and used.send(request()).answer().status == 200
         with Wire(served.port) as new:
             assert new.send(request()).answer().status == 200
             assert waiting.rest() == b""
@@ -498,7 +506,7 @@ def test_when_all_connections_are_busy_a_new_one_gets_503_until_one_is_done(brid
                                                                             monkeypatch: pytest.MonkeyPatch, long_poll: LongPoll) -> None:
     running = bridge(spare=0)
     job_id = processing(running, gate)
-    monkeypatch.setattr(cab, "CONNECTIONS", 2)
+    set_cap(monkeypatch, 2)
     with Wire(running.port) as one, Wire(running.port) as two:
         long_poll(running, job_id, one)
         long_poll(running, job_id, two)
@@ -511,7 +519,7 @@ def test_when_all_connections_are_busy_a_new_one_gets_503_until_one_is_done(brid
 
 
 def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "CONNECTIONS", 1)
+    set_cap(monkeypatch, 1)
     with Wire(served.port) as refused:
         assert refused.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000")).last_answer().status == 401
         with Wire(served.port) as new:
@@ -519,7 +527,7 @@ def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served
 
 
 def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "CONNECTIONS", 1)
+    set_cap(monkeypatch, 1)
     with Wire(served.port) as deaf:
         deaf.socket.settimeout(0.3)
         with pytest.raises(socket.timeout):               # its answers fill the buffers, then the bridge stops reading
@@ -624,7 +632,7 @@ def test_answers_to_token_holders_carry_the_security_headers(served: RunningBrid
 
 
 def test_a_connection_turned_away_at_the_cap_gets_the_security_headers(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "CONNECTIONS", 0)
+    set_cap(monkeypatch, 0)
     with Wire(served.port) as wire:
         answer = wire.answer()
     assert answer.status == 503

@@ -268,6 +268,20 @@ def test_too_much_output_ends_the_run(direct: Callable[..., Direct], monkeypatch
     assert direct().failure(prompt)[0] == "output_too_large"
 
 
+ENDLESS = """
+def endless(self, rest):
+    while True:
+        self.delta("x" * 65536)
+fake_claude.Fake.act_endless = endless
+"""
+
+
+def test_an_answer_without_end_is_cut_at_the_limit(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "OUTPUT_BYTES", 1 << 20)
+    assert direct(twist(fake_claude(), ENDLESS), run_seconds=10).failure("endless")[0] == "output_too_large"
+
+
 def test_a_tool_may_run_in_silence(direct: Callable[..., Direct], tmp_path: Path) -> None:
     began, gate = time.monotonic(), tmp_path / "gate"
 
@@ -538,6 +552,27 @@ def test_the_process_of_a_conversation_leaves_when_its_time_is_over(direct: Call
     clock.advance(600)
     d.cli.prepare()
     wait_until(lambda: not is_running(pid))
+
+
+SLOW_TO_LEAVE = """
+import time
+run = fake_claude.Fake.run
+def slow(self):
+    if self.resumes:
+        (self.folder / "saw").write_text("gone" if (self.folder / "gone").exists() else "there")
+    status = run(self)
+    time.sleep(0.3)
+    (self.folder / "gone").touch()
+    return status
+fake_claude.Fake.run = slow
+"""
+
+
+def test_two_processes_never_hold_one_session(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+    d = direct(twist(fake_claude(), SLOW_TO_LEAVE))
+    first = d.talk("one", "hello")
+    d.run("again", work={"conversation": ("token", "one"), "session_id": first.session_id}, model="haiku")
+    assert (d.fake.folder / "saw").read_text() == "gone"
 
 
 @pytest.mark.parametrize("spare", [0, 1])

@@ -423,7 +423,7 @@ def sleeping(mark: str) -> Set[int]:
 
 
 @pytest.mark.parametrize("command, count", ((SLEEP, 1), (SLEEP + " & " + SLEEP, 2), ("setsid " + SLEEP + " & " + SLEEP, 2),
-                                            ("(setsid env -i PATH=$PATH " + SLEEP + " &); " + SLEEP, 2)),
+                                            ("setsid env -i PATH=$PATH " + SLEEP + " & " + SLEEP, 2)),
                          ids=("one", "two", "own session", "own session and environment"))
 def test_revoking_ends_a_running_command(shared: Site, command: str, count: int) -> None:
     client, token = shared.client(tools="all")
@@ -455,13 +455,17 @@ class Talk:
 
     def say(self, text: str, **fields: Any) -> Dict[str, Any]:
         """-> the request's body as it reached the API."""
-        client = self.site.admin.with_token(self.client.token)          # the port changes with a restart
+        client, count = self.site.admin.with_token(self.client.token), len(self.site.calls())      # the port changes with a restart
         body = self.site.ask(text, client, **fields)
-        assert body["status"] == "completed" and body["response"] == "Echo: " + text, body
-        call = self.site.calls()[-1].body
-        assert [(role, told) for role, told in turn_texts(call) if told] == [*self.said, ("user", text)]
-        self.said += [("user", text), ("assistant", body["response"])]
-        return call
+        assert body["status"] == "completed" and body["response"].endswith(text), body
+        assert len(self.site.calls()) == count + 1, "one question, one call: %r" % self.site.messages.prompts()[count:]
+        call = self.site.calls()[-1]
+        if self.site.version >= (2, 1, 197):
+            assert [turn for turn in turn_texts(call.body) if turn[1]] == [*self.said, ("user", text)]
+        else:                                           # these cannot be told earlier turns as such; as text is good enough
+            assert all(told in call.raw.decode() for _, told in self.said)
+        self.said += [("user", text), ("assistant", "Echo: " + text)]
+        return call.body
 
     def cool(self) -> None:
         """Waits until the process of the conversation has left: the spare alone is there."""
@@ -512,7 +516,7 @@ def test_a_resumed_session_follows_new_settings(site: Site) -> None:
 @pytest.mark.parametrize("reply", (Reply("messages: something odd", status=400, error="invalid_request_error"), NEVER),
                          ids=("refused", "never answered"))
 def test_a_failed_turn_is_no_part_of_a_conversation(site: Site, reply: Reply) -> None:
-    site.start("--run-seconds", "3" if reply is NEVER else "60")
+    site.start("--run-seconds", "5" if reply is NEVER else "60")
     talk = Talk(site)
     talk.say("one")
     site.messages.reply = lambda body: reply
@@ -534,27 +538,13 @@ def test_kill_nine_loses_nothing(site: Site) -> None:
     site.kill()
     site.messages.reply = echo
     site.start()
-    assert not any(is_running(pid) for pid in first)
+    wait_until(lambda: not any(is_running(pid) for pid in first), 1)
     bodies = [site.admin.poll(request, wait=60) for request in ids]
     assert [body["response"] for body in bodies] == ["Echo: request %d" % n for n in range(6)]
     assert [body["attempts"] for body in bodies] == [2, 1, 1, 1, 1, 1]
     moments = [moment for body in bodies for moment in (body["startedAt"], body["completedAt"])]
     assert moments == sorted(moments), "one after the other, in the order of asking"
     assert Counter(site.messages.prompts()) == {"request 0": 2, **{"request %d" % n: 1 for n in range(1, 6)}}
-
-
-def test_killed_twice_is_given_up(site: Site) -> None:
-    site.messages.reply = lambda body: NEVER
-    request = ""
-    for n in (1, 2):
-        site.start()
-        request = request or site.admin.ask("hello")
-        wait_until(lambda: len(site.calls()) == n, 20)
-        site.kill()
-    site.messages.reply = echo
-    site.start()
-    assert site.admin.poll(request)["errorCode"] == "interrupted" and site.ask("and now?")["response"] == "Echo: and now?"
-    assert site.messages.prompts() == ["hello", "hello", "and now?"]
 
 
 def test_kill_nine_ends_a_running_command(site: Site) -> None:
@@ -568,7 +558,7 @@ def test_kill_nine_ends_a_running_command(site: Site) -> None:
         site.kill()
         site.messages.reply = echo
         site.start()
-        assert not sleeping(mark)
+        wait_until(lambda: not sleeping(mark), 1)
     finally:
         for pid in sleeping(mark):
             os.kill(pid, signal.SIGKILL)
@@ -587,10 +577,10 @@ def test_an_ordered_end_keeps_the_running_request(site: Site) -> None:
 
 
 def test_deadlines_end_the_process(site: Site) -> None:
-    site.start("--run-seconds", "3", "--spare", "0")
+    site.start("--run-seconds", "2", "--spare", "0")
     site.messages.reply = lambda body: NEVER
     body = site.ask("never")
-    assert body["errorCode"] == "timeout" and "3 seconds" in body["error"] and not site.processes()
+    assert body["errorCode"] == "timeout" and "2 seconds" in body["error"] and not site.processes()
     site.messages.reply = lambda body: Reply("word " * 2_000, word_seconds=0.01)
     body = site.ask("too long")
     assert body["errorCode"] == "timeout" and not site.processes()

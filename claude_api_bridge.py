@@ -499,13 +499,13 @@ def check_schema(value: Any) -> Optional[str]:
 
 def check_wait(value: Any) -> float:
     """Seconds, from a JSON number or from the text of a query."""
-    try:
-        seconds = float("nan" if isinstance(value, bool) else 0 if value is None else value)
-    except (TypeError, ValueError, OverflowError):
-        seconds = -1.0
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        value, is_number = float(value), True
+    seconds = value if is_number else 0 if value is None else -1
     if not 0 <= seconds <= WAIT_SECONDS:
         raise InvalidRequest("wait must be a number of seconds from 0 to %d" % WAIT_SECONDS, field="wait")
-    return seconds
+    return float(seconds)
 
 
 def check_name(value: Any) -> str:
@@ -2417,7 +2417,7 @@ def match(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
     """
     if re.search(r"%(?![0-9A-Fa-f]{2})", path):
         raise InvalidRequest("The path holds a bad percent escape")
-    given = [unquote(part) for part in (path[:-1] if len(path) > 1 and path.endswith("/") else path).split("/")]
+    given = [unquote(part) for part in (path[:-1] if re.search("[^/]/$", path) else path).split("/")]
     allowed = []
     for route in ROUTES:
         wanted = route.path.split("/")
@@ -2532,7 +2532,18 @@ def take(bucket: TokenBucket) -> None:
     """Raises RateLimited when the bucket is empty."""
     seconds = bucket.take()
     if seconds:
-        raise RateLimited(headers=(("Retry-After", str(whole_seconds(seconds))), *bucket.headers()), retryAfter=whole_seconds(seconds))
+        raise RateLimited(headers=(("Retry-After", str(whole_seconds(seconds))),), retryAfter=whole_seconds(seconds))
+
+
+@contextlib.contextmanager
+def charged(bucket: TokenBucket) -> Iterator[TokenBucket]:
+    """One request from the bucket; what is refused inside tells the limits, too. Raises RateLimited."""
+    try:
+        take(bucket)
+        yield bucket
+    except BridgeError as error:
+        error.headers += bucket.headers()
+        raise
 
 
 class Dispatcher:
@@ -2561,23 +2572,18 @@ class Dispatcher:
 
     def _answer(self, request: Request) -> Response:
         caller, refusal = self._caller(request)
+        route: Optional[Route] = None
+        parts: Dict[str, str] = {}
         try:
             route, parts = match(request.method, request.path)
-        except BridgeError:
-            take(self._bucket(None, caller, request, {}))
-            raise
-        if caller is None and route.needs != Needs.NOTHING:
-            take(self._buckets.stranger(request.address))
-            raise refusal
-        bucket = self._bucket(route, caller, request, parts)
-        take(bucket)
-        if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
-            raise AdminRequired()
-        try:
-            response = route.answer(self._service, self._backstage, caller, replace(request, parts=parts))
         except BridgeError as error:
-            error.headers += bucket.headers()
-            raise
+            refusal = error
+        with charged(self._bucket(route, caller, request, parts)) as bucket:
+            if route is None or caller is None and route.needs != Needs.NOTHING:
+                raise refusal
+            if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
+                raise AdminRequired()
+            response = route.answer(self._service, self._backstage, caller, replace(request, parts=parts))
         return replace(response, headers=response.headers + bucket.headers())
 
     def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
@@ -2588,8 +2594,8 @@ class Dispatcher:
         try:
             return self._service.authenticate(secret), MissingToken()
         except InvalidToken as error:
-            take(self._buckets.login(request.address))
-            return None, error
+            with charged(self._buckets.login(request.address)):
+                return None, error
 
     def _bucket(self, route: Optional[Route], caller: Optional[Caller], request: Request, parts: Mapping[str, str]) -> TokenBucket:
         """A wait costs like any request; polls without one of one's own unfinished job have a bucket of their own."""
@@ -2734,9 +2740,12 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(self.command, path, dict(parse_qsl(query, keep_blank_values=True)), self.headers,  # type: ignore[arg-type]
                           self.client_address[0], self._body, self._has_left)
         response = self.server.dispatcher.dispatch(request)
-        if self._unread != 0:
-            self._leave_body()
+        is_small = self._unread is not None and self._unread <= 1 << 16 and not self._continue
+        self.close_connection = self.close_connection or self._unread != 0 and not is_small
         self._write(response)
+        if self._unread and not self.close_connection:     # a small body that nobody read is skipped, the connection goes on
+            self.server.enter(self.connection, Phase.BODY)
+            self.close_connection = len(self.rfile.read(self._unread)) < self._unread
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
@@ -2802,16 +2811,6 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(self.timeout)
 
-    def _leave_body(self) -> None:
-        """A body that nobody read: a small one is skipped, else the connection ends after the answer."""
-        if self._unread is not None and self._unread <= 1 << 16 and not self._continue and not self.close_connection:
-            self.server.enter(self.connection, Phase.BODY)
-            self.close_connection = len(self.rfile.read(self._unread)) < self._unread
-            self._unread = 0
-            self.server.enter(self.connection, Phase.BUSY)
-        else:
-            self.close_connection = True
-
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
         self.server.enter(self.connection, Phase.SEND)
@@ -2826,9 +2825,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.enter(self.connection, Phase.BODY)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(DRAIN_SECONDS)
             until, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
             while left > 0 and time.monotonic() < until:
+                self.connection.settimeout(max(0.001, until - time.monotonic()))
                 data = self.rfile.read1(1 << 16)
                 if not data:
                     break
@@ -2909,8 +2908,11 @@ class BridgeServer(ThreadingHTTPServer):
     def _turn_away(self, request: Any) -> None:
         response = Dispatcher.refusal(Unavailable("Too many connections. Please try again later.", (("Retry-After", "1"),)))
         with contextlib.suppress(OSError):
-            request.settimeout(1)
-            request.sendall(response_head(response, True) + response.body)
+            request.setblocking(False)                     # this is the accepting thread: what does not go at once does not go
+            request.send(response_head(response, True) + response.body)
+            request.shutdown(socket.SHUT_WR)
+            while request.recv(1 << 16):                    # unread data would turn the close into a reset, and lose the answer
+                pass
         super().shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
-import uuid
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:                       # the fake is started hundreds of times: what one start does not need is imported where it is used
+    from pathlib import Path
+    from typing import Any, Dict, List, Mapping, Optional
 
 FLAGS = ("--tools --setting-sources --strict-mcp-config --input-format --permission-mode --resume --session-id "
          "--include-partial-messages --disable-slash-commands --no-session-persistence --agent --system-prompt-snapshot --restricted")
@@ -34,6 +34,7 @@ def main(folder: str, version: str = "2.1.330 (Claude Code)", flags: str = FLAGS
         print(json.dumps(status, indent=2))
         return 0 if status.get("loggedIn") else 1
     else:
+        from pathlib import Path
         return Fake(Path(folder), words).run()
     return 0
 
@@ -43,6 +44,7 @@ class Fake:
 
     def __init__(self, folder: Path, words: List[str]) -> None:
         self.folder = folder
+        import uuid
         self.turns: List[List[str]] = []                 # [role, text]
         self.setup: Dict[str, Any] = {}
         self.last_was_error = False
@@ -160,6 +162,7 @@ class Fake:
 
     def act_stubborn(self, rest: str) -> None:
         """Never answers and ignores SIGINT and SIGTERM."""
+        import signal
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.delta("no")
@@ -182,6 +185,8 @@ class Fake:
 
     def act_grandchild(self, rest: str) -> None:
         """Starts a process in a session of its own, notes its pid in the file `rest`, and hangs."""
+        import subprocess
+        from pathlib import Path
         code = "import time; time.sleep(60)"
         started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdin=subprocess.DEVNULL)
         Path(rest + ".part").write_text(str(started.pid))

@@ -19,6 +19,7 @@ from test_processes import answer_probes_quickly
 
 import claude_api_bridge as cab
 
+Programs = Callable[..., Program]                            # what the fixture gives
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_SET_PDEATHSIG")
 ORIGINAL_SCHEMA = """
 CREATE TABLE tokens (id TEXT PRIMARY KEY, name TEXT NOT NULL, token_hash TEXT UNIQUE NOT NULL, token_prefix TEXT NOT NULL,
@@ -43,7 +44,7 @@ def gate(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def program(program: Callable[..., Program], fake: FakeClaude) -> Iterator[Callable[..., Program]]:
+def program(program: Programs, fake: FakeClaude) -> Iterator[Programs]:
     """As conftest's, but what still runs in the end is killed: an ordered end takes longer, and has its own tests."""
     started: List[Program] = []
 
@@ -137,7 +138,7 @@ def test_a_bridge_that_ends_by_an_error_leaves_nothing_behind(tmp_path: Path, fa
 # --- crashes ---
 
 @only_linux
-def test_after_kill_9_every_request_is_completed_in_order_and_none_runs_thrice(program: Callable[..., Program], fake: FakeClaude, gate: Path) -> None:
+def test_after_kill_9_every_request_is_completed_in_order_and_none_runs_thrice(program: Programs, fake: FakeClaude, gate: Path) -> None:
     first = program()
     held = "hold %s" % gate
     prompts = [held, "two", "three", "four", "five", "six"]
@@ -154,7 +155,7 @@ def test_after_kill_9_every_request_is_completed_in_order_and_none_runs_thrice(p
     assert not [pid for pid in left if is_running(pid)]
 
 
-def test_a_request_during_which_the_bridge_was_killed_twice_is_given_up(program: Callable[..., Program], fake: FakeClaude, gate: Path) -> None:
+def test_a_request_during_which_the_bridge_was_killed_twice_is_given_up(program: Programs, fake: FakeClaude, gate: Path) -> None:
     held = "hold %s" % gate
     first = program()
     lost, after = first.api.ask(held), first.api.ask("next")
@@ -170,7 +171,7 @@ def test_a_request_during_which_the_bridge_was_killed_twice_is_given_up(program:
 
 
 @only_linux
-def test_a_hung_child_does_not_outlive_a_killed_bridge(program: Callable[..., Program], fake: FakeClaude) -> None:
+def test_a_hung_child_does_not_outlive_a_killed_bridge(program: Programs, fake: FakeClaude) -> None:
     running = program()
     running.api.ask("hang")
     left = processing(fake, "hang")
@@ -181,7 +182,7 @@ def test_a_hung_child_does_not_outlive_a_killed_bridge(program: Callable[..., Pr
 
 @only_linux
 @pytest.mark.parametrize("prompt", ["grandchild %s", "stubborn"])
-def test_the_next_start_ends_what_did_not_leave(program: Callable[..., Program], fake: FakeClaude, tmp_path: Path, prompt: str) -> None:
+def test_the_next_start_ends_what_did_not_leave(program: Programs, fake: FakeClaude, tmp_path: Path, prompt: str) -> None:
     note, first = tmp_path / "pid", program("--spare", "0")
     prompt = prompt.replace("%s", str(note))
     client = first.api.new_token("tooled", tools="all")
@@ -196,7 +197,7 @@ def test_the_next_start_ends_what_did_not_leave(program: Callable[..., Program],
     assert not is_running(left) and "1 processes ended, 0 requests wait again, 0 given up" in second.stderr
 
 
-def test_a_conversation_goes_on_after_a_restart(program: Callable[..., Program], fake: FakeClaude) -> None:
+def test_a_conversation_goes_on_after_a_restart(program: Programs, fake: FakeClaude) -> None:
     first = program()
     talk = first.api.new_token(sessionMode="stateful")
     talk.answer("I am Ann")
@@ -207,13 +208,14 @@ def test_a_conversation_goes_on_after_a_restart(program: Callable[..., Program],
         assert '["user", "I am Ann"], ["assistant", "Echo: I am Ann"]' in turns
 
 
-def test_the_originals_database_is_taken_over_and_its_queue_runs_by_itself(program: Callable[..., Program], fake: FakeClaude, tmp_path: Path) -> None:
+def test_the_originals_database_is_taken_over_and_its_queue_runs_by_itself(program: Programs, fake: FakeClaude, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     old = {name: cab.new_token() for name in ("admin", "app", "talk")}
     with contextlib.closing(sqlite3.connect(str(tmp_path / "data" / "bridge.db"))) as db:
         db.executescript(ORIGINAL_SCHEMA)
         db.executemany("INSERT INTO tokens VALUES (?,?,?,?,?,NULL,1700000000,NULL,?)", [
-            (name, name, cab.digest(secret), secret[:12], "stateful" if name == "talk" else "stateless", name == "admin") for name, secret in old.items()])
+            (name, name, cab.digest(secret), secret[:12], "stateful" if name == "talk" else "stateless", name == "admin")
+            for name, secret in old.items()])
         db.executemany("INSERT INTO requests VALUES (?,?,?,?,?,NULL,?,?,NULL)", [
             ("1", "talk", "I am Ann", "Hello Ann", "completed", 1700000001, 1700000002),
             ("2", "app", "stuck", None, "processing", 1700000003, None),
@@ -224,7 +226,8 @@ def test_the_originals_database_is_taken_over_and_its_queue_runs_by_itself(progr
     running = program()
     assert len(running.lines) == 1                           # there is an admin token: none is made
     wait_until(lambda: fake.prompts() == ["stuck", "second", "turns"])
-    bodies = [Api(running.port, old[name]).done(request_id) for request_id, name in (("1", "talk"), ("2", "app"), ("3", "app"), ("4", "talk"))]
+    owners = {"1": "talk", "2": "app", "3": "app", "4": "talk"}
+    bodies = [Api(running.port, old[name]).done(request_id) for request_id, name in owners.items()]
     assert [body["response"] for body in bodies] == ["Hello Ann", "Echo: stuck", "Echo: second",
                                                      '[["user", "I am Ann"], ["assistant", "Hello Ann"]]']
     assert Api(running.port, old["admin"]).get("/api/tokens").status == 200
@@ -233,7 +236,7 @@ def test_the_originals_database_is_taken_over_and_its_queue_runs_by_itself(progr
 # --- ordered ends ---
 
 def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_request(
-        program: Callable[..., Program], fake: FakeClaude, gate: Path, tmp_path: Path) -> None:
+        program: Programs, fake: FakeClaude, gate: Path, tmp_path: Path) -> None:
     numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     folders = [str(tmp_path / ("data-%d" % number)) for number in numbers]
     running = [program("--data-dir", folder) for folder in folders]
@@ -248,11 +251,12 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
         poll.close()
     assert not [child for child in fake.children() if is_running(child["pid"])]
     gate.touch()
-    bodies = [Api(program("--data-dir", folder).port, each.token).done(request_id) for folder, each, request_id in zip(folders, running, ids)]
+    bodies = [Api(program("--data-dir", folder).port, each.token).done(request_id)
+              for folder, each, request_id in zip(folders, running, ids)]
     assert [(body["response"], body["attempts"]) for body in bodies] == [("held", 1)] * len(numbers)
 
 
-def test_an_answer_that_is_nearly_there_goes_out_before_the_end(program: Callable[..., Program], fake: FakeClaude, gate: Path) -> None:
+def test_an_answer_that_is_nearly_there_goes_out_before_the_end(program: Programs, fake: FakeClaude, gate: Path) -> None:
     running = program()
     poll = begin_poll(running.api, running.api.ask("hold %s" % gate))
     processing(fake, "hold %s" % gate)
@@ -264,7 +268,7 @@ def test_an_answer_that_is_nearly_there_goes_out_before_the_end(program: Callabl
     poll.close()
 
 
-def test_a_bridge_under_nohup_outlives_its_terminal(program: Callable[..., Program]) -> None:
+def test_a_bridge_under_nohup_outlives_its_terminal(program: Programs) -> None:
     running = program(command=("nohup", sys.executable, str(cab.__file__)))
     running.process.send_signal(signal.SIGHUP)
     assert running.api.answer("hello")["response"] == "Echo: hello"
@@ -274,7 +278,7 @@ def test_a_bridge_under_nohup_outlives_its_terminal(program: Callable[..., Progr
 
 # --- starts that are refused ---
 
-def test_a_second_bridge_on_the_same_data_is_refused_and_changes_nothing(program: Callable[..., Program], fake: FakeClaude, gate: Path,
+def test_a_second_bridge_on_the_same_data_is_refused_and_changes_nothing(program: Programs, fake: FakeClaude, gate: Path,
                                                                          tmp_path: Path) -> None:
     first, held = program(), "hold %s" % gate
     ids = [first.api.ask(held), first.api.ask("next")]
@@ -288,14 +292,14 @@ def test_a_second_bridge_on_the_same_data_is_refused_and_changes_nothing(program
     assert fake.prompts() == [held, "next"]
 
 
-def test_a_port_in_use_is_one_sentence_and_costs_no_admin_token(program: Callable[..., Program], fake: FakeClaude, tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_sentence_and_costs_no_admin_token(program: Programs, fake: FakeClaude, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert "Port %d" % port in refusal(try_start(tmp_path, fake, "--port", str(port)))
     assert program().token.startswith("cab-")
 
 
-def test_a_refused_start_leaves_running_requests_of_others_alone(program: Callable[..., Program], fake: FakeClaude, gate: Path, tmp_path: Path) -> None:
+def test_a_refused_start_leaves_running_requests_of_others_alone(program: Programs, fake: FakeClaude, gate: Path, tmp_path: Path) -> None:
     first = program()
     lost = first.api.ask("hold %s" % gate)
     processing(fake, "hold %s" % gate)

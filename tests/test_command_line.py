@@ -28,6 +28,10 @@ from test_processes import answer_probes_quickly
 
 import claude_api_bridge as cab
 
+Fakes = Callable[..., FakeClaude]                            # what the fixtures give
+Programs = Callable[..., Program]
+Typed = Callable[..., "Said"]
+US = (sys.executable, str(MODULE))
 TOKEN = re.compile(r"cab-[0-9a-f]{64}")
 
 
@@ -38,7 +42,7 @@ class Said(NamedTuple):
 
 
 @pytest.fixture
-def typed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Said]:
+def typed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Typed:
     """typed(*words, **variables) -> what one command says, run in this process with a home of its own."""
     for name in [name for name in os.environ if name.startswith("CAB_") or name == "PORT"]:
         monkeypatch.delenv(name)
@@ -58,7 +62,7 @@ def typed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.fixture
-def program(program: Callable[..., Program], fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., Program]]:
+def program(program: Programs, fake_claude: Fakes) -> Iterator[Programs]:
     """As conftest's, but quicker: a fake that answers probes at once, and what still runs in the end is killed."""
     started: List[Program] = []
     claude = answer_probes_quickly(fake_claude()).path
@@ -80,7 +84,7 @@ def rest_of_stdout(program: Program) -> str:
     return program.process.stdout.read().decode()
 
 
-def tokens(typed: Callable[..., Said]) -> Dict[str, Dict[str, Any]]:
+def tokens(typed: Typed) -> Dict[str, Dict[str, Any]]:
     """All tokens by name."""
     return {token["name"]: token for token in json.loads(typed("token", "list", "--json").out)}
 
@@ -88,28 +92,29 @@ def tokens(typed: Callable[..., Said]) -> Dict[str, Dict[str, Any]]:
 # --- words ---
 
 @pytest.mark.parametrize("words", [["--version"], ["-v"]])
-def test_the_version_is_all_that_is_printed(typed: Callable[..., Said], words: List[str]) -> None:
+def test_the_version_is_all_that_is_printed(typed: Typed, words: List[str]) -> None:
     assert typed(*words) == (0, cab.__version__ + "\n", "")
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_help_is_shown_when_asked_for_or_without_a_command(typed: Callable[..., Said], tmp_path: Path, words: List[str]) -> None:
+def test_help_is_shown_when_asked_for_or_without_a_command(typed: Typed, tmp_path: Path, words: List[str]) -> None:
     status, out, err = typed(*words)
     assert (status, err) == (0, "") and all(command in out for command in ("start", "token"))
     assert not (tmp_path / "data").exists()
 
 
-def test_help_of_start_shows_every_setting_and_starts_nothing(typed: Callable[..., Said], tmp_path: Path) -> None:
+def test_help_of_start_shows_every_setting_and_starts_nothing(typed: Typed, tmp_path: Path) -> None:
     status, out, _ = typed("start", "--help")
     missing = [word for row in cab.SETTINGS for word in (row.flag, *row.variables, row.help.split(":")[0].split()[0]) if word not in out]
     assert (status, missing) == (0, []) and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("words", [
-    ["frobnicate"], ["help"], ["start", "--prot", "1"], ["start", "extra"], ["start", "--port"], ["token"], ["token", "frob"], ["token", "create"],
-    ["token", "revoke"], ["token", "create", "x", "--expires", "5"], ["token", "create", "x", "--expires", "soon"], ["start", "--no-tunnel=maybe"],
+    ["frobnicate"], ["help"], ["start", "--prot", "1"], ["start", "extra"], ["start", "--port"], ["start", "--no-tunnel=maybe"],
+    ["token"], ["token", "frob"], ["token", "create"], ["token", "revoke"],
+    ["token", "create", "x", "--expires", "5"], ["token", "create", "x", "--expires", "soon"],
 ])
-def test_unknown_words_are_refused(typed: Callable[..., Said], tmp_path: Path, words: List[str]) -> None:
+def test_unknown_words_are_refused(typed: Typed, tmp_path: Path, words: List[str]) -> None:
     status, out, err = typed(*words)
     assert (status, out) == (2, "") and "error: " in err.splitlines()[-1]
     assert not (tmp_path / "data").exists()
@@ -133,7 +138,7 @@ def test_unknown_words_are_refused(typed: Callable[..., Said], tmp_path: Path, w
     ([], {"CAB_DEMO": "maybe"}, "CAB_DEMO"),
     ([], {"CAB_ALLOW_API_KEY": "2"}, "CAB_ALLOW_API_KEY"),
 ])
-def test_a_wrong_value_is_one_sentence_that_names_its_source(typed: Callable[..., Said], tmp_path: Path, words: List[str],
+def test_a_wrong_value_is_one_sentence_that_names_its_source(typed: Typed, tmp_path: Path, words: List[str],
                                                              variables: Mapping[str, str], named: str) -> None:
     status, out, err = typed("start", *words, **variables)
     assert (status, out) == (2, "") and re.fullmatch(r"error: %s (must be|is not) [^\n]+\.\n" % named, err)
@@ -160,7 +165,7 @@ def test_a_token_is_made_listed_and_revoked_without_a_bridge(tmp_path: Path) -> 
     assert json.loads(command("list", "--json").stdout) == []
 
 
-def test_tokens_of_the_command_line_count_at_once_for_a_running_bridge(program: Callable[..., Program], tmp_path: Path) -> None:
+def test_tokens_of_the_command_line_count_at_once_for_a_running_bridge(program: Programs, tmp_path: Path) -> None:
     running = program()
     made = json.loads(run_cli("token", "create", "x", "--json", "--data-dir", str(tmp_path / "data")).stdout)
     api = Api(running.port, made["token"])
@@ -169,7 +174,7 @@ def test_tokens_of_the_command_line_count_at_once_for_a_running_bridge(program: 
     assert api.get("/api/ask/x").status == 401
 
 
-def test_the_options_of_a_token_are_kept(typed: Callable[..., Said], tmp_path: Path) -> None:
+def test_the_options_of_a_token_are_kept(typed: Typed, tmp_path: Path) -> None:
     typed("token", "create", "plain")
     typed("token", "create", "special", "--admin", "--stateful", "--expires", "7", "--tools", "read", "--workspace", str(tmp_path))
     plain, special = (tokens(typed)[name] for name in ("plain", "special"))
@@ -187,7 +192,7 @@ def test_the_options_of_a_token_are_kept(typed: Callable[..., Said], tmp_path: P
     ("Read, Edit", ["Read", "Edit"]),
     ("", None), ("everything!", None), ("Bash(rm", None), ("read,web()", None), ("Bash(a)b", None), ("--tools", None),
 ])
-def test_tools_are_a_level_or_a_list_of_rules(typed: Callable[..., Said], text: str, kept: Any) -> None:
+def test_tools_are_a_level_or_a_list_of_rules(typed: Typed, text: str, kept: Any) -> None:
     status, out, err = typed("token", "create", "x", "--tools=" + text)
     if kept is None:
         assert (status, out) == (2, "") and re.fullmatch(r"error: tools must be [^\n]+\n", err)
@@ -196,7 +201,7 @@ def test_tools_are_a_level_or_a_list_of_rules(typed: Callable[..., Said], text: 
         assert status == 0 and tokens(typed)["x"]["tools"] == kept
 
 
-def test_a_token_with_tools_gets_a_private_folder_of_its_own(typed: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_token_with_tools_gets_a_private_folder_of_its_own(typed: Typed, tmp_path: Path) -> None:
     for name in ("a", "b"):
         typed("token", "create", name, "--tools", "read")
     folders = [Path(token["workspace"]) for token in tokens(typed).values()]
@@ -208,30 +213,30 @@ def test_a_token_with_tools_gets_a_private_folder_of_its_own(typed: Callable[...
     (["--tools", "read", "--workspace", "nowhere"], "nowhere is not a folder."),
     (["--workspace", "."], "A workspace needs tools."),
 ])
-def test_a_workspace_must_exist_and_have_a_use(typed: Callable[..., Said], words: List[str], text: str) -> None:
+def test_a_workspace_must_exist_and_have_a_use(typed: Typed, words: List[str], text: str) -> None:
     status, out, err = typed("token", "create", "x", *words)
     assert (status, out) == (1, "") and re.fullmatch(r"error: [^\n]*%s\nhint: [^\n]+\n" % re.escape(text), err)
     assert tokens(typed) == {}
 
 
-def test_an_id_that_no_token_has_is_one_sentence(typed: Callable[..., Said]) -> None:
+def test_an_id_that_no_token_has_is_one_sentence(typed: Typed) -> None:
     for token_id in ("x", "%", "\udcff"):                    # the last as the system hands over a byte that is not UTF-8
         assert typed("token", "revoke", token_id) == (1, "", "error: Token not found\n")
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 101])
-def test_a_name_that_cannot_be_used_is_refused(typed: Callable[..., Said], name: str) -> None:
+def test_a_name_that_cannot_be_used_is_refused(typed: Typed, name: str) -> None:
     status, out, err = typed("token", "create", name)
     assert (status, out) == (2, "") and re.fullmatch(r"error: Token name [^\n]+\n", err)
 
 
-def test_a_name_cannot_forge_a_line_of_the_list_or_steer_the_terminal(typed: Callable[..., Said]) -> None:
+def test_a_name_cannot_forge_a_line_of_the_list_or_steer_the_terminal(typed: Typed) -> None:
     typed("token", "create", "one\nforged \x1b[31mred")
     out = typed("token", "list").out
     assert len(out.splitlines()) == 2 and "\x1b" not in out
 
 
-def test_the_last_admin_token_stays_and_a_lost_one_is_replaced(program: Callable[..., Program], typed: Callable[..., Said]) -> None:
+def test_the_last_admin_token_stays_and_a_lost_one_is_replaced(program: Programs, typed: Typed) -> None:
     running = program()
     token_id = tokens(typed)["admin"]["id"]
     assert typed("token", "revoke", token_id) == (1, "", "error: Cannot delete the last admin token\n")
@@ -243,17 +248,17 @@ def test_the_last_admin_token_stays_and_a_lost_one_is_replaced(program: Callable
 
 # --- start: what is printed where ---
 
-def test_the_admin_token_is_printed_once_and_only_on_the_first_start(program: Callable[..., Program]) -> None:
+def test_the_admin_token_is_printed_once_and_only_on_the_first_start(program: Programs) -> None:
     first = program()
     assert TOKEN.fullmatch(first.lines[0]) and re.fullmatch(r"http://localhost:\d+", first.lines[1])
     everything = "\n".join(first.lines) + rest_of_stdout(first) + first.stderr
     assert len(TOKEN.findall(everything)) == 1
     second = program()
-    assert len(second.lines) == 1 and not TOKEN.search(rest_of_stdout(second) + second.stderr)
-    assert Api(program().port, first.token).get("/api/tokens").status == 200
+    assert Api(second.port, first.token).get("/api/tokens").status == 200
+    assert len(second.lines) == 1 and not TOKEN.search(second.stderr)
 
 
-def test_stdout_holds_nothing_but_token_and_address(program: Callable[..., Program]) -> None:
+def test_stdout_holds_nothing_but_token_and_address(program: Programs) -> None:
     running = program()
     running.api.answer("hello"), running.api.answer("die 1")
     assert len(running.lines) == 2 and rest_of_stdout(running) == ""
@@ -262,7 +267,7 @@ def test_stdout_holds_nothing_but_token_and_address(program: Callable[..., Progr
 
 
 @pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}])
-def test_what_is_no_terminal_gets_plain_text(program: Callable[..., Program], environ: Mapping[str, str]) -> None:
+def test_what_is_no_terminal_gets_plain_text(program: Programs, environ: Mapping[str, str]) -> None:
     running = program(environ=environ)
     assert running.stderr.isascii() and "\x1b" not in running.stderr
 
@@ -271,8 +276,9 @@ def test_what_is_no_terminal_gets_plain_text(program: Callable[..., Program], en
 def test_a_terminal_without_colour_gets_none(tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     try:
-        subprocess.run([sys.executable, str(MODULE), "token", "revoke", "x", "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=theirs,
-                       stderr=theirs, env={"NO_COLOR": "1", "TERM": "xterm-256color", "LANG": "C.UTF-8", "PATH": os.environ["PATH"]}, timeout=30)
+        environ = {"NO_COLOR": "1", "TERM": "xterm-256color", "LANG": "C.UTF-8", "PATH": os.environ["PATH"]}
+        subprocess.run([*US, "token", "revoke", "x", "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=theirs,
+                       stderr=theirs, env=environ, timeout=30)
         said = os.read(ours, 10_000).decode()
     finally:
         os.close(ours)
@@ -291,7 +297,7 @@ def test_a_reader_that_left_is_no_traceback(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run([sys.executable, str(MODULE), "token", "list", "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=writer,
+        done = subprocess.run([*US, "token", "list", "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL, stdout=writer,
                               stderr=subprocess.PIPE, timeout=30)
     finally:
         os.close(writer)
@@ -299,10 +305,10 @@ def test_a_reader_that_left_is_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("words", [["start", "--demo", "--no-tunnel", "--host", "127.0.0.1", "--port", "0"], ["token", "create", "x", "--admin"]])
-def test_a_token_that_could_not_be_printed_is_not_made(program: Callable[..., Program], tmp_path: Path, words: List[str]) -> None:
+@pytest.mark.parametrize("words", ["start --demo --no-tunnel --host 127.0.0.1 --port 0", "token create x --admin"])
+def test_a_token_that_could_not_be_printed_is_not_made(program: Programs, tmp_path: Path, words: str) -> None:
     with open("/dev/full", "w") as full:
-        running = subprocess.Popen([sys.executable, str(MODULE), *words, "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL,
+        running = subprocess.Popen([*US, *words.split(), "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL,
                                    stdout=full, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
     try:
         _, err = running.communicate(timeout=5)
@@ -336,7 +342,8 @@ def executable(path: Path, text: str) -> Path:
 ])
 def test_a_claude_that_is_none_is_one_sentence(tmp_path: Path, text: Optional[str], words: str, hint: str) -> None:
     path = tmp_path / "claude" if text is None else executable(tmp_path / "claude", text)
-    said = sentence(run_cli("start", "--no-tunnel", "--port", "0", "--claude", str(path), "--data-dir", str(tmp_path / "data"), home=tmp_path))
+    said = sentence(run_cli("start", "--no-tunnel", "--port", "0", "--claude", str(path), "--data-dir", str(tmp_path / "data"),
+                            home=tmp_path))
     assert words in said[0] and hint in said[1]
     assert not (tmp_path / "data" / "bridge.db").exists()
 
@@ -345,7 +352,7 @@ def test_a_claude_that_is_none_is_one_sentence(tmp_path: Path, text: Optional[st
     ({"auth": {"loggedIn": False}}, "not signed in", "--demo"),
     ({"version": "1.0.128 (Claude Code)"}, "1.0.128 (Claude Code) is too old", "claude update"),
 ])
-def test_a_claude_that_cannot_be_used_is_one_sentence(fake_claude: Callable[..., FakeClaude], tmp_path: Path, options: Mapping[str, Any], words: str,
+def test_a_claude_that_cannot_be_used_is_one_sentence(fake_claude: Fakes, tmp_path: Path, options: Mapping[str, Any], words: str,
                                                       hint: str) -> None:
     said = sentence(run_cli("start", "--no-tunnel", "--port", "0", "--data-dir", str(tmp_path / "data"), home=tmp_path,
                             environ={"CAB_CLAUDE": str(fake_claude(**options).path)}))
@@ -356,18 +363,20 @@ KEY = "sk-ant-api03-" + "A1b2" * 10
 
 
 @pytest.mark.parametrize("auth, environ, flags, wanted, unwanted", [
-    ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"}, {}, [], ["Who pays: Claude Max subscription"], ["PER TOKEN", "ANTHROPIC"]),
+    ({"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"}, {}, [],
+     ["Who pays: Claude Max subscription"], ["PER TOKEN", "ANTHROPIC"]),
     ({"loggedIn": True, "authMethod": "oauth_token"}, {"CLAUDE_CODE_OAUTH_TOKEN": "x"}, [],
      ["Who pays: the subscription behind CLAUDE_CODE_OAUTH_TOKEN"], ["PER TOKEN"]),
     ({"loggedIn": True, "subscriptionType": "pro"}, {"ANTHROPIC_API_KEY": KEY}, [],
      ["Who pays: Claude Pro subscription", "ANTHROPIC_API_KEY is set; it is not handed on to claude."], ["PER TOKEN", KEY]),
-    ({"loggedIn": True, "subscriptionType": "pro"}, {"ANTHROPIC_API_KEY": KEY}, ["--allow-api-key"], ["BILLED PER TOKEN"], ["subscription", KEY]),
+    ({"loggedIn": True, "subscriptionType": "pro"}, {"ANTHROPIC_API_KEY": KEY}, ["--allow-api-key"],
+     ["BILLED PER TOKEN"], ["subscription", KEY]),
     ({"loggedIn": True, "apiKeySource": "ANTHROPIC_API_KEY"}, {"ANTHROPIC_API_KEY": KEY}, ["--allow-api-key"], ["BILLED PER TOKEN"], [KEY]),
     ({"loggedIn": True, "apiKeySource": "apiKeyHelper"}, {}, [], ["apiKeyHelper"], ["is handed on"]),
     ({"loggedIn": True, "subscriptionType": "max"}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}, [],
      ["ANTHROPIC_BASE_URL is handed on to claude: http://127.0.0.1:9"], []),
 ])
-def test_who_pays_is_told(program: Callable[..., Program], tmp_path: Path, auth: Mapping[str, Any], environ: Mapping[str, str], flags: List[str],
+def test_who_pays_is_told(program: Programs, tmp_path: Path, auth: Mapping[str, Any], environ: Mapping[str, str], flags: List[str],
                           wanted: List[str], unwanted: List[str]) -> None:
     claude = executable(tmp_path / "claude", "#!/bin/sh\ncase \"$1\" in\n--version) echo 2.1.330 ;;\n--help) echo '  auth %s' ;;\n"
                         "auth) echo '%s' ;;\nesac\n" % (FLAGS, json.dumps(auth)))
@@ -376,12 +385,12 @@ def test_who_pays_is_told(program: Callable[..., Program], tmp_path: Path, auth:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
-def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Callable[..., FakeClaude], tmp_path: Path) -> None:
+def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Fakes, tmp_path: Path) -> None:
     fake = fake_claude()
-    fake.path.write_text(fake.path.read_text().replace("import fake_claude", "import fake_claude, time, pathlib\npathlib.Path(%r).touch()\ntime.sleep(20)"
-                                                       % str(tmp_path / "asked")))
-    running = subprocess.Popen([sys.executable, str(MODULE), "start", "--claude", str(fake.path), "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    slow = "import fake_claude, time, pathlib\npathlib.Path(%r).touch()\ntime.sleep(20)" % str(tmp_path / "asked")
+    fake.path.write_text(fake.path.read_text().replace("import fake_claude", slow))
+    running = subprocess.Popen([*US, "start", "--claude", str(fake.path), "--data-dir", str(tmp_path / "data")],
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     wait_until((tmp_path / "asked").exists)
     os.killpg(running.pid, signal.SIGINT)
     out, err = running.communicate(timeout=10)
@@ -390,18 +399,14 @@ def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Callable[
 
 # --- the demo ---
 
-def test_the_demo_answers_by_an_echo_that_says_so(program: Callable[..., Program]) -> None:
-    running = program(demo=True, environ={"PATH": os.defpath})
-    body = running.api.answer("good morning  all\n/x")
+def test_the_demo_is_a_whole_bridge_with_an_echo_for_an_answer(program: Programs) -> None:
+    first = program(demo=True, environ={"PATH": os.defpath})
+    assert "Demo: " in first.stderr and "Who pays" not in first.stderr
+    body = first.api.answer("good morning  all\n/x")
     assert (body["status"], body["model"]) == ("completed", "demo")
     assert "demo" in body["response"] and body["response"].endswith("You said: good morning  all\n/x")
-    assert "Demo: " in running.stderr and "Who pays" not in running.stderr
-    body = running.api.answer("hello", jsonSchema={"type": "object"})
+    body = first.api.answer("hello", jsonSchema={"type": "object"})
     assert body["structured"] == {"demo": "hello"} == json.loads(body["response"])
-
-
-def test_the_demo_knows_conversations_also_after_a_restart(program: Callable[..., Program]) -> None:
-    first = program(demo=True)
     talk = first.api.new_token(sessionMode="stateful")
     said = [talk.answer(text)["response"] for text in ("one", "two")]
     assert first.end(signal.SIGTERM) == 0

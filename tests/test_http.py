@@ -460,12 +460,19 @@ def test_100_continue_is_not_sent_where_there_is_no_body_or_no_such_thing(served
     pytest.param(cab.Phase.HEAD, b"G", id="in the request line"),
     pytest.param(cab.Phase.HEAD, b"GET / HTTP/1.1\r\nX: ", id="in a header"),
     pytest.param(cab.Phase.BODY, b"POST /api/ask HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 900\r\n\r\n", id="in a body"),
-    pytest.param(cab.Phase.BODY, b"POST /api/ask HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n", id="in a body that nobody wants"),
 ])
 def test_a_client_that_drips_is_closed_at_the_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, phase: str, start: bytes) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.2)
     with Wire(served.port) as wire:
         assert wire.send(start.replace(b"TOKEN", str(served.admin.token).encode())).drip() == b""
+        wait_until(lambda: not connection_threads())
+
+
+def test_a_body_that_nobody_wants_holds_no_answer_back_and_no_place(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.BODY, 0.2)
+    with Wire(served.port) as wire:
+        assert wire.send(b"POST /api/ask HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n").answer().status == 401
+        assert wire.drip() == b""
         wait_until(lambda: not connection_threads())
 
 

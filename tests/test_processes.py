@@ -22,7 +22,12 @@ from fake_claude import FLAGS
 
 import claude_api_bridge as cab
 
-LIMIT_REACHED: Dict[str, Any] = {"said": "rate_limit", "api_error_status": 429, "result": "You've hit your session limit · resets 8:28am (UTC)"}
+Fakes = Callable[..., FakeClaude]                            # what the fixtures give
+Bridges = Callable[..., RunningBridge]
+Directs = Callable[..., "Direct"]
+Talks = Callable[..., "Talk"]
+LIMIT_REACHED: Dict[str, Any] = {"said": "rate_limit", "api_error_status": 429,
+                                 "result": "You've hit your session limit · resets 8:28am (UTC)"}
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
@@ -45,7 +50,7 @@ def answer_probes_quickly(fake: FakeClaude) -> FakeClaude:
 
 
 @pytest.fixture
-def fake_claude(fake_claude: Callable[..., FakeClaude]) -> Callable[..., FakeClaude]:
+def fake_claude(fake_claude: Fakes) -> Fakes:
     return lambda **options: fake_claude(**options) if options else answer_probes_quickly(fake_claude())
 
 
@@ -91,8 +96,10 @@ class Direct:
         self.fake, self.claude, self.data_dir = fake, claude, config.data_dir
         self.cli = cab.ClaudeCli(claude, config, clock, "test%d" % os.getpid(), lambda pid, started: None)
 
-    def run(self, message: str, stop_reason: Callable[[], Optional[str]] = lambda: None, work: Mapping[str, Any] = {}, **setup: Any) -> cab.Answer:
-        return self.cli.run(cab.Work(message, cab.Setup(**{"system_prompt": cab.SYSTEM_PROMPT, **setup}), **work), cab.LiveText(), stop_reason)
+    def run(self, message: str, stop_reason: Callable[[], Optional[str]] = lambda: None, work: Mapping[str, Any] = {},
+            **setup: Any) -> cab.Answer:
+        told = cab.Setup(**{"system_prompt": cab.SYSTEM_PROMPT, **setup})
+        return self.cli.run(cab.Work(message, told, **work), cab.LiveText(), stop_reason)
 
     def failure(self, message: str, **options: Any) -> Tuple[str, str]:
         """-> (code, text) of a run that must fail. Every process that was asked is gone."""
@@ -107,19 +114,22 @@ class Direct:
 
 
 @pytest.fixture
-def direct(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., Direct]]:
-    """direct(claude=..., look=..., environ=..., clock=..., **settings) -> a Direct that starts one process per request, unless told otherwise.
+def direct(tmp_path: Path, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Directs]:
+    """direct(claude=..., look=..., environ=..., clock=..., **settings) -> a Direct, without a spare unless told otherwise.
 
     look: asks the fake what it is, as a start does; else it is known, which is quicker.
     """
     made: List[Direct] = []
+    stop = cab.Child.stop
+    monkeypatch.setattr(cab.Child, "stop", lambda self, grace=0.0, **options: stop(self, min(grace, 0.4), **options))
 
     def make(claude: Optional[FakeClaude] = None, look: bool = False, environ: Optional[Mapping[str, str]] = None,
              clock: Optional[cab.Clock] = None, **settings: Any) -> Direct:
         fake = claude or fake_claude()
         config = cab.Config(**{"data_dir": tmp_path / "data", "claude": str(fake.path), "spare": 0, **settings})
         environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})}
-        known = cab.Claude((str(fake.path),), cab.Features.read("2.1.330", FLAGS), cab.child_environment(environ, config.allow_api_key, None), "")
+        given = cab.child_environment(environ, config.allow_api_key, None)
+        known = cab.Claude((str(fake.path),), cab.Features.read("2.1.330", FLAGS), given, "")
         made.append(Direct(fake, cab.find_claude(config, environ) if look else known, config, clock or cab.Clock()))
         return made[-1]
 
@@ -130,7 +140,7 @@ def direct(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
 
 # --- answers ---
 
-def test_an_answer_arrives_with_its_model_and_usage(direct: Callable[..., Direct]) -> None:
+def test_an_answer_arrives_with_its_model_and_usage(direct: Directs) -> None:
     answer = direct().run("hello", model="haiku")
     assert (answer.text, answer.model) == ("Echo: hello", "resolved-haiku")
     assert answer.usage == cab.Usage(10, 7, 5, 3, 0.002)
@@ -142,27 +152,27 @@ def test_an_answer_arrives_with_its_model_and_usage(direct: Callable[..., Direct
     ("say line\u2028one\r\nline two\x00\ttab \U0001f600", "line\u2028one\r\nline two\x00\ttab \U0001f600"),
     ("say ", ""),
 ])
-def test_these_prompts_are_answered(direct: Callable[..., Direct], prompt: str, text: str) -> None:
+def test_these_prompts_are_answered(direct: Directs, prompt: str, text: str) -> None:
     assert direct().run(prompt).text == text
 
 
-def test_a_question_of_the_cli_is_declined(direct: Callable[..., Direct]) -> None:
+def test_a_question_of_the_cli_is_declined(direct: Directs) -> None:
     d = direct()
     d.run("noise")
     wait_until(lambda: [line for line in d.fake.lines() if line["type"] == "control_response"
                         and line["response"]["request_id"] == "q" and line["response"]["subtype"] == "error"])
 
 
-def test_an_answer_of_megabytes_arrives_whole(bridge: Callable[..., RunningBridge]) -> None:
+def test_an_answer_of_megabytes_arrives_whole(bridge: Bridges) -> None:
     body = bridge().admin.answer("big 2048")
     assert body["status"] == "completed" and body["response"] == "é" * (1 << 20)
 
 
-def test_a_structured_answer_comes_back_parsed(direct: Callable[..., Direct]) -> None:
+def test_a_structured_answer_comes_back_parsed(direct: Directs) -> None:
     assert json.loads(direct().run("hi", json_schema='{"type":"object"}').structured or "") == {"answer": "Echo: hi"}
 
 
-def test_a_schema_that_was_not_satisfied_is_an_error(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_schema_that_was_not_satisfied_is_an_error(direct: Directs, fake_claude: Fakes) -> None:
     fake = twist(fake_claude(), "fake_claude.Fake.answer = lambda self, text: self.result(text)")
     code, text = direct(fake).failure("hi", json_schema="{}")
     assert code == "cli_error" and "jsonSchema" in text
@@ -170,7 +180,7 @@ def test_a_schema_that_was_not_satisfied_is_an_error(direct: Callable[..., Direc
 
 # --- the spare ---
 
-def test_a_spare_that_waits_already_answers_and_is_replaced(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_spare_that_waits_already_answers_and_is_replaced(bridge: Bridges, fake_claude: Fakes) -> None:
     fake = fake_claude()
     b = bridge(claude=fake)
     spare = spare_of(fake)
@@ -181,7 +191,7 @@ def test_a_spare_that_waits_already_answers_and_is_replaced(bridge: Callable[...
     wait_until(lambda: not is_running(spare) and not is_running(second))
 
 
-def test_without_a_spare_every_request_starts_its_own_process(direct: Callable[..., Direct]) -> None:
+def test_without_a_spare_every_request_starts_its_own_process(direct: Directs) -> None:
     d = direct()
     d.cli.prepare()
     assert d.fake.children() == []
@@ -189,7 +199,7 @@ def test_without_a_spare_every_request_starts_its_own_process(direct: Callable[.
     assert [child["pid"] for child in d.fake.children()] == pids_of(d.fake, "one") + pids_of(d.fake, "two")
 
 
-def test_a_spare_that_died_is_not_noticed_by_the_caller(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_spare_that_died_is_not_noticed_by_the_caller(bridge: Bridges, fake_claude: Fakes) -> None:
     fake = fake_claude()
     b = bridge(claude=fake)
     spare = spare_of(fake)
@@ -211,21 +221,21 @@ fake_claude.Fake.act = once
 """
 
 
-def test_a_spare_that_dies_unheard_is_retried_on_a_fresh_process(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_spare_that_dies_unheard_is_retried_on_a_fresh_process(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(twist(fake_claude(), ONCE), spare=1)
     d.cli.prepare()
     assert d.run("hello").text == "Echo: hello"
     assert len(set(pids_of(d.fake, "hello"))) == 2
 
 
-def test_a_fresh_process_that_dies_unheard_is_an_error(direct: Callable[..., Direct]) -> None:
+def test_a_fresh_process_that_dies_unheard_is_an_error(direct: Directs) -> None:
     d = direct()
     code, text = d.failure("die-early 4")
     assert code == "cli_error" and "exit code 4" in text and "gone at once" in text
     assert len(pids_of(d.fake, "die-early 4")) == 1
 
 
-def test_a_process_that_was_heard_is_not_asked_again(direct: Callable[..., Direct]) -> None:
+def test_a_process_that_was_heard_is_not_asked_again(direct: Directs) -> None:
     d = direct(spare=1)
     d.cli.prepare()
     assert d.failure("die 1")[0] == "cli_error"
@@ -242,28 +252,27 @@ def test_a_process_that_was_heard_is_not_asked_again(direct: Callable[..., Direc
     ("chatty", "timeout", "longer than 0.6 seconds", {"silence_seconds": 0.2, "run_seconds": 0.6}),
     ("stubborn", "timeout", "longer than 0.3 seconds", {"run_seconds": 0.3}),
 ])
-def test_a_fault_ends_the_run_and_its_process(direct: Callable[..., Direct], prompt: str, code: str, words: str,
-                                              settings: Mapping[str, Any]) -> None:
+def test_a_fault_ends_the_run_and_its_process(direct: Directs, prompt: str, code: str, words: str, settings: Mapping[str, Any]) -> None:
     d = direct(**settings)
     found, text = d.failure(prompt)
     assert found == code and words in text
     assert d.run("and now").text == "Echo: and now"
 
 
-def test_secrets_on_stderr_are_cut(direct: Callable[..., Direct]) -> None:
+def test_secrets_on_stderr_are_cut(direct: Directs) -> None:
     secrets = ("sk-ant-oat01-" + "A1b2" * 10, cab.new_token())
     _, text = direct().failure("die 1 %s and %s" % secrets)
     assert "sk-ant-oat01..." in text and not any(secret[20:] in text for secret in secrets)
 
 
-def test_a_secret_is_cut_also_where_stderr_was_shortened(direct: Callable[..., Direct]) -> None:
+def test_a_secret_is_cut_also_where_stderr_was_shortened(direct: Directs) -> None:
     secret = "sk-ant-oat01-" + "A1b2" * 20
     _, text = direct().failure("die 1 " + "y" * 450 + " " + secret + " " + "word " * 800)
     assert "word word" in text and "A1b2" not in text
 
 
 @pytest.mark.parametrize("name, prompt", [("OUTPUT_BYTES", "flood 2"), ("LINE_BYTES", "line 2"), ("OUTPUT_BYTES", "big 1100")])
-def test_too_much_output_ends_the_run(direct: Callable[..., Direct], monkeypatch: pytest.MonkeyPatch, name: str, prompt: str) -> None:
+def test_too_much_output_ends_the_run(direct: Directs, monkeypatch: pytest.MonkeyPatch, name: str, prompt: str) -> None:
     monkeypatch.setattr(cab, name, 1 << 20)
     assert direct().failure(prompt)[0] == "output_too_large"
 
@@ -276,13 +285,12 @@ fake_claude.Fake.act_endless = endless
 """
 
 
-def test_an_answer_without_end_is_cut_at_the_limit(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_without_end_is_cut_at_the_limit(direct: Directs, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "OUTPUT_BYTES", 1 << 20)
     assert direct(twist(fake_claude(), ENDLESS), run_seconds=10).failure("endless")[0] == "output_too_large"
 
 
-def test_a_tool_may_run_in_silence(direct: Callable[..., Direct], tmp_path: Path) -> None:
+def test_a_tool_may_run_in_silence(direct: Directs, tmp_path: Path) -> None:
     began, gate = time.monotonic(), tmp_path / "gate"
 
     def open_late() -> None:
@@ -303,13 +311,12 @@ fake_claude.Fake.act_forgotten = forgotten
 """
 
 
-def test_silence_counts_again_once_the_tool_is_done(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_silence_counts_again_once_the_tool_is_done(direct: Directs, fake_claude: Fakes) -> None:
     fake = twist(fake_claude(), FORGOTTEN)
     assert "no sign of life" in direct(fake, silence_seconds=0.3, run_seconds=1).failure("forgotten")[1]
 
 
-def test_a_dead_process_is_noticed_though_its_pipes_are_held(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude],
-                                                             tmp_path: Path) -> None:
+def test_a_dead_process_is_noticed_though_its_pipes_are_held(bridge: Bridges, fake_claude: Fakes, tmp_path: Path) -> None:
     fake, note = fake_claude(), tmp_path / "pid"
     b = bridge(claude=fake, silence_seconds=3)
     request = b.admin.new_token(tools="all").ask("grandchild %s" % note)
@@ -319,7 +326,7 @@ def test_a_dead_process_is_noticed_though_its_pipes_are_held(bridge: Callable[..
     assert (body["errorCode"], "exit code" in body["error"]) == ("cli_error", True)
 
 
-def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: Callable[..., Direct], tmp_path: Path) -> None:
+def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: Directs, tmp_path: Path) -> None:
     d = direct()
     code, text = d.failure("hello", tools="read", workspace=str(tmp_path / "nowhere"))
     assert code == "cli_error" and "nowhere" in text
@@ -328,8 +335,9 @@ def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: 
 
 RESULTS: List[Tuple[Dict[str, Any], str]] = [
     (LIMIT_REACHED, "usage_limit"),
-    ({"said": "rate_limit", "api_error_status": 429, "result": "API Error: Server is temporarily limiting requests (not your usage limit)"}, "overloaded"),
-    ({"said": "authentication_failed", "api_error_status": 401, "result": "Failed to authenticate. API Error: 401 expired"}, "auth_required"),
+    ({"said": "rate_limit", "api_error_status": 429, "result": "API Error: Server is temporarily limiting requests"}, "overloaded"),
+    ({"said": "rate_limit", "result": "Temporarily limited (not your usage limit)"}, "overloaded"),
+    ({"said": "authentication_failed", "api_error_status": 401, "result": "Failed to authenticate: 401"}, "auth_required"),
     ({"said": "authentication_failed", "api_error_status": 403, "result": "Your account does not have access to Claude."}, "auth_required"),
     ({"result": "Not logged in · Please run /login"}, "auth_required"),
     ({"result": "Invalid API key · Please run /login"}, "auth_required"),
@@ -338,7 +346,8 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
     ({"said": "model_not_found", "api_error_status": 404, "result": "There's an issue with the selected model (x)."}, "model_not_found"),
     ({"result": "There's an issue with the selected model (x)."}, "model_not_found"),
     ({"said": "invalid_request", "api_error_status": 413, "result": "Request too large (max 32MB)."}, "context_too_long"),
-    ({"said": "invalid_request", "api_error_status": 400, "result": "Prompt is too long", "terminal_reason": "prompt_too_long"}, "context_too_long"),
+    ({"said": "invalid_request", "api_error_status": 400, "result": "Prompt is too long"}, "context_too_long"),
+    ({"api_error_status": 400, "result": "Too much", "terminal_reason": "prompt_too_long"}, "context_too_long"),
     ({"said": "unknown", "api_error_status": 400, "result": "API Error: 400 odd"}, "cli_error"),
     ({"said": "billing_error", "api_error_status": 400, "result": "Credit balance is too low"}, "cli_error"),
     ({"subtype": "error_max_turns", "errors": ["Reached maximum number of turns (1)"]}, "cli_error"),
@@ -346,7 +355,7 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
 ]
 
 
-def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Callable[..., RunningBridge]) -> None:
+def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Bridges) -> None:
     b = bridge()
     bodies = [b.admin.answer(error(**fields)) for fields, _ in RESULTS]
     assert [(body["status"], body.get("errorCode"), body.get("error")) for body in bodies] == [
@@ -354,13 +363,13 @@ def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Callab
     assert b.admin.answer("fine")["status"] == "completed"
 
 
-def test_settings_that_the_cli_refuses_are_an_error(direct: Callable[..., Direct]) -> None:
+def test_settings_that_the_cli_refuses_are_an_error(direct: Directs) -> None:
     assert direct().failure("hello", system_prompt="refuse this") == ("cli_error", "claude refused its settings: systemPrompt refused")
 
 
 # --- who pays ---
 
-def test_a_run_that_an_api_key_would_pay_is_stopped(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_run_that_an_api_key_would_pay_is_stopped(bridge: Bridges, fake_claude: Fakes) -> None:
     fake = fake_claude()
     b = bridge(claude=fake)
     body = b.admin.answer("apikey")
@@ -370,8 +379,7 @@ def test_a_run_that_an_api_key_would_pay_is_stopped(bridge: Callable[..., Runnin
     assert not [path for path in b.data_dir.glob("bridge.db*") if b"this was billed" in path.read_bytes()]
 
 
-def test_a_run_that_an_api_key_would_pay_is_stopped_without_grace(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude],
-                                                                  tmp_path: Path) -> None:
+def test_a_run_that_an_api_key_would_pay_is_stopped_without_grace(direct: Directs, fake_claude: Fakes, tmp_path: Path) -> None:
     billed = """import os, signal
 def hang(self, rest):
     signal.signal(signal.SIGTERM, lambda *_: (open(%r, "w"), os._exit(0)))
@@ -382,14 +390,14 @@ fake_claude.Fake.act_hang = hang""" % str(tmp_path / "asked")
     assert not (tmp_path / "asked").exists()
 
 
-def test_an_api_key_may_pay_when_the_owner_allows_it(direct: Callable[..., Direct]) -> None:
+def test_an_api_key_may_pay_when_the_owner_allows_it(direct: Directs) -> None:
     assert direct(allow_api_key=True).run("apikey").text == "this was billed"
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_the_environment_of_a_child_holds_no_secret_of_ours(direct: Callable[..., Direct], allowed: bool) -> None:
-    given = {"ANTHROPIC_API_KEY": "key", "CAB_TOKEN": "cab-x", "CAB_PORT": "1", "ANTHROPIC_MODEL": "opus", "CLAUDECODE": "1", "NODE_OPTIONS": "-r x",
-             "CLAUDE_CODE_OAUTH_TOKEN": "oat", "HTTPS_PROXY": "http://proxy", "LANG": "C.UTF-8"}
+def test_the_environment_of_a_child_holds_no_secret_of_ours(direct: Directs, allowed: bool) -> None:
+    given = {"ANTHROPIC_API_KEY": "key", "CAB_TOKEN": "cab-x", "CAB_PORT": "1", "ANTHROPIC_MODEL": "opus", "CLAUDECODE": "1",
+             "NODE_OPTIONS": "-r x", "CLAUDE_CODE_OAUTH_TOKEN": "oat", "HTTPS_PROXY": "http://proxy", "LANG": "C.UTF-8"}
     d = direct(look=True, environ=given, allow_api_key=allowed)
     seen: Dict[str, str] = json.loads(d.run("env").text)
     kept = {"CLAUDE_CODE_OAUTH_TOKEN", "HTTPS_PROXY", "LANG"} | ({"ANTHROPIC_API_KEY"} if allowed else set())
@@ -400,16 +408,17 @@ def test_the_environment_of_a_child_holds_no_secret_of_ours(direct: Callable[...
 
 # --- command line and folder ---
 
-def test_nothing_of_a_request_is_in_argv_or_environment(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_nothing_of_a_request_is_in_argv_or_environment(bridge: Bridges, fake_claude: Fakes) -> None:
     fake = fake_claude()
     client = bridge(claude=fake).admin.new_token("Secret-name", sessionMode="stateful")
     for text in ("Secret-one", "Secret-two"):
-        client.answer(text, model="Secret-model", systemPrompt="Secret-system", jsonSchema={"title": "Secret-schema"}, conversation="Secret-talk", effort="low")
+        client.answer(text, model="Secret-model", systemPrompt="Secret-system", jsonSchema={"title": "Secret-schema"},
+                      conversation="Secret-talk", effort="low")
     assert len(fake.prompts()) == 2 and "Secret" in json.dumps(fake.lines())
     assert "Secret" not in json.dumps(fake.starts())
 
 
-def test_a_child_without_tools_works_in_an_empty_private_folder(direct: Callable[..., Direct]) -> None:
+def test_a_child_without_tools_works_in_an_empty_private_folder(direct: Directs) -> None:
     d = direct()
     d.run("hello")
     folder = Path(d.fake.children()[0]["cwd"])
@@ -423,8 +432,8 @@ def test_a_child_without_tools_works_in_an_empty_private_folder(direct: Callable
     ("all", ",".join(cab.ALL_TOOLS), "acceptEdits", ["Bash", "WebFetch", "WebSearch"]),
     (["Read", "Bash(git log:*)", "Write"], "Bash,Read,Write", "dontAsk", ["Bash(git log:*)", "Edit(./**)"]),
 ])
-def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude],
-                                                                       tools: Any, exist: str, mode: str, allowed: Optional[List[str]]) -> None:
+def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: Bridges, fake_claude: Fakes,
+                                                                       tools: Any, exist: str, mode: str, allowed: Any) -> None:
     fake = fake_claude()
     b = bridge(claude=fake)
     spare = spare_of(fake)
@@ -442,7 +451,7 @@ def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: C
 
 @only_linux
 @pytest.mark.parametrize("way", ["http", "command"])
-def test_revoking_a_token_ends_its_run_with_all_that_its_tools_started(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude],
+def test_revoking_a_token_ends_its_run_with_all_that_its_tools_started(bridge: Bridges, fake_claude: Fakes,
                                                                        tmp_path: Path, way: str) -> None:
     fake, note = fake_claude(), tmp_path / "pid"
     b = bridge(claude=fake)
@@ -460,7 +469,7 @@ def test_revoking_a_token_ends_its_run_with_all_that_its_tools_started(bridge: C
 
 
 @only_linux
-def test_ending_one_child_leaves_the_others_alone(direct: Callable[..., Direct], tmp_path: Path) -> None:
+def test_ending_one_child_leaves_the_others_alone(direct: Directs, tmp_path: Path) -> None:
     d = direct()
     d.talk("tooled", "first", tools="all", workspace=str(tmp_path))
     for _ in range(8):
@@ -472,7 +481,7 @@ def test_ending_one_child_leaves_the_others_alone(direct: Callable[..., Direct],
 
 
 @only_linux
-def test_close_ends_every_process_also_deaf_ones(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_close_ends_every_process_also_deaf_ones(direct: Directs, fake_claude: Fakes) -> None:
     deaf = "import signal, time\nrun = fake_claude.Fake.run\nfake_claude.Fake.run = lambda self: (run(self), time.sleep(60))[0]\n"
     d = direct(twist(fake_claude(), deaf + "signal.signal(signal.SIGTERM, signal.SIG_IGN)"), spare=1)
     d.cli.prepare()
@@ -508,7 +517,7 @@ class Talk:
 
 
 @pytest.fixture
-def talk(bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]) -> Callable[..., Talk]:
+def talk(bridge: Bridges, fake_claude: Fakes) -> Talks:
     def begin(**settings: Any) -> Talk:
         fake = fake_claude()
         return Talk(fake, bridge(claude=fake, **{"spare": 0, **settings}))
@@ -519,14 +528,14 @@ def session_in(argv: List[str], flag: str) -> Optional[str]:
     return next((word.partition("=")[2] for word in argv if word.startswith(flag + "=")), None)
 
 
-def test_the_turns_of_a_conversation_share_a_process(talk: Callable[..., Talk]) -> None:
+def test_the_turns_of_a_conversation_share_a_process(talk: Talks) -> None:
     t = talk()
     t.say("one"), t.say("two")
     assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
     assert len(t.fake.children()) == 1
 
 
-def test_another_model_resumes_the_session_in_a_new_process(talk: Callable[..., Talk]) -> None:
+def test_another_model_resumes_the_session_in_a_new_process(talk: Talks) -> None:
     t = talk()
     t.say("one")
     assert t.remembered(model="haiku") == ["one", "Echo: one"]
@@ -534,7 +543,7 @@ def test_another_model_resumes_the_session_in_a_new_process(talk: Callable[..., 
     wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]))
 
 
-def test_a_conversation_without_a_warm_process_is_resumed_under_the_same_id(talk: Callable[..., Talk]) -> None:
+def test_a_conversation_without_a_warm_process_is_resumed_under_the_same_id(talk: Talks) -> None:
     t = talk(warm_seconds=0)
     t.say("one"), t.say("two")
     assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
@@ -542,7 +551,7 @@ def test_a_conversation_without_a_warm_process_is_resumed_under_the_same_id(talk
     assert session_id and [session_in(t.argv(message), "--resume") for message in ("two", "turns")] == [session_id] * 2
 
 
-def test_the_process_of_a_conversation_leaves_when_its_time_is_over(direct: Callable[..., Direct], clock: FakeClock) -> None:
+def test_the_process_of_a_conversation_leaves_when_its_time_is_over(direct: Directs, clock: FakeClock) -> None:
     d = direct(clock=clock, warm_seconds=600)
     d.talk("one", "hello")
     pid = pids_of(d.fake, "hello")[0]
@@ -568,7 +577,7 @@ fake_claude.Fake.run = slow
 """
 
 
-def test_two_processes_never_hold_one_session(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_two_processes_never_hold_one_session(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(twist(fake_claude(), SLOW_TO_LEAVE))
     first = d.talk("one", "hello")
     d.run("again", work={"conversation": ("token", "one"), "session_id": first.session_id}, model="haiku")
@@ -576,7 +585,7 @@ def test_two_processes_never_hold_one_session(direct: Callable[..., Direct], fak
 
 
 @pytest.mark.parametrize("spare", [0, 1])
-def test_a_conversation_that_the_cli_lost_is_told_again_from_then_on(talk: Callable[..., Talk], spare: int) -> None:
+def test_a_conversation_that_the_cli_lost_is_told_again_from_then_on(talk: Talks, spare: int) -> None:
     t = talk(warm_seconds=0, spare=spare)
     t.say("one"), t.say("two")
     for transcript in t.fake.folder.glob("session-*.json"):
@@ -588,7 +597,7 @@ def test_a_conversation_that_the_cli_lost_is_told_again_from_then_on(talk: Calla
     assert len(resumed) == 2 and resumed[0] == pids_of(t.fake, "two")[0]     # the second found nothing, and there is no third
 
 
-def test_conversations_share_neither_process_nor_memory(talk: Callable[..., Talk]) -> None:
+def test_conversations_share_neither_process_nor_memory(talk: Talks) -> None:
     t = talk(spare=1)
     other = Talk(t.fake, t.bridge)
     t.say("one"), t.say("two", conversation="second"), other.say("three")
@@ -597,7 +606,7 @@ def test_conversations_share_neither_process_nor_memory(talk: Callable[..., Talk
     assert len({pids_of(t.fake, message)[0] for message in ("one", "two", "three")}) == 3
 
 
-def test_only_so_many_conversations_stay_warm(talk: Callable[..., Talk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_conversations_stay_warm(talk: Talks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "WARM_CHILDREN", 2)
     t = talk()
     names = ("a", "b", "c", "d")
@@ -609,14 +618,14 @@ def test_only_so_many_conversations_stay_warm(talk: Callable[..., Talk], monkeyp
 
 
 @pytest.mark.parametrize("fault", [error(**LIMIT_REACHED), "die 1", "garbage"])
-def test_a_failed_turn_is_not_part_of_the_conversation(talk: Callable[..., Talk], fault: str) -> None:
+def test_a_failed_turn_is_not_part_of_the_conversation(talk: Talks, fault: str) -> None:
     t = talk()
     t.say("one")
     assert t.client.answer(fault)["status"] == "error"
     assert t.remembered() == ["one", "Echo: one"]
 
 
-def test_the_process_of_a_revoked_tokens_conversation_ends(talk: Callable[..., Talk]) -> None:
+def test_the_process_of_a_revoked_tokens_conversation_ends(talk: Talks) -> None:
     t = talk()
     t.say("one")
     pid = pids_of(t.fake, "one")[0]
@@ -626,7 +635,7 @@ def test_the_process_of_a_revoked_tokens_conversation_ends(talk: Callable[..., T
     wait_until(lambda: not is_running(pid), 3)
 
 
-def test_the_process_of_a_revoked_tokens_conversation_ends_also_while_another_request_runs(talk: Callable[..., Talk], tmp_path: Path) -> None:
+def test_the_process_of_a_revoked_tokens_conversation_ends_also_while_another_request_runs(talk: Talks, tmp_path: Path) -> None:
     t, gate = talk(), tmp_path / "gate"
     t.say("one")
     token_id = next(token["id"] for token in t.bridge.admin.get("/api/tokens").json["tokens"] if token["name"] == "talk")
@@ -641,7 +650,10 @@ def test_the_process_of_a_revoked_tokens_conversation_ends_also_while_another_re
 
 # --- which claude ---
 
-def test_a_schema_is_refused_where_the_cli_would_ask_without_end(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+ACCOUNT = ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt", "subscriptionCreatedAt", "ccOnboardingFlags")
+
+
+def test_a_schema_is_refused_where_the_cli_would_ask_without_end(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(fake_claude(version="2.1.50 (Claude Code)"), look=True)
     code, text = d.failure("hello", json_schema="{}")
     assert code == "cli_error" and "2.1.197" in text and "2.1.50" in text
@@ -656,27 +668,27 @@ def test_a_schema_is_refused_where_the_cli_would_ask_without_end(direct: Callabl
     ({"auth": {"loggedIn": False}}, "not signed in"),
     ({"auth": {}}, "not signed in"),
 ])
-def test_a_claude_that_cannot_be_used_is_refused_at_the_start(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude],
+def test_a_claude_that_cannot_be_used_is_refused_at_the_start(direct: Directs, fake_claude: Fakes,
                                                               options: Mapping[str, Any], words: str) -> None:
     with pytest.raises(cab.CannotStart, match=r"^[^\n]+\.$") as caught:
         direct(fake_claude(**options), look=True)
     assert words in str(caught.value) and caught.value.hint
 
 
-def test_a_claude_without_auth_is_never_asked_for_it(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_claude_without_auth_is_never_asked_for_it(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(fake_claude(version="2.0.76 (Claude Code)", has_auth=False), look=True)
     assert d.run("hello").text == "Echo: hello" and "unknown" in d.claude.payer
     assert [start["argv"] for start in d.fake.starts() if "-p" not in start["argv"]] == [["--version"], ["--help"]]
 
 
-def test_missing_optional_flags_are_noted_and_not_used(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_missing_optional_flags_are_noted_and_not_used(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(fake_claude(flags=" ".join(cab.NEEDED_FLAGS)), look=True)
     assert d.run("hello").text == "Echo: hello"
     assert len(d.claude.notes) == len(cab.OPTIONAL_FLAGS)
     assert not cab.OPTIONAL_FLAGS & set(d.fake.children()[0]["argv"])
 
 
-def test_a_login_in_the_owners_settings_is_used_with_a_note(direct: Callable[..., Direct], fake_claude: Callable[..., FakeClaude]) -> None:
+def test_a_login_in_the_owners_settings_is_used_with_a_note(direct: Directs, fake_claude: Fakes) -> None:
     fake = twist(fake_claude(auth={"loggedIn": True, "subscriptionType": "pro"}),
                  "import os\nif 'auth' in sys.argv and 'CLAUDE_CONFIG_DIR' in os.environ:\n    sys.exit(1)")
     d = direct(fake, look=True)
@@ -684,9 +696,8 @@ def test_a_login_in_the_owners_settings_is_used_with_a_note(direct: Callable[...
     assert "CLAUDE_CONFIG_DIR" not in json.loads(d.run("env").text)
 
 
-def test_the_account_is_handed_on_without_the_owners_address(direct: Callable[..., Direct], tmp_path: Path) -> None:
-    account = {name: "value of " + name for name in ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt",
-                                                     "subscriptionCreatedAt", "ccOnboardingFlags")}
+def test_the_account_is_handed_on_without_the_owners_address(direct: Directs, tmp_path: Path) -> None:
+    account = {name: "value of " + name for name in ACCOUNT}
     (tmp_path / ".claude.json").write_text(json.dumps({"oauthAccount": {**account, "emailAddress": "ann@example.org", "displayName": "Ann"},
                                                        "projects": {"/home/ann": {}}}))
     written = (direct(look=True).data_dir / "claude-home" / ".claude.json").read_text()
@@ -694,8 +705,8 @@ def test_the_account_is_handed_on_without_the_owners_address(direct: Callable[..
     assert {name: json.loads(written)["oauthAccount"][name] for name in account} == account
 
 
-def test_an_account_that_cannot_be_handed_on_does_not_stop_the_start(direct: Callable[..., Direct], tmp_path: Path) -> None:
-    account = dict.fromkeys(("accountUuid", "organizationUuid", "billingType", "accountCreatedAt", "subscriptionCreatedAt", "ccOnboardingFlags"), "x")
+def test_an_account_that_cannot_be_handed_on_does_not_stop_the_start(direct: Directs, tmp_path: Path) -> None:
+    account = dict.fromkeys(ACCOUNT, "x")
     (tmp_path / ".claude.json").write_text(json.dumps({"oauthAccount": account}))
     (tmp_path / "data" / "claude-home" / ".claude.json.part").mkdir(parents=True)
     assert direct(look=True).run("hello").text == "Echo: hello"

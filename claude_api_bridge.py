@@ -1167,8 +1167,8 @@ class Store:
     def has_admin(self) -> bool:
         return bool(self._read("SELECT 1 FROM tokens WHERE is_admin AND (expires_at IS NULL OR expires_at > ?)", self._clock.now()))
 
-    def delete_token(self, token_id: str) -> List[str]:
-        """Deletes the token with its jobs and conversations. -> its unfinished jobs. Raises NotFound, LastAdmin."""
+    def delete_token(self, token_id: str, protect: bool = True) -> List[str]:
+        """Deletes the token with its jobs and conversations. -> its unfinished jobs. Raises NotFound, LastAdmin (if `protect`)."""
         now = self._clock.now()
         with self._write() as db:
             found = db.execute("SELECT is_admin FROM tokens WHERE id = ?", (token_id,)).fetchone()
@@ -1176,7 +1176,7 @@ class Store:
                                 (token_id, now)).fetchone()[0]
             if not found:
                 raise NotFound("Token not found")
-            if found[0] and not others:
+            if protect and found[0] and not others:
                 raise LastAdmin()
             open_jobs = db.execute("SELECT id FROM jobs WHERE token_id = ? AND status IN ('queued', 'processing')", (token_id,)).fetchall()
             db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
@@ -1439,8 +1439,9 @@ def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str]]) -> List[int]:
     found = {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()}}
     for pid in found:
         kill_process(pid)
-    until = time.monotonic() + DRAIN_SECONDS
-    while time.monotonic() < until and any(started and started_at(pid) == started for pid, started in found.items()):
+    for _ in range(200):
+        if not any(started and started_at(pid) == started for pid, started in found.items()):
+            break
         time.sleep(0.01)
     return sorted(found)
 
@@ -2222,8 +2223,12 @@ class Service:
 
     def revoke_token(self, token_id: str) -> None:
         """Deletes a token with its requests; its running one is stopped. Raises NotFound, LastAdmin."""
-        for job_id in self._store.delete_token(token_id):
+        for job_id in self._store.delete_token(clean_text(token_id)):
             self._hub.wake(job_id)
+
+    def withdraw_token(self, token: Token) -> None:
+        """Undoes a creation whose secret reached nobody."""
+        self._store.delete_token(token.id, protect=False)
 
     def has_admin(self) -> bool:
         return self._store.has_admin()
@@ -3092,7 +3097,8 @@ class Bridge:
 
     def __init__(self, config: Config, claude: Claude, clock: Clock, report: Callable[[str], None]) -> None:
         self.config, self._claude, self._clock, self._report = config, claude, clock, report
-        self.new_admin_token: Optional[str] = None
+        self.new_admin_token: Optional[str] = None       # made when there was none; to be shown once, or withdrawn
+        self.withdraw_admin_token: Callable[[], None] = lambda: None
         self._parts = contextlib.ExitStack()
 
     def __enter__(self) -> "Bridge":
@@ -3129,7 +3135,8 @@ class Bridge:
             self._report("After an unclean end: %d processes ended, %d requests wait again, %d given up" % (len(left), again, lost))
         lock.write("process %d, %s" % (os.getpid(), self.local_url))
         if not service.has_admin():
-            self.new_admin_token = service.create_token(NewToken(name="admin", admin=True))[1]
+            token, self.new_admin_token = service.create_token(NewToken(name="admin", admin=True))
+            self.withdraw_admin_token = lambda: service.withdraw_token(token)
         self._parts.callback(hub.close)
         self._parts.callback(worker.close)
         self._parts.callback(self._server.stop_accepting)
@@ -3193,12 +3200,14 @@ class Console:
                 stream.reconfigure(errors="replace")
         self._is_rich = bool(getattr(sys.stderr, "isatty", lambda: False)()) and "utf" in (sys.stderr.encoding or "").lower()
 
-    def data(self, text: str) -> None:
-        """A line on stdout, at once. A reader that has left misses it; the bridge goes on."""
+    def data(self, text: str) -> bool:
+        """A line on stdout, at once. -> False when it could not be written: the reader has left, or the disk is full."""
         try:
             print(text, flush=True)
+            return True
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # else Python complains again at its end
+            return False
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):        # the terminal may be gone; the bridge goes on
@@ -3264,7 +3273,9 @@ def command_start(config: Config, console: Console) -> int:
             console.blank()
             console.say("🔑", "Admin token (save this, it is shown only once):")
             console.blank()
-            console.data(bridge.new_admin_token)
+            if not console.data(bridge.new_admin_token):
+                bridge.withdraw_admin_token()
+                raise CannotStart("The admin token could not be printed, so it was not kept.", "let start write to its standard output")
             console.blank()
         bridge.serve()
         tell_addresses(bridge, console)
@@ -3336,7 +3347,9 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         raise CannotStart("A workspace needs tools.", "add --tools read, for example")
     token, secret = service.create_token(new, workspace)
     console.say("🔑", "Token %s (save this, it is shown only once):" % token.id)
-    console.data(as_json({"tokenId": token.id, "token": secret, "prefix": token.prefix}) if arguments.json else secret)
+    if not console.data(as_json({"tokenId": token.id, "token": secret, "prefix": token.prefix}) if arguments.json else secret):
+        service.withdraw_token(token)
+        raise CannotStart("The token could not be printed, so it was not kept.", "let the command write to its standard output")
     return 0
 
 

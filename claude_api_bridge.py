@@ -1330,8 +1330,9 @@ class Store:
     # --- children ---
 
     def note_child(self, pid: int, started: Optional[str]) -> None:
-        """Remembers a process of ours (or, with started None, forgets it), for the next start to end it."""
-        with self._write() as db:
+        """Remembers a process of ours (or, with started None, forgets it), for the next start to end it; on Linux its tag
+        finds it, too, so that a full disk does no harm."""
+        with contextlib.suppress(Unavailable), self._write() as db:
             db.execute("DELETE FROM children WHERE pid = ?", (pid,))
             if started:
                 db.execute("INSERT INTO children (pid, started) VALUES (?, ?)", (pid, started))
@@ -1554,9 +1555,9 @@ class Child:
         if interrupt:
             self.send({"type": "control_request", "request_id": "stop", "request": {"subtype": "interrupt"}})
         self.end_input()
-        if grace and not self._ended_within(grace * 0.6):
+        if grace and not self.ended_within(grace * 0.6):
             self.process.terminate()
-            self._ended_within(grace * 0.4)
+            self.ended_within(grace * 0.4)
         if os.name != "nt" or self.is_alive:
             kill_process(self.pid, group=True)
         self.process.wait()
@@ -1566,7 +1567,7 @@ class Child:
         for pump in self._pumps:
             pump.join(1)
 
-    def _ended_within(self, seconds: float) -> bool:
+    def ended_within(self, seconds: float) -> bool:
         try:
             self.process.wait(seconds)
             return True
@@ -1852,24 +1853,25 @@ class ClaudeCli:
                 yield Way(warm.child, warm.session_id, is_open=True)
             elif warm:
                 self._dismiss(warm.child, warm.setup)
-                self._settle(warm.child)
             if work.session_id:
                 yield Way(self._resume(work, work.session_id), work.session_id)
             history = work.history()
             if not history:
                 session_id = str(uuid.uuid4())
                 yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
-        spare, self._spare = self._spare, None
-        if spare and work.setup.tools != Tools.NONE:
-            self._spare = spare
-        elif spare and spare.is_alive:
+        if work.setup.tools == Tools.NONE and self._spare:
+            spare, self._spare = self._spare, None
             yield Way(spare, None, history=history)
-        elif spare:
-            self._dismiss(spare, work.setup)
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
 
     def _resume(self, work: Work, session_id: str) -> Child:
-        """A child that knows the session. Without a model it would keep the one of the last turn."""
+        """A child that knows the session, once those that are leaving are gone: two must not write one session.
+
+        --model default: else a turn without a model would keep the one of the last turn.
+        """
+        for leaving, _ in list(self._leaving):
+            leaving.ended_within(2)
+            self._bury(leaving)
         child = self._spawn(work.setup, "--resume=" + session_id, *(() if work.setup.model else ("--model", "default")))
         child.spent_usd = work.spent_usd
         return child
@@ -1930,12 +1932,6 @@ class ClaudeCli:
             child.stop(grace=1.5, interrupt=not idle, family=setup.tools != Tools.NONE)
             self._bury(child)
 
-    def _settle(self, child: Child) -> None:
-        """Waits until a dismissed child is gone: two processes must not write one session."""
-        if any(child is leaving for leaving, _ in self._leaving):
-            child._ended_within(2)
-            self._bury(child)
-
     def _bury(self, child: Child) -> None:
         child.stop()
         self._leaving = [(other, until) for other, until in self._leaving if other is not child]
@@ -1948,7 +1944,7 @@ class ClaudeCli:
             child.end_input()
         until = self._clock.monotonic() + 1
         for child in children:
-            child._ended_within(max(0.0, until - self._clock.monotonic()))
+            child.ended_within(max(0.0, until - self._clock.monotonic()))
             self._bury(child)
         for pid in tagged(self._tag + "."):
             kill_process(pid)

@@ -32,6 +32,7 @@ if sys.version_info < (3, 9):
 import argparse
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -920,9 +921,9 @@ def read_cli_event(line: bytes) -> CliEvent:
         return CliEvent("init" if body.get("subtype") == "init" else "noise", body)
     if kind in ("assistant", "user"):
         content = (body.get("message") or {}).get("content")
-        blocks = content if isinstance(content, list) else []
-        name, key = ("assistant", "id") if kind == "assistant" else ("told", "tool_use_id")
-        return CliEvent(name, body, tools=tuple(str(block[key]) for block in blocks if block.get(key)))
+        name, block_type, key = ("assistant", "tool_use", "id") if kind == "assistant" else ("told", "tool_result", "tool_use_id")
+        blocks = [block for block in content if block.get("type") == block_type] if isinstance(content, list) else []
+        return CliEvent(name, body, tools=tuple(str(block.get(key)) for block in blocks))
     names = {"result": "result", "control_response": "control", "control_request": "asks"}
     return CliEvent(names.get(str(kind), "noise"), body)
 
@@ -1731,6 +1732,8 @@ class Turn:
                 raise RunFailed("timeout", "claude gave no sign of life for %g seconds." % self._config.silence_seconds)
             event = self._child.next_event(min(TICK_SECONDS, self._deadline - now))
             if event is not None:
+                if event.kind == "message":
+                    self._tools.clear()
                 self._tools = self._tools.union(event.tools) if event.kind == "assistant" else self._tools.difference(event.tools)
                 return event
 
@@ -1929,7 +1932,7 @@ class ClaudeCli:
             child.end_input()
             self._leaving.append((child, self._clock.monotonic() + 5))
         else:
-            child.stop(grace=1.5, interrupt=not idle, family=setup.tools != Tools.NONE)
+            child.stop(grace=1.2, interrupt=not idle, family=setup.tools != Tools.NONE)
             self._bury(child)
 
     def _bury(self, child: Child) -> None:
@@ -2862,7 +2865,7 @@ class BridgeServer(ThreadingHTTPServer):
         self._clock, self._report = clock, report
         self._lock = threading.Lock()
         self._phases: Dict[socket.socket, Tuple[str, float, float]] = {}     # connection -> (phase, deadline, since)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.5,), name="http", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="http", daemon=True)
         super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
@@ -2922,7 +2925,7 @@ class BridgeServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Twice a second: closes the connections that are past their deadline."""
+        """Five times a second: closes the connections that are past their deadline."""
         now = self._clock.monotonic()
         with self._lock:
             late = [connection for connection, (_, deadline, _) in self._phases.items() if now >= deadline]
@@ -3147,8 +3150,10 @@ class Bridge:
         try:
             return BridgeServer(host, port, self._clock, self._report)
         except (OSError, OverflowError, TypeError, ValueError) as error:
-            raise CannotStart("Port %d on %s cannot be used: %s." % (port, host, getattr(error, "strerror", None) or error),
-                              "is another program using it? choose another one with --port") from None
+            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            hint = "another program is using it; choose another one with --port" if in_use else "check --host and --port"
+            why = getattr(error, "strerror", None) or error
+            raise CannotStart("Port %d on %s cannot be used: %s." % (port, host, why), hint) from None
 
     @property
     def port(self) -> int:
@@ -3198,6 +3203,8 @@ class Console:
 
     def data(self, text: str) -> bool:
         """A line on stdout, at once. -> False when it could not be written: the reader has left, or the disk is full."""
+        if sys.stdout is None:                                # started without one
+            return False
         try:
             print(text, flush=True)
             return True

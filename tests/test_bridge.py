@@ -110,6 +110,13 @@ def refusal(done: Any) -> str:
 
 # --- in this process ---
 
+@pytest.fixture
+def quick_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = cab.BridgeServer.serve_forever
+    monkeypatch.setattr(cab.BridgeServer, "serve_forever", lambda self, poll_interval=0.5: serve(self, 0.02))
+
+
+@pytest.mark.usefixtures("quick_servers")
 def test_a_bridge_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> None:
     config = cab.Config(port=0, host="127.0.0.1", data_dir=tmp_path / "data", claude=str(fake.path))
     token = None
@@ -124,6 +131,7 @@ def test_a_bridge_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> Non
         assert not is_listening(bridge.port)
 
 
+@pytest.mark.usefixtures("quick_servers")
 def test_a_bridge_that_ends_by_an_error_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> None:
     config = cab.Config(port=0, host="127.0.0.1", data_dir=tmp_path / "data", claude=str(fake.path))
     threads = set(threading.enumerate())
@@ -239,7 +247,7 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
         program: Programs, fake: FakeClaude, gate: Path, tmp_path: Path) -> None:
     numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     folders = [str(tmp_path / ("data-%d" % number)) for number in numbers]
-    running = [program("--data-dir", folder) for folder in folders]
+    running = [program("--spare", "0", "--data-dir", folder) for folder in folders]
     ids = [each.api.ask("hold %s" % gate) for each in running]
     wait_until(lambda: len(fake.prompts()) == len(numbers))
     polls = [begin_poll(each.api, request_id) for each, request_id in zip(running, ids)]
@@ -251,7 +259,7 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
         poll.close()
     assert not [child for child in fake.children() if is_running(child["pid"])]
     gate.touch()
-    bodies = [Api(program("--data-dir", folder).port, each.token).done(request_id)
+    bodies = [Api(program("--spare", "0", "--data-dir", folder).port, each.token).done(request_id)
               for folder, each, request_id in zip(folders, running, ids)]
     assert [(body["response"], body["attempts"]) for body in bodies] == [("held", 1)] * len(numbers)
 

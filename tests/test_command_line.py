@@ -305,10 +305,11 @@ def test_a_reader_that_left_is_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("words", ["start --demo --no-tunnel --host 127.0.0.1 --port 0", "token create x --admin"])
+@pytest.mark.parametrize("words", ["start --no-tunnel --host 127.0.0.1 --port 0", "token create x --admin"])
 def test_a_token_that_could_not_be_printed_is_not_made(program: Programs, tmp_path: Path, words: str) -> None:
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CAB_CLAUDE": str(tmp_path / "fake" / "claude")}
     with open("/dev/full", "w") as full:
-        running = subprocess.Popen([*US, *words.split(), "--data-dir", str(tmp_path / "data")], stdin=subprocess.DEVNULL,
+        running = subprocess.Popen([*US, *words.split(), "--data-dir", str(tmp_path / "data")], env=environ, stdin=subprocess.DEVNULL,
                                    stdout=full, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
     try:
         _, err = running.communicate(timeout=5)
@@ -410,5 +411,5 @@ def test_the_demo_is_a_whole_bridge_with_an_echo_for_an_answer(program: Programs
     talk = first.api.new_token(sessionMode="stateful")
     said = [talk.answer(text)["response"] for text in ("one", "two")]
     assert first.end(signal.SIGTERM) == 0
-    said.append(Api(program(demo=True).port, talk.token).answer("three")["response"])
+    said.append(Api(program("--spare", "0", demo=True).port, talk.token).answer("three")["response"])
     assert [text.partition("You said")[2] for text in said] == [": one", " (turn 2): two", " (turn 3): three"]

@@ -625,16 +625,6 @@ def test_a_failed_turn_is_not_part_of_the_conversation(talk: Talks, fault: str) 
     assert t.remembered() == ["one", "Echo: one"]
 
 
-def test_the_process_of_a_revoked_tokens_conversation_ends(talk: Talks) -> None:
-    t = talk()
-    t.say("one")
-    pid = pids_of(t.fake, "one")[0]
-    assert is_running(pid)
-    token_id = next(token["id"] for token in t.bridge.admin.get("/api/tokens").json["tokens"] if token["name"] == "talk")
-    t.bridge.admin.delete("/api/tokens/" + token_id)
-    wait_until(lambda: not is_running(pid), 3)
-
-
 def test_the_process_of_a_revoked_tokens_conversation_ends_also_while_another_request_runs(talk: Talks, tmp_path: Path) -> None:
     t, gate = talk(), tmp_path / "gate"
     t.say("one")

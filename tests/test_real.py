@@ -18,12 +18,12 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
 import claude_api_bridge as cab
-from conftest import MODULE, Api, Program, is_running, missing, wait_until
+from conftest import MODULE, Api, Program, is_running, wait_until
 from messages_api import Call, MessagesApi, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
@@ -51,7 +51,8 @@ class Site:
     def start(self, *flags: str, **environ: str) -> None:
         """The bridge, once it serves."""
         self.program = Program([sys.executable, str(MODULE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir",
-                                str(self.data), "--claude", str(self.claude), "--rate-limit", "0", *flags], {**self.environ, **environ}, self.folder)
+                                str(self.data), "--claude", str(self.claude), "--rate-limit", "0", *flags],
+                               {**self.environ, **environ}, self.folder)
         self._admin = self._admin or self.program.token
 
     @property
@@ -120,9 +121,10 @@ class Site:
 @pytest.fixture(scope="module")
 def version(real_claude: Path, tmp_path_factory: pytest.TempPathFactory) -> Version:
     """Of the CLI, by its own words."""
-    words = subprocess.run([str(real_claude), "--version"], env={"PATH": os.environ["PATH"], "HOME": str(tmp_path_factory.mktemp("version"))},
-                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60).stdout.decode()
-    return cab.Features.read(words, "").version
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path_factory.mktemp("version"))}
+    words = subprocess.run([str(real_claude), "--version"], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           timeout=60).stdout
+    return cab.Features.read(words.decode(), "").version
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +183,9 @@ def test_quick_start_by_curl(shared: Site) -> None:
 
 # --- what a prompt can and cannot do ---
 
-PROMPTS = ("@/etc/hostname", "what is in @/etc/hostname ?", "@~/.ssh/id_rsa", '@"~/.ssh/id_rsa"', "/config theme=dark", "/heapdump", "/clear", "/cost",
-           "/init", "/etc/hosts is what?", "!id", "#remember x", "--help", "a\0b", "a \U0001f600 smile", "a\u2028b\u2029c", "a\r\nb\n", "é" * 16_384)
+PROMPTS = ("@/etc/hostname", "what is in @/etc/hostname ?", "@~/.ssh/id_rsa", '@"~/.ssh/id_rsa"', "/config theme=dark", "/heapdump",
+           "/clear", "/cost", "/init", "/etc/hosts is what?", "!id", "#remember x", "--help", "a\0b", "a \U0001f600 smile",
+           "a\u2028b\u2029c", "a\r\nb\n", "é" * 16_384)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt)[1:24])
@@ -216,8 +219,8 @@ def test_a_plain_ask_is_lean(shared: Site, tmp_path: Path) -> None:
     lean = shared.calls()[-1]
     assert len(lean.raw) <= 4_096 and not lean.body.get("tools") and cab.SYSTEM_PROMPT in system_text(lean.body)
     count = len(shared.calls())
-    bare = subprocess.run([str(shared.claude), "-p", "hello"], env={**shared.environ, "HOME": str(tmp_path)}, cwd=tmp_path, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, timeout=60)
+    bare = subprocess.run([str(shared.claude), "-p", "hello"], env={**shared.environ, "HOME": str(tmp_path)}, cwd=tmp_path,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
     assert bare.returncode == 0 and bare.stdout.strip() == b"Echo: hello"
     heaviest = max(len(call.raw) for call in shared.calls()[count:])
     assert heaviest >= 45_000 and heaviest >= 20 * len(lean.raw), "%d bytes against %d" % (heaviest, len(lean.raw))
@@ -252,7 +255,9 @@ def test_settings_reach_the_api(shared: Site) -> None:
         shared.messages.reply = echo
     assert shared.ask("as you were")["status"] == "completed"
     after = shared.calls()[-1].body
-    assert (after["model"], after["system"][-1], after.get("output_config")) == (plain["model"], plain["system"][-1], plain.get("output_config"))
+    for name in ("model", "output_config"):
+        assert after.get(name) == plain.get(name)
+    assert after["system"][-1] == plain["system"][-1]
     assert not after.get("tools")
 
 
@@ -277,7 +282,8 @@ API_ERRORS = (
     ("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")),
     ("model_not_found", Reply("model: nosuch", status=404, error="not_found_error")),
     ("context_too_long", Reply("Request exceeds the maximum size", status=413, error="request_too_large")),
-    ("usage_limit", Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error", headers=LIMIT_HEADERS)),
+    ("usage_limit", Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error",
+                          headers=LIMIT_HEADERS)),
     ("overloaded", Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error",
                          headers={"x-should-retry": "false"})),
     ("overloaded", Reply("Overloaded", status=529, error="overloaded_error", headers={"x-should-retry": "false"})),
@@ -285,7 +291,8 @@ API_ERRORS = (
 )
 
 
-@pytest.mark.parametrize("code, reply", API_ERRORS, ids=lambda value: value if isinstance(value, str) else "%d-%s" % (value.status, value.text[:12]))
+@pytest.mark.parametrize("code, reply", API_ERRORS,
+                         ids=lambda value: value if isinstance(value, str) else "%d-%s" % (value.status, value.text[:12]))
 def test_api_error_has_its_code(shared: Site, code: str, reply: Reply) -> None:
     shared.messages.reply = lambda body: reply
     body = shared.ask("hello")
@@ -346,6 +353,14 @@ def bash(command: str) -> Tuple[str, Dict[str, Any]]:
     return "Bash", {"command": command, "description": "test"}
 
 
+def reads(path: object) -> Tuple[str, Dict[str, Any]]:
+    return "Read", {"file_path": str(path)}
+
+
+def writes(path: object) -> Tuple[str, Dict[str, Any]]:
+    return "Write", {"file_path": str(path), "content": "hello"}
+
+
 def workspace_of(site: Site, **fields: Any) -> Tuple[Api, Path]:
     """-> (a client with tools, its workspace, which holds in.txt, and a link that leads out)."""
     client, token = site.client(**fields)
@@ -357,8 +372,9 @@ def workspace_of(site: Site, **fields: Any) -> Tuple[Api, Path]:
 
 
 def test_no_tools_means_none(shared: Site) -> None:
-    results = used(shared, shared.admin, bash("touch made"), ("Read", {"file_path": "/etc/hostname"}), ("Write", {"file_path": "made", "content": "x"}),
-                   ("WebFetch", {"url": "https://example.com/", "prompt": "x"}), ("Agent", {"description": "x", "prompt": "x", "subagent_type": "Explore"}))
+    results = used(shared, shared.admin, bash("touch made"), reads("/etc/hostname"),
+                   writes("made"), ("WebFetch", {"url": "https://example.com/", "prompt": "x"}),
+                   ("Agent", {"description": "x", "prompt": "x", "subagent_type": "Explore"}))
     assert len(results) == 5 and all(failed and "No such tool" in text for failed, text in results), results
     assert not list(shared.data.joinpath("work").iterdir())
 
@@ -366,14 +382,15 @@ def test_no_tools_means_none(shared: Site) -> None:
 def test_read_stays_in_the_workspace(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools="read")
     hostname = Path("/etc/hostname").read_text().strip()
-    inside, *outside = used(shared, client, *(("Read", {"file_path": str(path)}) for path in (
+    inside, *outside = used(shared, client, *map(reads, (
         workspace / "in.txt", "/etc/hostname", "%s/../../bridge.db" % workspace, workspace / "link.txt", workspace / "up/.ssh/id_rsa",
         shared.home / ".ssh/id_rsa", "~/.ssh/id_rsa")))
     assert not inside[0] and "WHAT-IS-INSIDE" in inside[1]
     assert len(outside) == 6 and all(failed for failed, _ in outside), outside
     assert not any("SECRET" in text or text.strip().endswith(hostname) for _, text in outside), outside
-    found, away, *rest = used(shared, client, ("Grep", {"pattern": "INSIDE"}), ("Grep", {"pattern": "SECRET", "path": str(shared.home), "output_mode": "content"}),
-                              bash("touch made"), ("Write", {"file_path": str(workspace / "made"), "content": "x"}))
+    found, away, *rest = used(shared, client, ("Grep", {"pattern": "INSIDE"}),
+                              ("Grep", {"pattern": "SECRET", "path": str(shared.home), "output_mode": "content"}),
+                              bash("touch made"), writes(workspace / "made"))
     assert "in.txt" in found[1] and "SECRET" not in away[1]
     assert all(failed for failed, _ in rest), rest
     assert not (workspace / "made").exists()
@@ -381,8 +398,8 @@ def test_read_stays_in_the_workspace(shared: Site) -> None:
 
 def test_web_tools_are_permitted(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools="web")
-    fetched, searched, read, run = used(shared, client, ("WebFetch", {"url": "https://example.com/", "prompt": "x"}), ("WebSearch", {"query": "tides"}),
-                                        ("Read", {"file_path": str(workspace / "in.txt")}), bash("touch made"))
+    fetched, searched, read, run = used(shared, client, ("WebFetch", {"url": "https://example.com/", "prompt": "x"}),
+                                        ("WebSearch", {"query": "tides"}), reads(workspace / "in.txt"), bash("touch made"))
     assert shared.messages.outside, "it tried to fetch: %r" % (fetched,)
     assert any(tool.get("type", "").startswith("web_search") for call in shared.calls() for tool in call.body.get("tools") or ()), searched
     assert all(failed and "No such tool" in text for failed, text in (read, run)), (read, run)
@@ -391,8 +408,8 @@ def test_web_tools_are_permitted(shared: Site) -> None:
 def test_all_tools_act_in_the_workspace(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools="all")
     outside = shared.folder / "outside.txt"
-    ran, wrote, away, up = used(shared, client, bash("touch made && pwd"), ("Write", {"file_path": str(workspace / "written.txt"), "content": "hello"}),
-                                ("Write", {"file_path": str(outside), "content": "x"}), ("Write", {"file_path": str(workspace / "up/x.txt"), "content": "x"}))
+    ran, wrote, away, up = used(shared, client, bash("touch made && pwd"),
+                                *map(writes, (workspace / "written.txt", outside, workspace / "up/x.txt")))
     assert not ran[0] and str(workspace) in ran[1] and (workspace / "made").exists(), ran
     assert not wrote[0] and (workspace / "written.txt").read_text() == "hello", wrote
     assert away[0] and not outside.exists(), away
@@ -402,8 +419,8 @@ def test_all_tools_act_in_the_workspace(shared: Site) -> None:
 
 def test_rules_allow_what_they_say(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools=["Read", "Bash(git log:*)"])
-    read, log, touch, both, hostname = used(shared, client, ("Read", {"file_path": str(workspace / "in.txt")}), bash("git log --oneline"), bash("touch made"),
-                                            bash("git log; touch made"), ("Read", {"file_path": "/etc/hostname"}))
+    read, log, touch, both, hostname = used(shared, client, reads(workspace / "in.txt"),
+                                            bash("git log --oneline"), bash("touch made"), bash("git log; touch made"), reads("/etc/hostname"))
     assert not read[0] and "WHAT-IS-INSIDE" in read[1]
     assert "not a git repository" in log[1] or not log[0], log
     assert touch[0] and both[0] and hostname[0] and not (workspace / "made").exists(), (touch, both, hostname)
@@ -456,15 +473,16 @@ class Talk:
     def say(self, text: str, **fields: Any) -> Dict[str, Any]:
         """-> the request's body as it reached the API."""
         client, count = self.site.admin.with_token(self.client.token), len(self.site.calls())      # the port changes with a restart
+        sent = " " + text if text.startswith("/") else text
         body = self.site.ask(text, client, **fields)
         assert body["status"] == "completed" and body["response"].endswith(text), body
         assert len(self.site.calls()) == count + 1, "one question, one call: %r" % self.site.messages.prompts()[count:]
         call = self.site.calls()[-1]
         if self.site.version >= (2, 1, 197):
-            assert [turn for turn in turn_texts(call.body) if turn[1]] == [*self.said, ("user", text)]
+            assert [turn for turn in turn_texts(call.body) if turn[1]] == [*self.said, ("user", sent)]
         else:                                           # these cannot be told earlier turns as such; as text is good enough
             assert all(told in call.raw.decode() for _, told in self.said)
-        self.said += [("user", text), ("assistant", "Echo: " + text)]
+        self.said += [("user", sent), ("assistant", body["response"] if self.site.version >= (2, 1, 197) else text)]
         return call.body
 
     def cool(self) -> None:
@@ -518,7 +536,7 @@ def test_a_resumed_session_follows_new_settings(site: Site) -> None:
 def test_a_failed_turn_is_no_part_of_a_conversation(site: Site, reply: Reply) -> None:
     site.start("--run-seconds", "5" if reply is NEVER else "60")
     talk = Talk(site)
-    talk.say("one")
+    talk.say("/clear @/etc/hostname")
     site.messages.reply = lambda body: reply
     assert site.ask("this fails", talk.client)["status"] == "error"
     site.messages.reply = echo
@@ -595,12 +613,13 @@ def test_deadlines_end_the_process(site: Site) -> None:
 
 
 def test_an_api_key_is_not_used(site: Site) -> None:
-    environ = {"ANTHROPIC_API_KEY": API_KEY, "ANTHROPIC_AUTH_TOKEN": API_KEY, "ANTHROPIC_MODEL": "claude-of-the-key", "ANTHROPIC_CUSTOM_HEADERS": "x-custom: " + API_KEY}
-    site.start(**environ)
+    site.start(ANTHROPIC_API_KEY=API_KEY, ANTHROPIC_AUTH_TOKEN=API_KEY, ANTHROPIC_MODEL="claude-of-the-key",
+               ANTHROPIC_CUSTOM_HEADERS="x-custom: " + API_KEY)
     assert site.ask("hello")["response"] == "Echo: hello"
     assert all(call.headers["authorization"] == "Bearer " + OAUTH_TOKEN and "x-api-key" not in call.headers for call in site.calls())
     assert API_KEY not in everything(site.messages.calls) and "claude-of-the-key" not in everything(site.messages.calls)
-    assert site.program and "ANTHROPIC_API_KEY is set; it is not handed on to claude." in site.program.stderr and API_KEY not in site.program.stderr
+    assert site.program and "ANTHROPIC_API_KEY is set; it is not handed on to claude." in site.program.stderr
+    assert API_KEY not in site.program.stderr
     site.end()
     site.start("--allow-api-key", ANTHROPIC_API_KEY=API_KEY)
     assert site.ask("hello again")["response"] == "Echo: hello again"
@@ -616,7 +635,7 @@ def test_the_billing_guard_stops_a_run(site: Site) -> None:
     site.start(CLAUDE_CODE_OAUTH_TOKEN="")
     body = site.ask("hello")
     assert body["errorCode"] == "billing_guard" and not site.calls()
-    assert site.program and "(--allow-api-key): requests are BILLED" not in site.program.stderr, "nobody gave that flag: all requests are refused"
+    assert site.program and "(--allow-api-key): requests are BILLED" not in site.program.stderr, "nobody gave that flag"
     site.end()
     site.start("--allow-api-key", CLAUDE_CODE_OAUTH_TOKEN="")
     assert site.ask("hello")["response"] == "Echo: hello" and site.calls()[-1].headers.get("x-api-key") == API_KEY
@@ -644,9 +663,11 @@ def test_what_is_the_owners_stays_out(site: Site) -> None:
         "ccOnboardingFlags": {}}}))
     hook = [{"hooks": [{"type": "command", "command": touch + "hook"}]}]
     (site.home / ".claude/settings.json").write_text(json.dumps({
-        "model": "claude-of-the-owner", "apiKeyHelper": touch + "helper; echo " + API_KEY, "outputStyle": "Explanatory", "env": {"ANTHROPIC_MODEL": "claude-of-the-owner"},
-        "hooks": {name: hook for name in ("SessionStart", "UserPromptSubmit", "Stop", "SessionEnd")}, "permissions": {"allow": ["Bash(*)", "Read"]}}))
-    for name in ("CLAUDE.md", ".claude/CLAUDE.md", ".claude/commands/mine.md", ".claude/agents/mine.md", ".claude/skills/mine/SKILL.md", ".claude/rules/mine.md"):
+        "model": "claude-of-the-owner", "apiKeyHelper": touch + "helper; echo " + API_KEY, "outputStyle": "Explanatory",
+        "env": {"ANTHROPIC_MODEL": "claude-of-the-owner"}, "permissions": {"allow": ["Bash(*)", "Read"]},
+        "hooks": {name: hook for name in ("SessionStart", "UserPromptSubmit", "Stop", "SessionEnd")}}))
+    for name in ("CLAUDE.md", ".claude/CLAUDE.md", ".claude/commands/mine.md", ".claude/agents/mine.md", ".claude/skills/mine/SKILL.md",
+                 ".claude/rules/mine.md"):
         (site.home / name).parent.mkdir(parents=True, exist_ok=True)
         (site.home / name).write_text("---\nname: mine\ndescription: OWNERS-WORDS\n---\nOWNERS-WORDS\n")
     (site.home / ".mcp.json").write_text(json.dumps({"mcpServers": server}))
@@ -664,3 +685,14 @@ def test_what_is_the_owners_stays_out(site: Site) -> None:
     assert not list(site.folder.glob("RAN-*")) and site.files() == before
     if site.version >= (2, 1, 197):
         assert not site.messages.outside
+
+
+def test_nobody_is_asked_who_the_owner_is(site: Site) -> None:
+    """Where the record of the account is incomplete the CLI would fetch the profile, and from then on tell the model the e-mail address."""
+    if site.version < (2, 1, 197):
+        pytest.skip("this CLI knows no folder but the owner's, and calls home whatever it is told")
+    sign_in(site.home)
+    (site.home / ".claude.json").write_text(json.dumps({"oauthAccount": {"emailAddress": "owner@example.com", "accountUuid": "1" * 32}}))
+    site.start(CLAUDE_CODE_OAUTH_TOKEN="")
+    assert site.ask("one")["status"] == site.ask("two")["status"] == "completed"
+    assert not site.messages.outside and "owner@example.com" not in everything(site.messages.calls)

@@ -91,9 +91,9 @@ def ask(port: int, token: str) -> float:
 
 def start_bridge(claude: str, environ: Dict[str, str], folder: Path) -> Tuple["subprocess.Popen[bytes]", str, int]:
     """-> (the program, the admin token, the port), once it serves."""
-    program = subprocess.Popen([sys.executable, str(BRIDGE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--rate-limit", "0",
-                                "--data-dir", str(folder / "data"), "--claude", claude], env={**environ, "HOME": str(folder)},
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    program = subprocess.Popen([sys.executable, str(BRIDGE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0",
+                                "--rate-limit", "0", "--data-dir", str(folder / "data"), "--claude", claude],
+                               env={**environ, "HOME": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     token = ""
     assert program.stdout is not None
     for line in (raw.decode().strip() for raw in program.stdout):
@@ -109,8 +109,9 @@ def measure(claude: str, asks: int, folder: Path) -> Dict[str, Any]:
     times: Dict[str, List[float]] = {"cold": [], "bridge": []}
     sizes: Dict[str, List[int]] = {"cold": [], "bridge": []}
     with MessagesApi() as api:
-        environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
-                   "HTTPS_PROXY": api.url, "NO_PROXY": "127.0.0.1"}          # the only other way out, refused at once
+        environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "ANTHROPIC_BASE_URL": api.url,
+                   "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
+                   "HTTPS_PROXY": api.url, "NO_PROXY": "127.0.0.1"}                  # the only other way out, refused at once
 
         def noted(what: str, seconds: float) -> None:
             times[what].append(seconds)
@@ -138,22 +139,25 @@ def measure(claude: str, asks: int, folder: Path) -> Dict[str, Any]:
     return {"cold_seconds": times["cold"], "first_seconds": first, "paced_seconds": paced,
             "cold_median": middle, "paced_median": statistics.median(paced),
             "first_ratio": first / middle, "paced_ratio": statistics.median(paced) / middle,
-            "cold_bytes": max(sizes["cold"]), "bridge_bytes": max(sizes["bridge"]), "bytes_ratio": max(sizes["bridge"]) / max(sizes["cold"])}
+            "cold_bytes": max(sizes["cold"]), "bridge_bytes": max(sizes["bridge"]),
+            "bytes_ratio": max(sizes["bridge"]) / max(sizes["cold"])}
 
 
 def table(version: str, found: Dict[str, Any]) -> str:
+    first, paced, times = found["first_seconds"], found["paced_seconds"], found["cold_seconds"]
     rows = [("", "seconds", "fastest", "slowest", "ratio", "bytes to the API"),
-            ("claude -p, cold (median)", found["cold_median"], min(found["cold_seconds"]), max(found["cold_seconds"]), 1.0, found["cold_bytes"]),
-            ("bridge, first request", found["first_seconds"], found["first_seconds"], found["first_seconds"], found["first_ratio"], found["bridge_bytes"]),
-            ("bridge, paced (median)", found["paced_median"], min(found["paced_seconds"]), max(found["paced_seconds"]), found["paced_ratio"],
-             found["bridge_bytes"])]
-    lines = ["%-26s %8s %8s %8s %7s %17s" % tuple(cell if isinstance(cell, (str, int)) else "%.3f" % cell for cell in row) for row in rows]
+            ("claude -p, cold (median)", found["cold_median"], min(times), max(times), 1.0, found["cold_bytes"]),
+            ("bridge, first request", first, first, first, found["first_ratio"], found["bridge_bytes"]),
+            ("bridge, paced (median)", found["paced_median"], min(paced), max(paced), found["paced_ratio"], found["bridge_bytes"])]
+    lines = ["%-26s %8s %8s %8s %7s %17s" % tuple(cell if isinstance(cell, (str, int)) else "%.3f" % cell for cell in row)
+             for row in rows]
     return "\n".join([version, *lines])
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description="Times a cold `claude -p` against the bridge, on a stand-in of the Messages API.")
-    parser.add_argument("--claude", default=os.environ.get("CAB_TEST_CLAUDE") or "claude", help="the real CLI (default: $CAB_TEST_CLAUDE, or found in PATH)")
+    parser.add_argument("--claude", default=os.environ.get("CAB_TEST_CLAUDE") or "claude",
+                        help="the real CLI (default: $CAB_TEST_CLAUDE, or found in PATH)")
     parser.add_argument("--asks", type=int, default=10, help="paced requests (default: 10)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(argv)

@@ -1654,24 +1654,28 @@ def login_status(command: Tuple[str, ...], environment: Mapping[str, str]) -> Ma
 
 def write_account(home: Path, environ: Mapping[str, str]) -> None:
     """Puts the account's ids, without name and e-mail address, where the CLI looks for them: it then neither asks for
-    the profile nor tells the model the owner's address. Source: seen on 2.1.197 and 2.1.330."""
+    the profile nor tells the model the owner's address. What is not known is null, which the CLI takes for an answer.
+    Source: seen on 2.1.197 and 2.1.330."""
     target = home / ".claude.json"
     owners = Path(environ.get("CLAUDE_CONFIG_DIR") or environ.get("HOME") or Path.home()) / ".claude.json"
-    try:
-        account = json.loads(owners.read_text("utf-8")).get("oauthAccount") or {}
-        known = json.loads(target.read_text("utf-8")) if target.exists() else {}
-    except (OSError, ValueError, AttributeError):
-        return
+    account, known = read_object(owners).get("oauthAccount"), read_object(target)
     names = ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt", "subscriptionCreatedAt", "ccOnboardingFlags")
-    if all(name in account for name in names) and isinstance(known, dict):
-        wanted = {**{name: account[name] for name in names}, "profileFetchedAt": 4_102_444_800_000}
-        if known.get("oauthAccount") == wanted:
-            return
-        known["oauthAccount"] = wanted
+    wanted = {name: account.get(name) if isinstance(account, dict) else None for name in names}
+    wanted["profileFetchedAt"] = 4_102_444_800_000
+    if known.get("oauthAccount") != wanted:
         with contextlib.suppress(OSError):      # then the CLI asks for the profile itself
             part = target.with_name(".claude.json.part")
-            part.write_text(as_json(known), "utf-8")
+            part.write_text(as_json({**known, "oauthAccount": wanted}), "utf-8")
             os.replace(part, target)
+
+
+def read_object(path: Path) -> Dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,12 @@ class Site:
         if self.version < (2, 1, 197):
             usual += r"|home/(\.npm/|\.claude\.json|\.claude/%s)" % own
         found = {}
-        for path in self.folder.rglob("*"):
-            name = path.relative_to(self.folder).as_posix()
-            with contextlib.suppress(FileNotFoundError):
-                if not path.is_dir() and not re.match(usual, name):
-                    found[name] = path.stat().st_mtime_ns
+        for parent, _, names in os.walk(self.folder):
+            for path in (Path(parent, name) for name in names):
+                name = path.relative_to(self.folder).as_posix()
+                with contextlib.suppress(FileNotFoundError):
+                    if not re.match(usual, name):
+                        found[name] = path.lstat().st_mtime_ns
         return found
 
     def end(self) -> int:
@@ -198,8 +199,7 @@ def test_prompt_is_only_text(shared: Site, prompt: str) -> None:
     told = everything(shared.calls())
     assert "SECRET-OF-THE-OWNER" not in told and "Called the Read tool" not in told
     assert [message["role"] for message in shared.calls()[0].body["messages"]].count("user") == 1
-    assert shared.files() == before
-    assert not list(shared.folder.rglob("settings.json")) and not list(shared.folder.rglob("*.heapsnapshot"))
+    assert shared.files() == before and not any(name.endswith(("settings.json", ".heapsnapshot")) for name in before)
     if shared.version >= (2, 1, 197):                   # older ones call home from every process, whatever they are told
         assert not shared.messages.outside
 
@@ -420,7 +420,8 @@ def test_all_tools_act_in_the_workspace(shared: Site) -> None:
 def test_rules_allow_what_they_say(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools=["Read", "Bash(git log:*)"])
     read, log, touch, both, hostname = used(shared, client, reads(workspace / "in.txt"),
-                                            bash("git log --oneline"), bash("touch made"), bash("git log; touch made"), reads("/etc/hostname"))
+                                            bash("git log --oneline"), bash("touch made"), bash("git log; touch made"),
+                                            reads("/etc/hostname"))
     assert not read[0] and "WHAT-IS-INSIDE" in read[1]
     assert "not a git repository" in log[1] or not log[0], log
     assert touch[0] and both[0] and hostname[0] and not (workspace / "made").exists(), (touch, both, hostname)
@@ -513,7 +514,6 @@ def test_a_conversation_remembers(site: Site) -> None:
     assert "pirate ☠" in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
     call = talk.say("with another model", model="haiku")
     assert re.match(r"claude-haiku-\d", call["model"]) and "pirate" not in system_text(call) and cab.SYSTEM_PROMPT in system_text(call)
-    talk.cool()
     assert talk.say("with no model named")["model"] == plain["model"]
     other.say("and still am")
 
@@ -534,7 +534,7 @@ def test_a_resumed_session_follows_new_settings(site: Site) -> None:
 @pytest.mark.parametrize("reply", (Reply("messages: something odd", status=400, error="invalid_request_error"), NEVER),
                          ids=("refused", "never answered"))
 def test_a_failed_turn_is_no_part_of_a_conversation(site: Site, reply: Reply) -> None:
-    site.start("--run-seconds", "5" if reply is NEVER else "60")
+    site.start("--run-seconds", "4" if reply is NEVER and site.version >= (2, 1, 197) else "8")
     talk = Talk(site)
     talk.say("/clear @/etc/hostname")
     site.messages.reply = lambda body: reply

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import pytest
 
 import claude_api_bridge as cab
+import fake_claude as fake_claude_program
 
 MODULE = Path(cab.__file__)
 TESTS = Path(__file__).parent
@@ -81,15 +82,41 @@ def nothing_is_left() -> Iterator[None]:
     wait_until(lambda: set(threading.enumerate()) <= threads and set(our_children()) <= children, 8)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_rounds() -> Iterator[None]:
+    """The listening thread looks at deadlines, and whether it is to end, more often: hundreds of bridges are closed here."""
+    serve = cab.BridgeServer.serve_forever
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+        yield
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """The file that the prompt `hold FILE` waits for; made at the latest when the test ends."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").touch()
+
+
+PROBES = """case "$1" in
+--version) echo "2.1.330 (Claude Code)"; exit ;;
+--help) echo "  auth %s"; exit ;;
+auth) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
+esac
+""" % fake_claude_program.FLAGS
+
+
 class FakeClaude:
-    """An executable that behaves as tests/fake_claude.py says, and what it noted."""
+    """An executable that behaves as tests/fake_claude.py says, and what it noted. Without options a shell answers what a
+    start asks it, in a tenth of the time."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.folder = folder
+        self.folder, self.path, self.script = folder, folder / "claude", folder / "claude.py"
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "claude"
-        self.path.write_text("#!%s -S\nimport sys\nsys.path.insert(0, %r)\nimport fake_claude\nsys.exit(fake_claude.main(%r, **%r))\n"
-                             % (sys.executable, str(TESTS), str(folder), options))
+        self.script.write_text("import sys\nsys.path.insert(0, %r)\nimport fake_claude\nsys.exit(fake_claude.main(%r, **%r))\n"
+                               % (str(TESTS), str(folder), options))
+        self.path.write_text("#!/bin/sh\n%sexec %s -S %s \"$@\"\n" % ("" if options else PROBES, *map(shlex.quote, (
+            sys.executable, str(self.script)))))
         self.path.chmod(0o755)
 
     def _log(self, name: str) -> List[Dict[str, Any]]:

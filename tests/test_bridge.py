@@ -15,7 +15,6 @@ from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 from conftest import Api, FakeClaude, Program, is_running, run_cli, wait_until
-from test_processes import answer_probes_quickly
 
 import claude_api_bridge as cab
 
@@ -33,14 +32,7 @@ CREATE TABLE sessions (id TEXT PRIMARY KEY, token_id TEXT REFERENCES tokens(id) 
 
 @pytest.fixture
 def fake(fake_claude: Callable[..., FakeClaude]) -> FakeClaude:
-    return answer_probes_quickly(fake_claude())
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Path]:
-    """A file that `hold` waits for; it is there in the end, so that nothing holds for ever."""
-    yield tmp_path / "gate"
-    (tmp_path / "gate").touch()
+    return fake_claude()
 
 
 @pytest.fixture
@@ -110,13 +102,6 @@ def refusal(done: Any) -> str:
 
 # --- in this process ---
 
-@pytest.fixture
-def quick_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = cab.BridgeServer.serve_forever
-    monkeypatch.setattr(cab.BridgeServer, "serve_forever", lambda self, poll_interval=0.5: serve(self, 0.02))
-
-
-@pytest.mark.usefixtures("quick_servers")
 def test_a_bridge_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> None:
     config = cab.Config(port=0, host="127.0.0.1", data_dir=tmp_path / "data", claude=str(fake.path))
     token = None
@@ -131,7 +116,6 @@ def test_a_bridge_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> Non
         assert not is_listening(bridge.port)
 
 
-@pytest.mark.usefixtures("quick_servers")
 def test_a_bridge_that_ends_by_an_error_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> None:
     config = cab.Config(port=0, host="127.0.0.1", data_dir=tmp_path / "data", claude=str(fake.path))
     threads = set(threading.enumerate())

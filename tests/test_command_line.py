@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from typing import (
 import pytest
 from conftest import MODULE, Api, FakeClaude, Program, run_cli, wait_until
 from fake_claude import FLAGS
-from test_processes import answer_probes_quickly
 
 import claude_api_bridge as cab
 
@@ -65,7 +65,7 @@ def typed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 def program(program: Programs, fake_claude: Fakes) -> Iterator[Programs]:
     """As conftest's, but quicker: a fake that answers probes at once, and what still runs in the end is killed."""
     started: List[Program] = []
-    claude = answer_probes_quickly(fake_claude()).path
+    claude = fake_claude().path
 
     def start(*flags: str, **options: Any) -> Program:
         started.append(program(*flags, **{"claude": claude, **options}))
@@ -388,8 +388,7 @@ def test_who_pays_is_told(program: Programs, tmp_path: Path, auth: Mapping[str, 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
 def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Fakes, tmp_path: Path) -> None:
     fake = fake_claude()
-    slow = "import fake_claude, time, pathlib\npathlib.Path(%r).touch()\ntime.sleep(20)" % str(tmp_path / "asked")
-    fake.path.write_text(fake.path.read_text().replace("import fake_claude", slow))
+    fake.path.write_text("#!/bin/sh\ntouch %s\nexec sleep 20\n" % shlex.quote(str(tmp_path / "asked")))
     running = subprocess.Popen([*US, "start", "--claude", str(fake.path), "--data-dir", str(tmp_path / "data")],
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     wait_until((tmp_path / "asked").exists)

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 
@@ -31,15 +31,6 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tags and self.tags[-1][0] == "script":
             self.script += data
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_rounds() -> Iterator[None]:
-    """The listening thread looks more often whether it is to end, which makes these tests quick."""
-    serve = cab.BridgeServer.serve_forever
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
-        yield
 
 
 def test_the_policy_allows_our_own_script_and_style_and_nothing_else() -> None:

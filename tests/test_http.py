@@ -92,17 +92,8 @@ HIDDEN = request("GET /hidden HTTP/1.1")
 NEW_TOKEN = b'{"name": "from the wire"}'
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_rounds() -> Iterator[None]:
-    """The listening thread looks at deadlines (and whether it is to end) more often, which makes these tests quick."""
-    serve = cab.BridgeServer.serve_forever
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
-        yield
-
-
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, short_rounds: None) -> Iterator[RunningBridge]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBridge]:
     """One bridge for all tests that only talk to it."""
     folder = tmp_path_factory.mktemp("served")
     claude = FakeClaude(folder / "fake")
@@ -111,13 +102,6 @@ def served(tmp_path_factory: pytest.TempPathFactory, short_rounds: None) -> Iter
     with cab.Bridge(config, cab.find_claude(config, {"PATH": "", "HOME": str(folder)}), cab.Clock(), log.append) as opened:
         opened.serve()
         yield RunningBridge(opened, log)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Path]:
-    """The file that `hold` waits for; made at the latest when the test ends."""
-    yield tmp_path / "gate"
-    (tmp_path / "gate").touch()
 
 
 def connection_threads() -> List[str]:

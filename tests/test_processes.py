@@ -31,33 +31,9 @@ LIMIT_REACHED: Dict[str, Any] = {"said": "rate_limit", "api_error_status": 429,
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
-PROBES = """#!/bin/sh
-case "$1" in
---version) echo "2.1.330 (Claude Code)"; exit ;;
---help) echo "  auth %s"; exit ;;
-auth) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
-esac
-exec %s -S %s "$@"
-"""
-
-
-def answer_probes_quickly(fake: FakeClaude) -> FakeClaude:
-    """The same fake, but what a start asks it is answered by a shell, which takes a tenth of the time."""
-    script = fake.path.rename(fake.path.with_name("claude.py"))
-    fake.path.write_text(PROBES % (FLAGS, sys.executable, script))
-    fake.path.chmod(0o755)
-    return fake
-
-
-@pytest.fixture
-def fake_claude(fake_claude: Fakes) -> Fakes:
-    return lambda **options: fake_claude(**options) if options else answer_probes_quickly(fake_claude())
-
-
 def twist(fake: FakeClaude, code: str) -> FakeClaude:
     """The fake with a fault of its own: `code` runs before its main."""
-    script = next(path for path in (fake.path.with_name("claude.py"), fake.path) if path.exists())
-    script.write_text(script.read_text().replace("sys.exit(", code + "\nsys.exit(", 1))
+    fake.script.write_text(fake.script.read_text().replace("sys.exit(", code + "\nsys.exit(", 1))
     return fake
 
 
@@ -81,12 +57,6 @@ def spare_of(fake: FakeClaude) -> int:
 def error(**fields: Any) -> str:
     """A prompt at which the fake gives a result with these fields."""
     return "error " + json.dumps(fields)
-
-
-@pytest.fixture(autouse=True)
-def servers_close_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = cab.BridgeServer.serve_forever
-    monkeypatch.setattr(cab.BridgeServer, "serve_forever", lambda self, poll_interval=0.5: serve(self, 0.02))
 
 
 class Direct:

@@ -531,17 +531,16 @@ def test_a_resumed_session_follows_new_settings(site: Site) -> None:
     assert not talk.say("five").get("tools")
 
 
-@pytest.mark.parametrize("reply", (Reply("messages: something odd", status=400, error="invalid_request_error"), NEVER),
-                         ids=("refused", "never answered"))
-def test_a_failed_turn_is_no_part_of_a_conversation(site: Site, reply: Reply) -> None:
-    site.start("--run-seconds", "4" if reply is NEVER and site.version >= (2, 1, 197) else "8")
+def test_a_failed_turn_is_no_part_of_a_conversation(site: Site) -> None:
+    site.start("--run-seconds", "4" if site.version >= (2, 1, 197) else "8")
     talk = Talk(site)
     talk.say("/clear @/etc/hostname")
-    site.messages.reply = lambda body: reply
-    assert site.ask("this fails", talk.client)["status"] == "error"
-    site.messages.reply = echo
-    talk.say("two")
-    talk.say("three")
+    for code, reply in (("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")), ("timeout", NEVER)):
+        site.messages.reply = lambda body: reply
+        assert site.ask("this fails", talk.client)["errorCode"] == code
+        site.messages.reply = echo
+        talk.say("after " + code)
+    talk.say("in the process that was told")
 
 
 # --- ends ---
@@ -565,33 +564,29 @@ def test_kill_nine_loses_nothing(site: Site) -> None:
     assert Counter(site.messages.prompts()) == {"request 0": 2, **{"request %d" % n: 1 for n in range(1, 6)}}
 
 
-def test_kill_nine_ends_a_running_command(site: Site) -> None:
+def test_an_end_leaves_nothing_running(site: Site) -> None:
+    """Kill -9 while a tool runs a command, then an ordered end while the model is asked; the latter is no attempt."""
     site.start()
     client, token = site.client(tools="all")
     mark = "mark-" + token["id"]
     site.messages.reply = calls_tools(bash(SLEEP.replace("%s", mark)))
-    client.ask("run it")
+    request = client.ask("run it")
     try:
         wait_until(lambda: sleeping(mark), 20)
+        count = len(site.calls())
+        site.messages.reply = lambda body: NEVER
         site.kill()
-        site.messages.reply = echo
         site.start()
         wait_until(lambda: not sleeping(mark), 1)
     finally:
         for pid in sleeping(mark):
             os.kill(pid, signal.SIGKILL)
-
-
-def test_an_ordered_end_keeps_the_running_request(site: Site) -> None:
-    site.start()
-    site.messages.reply = lambda body: NEVER
-    request = site.admin.ask("hello")
-    wait_until(site.calls, 20)
+    wait_until(lambda: len(site.calls()) > count, 20)
     assert site.end() == 0 and not site.processes()
     site.messages.reply = echo
     site.start()
     body = site.admin.poll(request, wait=60)
-    assert body["response"] == "Echo: hello" and body["attempts"] == 1
+    assert body["response"] == "Echo: run it" and body["attempts"] == 2
 
 
 def test_deadlines_end_the_process(site: Site) -> None:

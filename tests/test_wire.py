@@ -7,9 +7,8 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -22,25 +21,8 @@ ISO = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 DAY = 86_400
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Less waiting, for the many bridges here: the listening thread looks more often whether it is to end, and what the
-    fake claude can do is asked once (all fakes can do the same)."""
-    serve, look = cab.BridgeServer.serve_forever, cab.find_claude
-    known: List[cab.Claude] = []
-
-    def find(config: cab.Config, environ: Mapping[str, str]) -> cab.Claude:
-        known.append(known[0] if known else look(config, environ))
-        return replace(known[0], command=(config.claude,))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
-        patch.setattr(cab, "find_claude", find)
-        yield
-
-
 @pytest.fixture(scope="module")
-def admin(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Iterator[Api]:
+def admin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """The admin's client of one bridge for all tests that queue nothing; it never ran a request."""
     folder = tmp_path_factory.mktemp("served")
     config = cab.Config(port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data", claude=str(FakeClaude(folder / "fake").path),
@@ -49,13 +31,6 @@ def admin(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Iterator[Api
         opened.serve()
         yield Api(opened.port, opened.new_admin_token)
         assert Api(opened.port).get("/api/status").json["stats"]["totalRequests"] == 0
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Path]:
-    """The file that `hold` waits for; made at the latest when the test ends."""
-    yield tmp_path / "gate"
-    (tmp_path / "gate").touch()
 
 
 def processing(api: Api, gate: Path) -> str:

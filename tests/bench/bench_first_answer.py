@@ -94,7 +94,8 @@ def start_bridge(claude: str, environ: Dict[str, str], folder: Path) -> Tuple["s
     """-> (the program, the admin token, the port), once it serves."""
     program = subprocess.Popen([sys.executable, str(BRIDGE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0",
                                 "--rate-limit", "0", "--data-dir", str(folder / "data"), "--claude", claude],
-                               env={**environ, "HOME": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                               env={**environ, "HOME": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL)
     token = ""
     assert program.stdout is not None
     for line in (raw.decode().strip() for raw in program.stdout):

@@ -1830,6 +1830,9 @@ class ClaudeCli:
         """
         if work.setup.json_schema and self.claude.features.version < JSON_SCHEMA_CLI:
             raise RunFailed("cli_error", "jsonSchema needs Claude Code 2.1.197 or newer; this is %s." % self.claude.features.version_text)
+        if self.claude.is_billed and not self._config.allow_api_key:      # known before: not even the first request goes out
+            raise RunFailed("billing_guard", "claude is signed in with %s, which would be billed per token. Sign it in to the"
+                            " subscription and restart the bridge, or allow it with --allow-api-key." % self.claude.payer)
         deadline = self._clock.monotonic() + self._config.run_seconds
         for way in self._ways(work):
             turn = Turn(way.child, work.setup, self._clock, self._config, deadline, stop_reason)

@@ -670,3 +670,9 @@ def test_an_account_that_cannot_be_handed_on_does_not_stop_the_start(direct: Dir
     (tmp_path / ".claude.json").write_text(json.dumps({"oauthAccount": account}))
     (tmp_path / "data" / "claude-home" / ".claude.json.part").mkdir(parents=True)
     assert direct(look=True).run("hello").text == "Echo: hello"
+
+
+def test_a_claude_that_says_at_the_start_that_a_key_pays_is_not_asked(bridge: Bridges, fake_claude: Fakes) -> None:
+    fake = fake_claude(auth={"loggedIn": True, "apiKeySource": "/login managed key"})
+    body = bridge(fake).admin.answer("hello")
+    assert body["errorCode"] == "billing_guard" and "/login managed key" in body["error"] and fake.prompts() == []

@@ -536,7 +536,7 @@ def test_a_failed_turn_is_no_part_of_a_conversation(site: Site) -> None:
     talk = Talk(site)
     talk.say("/clear @/etc/hostname")
     for code, reply in (("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")), ("timeout", NEVER)):
-        site.messages.reply = lambda body: reply
+        site.messages.reply = lambda body, reply=reply: reply
         assert site.ask("this fails", talk.client)["errorCode"] == code
         site.messages.reply = echo
         talk.say("after " + code)

@@ -735,8 +735,9 @@ def whole_seconds(seconds: float) -> int:
 
 SYSTEM_PROMPT = "You are Claude, a helpful assistant. Answer the user's message."
 MINIMUM_CLI = (2, 0, 76)        # the first with --tools; older ones cannot be kept away from the owner's files
-AGENT_MODEL_CLI = (2, 1, 50)    # from here on the model can be set in `initialize` without a trace in the prompt
+AGENT_MODEL_CLI = (2, 1, 197)   # from here on `initialize` can set the model; 2.1.50 takes full names for its default
 JSON_SCHEMA_CLI = (2, 1, 197)   # before, an answer without the structure is asked for again without end
+SEED_CLI = (2, 1, 197)          # before, an earlier message is asked again (2.1.50) or ends the process (2.0.76)
 NEEDED_FLAGS = frozenset(("--tools", "--setting-sources", "--strict-mcp-config", "--input-format", "--permission-mode", "--resume",
                           "--session-id"))
 OPTIONAL_FLAGS = frozenset(("--include-partial-messages", "--disable-slash-commands", "--no-session-persistence", "--agent"))
@@ -875,6 +876,12 @@ def assistant_message(text: str) -> Dict[str, Any]:
     return text_message("assistant", text if text.strip() else "(no answer)")
 
 
+def prompt_with_history(system_prompt: str, history: Sequence[Exchange]) -> str:
+    """Instructions that tell what was said so far, for a CLI that cannot be told in turns."""
+    turns = "".join("\n\nUser: %s\n\nYou: %s" % exchange for exchange in history)
+    return "%s\n\nThe conversation so far, which the next message continues:%s" % (system_prompt, turns)
+
+
 class LineFramer:
     """Bytes in, whole lines out. Raises OverflowError for a line longer than `limit` bytes."""
 
@@ -933,8 +940,9 @@ def failure_of(result: Mapping[str, Any], said: str) -> RunFailed:
 
     Source: the CLI's answers to each API error, seen on 2.1.197; statuses are missing up to 2.1.50.
     """
-    status = result.get("api_error_status")
     text = str(result.get("result") or "; ".join(map(str, result.get("errors") or ())) or "claude failed: %s" % result.get("subtype"))
+    told = re.match(r"API Error: (\d{3})\b", text)
+    status = result.get("api_error_status") or (int(told.group(1)) if told else None)
     if said == "authentication_failed" or status in (401, 403) or re.match(r"Not logged in|Invalid API key|Failed to authenticate", text):
         return RunFailed("auth_required", text)
     if said == "rate_limit" or status == 429:
@@ -944,7 +952,7 @@ def failure_of(result: Mapping[str, Any], said: str) -> RunFailed:
         return RunFailed("model_not_found", text)
     if status == 413 or result.get("terminal_reason") == "prompt_too_long" or text.startswith(("Prompt is too long", "Request too large")):
         return RunFailed("context_too_long", text)
-    if status in (500, 502, 503, 504, 529) or said == "server_error" and re.match(r"API Error: 5\d\d", text):
+    if status in (500, 502, 503, 504, 529):
         return RunFailed("overloaded", text)
     return RunFailed("cli_error", text)
 
@@ -1644,9 +1652,10 @@ def probe(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def login_status(command: Tuple[str, ...], environment: Mapping[str, str]) -> Mapping[str, Any]:
-    """`claude auth status`; only for a CLI that has the command, an older one would send the words as a prompt."""
+    """`claude auth status`, without the owner's settings as in our runs (they may name a helper that gives keys). Only for
+    a CLI that has the command: an older one would send the words as a prompt."""
     try:
-        status = json.loads(probe(command + ("auth", "status"), environment))
+        status = json.loads(probe(command + ("--setting-sources=", "auth", "status"), environment))
         return status if isinstance(status, dict) else {}
     except ValueError:
         return {}
@@ -1744,7 +1753,10 @@ class Turn:
     def open(self, features: Features, history: Sequence[Exchange]) -> None:
         """Tells a fresh child who it is, and what was said before. Each earlier message must be acknowledged before
         its answer is told, else the CLI puts all messages after all answers."""
-        self._child.send(*initialize_request(self._setup, features))
+        setup = self._setup
+        if history and features.version < SEED_CLI:
+            setup, history = replace(setup, system_prompt=prompt_with_history(setup.system_prompt, history)), ()
+        self._child.send(*initialize_request(setup, features))
         for exchange in history:
             self._child.send(user_message(exchange.message, asks=False))
             while self.event().kind != "result":

@@ -101,7 +101,7 @@ def gate(tmp_path: Path) -> Iterator[Path]:
 PROBES = """case "$1" in
 --version) echo "2.1.330 (Claude Code)"; exit ;;
 --help) echo "  auth %s"; exit ;;
-auth) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
+--setting-sources=) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
 esac
 """ % fake_claude_program.FLAGS
 

@@ -29,7 +29,7 @@ def main(folder: str, version: str = "2.1.330 (Claude Code)", flags: str = FLAGS
         print(version)
     elif "--help" in words:
         print(("  auth    Manage authentication\n" if has_auth else "") + "\n".join("  " + flag for flag in flags.split()))
-    elif words[:2] == ["auth", "status"]:
+    elif words[-2:] == ["auth", "status"]:
         status = {"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"} if auth is None else auth
         print(json.dumps(status, indent=2))
         return 0 if status.get("loggedIn") else 1

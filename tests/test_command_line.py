@@ -380,7 +380,7 @@ KEY = "sk-ant-api03-" + "A1b2" * 10
 def test_who_pays_is_told(program: Programs, tmp_path: Path, auth: Mapping[str, Any], environ: Mapping[str, str], flags: List[str],
                           wanted: List[str], unwanted: List[str]) -> None:
     claude = executable(tmp_path / "claude", "#!/bin/sh\ncase \"$1\" in\n--version) echo 2.1.330 ;;\n--help) echo '  auth %s' ;;\n"
-                        "auth) echo '%s' ;;\nesac\n" % (FLAGS, json.dumps(auth)))
+                        "--setting-sources=) echo '%s' ;;\nesac\n" % (FLAGS, json.dumps(auth)))
     said = program("--spare", "0", *flags, environ=environ, claude=claude).stderr
     assert [text for text in wanted if text not in said] == [] and [text for text in unwanted if text in said] == []
 

@@ -646,7 +646,7 @@ def test_all_tools_may_edit_and_run_commands_and_nothing_needs_asking(cli: cab.F
 FULL = cab.Setup("Be brief.", "haiku", '{"type":"object"}', "low")
 
 
-@pytest.mark.parametrize("cli, in_agent", [(NEWEST, True), (SEEN, True), (OLDER, True), (OLDEST, False), (BARE, False)])
+@pytest.mark.parametrize("cli, in_agent", [(NEWEST, True), (SEEN, True), (OLDER, False), (OLDEST, False), (BARE, False)])
 def test_the_model_is_set_where_it_leaves_no_trace_in_the_prompt(cli: cab.Features, in_agent: bool) -> None:
     requests = [line["request"] for line in cab.initialize_request(FULL, cli)]
     assert requests[0]["agents"]["bridge"].get("model") == ("haiku" if in_agent else None)

@@ -741,6 +741,7 @@ SEED_CLI = (2, 1, 197)          # before, an earlier message is asked again (2.1
 NEEDED_FLAGS = frozenset(("--tools", "--setting-sources", "--strict-mcp-config", "--input-format", "--permission-mode", "--resume",
                           "--session-id"))
 OPTIONAL_FLAGS = frozenset(("--include-partial-messages", "--disable-slash-commands", "--no-session-persistence", "--agent"))
+EFFORT_CLI = (2, 1, 330)        # before, an effort told to a process that is just starting may be lost
 CONFINED_CLI = (2, 1, 330)      # from here on Glob stays in the workspace whatever its pattern; before, it can list names elsewhere
 ALL_TOOLS = ("Bash", "Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit", "WebFetch", "WebSearch", "Agent", "Task", "TaskOutput",
              "TaskStop", "TodoWrite")
@@ -855,7 +856,7 @@ def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]
     requests = [request]
     if setup.model and not by_agent:
         requests.append({"subtype": "set_model", "model": setup.model})
-    if setup.effort:
+    if setup.effort and features.version >= EFFORT_CLI:
         requests.append({"subtype": "apply_flag_settings", "settings": {"effortLevel": setup.effort}})
     return [{"type": "control_request", "request_id": str(n), "request": body} for n, body in enumerate(requests, 1)]
 
@@ -1756,12 +1757,23 @@ class Turn:
         setup = self._setup
         if history and features.version < SEED_CLI:
             setup, history = replace(setup, system_prompt=prompt_with_history(setup.system_prompt, history)), ()
-        self._child.send(*initialize_request(setup, features))
+        requests = initialize_request(setup, features)
+        self._child.send(*requests)
+        if len(requests) > 1:
+            self._acknowledged(requests[-1]["request_id"])
         for exchange in history:
             self._child.send(user_message(exchange.message, asks=False))
             while self.event().kind != "result":
                 pass
             self._child.send(assistant_message(exchange.response))
+
+    def _acknowledged(self, request_id: str) -> None:
+        """Waits for the answer to a control request: a prompt that follows too closely is asked at the old effort (2.1.197)."""
+        while True:
+            response = self.event().body.get("response") or {}
+            self._check_control(response)
+            if response.get("request_id") == request_id:
+                return
 
     def ask(self, message: str) -> None:
         self._child.send(user_message(message))
@@ -1881,7 +1893,7 @@ class ClaudeCli:
             if not history:
                 session_id = str(uuid.uuid4())
                 yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
-        if work.setup.tools == Tools.NONE and self._spare:
+        if work.setup.tools == Tools.NONE and self._spare and not self._needs_effort_flag(work.setup):
             spare, self._spare = self._spare, None
             yield Way(spare, None, history=history)
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
@@ -1935,6 +1947,8 @@ class ClaudeCli:
         """A new child. Raises RunFailed."""
         folder = Path(setup.workspace) if setup.workspace else self._config.data_dir / "work"
         argv = claude_argv(self.claude.command, self.claude.features, setup.tools, session)
+        if self._needs_effort_flag(setup):
+            argv += ["--effort", str(setup.effort)]         # one of EFFORTS, no client's text
         self._count += 1
         try:
             if not setup.workspace:
@@ -1944,6 +1958,10 @@ class ClaudeCli:
             raise RunFailed("cli_error", "claude could not be started: %s" % error) from None
         self._note_child(child.pid, started_at(child.pid))
         return child
+
+    def _needs_effort_flag(self, setup: Setup) -> bool:
+        features = self.claude.features
+        return bool(setup.effort) and features.version < EFFORT_CLI and "--effort" in features.flags
 
     def _dismiss(self, child: Child, setup: Setup, idle: bool = True) -> None:
         """Ends a child: an idle one without tools leaves by itself, any other is stopped now."""

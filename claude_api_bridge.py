@@ -1727,7 +1727,7 @@ class Turn:
     def __init__(self, child: Child, setup: Setup, clock: Clock, config: Config, deadline: float,
                  stop_reason: Callable[[], Optional[str]]) -> None:
         self._child, self._setup, self._clock, self._config = child, setup, clock, config
-        self._deadline, self._stop_reason = deadline, stop_reason
+        self._deadline, self._stop_reason, self._look_at = deadline, stop_reason, float("-inf")
         self._tools: Set[str] = set()    # those that run: a command may be silent for long
         self.heard = False               # the prompt was taken: from now on a lost child is a failed run
         self.over = False                # the result came: the child is idle
@@ -1736,10 +1736,11 @@ class Turn:
         """The next event. Raises RunFailed at a deadline or when the job is no longer wanted; ChildGone."""
         silent_at = self._clock.monotonic() + self._config.silence_seconds
         while True:
-            reason = self._stop_reason()
-            if reason:
-                raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
             now = self._clock.monotonic()
+            if now >= self._look_at:             # not for every word of a fast answer: it asks the database
+                self._look_at, reason = now + TICK_SECONDS, self._stop_reason()
+                if reason:
+                    raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
             if now >= self._deadline:
                 raise RunFailed("timeout", "The run took longer than %g seconds." % self._config.run_seconds)
             if now >= silent_at and not self._tools:
@@ -1768,7 +1769,7 @@ class Turn:
             self._child.send(assistant_message(exchange.response))
 
     def _acknowledged(self, request_id: str) -> None:
-        """Waits for the answer to a control request: a prompt that follows too closely is asked at the old effort (2.1.197)."""
+        """Waits for the answer to a control request: a prompt that follows too closely may be asked without it."""
         while True:
             response = self.event().body.get("response") or {}
             self._check_control(response)
@@ -2569,18 +2570,13 @@ class Buckets:
         return bucket
 
 
-def take(bucket: TokenBucket) -> None:
-    """Raises RateLimited when the bucket is empty."""
-    seconds = bucket.take()
-    if seconds:
-        raise RateLimited(headers=(("Retry-After", str(whole_seconds(seconds))),), retryAfter=whole_seconds(seconds))
-
-
 @contextlib.contextmanager
 def charged(bucket: TokenBucket) -> Iterator[TokenBucket]:
     """One request from the bucket; what is refused inside tells the limits, too. Raises RateLimited."""
     try:
-        take(bucket)
+        seconds = whole_seconds(bucket.take())
+        if seconds:
+            raise RateLimited(headers=(("Retry-After", str(seconds)),), retryAfter=seconds)
         yield bucket
     except BridgeError as error:
         error.headers += bucket.headers()

@@ -1,6 +1,7 @@
 """Fixtures: a clock that tests move, a fake `claude`, a bridge in this process, a bridge as a program, a client."""
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -70,7 +71,10 @@ def clock() -> FakeClock:
 
 def our_children() -> List[int]:
     """Living processes whose parent is this one (Linux)."""
-    listed = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    listed = ""
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):               # a thread that ends meanwhile
+            listed += path.read_text() + " "
     return [int(pid) for pid in listed.split() if is_running(int(pid))]
 
 

@@ -48,14 +48,16 @@ import threading
 import time
 import traceback
 import uuid
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
 from pathlib import Path
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
                     Set, Tuple, Type, Union)
 from urllib.parse import parse_qsl, unquote
 
@@ -72,6 +74,7 @@ class JobStatus:
     COMPLETED = "completed"
     ERROR = "error"
     FINISHED = (COMPLETED, ERROR)
+    ALL = (QUEUED, PROCESSING, COMPLETED, ERROR)
 
 
 class SessionMode:
@@ -117,7 +120,12 @@ JOB_ATTEMPTS = 2
 TOKENS = 100
 NAME_CHARACTERS = 100
 TOOL_RULES = 50
+TOKEN_MODELS = 20
 WARM_CHILDREN = 4
+PAGE_JOBS = 100                      # most requests in one page of a list, and how large it may grow before it ends
+PAGE_BYTES = 1 << 20
+USAGE_DAYS = 400                     # how long the daily figures are kept
+DELTA_CHARACTERS = 16_384            # a longer text is told in pieces, so that a reader who leaves has got some of it
 CONNECTIONS = 256
 ADDRESSES = 10_000                   # client addresses remembered by the limiter
 
@@ -129,7 +137,13 @@ SEND_SECONDS = 30.0
 DRAIN_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 FINISH_SECONDS = 1.5                 # what a running job gets to finish by itself at an ordered end
+LEAVE_SECONDS = 1.2                  # what a child in the middle of something gets to leave, before it is killed
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
+KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
+LOOK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
+REST_SECONDS = 900.0                 # for a used-up limit whose reset is not told
+LONGEST_REST_SECONDS = 8 * 86_400.0
+BACK_OFF_SECONDS = (2, 4, 8, 16, 30)  # between tries while the service is overloaded; the last one repeats
 LOGINS_PER_MINUTE = 10
 POLLS_PER_REQUEST = 5                # the bucket for polls is this many times the size of the others
 
@@ -167,6 +181,8 @@ SETTINGS = (
             "how long the process of a conversation stays ready", 0, 86_400),
     Setting("keep_days", 7, "number", "--keep-days", ("CAB_KEEP_DAYS",),
             "days after which finished requests are deleted (those of a conversation stay with it)", 1, 3_650),
+    Setting("plan_only", False, "switch", "--plan-only", ("CAB_PLAN_ONLY",),
+            "never go on with paid extra usage: rest until the plan's limit resets"),
     Setting("allow_api_key", False, "switch", "--allow-api-key", ("CAB_ALLOW_API_KEY",),
             "hand ANTHROPIC_API_KEY on to claude: requests are then billed per token"),
 )
@@ -187,6 +203,7 @@ class Config:
     silence_seconds: float = 90
     warm_seconds: float = 600
     keep_days: int = 7
+    plan_only: bool = False
     allow_api_key: bool = False
 
     @property
@@ -291,14 +308,29 @@ class AdminRequired(BridgeError):
     status, code, text = 403, "admin_required", "Admin token required"
 
 
+class ModelNotAllowed(BridgeError):
+    """The token may not use this model; the text names those that it may."""
+    status, code, text = 403, "model_not_allowed", "This token may not use that model"
+
+
 class NotFound(BridgeError):
-    """No such path, request or token; another token's request counts as none."""
+    """No such path, request, conversation or token; another token's request counts as none."""
     status, code, text = 404, "not_found", "Not found"
 
 
 class MethodNotAllowed(BridgeError):
     """The path exists, but not with this method; the Allow header lists those that do."""
     status, code, text = 405, "method_not_allowed", "Method not allowed"
+
+
+class AlreadyFinished(BridgeError):
+    """The request has its answer or its error, so that nothing is left to cancel."""
+    status, code, text = 409, "already_finished", "The request is already finished"
+
+
+class IdempotencyConflict(BridgeError):
+    """The Idempotency-Key was used before, for another body; take a new key for a new request."""
+    status, code, text = 409, "idempotency_conflict", "This Idempotency-Key was used for another body. Use a new key for a new request"
 
 
 class BodyTooLarge(BridgeError):
@@ -319,6 +351,11 @@ class ExpectationFailed(BridgeError):
 class RateLimited(BridgeError):
     """Too many requests; Retry-After says when the next one is welcome."""
     status, code, text = 429, "rate_limited", "Too many requests, please slow down."
+
+
+class DailyLimit(BridgeError):
+    """The token has sent as many requests today (UTC) as it may; `resetsAt` and Retry-After say when it works again."""
+    status, code, text = 429, "daily_limit", "This token has used up its requests of today"
 
 
 class QueueFull(BridgeError):
@@ -351,9 +388,9 @@ ERRORS: Tuple[Type[BridgeError], ...] = (*sorted(BridgeError.__subclasses__(), k
 RUN_ERRORS = {
     "cancelled": "the request was cancelled, or its token was revoked",
     "timeout": "the run took too long, or claude gave no sign of life",
-    "usage_limit": "the plan's usage limit is reached",
+    "usage_limit": "the plan's usage limit is reached: not the end of a request, but what it may be `waitingFor`",
     "auth_required": "claude is not signed in, or its login was refused",
-    "overloaded": "the service is overloaded or limits requests",
+    "overloaded": "the service was overloaded for the whole time of the run",
     "billing_guard": "the run would have been billed to an API key and was stopped",
     "cli_error": "claude failed; the text holds its own words",
     "output_too_large": "the answer is larger than 10 MB",
@@ -364,11 +401,12 @@ RUN_ERRORS = {
 
 
 class RunFailed(Exception):
-    """The outcome of a job that did not succeed. code: a key of RUN_ERRORS; the text is for the caller."""
+    """The outcome of a run that did not succeed. code: a key of RUN_ERRORS; the text is for the caller; resets_at: when
+    a used-up limit works again (epoch seconds), where it was told."""
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, resets_at: Optional[float] = None) -> None:
         super().__init__(text)
-        self.code = code
+        self.code, self.resets_at = code, resets_at
 
 
 class CannotStart(Exception):
@@ -377,6 +415,17 @@ class CannotStart(Exception):
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.hint = hint
+
+
+def too_many(kind: Type[BridgeError], text: str, seconds: float, **extra: Any) -> BridgeError:
+    """A 429 that says when the next request is welcome."""
+    wait = max(1, whole_seconds(seconds))
+    return kind(text, (("Retry-After", str(wait)),), retryAfter=wait, **extra)
+
+
+def whole_seconds(seconds: float) -> int:
+    """Rounded up: a client that waits so long is welcome."""
+    return int(-(-seconds // 1))
 
 
 def error_body(error: BridgeError) -> Dict[str, Any]:
@@ -402,6 +451,11 @@ def as_json(value: Any) -> str:
 def clean_text(text: str) -> str:
     """Lone surrogates (which UTF-8 and SQLite cannot hold) become U+FFFD, as the CLI itself does it."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def day_of(moment: float) -> str:
+    """Epoch seconds -> 2026-01-31, in UTC."""
+    return str(iso_time(moment))[:10]
 
 
 def iso_time(moment: Optional[float]) -> Optional[str]:
@@ -474,9 +528,12 @@ def pattern_check(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
     return check
 
 
+MODEL_CHECK = pattern_check(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku")
+
+
 def check_model(value: Any) -> Optional[str]:
     """A model's name; `default` is the same as none (an agent's model is sent as it is, so the CLI would not resolve it)."""
-    name = pattern_check(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku")(value)
+    name = MODEL_CHECK(value)
     return None if name == "default" else name
 
 
@@ -507,6 +564,50 @@ def check_wait(value: Any) -> float:
     if not 0 <= seconds <= WAIT_SECONDS:
         raise InvalidRequest("wait must be a number of seconds from 0 to %d" % WAIT_SECONDS, field="wait")
     return float(seconds)
+
+
+def number_check(what: str, least: int, most: int) -> Callable[[Any], Optional[int]]:
+    """A check for an optional whole number, from JSON or from the text of a query."""
+    def check(value: Any) -> Optional[int]:
+        if value is None:
+            return None
+        text = str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise InvalidRequest("%s must be a whole number from %d to %d" % (what, least, most), field=what)
+        return int(text)
+    return check
+
+
+check_offset = number_check("after", 0, 999_999_999)
+
+
+def flag_check(what: str) -> Callable[[Any], bool]:
+    """A check for an optional true or false."""
+    return lambda value: bool(choice_check((True, False), "%s must be true or false" % what)(value))
+
+
+def check_models(value: Any) -> Optional[Tuple[str, ...]]:
+    """The models that a token may use; none is no limit."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= TOKEN_MODELS:
+        raise InvalidRequest("models must be a list of 1 to %d model names, or null" % TOKEN_MODELS)
+    return tuple(str(MODEL_CHECK("" if each is None else each)) for each in value)
+
+
+def check_key(value: Optional[str]) -> Optional[str]:
+    """The Idempotency-Key of a request."""
+    if value is not None and not 1 <= len(value) <= 200:
+        raise InvalidRequest("Idempotency-Key must have 1 to 200 characters", field="Idempotency-Key")
+    return value
+
+
+def check_statuses(value: Optional[str]) -> Tuple[str, ...]:
+    """The statuses of a query, joined by commas; none is all."""
+    wanted = tuple(value.split(",")) if value else ()
+    if not set(wanted) <= set(JobStatus.ALL):
+        raise InvalidRequest("status must be one or more of: " + ", ".join(JobStatus.ALL), field="status")
+    return wanted
 
 
 def check_name(value: Any) -> str:
@@ -573,6 +674,12 @@ class Ask(Command):
     effort: Optional[str] = wire(choice_check(EFFORTS, "effort must be one of: " + ", ".join(EFFORTS)), "string",
                                  "how hard to think: " + ", ".join(EFFORTS), "low")
     wait: float = wire(check_wait, "number", "hold the answer up to so many seconds, 0 to 90", 30, 0.0)
+    stream: bool = wire(flag_check("stream"), "boolean", "answer at once with Server-Sent Events; see Streaming", True, False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for requests that ask the same, however they want the answer."""
+        return digest(as_json([getattr(self, row.name) for row in fields(self) if row.name not in ("wait", "stream")]))
 
 
 @dataclass(frozen=True)
@@ -583,10 +690,15 @@ class NewToken(Command):
                              SessionMode.STATELESS)
     expires_in_days: Optional[int] = wire(choice_check(EXPIRY_DAYS, "expiresInDays must be 1, 7, 30, 90, or null (never)"), "number",
                                           "1, 7, 30, 90 or null (never)", 30)
-    admin: bool = wire(lambda value: bool(choice_check((True, False), "admin must be true or false")(value)), "boolean",
-                       "may manage tokens and read every request", False, False)
+    admin: bool = wire(flag_check("admin"), "boolean", "may manage tokens and read every request", False, False)
     tools: Union[str, Tuple[str, ...]] = wire(check_tools, "string or array",
                                               "`none` (default), `read`, `web`, `all` or a list of rules", "read", Tools.NONE)
+    requests_per_minute: Optional[int] = wire(number_check("requestsPerMinute", 1, 10_000), "number",
+                                              "most asks within 60 seconds, or null", 10)
+    requests_per_day: Optional[int] = wire(number_check("requestsPerDay", 1, 1_000_000), "number",
+                                           "most asks within a day (UTC), or null", 200)
+    models: Optional[Tuple[str, ...]] = wire(check_models, "array", "the models it may use, or null for all; the first is its default",
+                                             ["haiku", "sonnet"])
 
 
 @dataclass(frozen=True)
@@ -602,6 +714,9 @@ class Token:
     is_admin: bool
     tools: Union[str, Tuple[str, ...]] = Tools.NONE
     workspace: Optional[str] = None
+    requests_per_minute: Optional[int] = None
+    requests_per_day: Optional[int] = None
+    models: Optional[Tuple[str, ...]] = None
 
     def is_expired(self, now: float) -> bool:
         return self.expires_at is not None and self.expires_at <= now
@@ -618,7 +733,8 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A queued ask and all that became of it. `structured` and `json_schema` are JSON texts."""
+    """A queued ask and all that became of it. `structured` and `json_schema` are JSON texts. restarts: how often its text
+    began anew after some of it could be read, so that an offset in it means nothing any more."""
     id: str
     seq: int
     token_id: str
@@ -638,16 +754,76 @@ class Job:
     usage: Optional[Usage] = None
     error: Optional[str] = None
     error_code: Optional[str] = None
+    restarts: int = 0
 
     @property
     def is_finished(self) -> bool:
         return self.status in JobStatus.FINISHED
 
 
+class Queued(NamedTuple):
+    """What became of an ask. position: those waiting and running before it + 1, 0 when finished; is_new: False where an
+    Idempotency-Key led to an earlier request."""
+    job: Job
+    position: int
+    is_new: bool = True
+
+
 class Exchange(NamedTuple):
     """One completed turn of a conversation."""
     message: str
     response: str
+
+
+class Conversation(NamedTuple):
+    """What a stateful token remembers under one name. turns: the completed ones. Times are epoch seconds."""
+    name: str
+    turns: int
+    created_at: float
+    last_used_at: float
+
+
+class Session(NamedTuple):
+    """Where a conversation goes on. key: names its process, and is another one after the conversation was deleted;
+    session_id: the CLI's, to resume, or None; spent_usd: its cost so far, as the CLI counts it."""
+    key: str
+    session_id: Optional[str] = None
+    spent_usd: float = 0.0
+
+
+class DayUsage(NamedTuple):
+    """What one token used on one day (UTC), counted on the day of the request."""
+    day: str
+    token_id: str
+    requests: int
+    completed: int
+    errors: int
+    usage: Usage
+
+
+class PlanWindow(NamedTuple):
+    """One limit of the plan, as the CLI last told it. kind: five_hour, seven_day, ... or overage (paid extra usage, status
+    `in_use` while requests draw on it); utilization: 0 to 1, where told. Times are epoch seconds."""
+    kind: str
+    status: Optional[str]
+    utilization: Optional[float]
+    resets_at: Optional[float]
+    seen_at: float = 0.0
+
+
+class Limits(NamedTuple):
+    """What a `rate_limit_event` says. is_used_up: a limit of the plan refuses requests; is_using_overage: it would, but
+    they go on as paid extra usage; resets_at: when the plan gives again."""
+    is_used_up: bool = False
+    is_using_overage: bool = False
+    resets_at: Optional[float] = None
+    windows: Tuple[PlanWindow, ...] = ()
+
+
+class Rest(NamedTuple):
+    """Why nothing runs now: usage_limit or overloaded, and until when (epoch seconds)."""
+    reason: str
+    until: float
 
 
 @dataclass(frozen=True)
@@ -724,11 +900,6 @@ class TokenBucket:
 def printable(text: str) -> str:
     """Text for a terminal: control characters, which could move the cursor or forge lines, become `?`; lines stay lines."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
-
-
-def whole_seconds(seconds: float) -> int:
-    """Rounded up: a client that waits so long is welcome."""
-    return int(-(-seconds // 1))
 
 
 # --- the CLI's words ---
@@ -905,7 +1076,7 @@ class LineFramer:
 
 
 class CliEvent(NamedTuple):
-    """One line of the CLI. kind: init, delta, message, assistant, told, result, control, asks or noise (a sign of life).
+    """One line of the CLI. kind: init, delta, message, assistant, told, limits, result, control, asks or noise (a sign of life).
     tools: the ids of the tool calls that begin (assistant) or end (told) with it."""
     kind: str
     body: Mapping[str, Any] = {}
@@ -932,12 +1103,51 @@ def read_cli_event(line: bytes) -> CliEvent:
         name, block_type, key = ("assistant", "tool_use", "id") if kind == "assistant" else ("told", "tool_result", "tool_use_id")
         blocks = [block for block in content if block.get("type") == block_type] if isinstance(content, list) else []
         return CliEvent(name, body, tools=tuple(str(block.get(key)) for block in blocks))
-    names = {"result": "result", "control_response": "control", "control_request": "asks"}
+    names = {"result": "result", "control_response": "control", "control_request": "asks", "rate_limit_event": "limits"}
     return CliEvent(names.get(str(kind), "noise"), body)
 
 
-def failure_of(result: Mapping[str, Any], said: str) -> RunFailed:
-    """The outcome behind a `result` line that is an error. said: the `error` word of the last assistant line.
+def read_limits(body: Mapping[str, Any], now: float) -> Limits:
+    """The limits in a `rate_limit_event`. One without a type and a reset is no limit of the plan (any other 429 gives it).
+
+    Source: seen on 2.1.50, 2.1.197 and 2.1.330, which alone tells all windows each time.
+    """
+    found = body.get("rate_limit_info")
+    told: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    kind, status, resets_at = told.get("rateLimitType"), told.get("status"), number_or_none(told.get("resetsAt"))
+    each = told.get("unifiedWindows")
+    parts: Dict[str, Mapping[str, Any]] = {str(kind): told} if kind else {}
+    parts.update((str(name), part) for name, part in (each.items() if isinstance(each, dict) else ()) if isinstance(part, dict))
+    windows = []
+    for name, part in list(parts.items())[:10]:
+        of_event = part.get("status") or (status if name == kind else None)
+        windows.append(PlanWindow(name[:40], str(of_event)[:40] if of_event else None, number_or_none(part.get("utilization")),
+                                  number_or_none(part.get("resetsAt")), now))
+    is_using = told.get("isUsingOverage") is True
+    if told.get("overageStatus") or is_using:
+        windows.append(PlanWindow("overage", "in_use" if is_using else str(told["overageStatus"])[:40], None,
+                                  number_or_none(told.get("overageResetsAt")), now))
+    full = [window.resets_at for window in windows if window.resets_at and (window.utilization or 0) >= 1]
+    return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max([*filter(None, [resets_at]), *full], default=None),
+                  tuple(windows))
+
+
+def number_or_none(value: Any) -> Optional[float]:
+    """A number that can be a moment or a share; anything else, as NaN or a text, is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e11
+    return float(value) if is_number else None
+
+
+def rest_seconds(resets_at: Optional[float], now: float) -> float:
+    """How long to rest for a limit that resets then. A reset that is not told, or long past (a wrong clock), is a guess."""
+    if resets_at is None or resets_at < now - 60:
+        return REST_SECONDS
+    return min(max(resets_at - now, 5.0), LONGEST_REST_SECONDS)
+
+
+def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) -> RunFailed:
+    """The outcome behind a `result` line that is an error. said: the `error` word of the last assistant line; limits: the
+    last ones the process told.
 
     Source: the CLI's answers to each API error, seen on 2.1.197; statuses are missing up to 2.1.50.
     """
@@ -947,8 +1157,8 @@ def failure_of(result: Mapping[str, Any], said: str) -> RunFailed:
     if said == "authentication_failed" or status in (401, 403) or re.match(r"Not logged in|Invalid API key|Failed to authenticate", text):
         return RunFailed("auth_required", text)
     if said == "rate_limit" or status == 429:
-        temporary = "not your usage limit" in text or text.startswith("API Error")
-        return RunFailed("overloaded" if temporary else "usage_limit", text)
+        is_plan = limits.is_used_up or not text.startswith("API Error")
+        return RunFailed("usage_limit", text, limits.resets_at) if is_plan else RunFailed("overloaded", text)
     if said == "model_not_found" or status == 404 or text.startswith("There's an issue with the selected model"):
         return RunFailed("model_not_found", text)
     if status == 413 or result.get("terminal_reason") == "prompt_too_long" or text.startswith(("Prompt is too long", "Request too large")):
@@ -986,6 +1196,119 @@ def payer_of(status: Mapping[str, Any]) -> Login:
     if status.get("authMethod") == "oauth_token":
         return Login(True, "the subscription behind CLAUDE_CODE_OAUTH_TOKEN")
     return Login(True, "the login of claude (%s)" % (status.get("authMethod") or "unknown method"))
+
+
+# --- the words of a stream ---
+
+class JobEvent(NamedTuple):
+    """One step of a job, as a reader is told it. kind: queued, started, delta, completed, error or quiet (nothing new for a
+    while); offset: where the text ends after it, in code points. A 0 (queued, started) says that the text begins (anew)."""
+    kind: str
+    offset: int = 0
+    text: str = ""
+    model: Optional[str] = None
+
+
+class TextCursor:
+    """A reader's place in an answer's text; after: what the reader has. An offset in a text that began anew since means
+    nothing, so that such a reader is told all of it, after a `started`."""
+
+    def __init__(self, after: int) -> None:
+        self.restarts, self.offset = 0 if after else -1, after
+
+    def rewind(self) -> None:
+        self.restarts, self.offset = -1, 0
+
+    def read(self, restarts: int, rest: Callable[[int], str], model: Optional[str]) -> Iterator[JobEvent]:
+        """What is new in a text. restarts: how often that text began anew; rest: reads it from an offset on."""
+        if restarts != self.restarts:
+            self.restarts, self.offset = restarts, 0
+            yield JobEvent("started", 0, model=model)
+        text = rest(self.offset)
+        for start in range(0, len(text), DELTA_CHARACTERS):
+            piece = text[start:start + DELTA_CHARACTERS]
+            self.offset += len(piece)
+            yield JobEvent("delta", self.offset, piece)
+
+
+class LiveText:
+    """The text of a running answer so far, in code points. Written by the worker, read from any thread.
+
+    restarts: how often the text began anew, in this run and before; changed: called after each change.
+    """
+
+    def __init__(self, restarts: int = 0, changed: Callable[[], None] = lambda: None) -> None:
+        self._lock = threading.RLock()
+        self._changed = changed
+        self._parts: List[str] = []
+        self._ends: List[int] = []           # where each part ends
+        self._held = ""                      # half a character, whose other half comes with the next delta
+        self._is_begun = False
+        self.size = 0                        # bytes that came, of all tries
+        self.restarts = restarts
+        self.model: Optional[str] = None
+        self.rest: Optional[Rest] = None     # why nothing comes for a while
+
+    def begin(self, model: Optional[str]) -> None:
+        """Claude has taken the prompt."""
+        self.model, self.rest, self._is_begun = model, None, True
+        self._changed()
+
+    def add(self, text: str) -> None:
+        text = self._held + text
+        self._held = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
+        self._append(text[:-1] if self._held else text)
+        self._changed()
+
+    def _append(self, text: str) -> None:
+        text = clean_text(text)
+        with self._lock:
+            self._is_begun = True
+            if text:
+                self._parts.append(text)
+                self._ends.append(len(text) + (self._ends[-1] if self._ends else 0))
+                self.size += len(text.encode())
+
+    def restart(self) -> None:
+        """A new message begins: what was said before belonged to a tool call or to a broken-off try."""
+        with self._lock:
+            self.restarts += bool(self._parts)
+            self._parts, self._ends, self._held = [], [], ""
+
+    def pause(self, rest: Rest) -> None:
+        """Nothing comes until then; what came is void."""
+        self.restart()
+        self.rest = rest
+        self._changed()
+
+    def finish(self, text: str) -> None:
+        """The whole text is known: adds what was not heard, or all of it where something else was heard."""
+        self._held = ""
+        heard = self.read()
+        if not text.startswith(heard):
+            self.restart()
+            heard = ""
+        self._append(text[len(heard):])
+        self._changed()
+
+    def read(self, offset: int = 0) -> str:
+        """The text from an offset on."""
+        with self._lock:
+            first = bisect_right(self._ends, offset)
+            before = self._ends[first - 1] if first else 0
+            return "".join(self._parts[first:])[offset - before:]
+
+    def news(self, cursor: TextCursor) -> List[JobEvent]:
+        """What a reader has not been told yet."""
+        with self._lock:
+            return list(cursor.read(self.restarts, self.read, self.model)) if self._is_begun else []
+
+
+def sse_event(kind: str, offset: int, data: Mapping[str, Any]) -> bytes:
+    """One Server-Sent Event. The line ends that some readers see where the standard has none are escaped."""
+    line = as_json(data).replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return ("id: %d\nevent: %s\ndata: %s\n\n" % (offset, kind, line)).encode("utf-8", "replace")
+
 
 
 # === 5 Store ==================================================================================================
@@ -1030,10 +1353,31 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         "CREATE INDEX jobs_by_token ON jobs (token_id, conversation, seq)",
         "CREATE TABLE children (pid INTEGER PRIMARY KEY, started TEXT NOT NULL)",
     ),
+    (
+        "ALTER TABLE tokens ADD COLUMN requests_per_minute INTEGER",
+        "ALTER TABLE tokens ADD COLUMN requests_per_day INTEGER",
+        "ALTER TABLE tokens ADD COLUMN models TEXT",
+        "ALTER TABLE jobs ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN idempotency_key TEXT",
+        "ALTER TABLE jobs ADD COLUMN fingerprint TEXT",
+        "CREATE UNIQUE INDEX jobs_by_key ON jobs (token_id, idempotency_key)",
+        "CREATE INDEX jobs_of_token ON jobs (token_id, seq)",
+        "ALTER TABLE conversations ADD COLUMN key TEXT",
+        "UPDATE conversations SET key = lower(hex(randomblob(16)))",
+        # No reference to tokens: what a revoked one used stays in the sums.
+        "CREATE TABLE usage (day TEXT NOT NULL, token_id TEXT NOT NULL, requests INTEGER NOT NULL DEFAULT 0,"
+        " completed INTEGER NOT NULL DEFAULT 0, errors INTEGER NOT NULL DEFAULT 0, input_tokens INTEGER NOT NULL DEFAULT 0,"
+        " output_tokens INTEGER NOT NULL DEFAULT 0, cache_read_tokens INTEGER NOT NULL DEFAULT 0,"
+        " cache_creation_tokens INTEGER NOT NULL DEFAULT 0, cost_usd REAL NOT NULL DEFAULT 0, PRIMARY KEY (day, token_id))",
+        "INSERT INTO usage (day, token_id, requests, completed, errors) SELECT date(created_at, 'unixepoch'), token_id, count(*),"
+        " sum(status = 'completed'), sum(status = 'error') FROM jobs GROUP BY 1, 2",
+        "CREATE TABLE plan (kind TEXT PRIMARY KEY, status TEXT, utilization REAL, resets_at REAL, seen_at REAL NOT NULL)",
+    ),
 )
 
 JOB_COLUMNS = tuple(row.name for row in fields(Job))
-TOKEN_COLUMNS = "id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace"
+TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
+                 " requests_per_minute, requests_per_day, models")
 
 
 def private_directory(path: Path) -> Path:
@@ -1145,14 +1489,16 @@ class Store:
         """Raises TokenLimit; expired tokens do not count, and an admin token can always be made where there is none."""
         now = self._clock.now()
         expires_at = None if new.expires_in_days is None else now + new.expires_in_days * 86_400
-        token = Token(str(uuid.uuid4()), new.name, secret[:12], new.session_mode, expires_at, now, None, new.admin, new.tools, workspace)
+        token = Token(str(uuid.uuid4()), new.name, secret[:12], new.session_mode, expires_at, now, None, new.admin, new.tools, workspace,
+                      new.requests_per_minute, new.requests_per_day, new.models)
         with self._write() as db:
             count = db.execute("SELECT count(*) FROM tokens WHERE expires_at IS NULL OR expires_at > ?", (now,)).fetchone()[0]
             if count >= TOKENS and (self.has_admin() or not new.admin):
                 raise TokenLimit()
-            db.execute("INSERT INTO tokens (%s, token_hash) VALUES (?,?,?,?,?,?,?,?,?,?,?)" % TOKEN_COLUMNS,
+            db.execute("INSERT INTO tokens (%s, token_hash) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)" % TOKEN_COLUMNS,
                        (token.id, token.name, token.prefix, token.session_mode, token.expires_at, token.created_at, None,
-                        int(token.is_admin), as_json(token.tools), token.workspace, digest(secret)))
+                        int(token.is_admin), as_json(token.tools), token.workspace, token.requests_per_minute, token.requests_per_day,
+                        as_json(token.models), digest(secret)))
         return token
 
     def token_by_digest(self, token_hash: str) -> Optional[Token]:
@@ -1194,33 +1540,69 @@ class Store:
 
     @staticmethod
     def _token(row: Tuple[Any, ...]) -> Token:
-        token_id, name, prefix, mode, expires_at, created_at, last_used_at, is_admin, tools, workspace = row
-        level = json.loads(tools)
+        token_id, name, prefix, mode, expires_at, created_at, last_used_at, is_admin, tools, workspace, per_minute, per_day, models = row
+        level, allowed = json.loads(tools), json.loads(models or "null")
         return Token(token_id, name, prefix, mode, expires_at, created_at, last_used_at, bool(is_admin),
-                     tuple(level) if isinstance(level, list) else level, workspace)
+                     tuple(level) if isinstance(level, list) else level, workspace, per_minute, per_day,
+                     tuple(allowed) if allowed else None)
 
     # --- jobs ---
 
-    def enqueue(self, token_id: str, ask: Ask, limit: int = QUEUE_JOBS) -> Tuple[Job, int]:
-        """Adds a job at the end of the queue; durable on return.
+    def enqueue(self, token_id: str, ask: Ask, key: Optional[str] = None, limit: int = QUEUE_JOBS) -> Queued:
+        """Adds a job at the end of the queue, or finds the one that this key made; durable on return.
 
-        limit: most jobs that may wait or run.  -> (job, position: those waiting and running before it + 1).
-        Raises QueueFull; InvalidToken when the token was revoked meanwhile.
+        key: the caller's Idempotency-Key; limit: most jobs that may wait or run.  Raises IdempotencyConflict, QueueFull;
+        RateLimited and DailyLimit for the limits of the token; InvalidToken when the token was revoked meanwhile.
         """
         now, job_id = self._clock.now(), str(uuid.uuid4())
         with self._write() as db:
+            known = key and db.execute("SELECT id, fingerprint FROM jobs WHERE token_id = ? AND idempotency_key = ?",
+                                       (token_id, key)).fetchone()
+            if known and known[1] != ask.fingerprint:
+                raise IdempotencyConflict()
+            if known:
+                job = self._job(db.execute("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), known[:1]).fetchone())
+                return Queued(job, self.places(job)[1], is_new=False)
+            self._check_limits(db, token_id, now)
             ahead = db.execute("SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
             if ahead >= limit:
-                raise QueueFull(headers=(("Retry-After", "10"),), retryAfter=10)
-            if not db.execute("SELECT 1 FROM tokens WHERE id = ?", (token_id,)).fetchone():
-                raise InvalidToken()
+                raise too_many(QueueFull, "", 10)
             seq = db.execute("INSERT INTO jobs (id, token_id, status, message, created_at, model, system_prompt, json_schema,"
-                             " conversation, effort) VALUES (?,?,?,?,?,?,?,?,?,?)",
+                             " conversation, effort, idempotency_key, fingerprint) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
                              (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
-                              ask.conversation, ask.effort)).lastrowid
+                              ask.conversation, ask.effort, key, ask.fingerprint if key else None)).lastrowid
+            self._count(db, token_id, now, requests=1)
         job = Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model, system_prompt=ask.system_prompt,
                   json_schema=ask.json_schema, conversation=ask.conversation, effort=ask.effort)
-        return job, ahead + 1
+        return Queued(job, ahead + 1)
+
+    @staticmethod
+    def _check_limits(db: sqlite3.Connection, token_id: str, now: float) -> None:
+        """The token's own limits: so many asks within the last 60 seconds, and on this day (UTC)."""
+        token = db.execute("SELECT requests_per_minute, requests_per_day FROM tokens WHERE id = ?", (token_id,)).fetchone()
+        if not token:
+            raise InvalidToken()
+        per_minute, per_day = token
+        if per_minute:
+            last = db.execute("SELECT created_at FROM jobs WHERE token_id = ? ORDER BY seq DESC LIMIT 1 OFFSET ?",
+                              (token_id, per_minute - 1)).fetchone()
+            if last and now - 60 < last[0] <= now:
+                raise too_many(RateLimited, "This token may send %d requests a minute." % per_minute, last[0] + 60 - now)
+        used = per_day and db.execute("SELECT requests FROM usage WHERE day = ? AND token_id = ?", (day_of(now), token_id)).fetchone()
+        if used and used[0] >= per_day:
+            midnight = (now // 86_400 + 1) * 86_400
+            raise too_many(DailyLimit, "This token may send %d requests a day. It works again at %s." % (per_day, iso_time(midnight)),
+                           midnight - now, resetsAt=iso_time(midnight))
+
+    @staticmethod
+    def _count(db: sqlite3.Connection, token_id: str, at: float, requests: int = 0, completed: int = 0, errors: int = 0,
+               usage: Usage = Usage()) -> None:
+        """Adds to the figures of a token for the day of the request."""
+        db.execute("INSERT OR IGNORE INTO usage (day, token_id) VALUES (?, ?)", (day_of(at), token_id))
+        db.execute("UPDATE usage SET requests = requests + ?, completed = completed + ?, errors = errors + ?,"
+                   " input_tokens = input_tokens + ?, output_tokens = output_tokens + ?, cache_read_tokens = cache_read_tokens + ?,"
+                   " cache_creation_tokens = cache_creation_tokens + ?, cost_usd = cost_usd + ? WHERE day = ? AND token_id = ?",
+                   (requests, completed, errors, *usage, day_of(at), token_id))
 
     def job(self, job_id: str) -> Optional[Job]:
         rows = self._read("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), job_id)
@@ -1230,11 +1612,32 @@ class Store:
         rows = self._read("SELECT status FROM jobs WHERE id = ?", job_id)
         return rows[0][0] if rows else None
 
-    def queue_position(self, job: Job) -> int:
-        """Those waiting before it + 1, and 0 for one that does not wait."""
-        if job.status != JobStatus.QUEUED:
-            return 0
-        return int(self._read("SELECT count(*) FROM jobs WHERE status = 'queued' AND seq < ?", job.seq)[0][0]) + 1
+    def places(self, job: Job) -> Tuple[int, int]:
+        """-> (those waiting before it + 1, or 0 for one that does not wait; those waiting and running before it + 1, or 0
+        for one that is finished)."""
+        if job.is_finished:
+            return 0, 0
+        waiting, all_open = self._read("SELECT coalesce(sum(status = 'queued'), 0), count(*) FROM jobs"
+                                       " WHERE status IN ('queued', 'processing') AND seq < ?", job.seq)[0]
+        return (int(waiting) + 1 if job.status == JobStatus.QUEUED else 0), int(all_open) + 1
+
+    def jobs(self, token_id: Optional[str], statuses: Sequence[str], before: Optional[int], limit: int) -> Tuple[List[Job], Optional[int]]:
+        """A page of jobs, newest first. token_id: None for those of all tokens; statuses: none for all; before: where the last
+        page ended.  -> (at most `limit` jobs, fewer where they are large; where the next page begins, or None)."""
+        wanted = statuses or JobStatus.ALL
+        sql = ("SELECT %s FROM jobs WHERE %s AND status IN (%s) AND seq < ? ORDER BY seq DESC LIMIT ?" % (
+            ", ".join(JOB_COLUMNS), "token_id = ?" if token_id else "? IS NULL", ", ".join("?" * len(wanted))))
+        found: List[Job] = []
+        size = 0
+        with self._guarded() as db:
+            rows = db.execute(sql, (token_id, *wanted, before or 1 << 62, limit + 1))
+            for row in rows:
+                if len(found) == limit or found and size > PAGE_BYTES:
+                    rows.close()
+                    return found, found[-1].seq
+                found.append(self._job(row))
+                size += len(found[-1].message) + len(found[-1].response or "")
+        return found, None
 
     def claim(self) -> Optional[Job]:
         """Takes the oldest waiting job: it is `processing` on return, and counts as attempted."""
@@ -1249,31 +1652,37 @@ class Store:
     def has_queued(self) -> bool:
         return bool(self._read("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1"))
 
-    def complete(self, job: Job, answer: Answer) -> bool:
+    def complete(self, job: Job, answer: Answer, restarts: int = 0) -> bool:
         """Stores the answer, and what continues the conversation. -> False when the job was no longer wanted."""
         now = self._clock.now()
         with self._write() as db:
             done = db.execute("UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?, usage = ?,"
-                              " model = coalesce(?, model) WHERE id = ? AND status = 'processing'",
+                              " model = coalesce(?, model), restarts = ? WHERE id = ? AND status = 'processing'",
                               (now, clean_text(answer.text), answer.structured and clean_text(answer.structured), as_json(answer.usage),
-                               answer.model, job.id)).rowcount
-            if done and job.conversation:
-                db.execute("UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ? WHERE token_id = ? AND name = ?",
-                           (answer.session_id, answer.spent_usd, now, job.token_id, job.conversation))
+                               answer.model, restarts, job.id)).rowcount
+            if done:
+                # by the row's conversation: none when it was deleted meanwhile
+                db.execute("UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ?"
+                           " WHERE token_id = ? AND name = (SELECT conversation FROM jobs WHERE id = ?)",
+                           (answer.session_id, answer.spent_usd, now, job.token_id, job.id))
+                self._count(db, job.token_id, job.created_at, completed=1, usage=answer.usage)
         return bool(done)
 
-    def fail(self, job: Job, code: str, text: str) -> bool:
-        """Stores why the job failed. -> False when the job was no longer wanted."""
+    def fail(self, job: Job, code: str, text: str, only: Sequence[str] = (JobStatus.PROCESSING,)) -> bool:
+        """Stores why the job failed. only: the statuses that it may be in. -> False when it was in another."""
         with self._write() as db:
-            return bool(db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?"
-                                   " WHERE id = ? AND status = 'processing'",
-                                   (self._clock.now(), clean_text(text), code, job.id)).rowcount)
+            done = db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?"
+                              " WHERE id = ? AND status IN (?, ?)",
+                              (self._clock.now(), clean_text(text), code, job.id, only[0], only[-1])).rowcount
+            if done:
+                self._count(db, job.token_id, job.created_at, errors=1)
+        return bool(done)
 
-    def requeue(self, job: Job) -> bool:
-        """Back to the head of the queue, as if it had not been claimed (an ordered end of the bridge is no attempt)."""
+    def requeue(self, job: Job, restarts: int = 0) -> bool:
+        """Back to the head of the queue, as if it had not been claimed (what the job cannot help is no attempt)."""
         with self._write() as db:
-            return bool(db.execute("UPDATE jobs SET status = 'queued', attempts = attempts - 1, started_at = NULL"
-                                   " WHERE id = ? AND status = 'processing'", (job.id,)).rowcount)
+            return bool(db.execute("UPDATE jobs SET status = 'queued', attempts = attempts - 1, started_at = NULL, restarts = ?"
+                                   " WHERE id = ? AND status = 'processing'", (restarts, job.id)).rowcount)
 
     def recover(self) -> Tuple[int, int]:
         """After a crash: what was processing waits again at its old place, unless it was attempted JOB_ATTEMPTS times.
@@ -1282,14 +1691,20 @@ class Store:
         """
         with self._write() as db:
             why = "The run was cut short %d times: the bridge ended, or failed." % JOB_ATTEMPTS
-            lost = db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
-                              " WHERE status = 'processing' AND attempts >= ?", (self._clock.now(), why, JOB_ATTEMPTS)).rowcount
-            again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL WHERE status = 'processing'").rowcount
-        return again, lost
+            lost = db.execute("SELECT token_id, created_at FROM jobs WHERE status = 'processing' AND attempts >= ?",
+                              (JOB_ATTEMPTS,)).fetchall()
+            db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
+                       " WHERE status = 'processing' AND attempts >= ?", (self._clock.now(), why, JOB_ATTEMPTS))
+            for token_id, created_at in lost:
+                self._count(db, token_id, created_at, errors=1)
+            again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL, restarts = restarts + 1"
+                               " WHERE status = 'processing'").rowcount
+        return again, len(lost)
 
     def purge(self, days: int) -> int:
         """Deletes finished jobs older than `days`; those of a conversation are its memory and stay. -> how many went."""
         with self._write() as db:
+            db.execute("DELETE FROM usage WHERE day < ?", (day_of(self._clock.now() - USAGE_DAYS * 86_400),))
             return db.execute("DELETE FROM jobs WHERE status IN ('completed', 'error') AND completed_at < ? AND conversation IS NULL",
                               (self._clock.now() - days * 86_400,)).rowcount
 
@@ -1308,19 +1723,36 @@ class Store:
 
     # --- conversations ---
 
-    def open_conversation(self, token_id: str, name: str) -> Tuple[Optional[str], float]:
-        """Begins a turn. -> (the CLI's session to resume or None, its cost so far in US dollars).
+    def open_conversation(self, token_id: str, name: str) -> Session:
+        """Begins a turn: where the conversation goes on.
 
         The stored session is cleared until the turn succeeds: a transcript that holds half a turn is never resumed.
         """
-        now = self._clock.now()
+        now, key = self._clock.now(), uuid.uuid4().hex
         with self._write() as db:
-            db.execute("INSERT OR IGNORE INTO conversations (token_id, name, created_at, last_used_at)"
-                       " SELECT id, ?, ?, ? FROM tokens WHERE id = ?", (name, now, now, token_id))
-            found = db.execute("SELECT session_id, spent_usd FROM conversations WHERE token_id = ? AND name = ?",
+            db.execute("INSERT OR IGNORE INTO conversations (token_id, name, key, created_at, last_used_at)"
+                       " SELECT id, ?, ?, ?, ? FROM tokens WHERE id = ?", (name, key, now, now, token_id))
+            found = db.execute("SELECT key, session_id, spent_usd FROM conversations WHERE token_id = ? AND name = ?",
                                (token_id, name)).fetchone()
             db.execute("UPDATE conversations SET session_id = NULL WHERE token_id = ? AND name = ?", (token_id, name))
-        return (found[0], float(found[1])) if found else (None, 0.0)
+        return Session(*found) if found else Session(key)
+
+    def has_conversation(self, key: str) -> bool:
+        return bool(self._read("SELECT 1 FROM conversations WHERE key = ?", key))
+
+    def conversations(self, token_id: str) -> List[Conversation]:
+        """Those of a token, the one used last first; also one whose first turn still waits."""
+        return [Conversation(*row) for row in self._read(
+            "SELECT conversation, sum(status = 'completed'), min(created_at), max(coalesce(completed_at, created_at)) AS used FROM jobs"
+            " WHERE token_id = ? AND conversation IS NOT NULL GROUP BY conversation ORDER BY used DESC, max(seq) DESC", token_id)]
+
+    def delete_conversation(self, token_id: str, name: str) -> bool:
+        """Forgets what was said. Finished and running jobs stay without it, waiting ones begin it afresh. -> whether there was one."""
+        with self._write() as db:
+            rows = db.execute("DELETE FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).rowcount
+            rows += db.execute("UPDATE jobs SET conversation = NULL WHERE token_id = ? AND conversation = ? AND status != 'queued'",
+                               (token_id, name)).rowcount
+        return bool(rows)
 
     def history(self, job: Job) -> List[Exchange]:
         """The completed turns before this one, oldest first; the latest HISTORY_TURNS within HISTORY_BYTES, the last one cut to fit."""
@@ -1336,6 +1768,23 @@ class Store:
             kept.insert(0, Exchange(message, response.encode()[:left].decode("utf-8", "ignore")))
             left -= len(response.encode())
         return kept
+
+    # --- usage ---
+
+    def usage(self, since_day: str, token_id: Optional[str] = None) -> List[DayUsage]:
+        """The figures per day and token from a day on, oldest first. token_id: only this one's."""
+        rows = self._read("SELECT day, token_id, requests, completed, errors, input_tokens, output_tokens, cache_read_tokens,"
+                          " cache_creation_tokens, cost_usd FROM usage WHERE day >= ? AND (token_id = ? OR ? IS NULL)"
+                          " ORDER BY day, token_id", since_day, token_id, token_id)
+        return [DayUsage._make((*row[:5], Usage._make(row[5:]))) for row in rows]
+
+    def note_windows(self, windows: Sequence[PlanWindow]) -> None:
+        with self._write() as db:
+            db.executemany("INSERT OR REPLACE INTO plan (kind, status, utilization, resets_at, seen_at) VALUES (?,?,?,?,?)", windows)
+
+    def windows(self) -> List[PlanWindow]:
+        """The limits of the plan, as they were told last."""
+        return [PlanWindow(*row) for row in self._read("SELECT kind, status, utilization, resets_at, seen_at FROM plan ORDER BY kind")]
 
     # --- children ---
 
@@ -1471,6 +1920,9 @@ class Child:
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
         self._complaints: Deque[bytes] = deque(maxlen=8)
         self._closing = self._was_dead = False
+        self.limits = Limits()              # of the plan, as it told them last: it tells them again only when they change
+        self._family: Optional[Dict[int, Optional[str]]] = None
+        self.term_at = self.kill_at = float("inf")
         self.process = subprocess.Popen(list(argv), cwd=str(cwd), env={**environment, TAG: tag}, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **group_options())
         self.pid = self.process.pid
@@ -1552,27 +2004,33 @@ class Child:
         words = redact(words.strip())
         return "claude ended (exit code %s) without an answer%s" % (self.process.returncode, ": " + words if words else ".")
 
-    def end_input(self) -> None:
-        """Lets an idle child leave; it does within 0.1 s."""
-        self._orders.put(None)
+    def leave(self, now: float, grace: float, interrupt: bool = False, family: bool = False) -> None:
+        """Asks the child to go: interrupt, end of input; an idle one does within 0.1 s. `tend` and `stop` do the rest.
 
-    def stop(self, grace: float = 0.0, interrupt: bool = False, family: bool = False) -> None:
-        """Ends the child for good: interrupt, end of input, SIGTERM, SIGKILL; then all that it started.
-
-        grace: seconds for the polite steps; 0 kills at once. family: look for descendants (a child without tools has none).
+        grace: seconds until it is killed. family: it may have started others (a child without tools has not).
         """
-        below = descendants(self.pid) if family and self.is_alive else []
+        self.term_at, self.kill_at = now + grace * 0.6, now + grace
+        if family:
+            self._family = {pid: started_at(pid) for pid in (descendants(self.pid) if self.is_alive else ())}
         if interrupt:
             self.send({"type": "control_request", "request_id": "stop", "request": {"subtype": "interrupt"}})
-        self.end_input()
-        if grace and not self.ended_within(grace * 0.6):
+        self._orders.put(None)
+
+    def tend(self, now: float) -> bool:
+        """Goes on with the end of a child that was asked to leave. -> whether it is time to `stop` it."""
+        if now >= self.term_at and self.is_alive:
             self.process.terminate()
-            self.ended_within(grace * 0.4)
+        return now >= self.kill_at or not self.is_alive
+
+    def stop(self) -> None:
+        """Ends the child for good, and all that it started; it is gone on return."""
+        self._orders.put(None)
         if os.name != "nt" or self.is_alive:
             kill_process(self.pid, group=True)
         self.process.wait()
-        for pid in below + (tagged(self.tag) if family else []):
-            kill_process(pid)
+        if self._family is not None:
+            for pid in [pid for pid, started in self._family.items() if started and started_at(pid) == started] + tagged(self.tag):
+                kill_process(pid)
         self._closing = True
         for pump in self._pumps:
             pump.join(1)
@@ -1694,7 +2152,7 @@ class Work:
     and spent_usd its cost so far. history: reads the turns so far; asked only when they have to be told again."""
     message: str
     setup: Setup
-    conversation: Optional[Tuple[str, str]] = None
+    conversation: Optional[str] = None
     session_id: Optional[str] = None
     spent_usd: float = 0.0
     history: Callable[[], Sequence[Exchange]] = tuple
@@ -1721,12 +2179,18 @@ class SessionLost(Exception):
     """The CLI does not know the session that was to be resumed."""
 
 
+def check_wanted(reason: Optional[str]) -> None:
+    """Raises RunFailed where there is a reason, a key of RUN_ERRORS, to end a run."""
+    if reason:
+        raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
+
+
 class Turn:
     """One turn with one child: its deadlines, and what is read until the result."""
 
     def __init__(self, child: Child, setup: Setup, clock: Clock, config: Config, deadline: float,
-                 stop_reason: Callable[[], Optional[str]]) -> None:
-        self._child, self._setup, self._clock, self._config = child, setup, clock, config
+                 stop_reason: Callable[[], Optional[str]], note_limits: Callable[[Limits], None]) -> None:
+        self._child, self._setup, self._clock, self._config, self._note_limits = child, setup, clock, config, note_limits
         self._deadline, self._stop_reason, self._look_at = deadline, stop_reason, float("-inf")
         self._tools: Set[str] = set()    # those that run: a command may be silent for long
         self.heard = False               # the prompt was taken: from now on a lost child is a failed run
@@ -1738,9 +2202,8 @@ class Turn:
         while True:
             now = self._clock.monotonic()
             if now >= self._look_at:             # not for every word of a fast answer: it asks the database
-                self._look_at, reason = now + TICK_SECONDS, self._stop_reason()
-                if reason:
-                    raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
+                self._look_at = now + TICK_SECONDS
+                check_wanted(self._stop_reason())
             if now >= self._deadline:
                 raise RunFailed("timeout", "The run took longer than %g seconds." % self._config.run_seconds)
             if now >= silent_at and not self._tools:
@@ -1779,7 +2242,7 @@ class Turn:
     def ask(self, message: str) -> None:
         self._child.send(user_message(message))
 
-    def answer(self, live: "LiveText") -> Answer:
+    def answer(self, live: LiveText) -> Answer:
         """Reads to the end of the turn. Raises RunFailed, SessionLost, ChildGone."""
         said, model = "", None
         while True:
@@ -1793,6 +2256,10 @@ class Turn:
             elif event.kind == "init":
                 self.heard, model = True, event.body.get("model")
                 self._guard_billing(event.body.get("apiKeySource"))
+                live.begin(model)
+            elif event.kind == "limits":
+                self._child.limits = read_limits(event.body, self._clock.now())
+                self._note_limits(self._child.limits)
             elif event.kind == "assistant":
                 said = str(event.body.get("error") or said)
             elif event.kind == "control":
@@ -1817,7 +2284,7 @@ class Turn:
     def _result(self, body: Mapping[str, Any], said: str, model: Optional[str]) -> Answer:
         self.over = True
         if body.get("is_error") or body.get("subtype") != "success":
-            failure = failure_of(body, said)
+            failure = failure_of(body, said, self._child.limits)
             if not self.heard and "No conversation found" in str(failure):
                 raise SessionLost()
             raise failure
@@ -1840,18 +2307,23 @@ class ClaudeCli:
         self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
         self._spare: Optional[Child] = None
         self._spare_after = 0.0
-        self._warm: "OrderedDict[Tuple[str, str], Warm]" = OrderedDict()
-        self._leaving: List[Tuple[Child, float]] = []
+        self._warm: "OrderedDict[str, Warm]" = OrderedDict()
+        self._leaving: List[Child] = []
         self._count = 0
 
     @property
     def has_spare(self) -> bool:
         return self._spare is not None
 
-    def run(self, work: Work, live: "LiveText", stop_reason: Callable[[], Optional[str]]) -> Answer:
-        """One turn, from the prompt to the answer. Raises RunFailed.
+    @property
+    def has_leaving(self) -> bool:
+        return bool(self._leaving)
 
-        stop_reason: asked ten times a second; a key of RUN_ERRORS ends the run.
+    def run(self, work: Work, live: LiveText, stop_reason: Callable[[], Optional[str]],
+            note_limits: Callable[[Limits], None] = lambda limits: None) -> Answer:
+        """One turn, from the prompt to the answer; tried again, within its time, while the service is overloaded. Raises RunFailed.
+
+        stop_reason: asked ten times a second; a key of RUN_ERRORS ends the run. note_limits: is told what the CLI says of the plan.
         """
         if work.setup.json_schema and self.claude.features.version < JSON_SCHEMA_CLI:
             raise RunFailed("cli_error", "jsonSchema needs Claude Code 2.1.197 or newer; this is %s." % self.claude.features.version_text)
@@ -1859,8 +2331,24 @@ class ClaudeCli:
             raise RunFailed("billing_guard", "claude is signed in with %s, which would be billed per token. Sign it in to the"
                             " subscription and restart the bridge, or allow it with --allow-api-key." % self.claude.payer)
         deadline = self._clock.monotonic() + self._config.run_seconds
+        for seconds in chain(BACK_OFF_SECONDS, repeat(BACK_OFF_SECONDS[-1])):
+            try:
+                return self._try(work, live, deadline, stop_reason, note_limits)
+            except RunFailed as failure:
+                if failure.code != "overloaded" or self._clock.monotonic() + seconds >= deadline:
+                    raise
+            work = replace(work, session_id=None)            # its transcript may hold the failed turn
+            live.pause(Rest("overloaded", self._clock.now() + seconds))
+            until = self._clock.monotonic() + seconds
+            while self._clock.monotonic() < until:
+                check_wanted(stop_reason())
+                time.sleep(TICK_SECONDS)
+        raise AssertionError("unreachable")
+
+    def _try(self, work: Work, live: LiveText, deadline: float, stop_reason: Callable[[], Optional[str]],
+             note_limits: Callable[[Limits], None]) -> Answer:
         for way in self._ways(work):
-            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, stop_reason)
+            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, stop_reason, note_limits)
             try:
                 if not way.is_open:
                     turn.open(self.claude.features, way.history)
@@ -1904,8 +2392,8 @@ class ClaudeCli:
 
         --model default: else a turn without a model would keep the one of the last turn.
         """
-        for leaving, _ in list(self._leaving):
-            leaving.ended_within(2)
+        for leaving in list(self._leaving):
+            leaving.ended_within(max(0.0, leaving.kill_at - self._clock.monotonic()))
             self._bury(leaving)
         child = self._spawn(work.setup, "--resume=" + session_id, *(() if work.setup.model else ("--model", "default")))
         child.spent_usd = work.spent_usd
@@ -1926,9 +2414,7 @@ class ClaudeCli:
         for key in [key for key, warm in self._warm.items() if now >= warm.until or not warm.child.is_alive]:
             warm = self._warm.pop(key)
             self._dismiss(warm.child, warm.setup)
-        for child, until in list(self._leaving):
-            if not child.is_alive or now >= until:
-                self._bury(child)
+        self.tend()
         if self._spare and not self._spare.is_alive:
             self._bury(self._spare)
             self._spare, self._spare_after = None, now + 30    # one that ends by itself would do it again
@@ -1938,9 +2424,15 @@ class ClaudeCli:
             except RunFailed:
                 self._spare_after = now + 30
 
+    def tend(self) -> None:
+        """Sees to those that are leaving; often, since it ends what does not go."""
+        now = self._clock.monotonic()
+        for child in [child for child in self._leaving if child.tend(now)]:
+            self._bury(child)
+
     def keep_only(self, is_known: Callable[[str], bool]) -> None:
-        """Ends the conversations of the tokens that are gone."""
-        for key in [key for key in self._warm if not is_known(key[0])]:
+        """Ends the processes of the conversations that are gone."""
+        for key in [key for key in self._warm if not is_known(key)]:
             warm = self._warm.pop(key)
             self._dismiss(warm.child, warm.setup)
 
@@ -1965,56 +2457,30 @@ class ClaudeCli:
         return bool(setup.effort) and features.version < EFFORT_CLI and "--effort" in features.flags
 
     def _dismiss(self, child: Child, setup: Setup, idle: bool = True) -> None:
-        """Ends a child: an idle one without tools leaves by itself, any other is stopped now."""
-        if idle and setup.tools == Tools.NONE:
-            child.end_input()
-            self._leaving.append((child, self._clock.monotonic() + 5))
-        else:
-            child.stop(grace=1.2, interrupt=not idle, family=setup.tools != Tools.NONE)
-            self._bury(child)
+        """Asks a child to go; nobody waits for it."""
+        has_tools = setup.tools != Tools.NONE
+        child.leave(self._clock.monotonic(), 5.0 if idle and not has_tools else LEAVE_SECONDS, interrupt=not idle, family=has_tools)
+        self._leaving.append(child)
 
     def _bury(self, child: Child) -> None:
         child.stop()
-        self._leaving = [(other, until) for other, until in self._leaving if other is not child]
+        self._leaving = [other for other in self._leaving if other is not child]
         self._note_child(child.pid, None)
 
     def close(self) -> None:
         """Ends every child; within 2 seconds."""
-        children = [*(child for child, _ in self._leaving), *(warm.child for warm in self._warm.values()), *filter(None, [self._spare])]
-        for child in children:
-            child.end_input()
+        for warm in self._warm.values():
+            self._dismiss(warm.child, warm.setup)
+        if self._spare:
+            self._dismiss(self._spare, Setup(SYSTEM_PROMPT))
         until = self._clock.monotonic() + 1
-        for child in children:
+        for child in list(self._leaving):
             child.ended_within(max(0.0, until - self._clock.monotonic()))
             self._bury(child)
         for pid in tagged(self._tag + "."):
             kill_process(pid)
         self._spare = None
         self._warm.clear()
-
-
-class LiveText:
-    """The text of a running answer so far. Written by the worker, read from any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._parts: List[str] = []
-        self.size = 0
-
-    def add(self, text: str) -> None:
-        with self._lock:
-            self._parts.append(text)
-            self.size += len(text.encode("utf-8", "replace"))
-
-    def restart(self) -> None:
-        """A new message begins: what was said before belonged to a tool call or to a broken-off try."""
-        with self._lock:
-            self._parts.clear()
-
-    def read(self) -> str:
-        with self._lock:
-            self._parts[:] = ["".join(self._parts)]
-            return self._parts[0]
 
 # === 7 Queue ==================================================================================================
 # The worker takes jobs from the store, one after the other; the hub wakes those who wait for one.
@@ -2023,6 +2489,7 @@ class LiveText:
 class Hub:
     """Wakes those who wait for a job. It carries no data: who wakes looks at the store again. Any thread."""
     QUEUE = ""                           # the key under which the worker waits for new jobs
+    TEXT = "text of "                    # and, with a job's id, that of its text; the id alone is the key of its status
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -2030,20 +2497,22 @@ class Hub:
         self.is_closed = False
 
     @contextlib.contextmanager
-    def watch(self, key: str) -> Iterator[threading.Event]:
-        """A bell that rings at every `wake(key)` from now on; look at the store after this, and clear it before looking."""
+    def watch(self, *keys: str) -> Iterator[threading.Event]:
+        """A bell that rings at every `wake` of a key from now on; look at the store after this, and clear it before looking."""
         bell = threading.Event()
         with self._lock:
-            self._bells.setdefault(key, []).append(bell)
+            for key in keys:
+                self._bells.setdefault(key, []).append(bell)
             if self.is_closed:
                 bell.set()
         try:
             yield bell
         finally:
             with self._lock:
-                self._bells[key].remove(bell)
-                if not self._bells[key]:
-                    del self._bells[key]
+                for key in keys:
+                    self._bells[key].remove(bell)
+                    if not self._bells[key]:
+                        del self._bells[key]
 
     def wake(self, key: str) -> None:
         with self._lock:
@@ -2066,6 +2535,8 @@ class Worker:
         self._store, self._claude, self._hub, self._clock, self._report = store, claude, hub, clock, report
         self._config = config
         self._live: Dict[str, LiveText] = {}
+        self._rest: Optional[Tuple[Rest, float]] = None       # and the same end on the other clock: the first of both counts
+        self._windows: Dict[str, PlanWindow] = {}
         self._stopping = threading.Event()
         self._give_up_at = float("inf")
         self._housed_at = self._purged_at = float("-inf")
@@ -2083,10 +2554,15 @@ class Worker:
     def has_spare(self) -> bool:
         return self._claude.has_spare
 
-    def partial(self, job_id: str) -> Optional[str]:
-        """The text of a running answer so far; None for a job that does not run."""
-        live = self._live.get(job_id)
-        return live.read() if live else None
+    def live(self, job_id: str) -> Optional[LiveText]:
+        """The text of a running answer; None for a job that does not run."""
+        return self._live.get(job_id)
+
+    @property
+    def rest(self) -> Optional[Rest]:
+        """Why no job is begun now; None while the worker works."""
+        rest, until = self._rest or (None, 0.0)
+        return rest if rest and self._clock.now() < rest.until and self._clock.monotonic() < until else None
 
     def close(self) -> None:
         """Lets a running job finish for a moment, then puts it back; the children are gone on return. Idempotent."""
@@ -2107,7 +2583,9 @@ class Worker:
                             failed = False
                         self._keep_house()
                         if not self.step():
-                            bell.wait(1)
+                            rest = self.rest
+                            bell.wait(TICK_SECONDS if self._claude.has_leaving
+                                      else min(1.0, max(0.01, rest.until - self._clock.now())) if rest else 1.0)
                     except Exception:
                         if not failed:
                             self._report("The worker met an error and tries again every second:\n" + redact(traceback.format_exc()))
@@ -2117,20 +2595,22 @@ class Worker:
             self._claude.close()
 
     def step(self) -> bool:
-        """Claims the oldest job, runs it and stores what came of it. -> False when none waited."""
-        job = self._store.claim() if self._store.has_queued() else None
+        """Claims the oldest job, runs it and stores what came of it. -> False when none waited, or this is no time to run."""
+        job = self._store.claim() if not self.rest and self._store.has_queued() else None
         token = self._store.token(job.token_id) if job else None
         if not job or not token:
             return False
         self._report("Processing request %s..." % job.id[:8])
-        self.running, self._live[job.id] = (job.id, self._clock.now()), LiveText()
+        live = LiveText(job.restarts, lambda: self._hub.wake(Hub.TEXT + job.id))
+        self.running, self._live[job.id] = (job.id, self._clock.now()), live
         self._hub.wake(job.id)
         try:
-            answer = self._claude.run(self._work(job, token), self._live[job.id], lambda: self._stop_reason(job))
-            wanted = self._store.complete(job, answer)
+            answer = self._claude.run(self._work(job, token), live, lambda: self._stop_reason(job), self._note_limits)
+            live.finish(clean_text(answer.text))
+            wanted = self._store.complete(job, answer, live.restarts)
             self._report("Request %s %s" % (job.id[:8], "completed" if wanted else "is no longer wanted"))
         except RunFailed as failure:
-            self._settle(job, failure)
+            self._settle(job, failure, live)
         finally:
             self.running = None
             del self._live[job.id]
@@ -2141,8 +2621,8 @@ class Worker:
         setup = Setup(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
         if not job.conversation:
             return Work(job.message, setup)
-        session_id, spent_usd = self._store.open_conversation(job.token_id, job.conversation)
-        return Work(job.message, setup, (job.token_id, job.conversation), session_id, spent_usd, lambda: self._store.history(job))
+        session = self._store.open_conversation(job.token_id, job.conversation)
+        return Work(job.message, setup, session.key, session.session_id, session.spent_usd, lambda: self._store.history(job))
 
     def _stop_reason(self, job: Job) -> Optional[str]:
         if self._clock.monotonic() >= self._give_up_at:
@@ -2152,21 +2632,42 @@ class Worker:
             return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
         return None
 
-    def _settle(self, job: Job, failure: RunFailed) -> None:
+    def _settle(self, job: Job, failure: RunFailed, live: LiveText) -> None:
         """What becomes of a job whose run failed."""
-        if failure.code == "interrupted":
-            self._store.requeue(job)
-            return self._report("Request %s waits for the next start" % job.id[:8])
+        if failure.code in ("interrupted", "usage_limit"):
+            if failure.code == "usage_limit":
+                self._begin_rest(failure.resets_at)
+            live.restart()
+            self._store.requeue(job, live.restarts)
+            return self._report("Request %s waits for the %s" % (
+                job.id[:8], "next start" if failure.code == "interrupted" else "plan's limit: " + str(failure)[:200]))
         self._store.fail(job, failure.code, redact(str(failure)))
         self._report("Request %s failed: %s: %s" % (job.id[:8], failure.code, redact(str(failure))[:300]))
 
+    def _begin_rest(self, resets_at: Optional[float]) -> None:
+        seconds = rest_seconds(resets_at, self._clock.now())
+        self._rest = Rest("usage_limit", self._clock.now() + seconds), self._clock.monotonic() + seconds
+        self._report("The plan's limit is used up: the queue rests until %s" % iso_time(self._clock.now() + seconds))
+
+    def _note_limits(self, limits: Limits) -> None:
+        """Keeps what the CLI says of the plan, where it differs; with --plan-only paid usage begins a rest."""
+        if limits.is_using_overage and self._config.plan_only:
+            self._begin_rest(limits.resets_at)
+        known = {kind: window._replace(seen_at=0) for kind, window in self._windows.items()}
+        if any(known.get(window.kind) != window._replace(seen_at=0) or window.seen_at - self._windows[window.kind].seen_at > 60
+               for window in limits.windows):
+            with contextlib.suppress(Unavailable):
+                self._store.note_windows(limits.windows)
+                self._windows.update((window.kind, window) for window in limits.windows)
+
     def _keep_house(self) -> None:
-        """Once a second, also during a run: the conversations of revoked tokens end; once an hour old jobs are deleted."""
+        """Once a second, also during a run: the processes of conversations that are gone end; once an hour old jobs are deleted."""
+        self._claude.tend()
         now = self._clock.monotonic()
         if now - self._housed_at >= 1:
             self._housed_at = now
             self._claude.prepare()
-            self._claude.keep_only(lambda token_id: self._store.token(token_id) is not None)
+            self._claude.keep_only(self._store.has_conversation)
         if now - self._purged_at >= 3600:
             self._purged_at = now
             self._store.purge(self._config.keep_days)
@@ -2188,18 +2689,31 @@ class Caller:
 
 
 class JobView(NamedTuple):
-    """A job as its owner sees it. partial: the text so far while it runs."""
+    """A job as its owner sees it. position: those waiting before it + 1, 0 for one that does not wait; place: those waiting
+    and running before it + 1; partial: the text so far while it runs; rest: what it waits for besides its turn."""
     job: Job
     position: int
+    place: int
     partial: Optional[str] = None
+    rest: Optional[Rest] = None
+
+
+class UsageReport(NamedTuple):
+    """What was used since a day (UTC), and the plan. names: of the tokens that still exist, by id."""
+    since: str
+    rows: Sequence[DayUsage]
+    names: Mapping[str, str]
+    windows: Sequence[PlanWindow]
+    rest: Optional[Rest]
 
 
 class Service:
-    """The bridge without HTTP. partial: reads the text of a running answer."""
+    """The bridge without HTTP. live: the text of a running answer; rest: why the worker begins nothing now."""
 
     def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path,
-                 partial: Callable[[str], Optional[str]] = lambda job_id: None) -> None:
-        self._store, self._hub, self._clock, self._data_dir, self._partial = store, hub, clock, data_dir, partial
+                 live: Callable[[str], Optional[LiveText]] = lambda job_id: None,
+                 rest: Callable[[], Optional[Rest]] = lambda: None) -> None:
+        self._store, self._hub, self._clock, self._data_dir, self._live, self._rest = store, hub, clock, data_dir, live, rest
 
     def authenticate(self, secret: str) -> Caller:
         """Raises InvalidToken. The look-up is by digest, so its time tells nothing about a token."""
@@ -2210,14 +2724,28 @@ class Service:
             self._store.touch_token(token)
         return Caller(token)
 
-    def ask(self, caller: Caller, ask: Ask) -> Tuple[Job, int]:
-        """Queues a message; durable on return. -> (job, position). Raises InvalidRequest, QueueFull."""
-        stateful = caller.token.session_mode == SessionMode.STATEFUL
+    def ask(self, caller: Caller, ask: Ask, key: Optional[str] = None) -> Queued:
+        """Queues a message, or finds the request that this Idempotency-Key made; durable on return.
+
+        Raises InvalidRequest, ModelNotAllowed, IdempotencyConflict, RateLimited, DailyLimit, QueueFull.
+        """
+        stateful, models = caller.token.session_mode == SessionMode.STATEFUL, caller.token.models
         if ask.conversation and not stateful:
             raise InvalidRequest("conversation needs a token with sessionMode stateful", field="conversation")
-        job, position = self._store.enqueue(caller.token.id, replace(ask, conversation=ask.conversation or "default") if stateful else ask)
+        if models and ask.model and ask.model not in models:
+            raise ModelNotAllowed("This token may not use the model %s. Use: %s" % (ask.model, ", ".join(models)), field="model")
+        ask = replace(ask, model=check_model(ask.model or (models[0] if models else None)),
+                      conversation=ask.conversation or "default" if stateful else None)
+        try:
+            queued = self._store.enqueue(caller.token.id, ask, key)
+        except QueueFull:
+            rest = self._rest()
+            if rest:
+                raise too_many(QueueFull, "Queue is full: the plan's limit is used up until %s." % iso_time(rest.until),
+                               rest.until - self._clock.now()) from None
+            raise
         self._hub.wake(Hub.QUEUE)
-        return job, position
+        return queued
 
     def poll(self, caller: Caller, job_id: str, wait: float = 0.0, has_left: Callable[[], bool] = lambda: False) -> JobView:
         """How a job stands, at the latest `wait` seconds from now, or when the caller has left.
@@ -2231,9 +2759,92 @@ class Service:
                 job = self._job(caller, job_id)
                 left = until - self._clock.monotonic()
                 if job.is_finished or left <= 0 or self._hub.is_closed or has_left():
-                    partial = self._partial(job_id) if job.status == JobStatus.PROCESSING else None
-                    return JobView(job, self._store.queue_position(job), partial)
-                bell.wait(min(left, 1))          # the bell tells all but a revocation on the command line and a caller who left
+                    return self._view(job)
+                bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
+
+    def _view(self, job: Job) -> JobView:
+        live = self._live(job.id) if job.status == JobStatus.PROCESSING else None
+        rest = self._rest() if job.status == JobStatus.QUEUED else live.rest if live else None
+        return JobView(job, *self._store.places(job), live.read() if live else None, rest)
+
+    def follow(self, caller: Caller, job_id: str, after: int = 0, place: int = 0,
+               has_left: Callable[[], bool] = lambda: False) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
+        """What happens to a job, as it happens, with the view of it where it is queued or finished.
+
+        after: how much of the text the caller has, in code points; place: the one in the queue that the caller knows.
+        Ends after `completed` or `error`, when the caller has left, or with the bridge.  Raises NotFound at once, and
+        InvalidToken or NotFound later, when the token is revoked.
+        """
+        self._job(caller, job_id)
+        return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
+
+    def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, known: Tuple[int, Optional[Rest]],
+                has_left: Callable[[], bool]) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
+        told_at = self._clock.monotonic()
+        with self._hub.watch(job_id, Hub.TEXT + job_id) as bell:
+            while not self._hub.is_closed and not has_left():
+                bell.clear()                                           # 1. the store: what is true, whatever rang
+                self._check_token(caller)
+                look_at = self._clock.monotonic() + LOOK_SECONDS
+                news: List[JobEvent] = []
+                view = self._view(self._job(caller, job_id))
+                job, live = view.job, self._live(job_id)
+                if job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
+                    cursor.rewind()
+                    known, news = (view.place, view.rest), [JobEvent("queued")]
+                elif job.status == JobStatus.COMPLETED:
+                    news = list(cursor.read(job.restarts, lambda offset: (job.response or "")[offset:], job.model))
+                elif live:
+                    news = live.news(cursor)
+                if job.is_finished:
+                    news.append(JobEvent(job.status, cursor.offset))
+                if not news and self._clock.monotonic() - told_at >= KEEP_ALIVE_SECONDS:
+                    news = [JobEvent("quiet", cursor.offset)]
+                while True:                                            # 2. the text, for as long as it comes
+                    for event in news:
+                        yield event, view if event.kind in ("queued", *JobStatus.FINISHED) else None
+                        told_at = self._clock.monotonic()
+                    if job.is_finished:
+                        return
+                    has_rung = bell.wait(max(0.0, look_at - self._clock.monotonic()))
+                    bell.clear()
+                    live = self._live(job_id)
+                    news = live.news(cursor) if has_rung and live else []
+                    if not news:
+                        break
+
+    def _check_token(self, caller: Caller) -> None:
+        token = self._store.token(caller.token.id)
+        if token is None or token.is_expired(self._clock.now()):
+            raise InvalidToken()
+
+    def cancel(self, caller: Caller, job_id: str) -> JobView:
+        """Ends a job that waits or runs; a running one leaves within moments. Raises NotFound, AlreadyFinished."""
+        job = self._job(caller, job_id)
+        if not self._store.fail(job, "cancelled", "The request was cancelled.", (JobStatus.QUEUED, JobStatus.PROCESSING)):
+            raise AlreadyFinished()
+        self._hub.wake(job_id)
+        return self._view(self._job(caller, job_id))
+
+    def jobs(self, caller: Caller, statuses: Sequence[str] = (), before: Optional[int] = None,
+             limit: int = 20) -> Tuple[List[JobView], Optional[int]]:
+        """A page of the caller's jobs, for an admin of all, newest first. -> (views without partial texts, where the next page begins)."""
+        jobs, following = self._store.jobs(None if caller.is_admin else caller.token.id, statuses, before, limit)
+        return [self._view(job)._replace(partial=None) for job in jobs], following
+
+    def conversations(self, caller: Caller) -> List[Conversation]:
+        return self._store.conversations(caller.token.id)
+
+    def delete_conversation(self, caller: Caller, name: str) -> None:
+        """Makes the next ask begin the conversation afresh. Raises NotFound."""
+        if not self._store.delete_conversation(caller.token.id, clean_text(name)):
+            raise NotFound("Conversation not found")
+
+    def usage(self, caller: Caller, days: int) -> UsageReport:
+        """What the caller used today and on the days before, for an admin what all did."""
+        since = day_of(self._clock.now() - (days - 1) * 86_400)
+        return UsageReport(since, self._store.usage(since, None if caller.is_admin else caller.token.id),
+                           {token.id: token.name for token in self._store.tokens()}, self._store.windows(), self._rest())
 
     def _job(self, caller: Caller, job_id: str) -> Job:
         job = self._store.job(job_id)
@@ -2299,6 +2910,9 @@ class Request:
     parts: Mapping[str, str] = field(default_factory=dict)
 
 
+Pieces = Generator[bytes, None, None]
+
+
 @dataclass(frozen=True)
 class Response:
     """What leaves."""
@@ -2306,6 +2920,7 @@ class Response:
     body: bytes = b""
     content_type: str = "application/json; charset=utf-8"
     headers: Tuple[Tuple[str, str], ...] = ()
+    stream: Optional[Pieces] = None                # in place of the body: pieces, each sent as it comes
 
 
 @dataclass(frozen=True)
@@ -2336,6 +2951,15 @@ def json_response(status: int, body: Mapping[str, Any], headers: Sequence[Tuple[
     return Response(status, as_json(body).encode("utf-8", "replace"), headers=tuple(headers))
 
 
+def rest_body(rest: Optional[Rest]) -> Dict[str, Any]:
+    """What a job waits for besides its turn."""
+    return {"waitingFor": rest.reason, "resumesAt": iso_time(rest.until)} if rest else {}
+
+
+def usage_body(usage: Usage) -> Dict[str, Any]:
+    return {to_wire(name): value for name, value in usage._asdict().items()}
+
+
 def job_body(view: JobView) -> Dict[str, Any]:
     """The poll body: the original's keys first, then ours; those without a value are left out."""
     job = view.job
@@ -2353,22 +2977,120 @@ def job_body(view: JobView) -> Dict[str, Any]:
     if job.structured is not None:
         body["structured"] = json.loads(job.structured)
     if job.usage:
-        body["usage"] = {to_wire(name): value for name, value in job.usage._asdict().items()}
+        body["usage"] = usage_body(job.usage)
     if view.partial is not None:
         body["partial"] = view.partial
+    body.update(rest_body(view.rest))
     return {name: value for name, value in body.items() if value is not None}
 
 
 def answer_ask(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
     assert caller is not None
     ask, warnings = Ask.parse(parsed_json(request.body() or b"{}"))
-    job, position = service.ask(caller, ask)
+    job, position, is_new = service.ask(caller, ask, check_key(request.headers.get("idempotency-key")))
+    headers = () if is_new else (("Idempotent-Replayed", "true"),)
+    more = {"warnings": warnings} if warnings else {}
+    if ask.stream:
+        first = sse_event("queued", 0, {"requestId": job.id, "position": position, **more})
+        return stream_response(event_bytes(job.id, service.follow(caller, job.id, 0, position, request.has_left), first), headers)
     if ask.wait:
         view = service.poll(caller, job.id, ask.wait, request.has_left)
         if view.job.is_finished:
-            return json_response(200, {**job_body(view), **({"warnings": warnings} if warnings else {})})
+            return json_response(200, {**job_body(view), **more}, headers)
     body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id}
-    return json_response(202, {**body, **({"warnings": warnings} if warnings else {})})
+    return json_response(202, {**body, **more}, headers)
+
+
+def answer_events(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    after = check_offset(request.headers.get("last-event-id") or request.query.get("after")) or 0
+    job_id = request.parts["requestId"]
+    return stream_response(event_bytes(job_id, service.follow(caller, job_id, after, has_left=request.has_left)))
+
+
+def stream_response(pieces: Pieces, headers: Sequence[Tuple[str, str]] = ()) -> Response:
+    """Server-Sent Events that no proxy shall hold back or compress."""
+    return Response(200, content_type="text/event-stream; charset=utf-8", stream=pieces,
+                    headers=(("Cache-Control", "no-store, no-transform"), ("X-Accel-Buffering", "no"), *headers))
+
+
+def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]], first: bytes = b"") -> Pieces:
+    """The steps of a job as Server-Sent Events; what goes wrong meanwhile is an `error` event, since the status is sent."""
+    try:
+        if first:
+            yield first
+        for event, view in events:
+            if event.kind == "quiet":
+                yield b": still here\n\n"
+            elif event.kind == "delta":
+                yield sse_event("delta", event.offset, {"text": event.text})
+            elif event.kind == "started":
+                yield sse_event("started", 0, {"requestId": job_id, **({"model": event.model} if event.model else {})})
+            elif view and event.kind == "queued":
+                yield sse_event("queued", 0, {"requestId": job_id, "position": view.place, **rest_body(view.rest)})
+            elif view:
+                yield sse_event(event.kind, event.offset, job_body(view))
+    except BridgeError as error:
+        yield sse_event("error", 0, {"status": JobStatus.ERROR, "requestId": job_id, **error_body(error)})
+
+
+def answer_cancel(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    return json_response(200, {"ok": True, **job_body(service.cancel(caller, request.parts["requestId"]))})
+
+
+def answer_jobs(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    query = request.query
+    limit, before = number_check("limit", 1, PAGE_JOBS)(query.get("limit")), number_check("before", 1, 999_999_999)(query.get("before"))
+    views, following = service.jobs(caller, check_statuses(query.get("status")), before, limit or 20)
+    bodies = [{**job_body(view), "message": view.job.message, "tokenId": view.job.token_id} for view in views]
+    return json_response(200, {"requests": bodies, "next": None if following is None else str(following)})
+
+
+def answer_conversations(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    return json_response(200, {"conversations": [
+        {"name": each.name, "turns": each.turns, "createdAt": iso_time(each.created_at), "lastUsedAt": iso_time(each.last_used_at)}
+        for each in service.conversations(caller)]})
+
+
+def answer_forget(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    service.delete_conversation(caller, request.parts["name"])
+    return json_response(200, {"ok": True, "message": "Conversation deleted"})
+
+
+def answer_usage(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
+    assert caller is not None
+    report = service.usage(caller, number_check("days", 1, USAGE_DAYS)(request.query.get("days")) or 30)
+
+    def sums(rows: Iterable[DayUsage]) -> Dict[str, Any]:
+        rows = list(rows)
+        total = Usage._make(map(sum, zip(Usage(), *(row.usage for row in rows))))
+        return {"requests": sum(row.requests for row in rows), "completed": sum(row.completed for row in rows),
+                "errors": sum(row.errors for row in rows), **usage_body(total._replace(cost_usd=round(total.cost_usd, 8)))}
+
+    days, ids = sorted({row.day for row in report.rows}), sorted({row.token_id for row in report.rows})
+    return json_response(200, {
+        "since": report.since, "total": sums(report.rows),
+        "days": [{"day": day, **sums(row for row in report.rows if row.day == day)} for day in days],
+        "tokens": [{"tokenId": each, "name": report.names.get(each), **sums(row for row in report.rows if row.token_id == each)}
+                   for each in ids],
+        "plan": plan_body(report.windows, report.rest, service.now())})
+
+
+def plan_body(windows: Iterable[PlanWindow], rest: Optional[Rest], now: float) -> Dict[str, Any]:
+    """The limits of the plan; of one that was reset since it was told, nothing more is known."""
+    def body(window: PlanWindow) -> Dict[str, Any]:
+        is_old = window.resets_at is not None and window.resets_at <= now
+        return {"type": window.kind, "status": None if is_old else window.status, "utilization": None if is_old else window.utilization,
+                "resetsAt": iso_time(window.resets_at), "seenAt": iso_time(window.seen_at)}
+
+    bodies = [body(window) for window in windows]
+    return {"windows": [each for each in bodies if each["type"] != "overage"],
+            "isUsingOverage": any(each["type"] == "overage" and each["status"] == "in_use" for each in bodies),
+            **{"waitingFor": None, "resumesAt": None, **rest_body(rest)}}
 
 
 def answer_poll(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
@@ -2388,7 +3110,8 @@ def answer_new_token(service: Service, backstage: Backstage, caller: Optional[Ca
 def token_body(token: Token, now: float) -> Dict[str, Any]:
     return {"id": token.id, "name": token.name, "prefix": token.prefix, "sessionMode": token.session_mode,
             "expiresAt": iso_time(token.expires_at), "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
-            "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools, "workspace": token.workspace}
+            "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools, "workspace": token.workspace,
+            "requestsPerMinute": token.requests_per_minute, "requestsPerDay": token.requests_per_day, "models": token.models}
 
 
 def answer_tokens(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
@@ -2434,10 +3157,25 @@ def answer_root(service: Service, backstage: Backstage, caller: Optional[Caller]
 
 ROUTES = (
     Route("POST", "/api/ask", Needs.TOKEN, answer_ask, "Send a message to Claude Code", Ask,
-          {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}', 200: "with `wait`: the poll body, finished"}),
+          {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}',
+           200: "with `wait`: the poll body, finished; with `stream`: events"}),
     Route("GET", "/api/ask/:requestId", Needs.TOKEN, answer_poll, "Poll for the answer; `?wait=30` holds it until then", None,
           {202: '{"status":"queued","requestId":ID,"queuePosition":1}',
            200: '{"status":"completed","requestId":ID,"response":"..."}'}, polls=True),
+    Route("DELETE", "/api/ask/:requestId", Needs.TOKEN, answer_cancel, "Cancel a request that waits or runs", None,
+          {200: '{"ok":true,"status":"error","errorCode":"cancelled",...}'}),
+    Route("GET", "/api/ask/:requestId/events", Needs.TOKEN, answer_events, "Follow a request live; `?after=120` resumes there", None,
+          {200: "Server-Sent Events"}),
+    Route("POST", "/api/ask/:requestId/events", Needs.TOKEN, answer_events, "The same, for proxies that hold back events over GET", None,
+          {200: "Server-Sent Events"}),
+    Route("GET", "/api/requests", Needs.TOKEN, answer_jobs, "One's requests, newest first; an admin sees all", None,
+          {200: '{"requests":[...],"next":"41"}'}),
+    Route("GET", "/api/conversations", Needs.TOKEN, answer_conversations, "The conversations of a stateful token", None,
+          {200: '{"conversations":[{"name":"default","turns":3,...}]}'}),
+    Route("DELETE", "/api/conversations/:name", Needs.TOKEN, answer_forget, "Forget a conversation; the next ask begins it afresh", None,
+          {200: '{"ok":true,"message":"Conversation deleted"}'}),
+    Route("GET", "/api/usage", Needs.TOKEN, answer_usage, "Requests, tokens and estimated cost per day and token; the plan's limits", None,
+          {200: '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}'}),
     Route("POST", "/api/tokens", Needs.ADMIN, answer_new_token, "Create a token", NewToken,
           {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}),
     Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}),
@@ -2532,7 +3270,8 @@ STANDARD_HEADERS = (
     ("X-XSS-Protection", "0"),
     ("Cache-Control", "no-store"),
     ("Access-Control-Allow-Origin", "*"),
-    ("Access-Control-Expose-Headers", "Allow, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining, RateLimit-Reset, Retry-After"),
+    ("Access-Control-Expose-Headers", "Allow, Idempotent-Replayed, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining,"
+                                      " RateLimit-Reset, Retry-After"),
 )
 PREFLIGHT_HEADERS = (
     ("Access-Control-Allow-Methods", "GET,POST,DELETE"),
@@ -2574,9 +3313,9 @@ class Buckets:
 def charged(bucket: TokenBucket) -> Iterator[TokenBucket]:
     """One request from the bucket; what is refused inside tells the limits, too. Raises RateLimited."""
     try:
-        seconds = whole_seconds(bucket.take())
+        seconds = bucket.take()
         if seconds:
-            raise RateLimited(headers=(("Retry-After", str(seconds)),), retryAfter=seconds)
+            raise too_many(RateLimited, "", seconds)
         yield bucket
     except BridgeError as error:
         error.headers += bucket.headers()
@@ -2660,8 +3399,11 @@ def response_head(response: Response, closes: bool) -> bytes:
     headers = [*((name, value) for name, value in STANDARD_HEADERS if name not in names), *response.headers]
     if response.status != 204:
         headers.append(("Content-Type", response.content_type))
-    headers += [("Content-Length", str(len(response.body))), ("Date", formatdate(usegmt=True)),
-                ("Connection", "close" if closes else "keep-alive")]
+    if response.stream is None:
+        headers.append(("Content-Length", str(len(response.body))))
+    elif not closes:
+        headers.append(("Transfer-Encoding", "chunked"))
+    headers += [("Date", formatdate(usegmt=True)), ("Connection", "close" if closes else "keep-alive")]
     lines = "".join("%s: %s\r\n" % header for header in headers)
     return ("HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, HTTPStatus(response.status).phrase, lines)).encode("latin-1", "replace")
 
@@ -2779,7 +3521,10 @@ class Handler(BaseHTTPRequestHandler):
         response = self.server.dispatcher.dispatch(request)
         is_small = self._unread is not None and self._unread <= 1 << 16 and not self._continue
         self.close_connection = self.close_connection or self._unread != 0 and not is_small
-        self._write(response)
+        if response.stream is None:
+            self._write(response)
+        else:
+            self._write_stream(response, response.stream)
         if self._unread and not self.close_connection:     # a small body that nobody read is skipped, the connection goes on
             self.server.enter(self.connection, Phase.BODY)
             self.close_connection = len(self.rfile.read(self._unread)) < self._unread
@@ -2856,6 +3601,18 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.sendall(data[start:start + (1 << 18)])
         if self.close_connection and self._unread != 0:
             self._drain()
+
+    def _write_stream(self, response: Response, pieces: Pieces) -> None:
+        """Pieces as they come: chunked, or until the connection closes. A reader may take SEND_SECONDS for each."""
+        is_chunked = not self.close_connection
+        with contextlib.closing(pieces):
+            self.connection.sendall(response_head(response, self.close_connection))
+            for piece in pieces if self.command != "HEAD" else ():
+                self.server.enter(self.connection, Phase.SEND)
+                self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+                self.server.enter(self.connection, Phase.BUSY)
+            if is_chunked and self.command != "HEAD":
+                self.connection.sendall(b"0\r\n\r\n")
 
     def _drain(self) -> None:
         """After a refused body: what still comes is read for a moment, else the client may lose the answer to a reset."""
@@ -3156,8 +3913,8 @@ class Bridge:
         tag = digest(str(data_dir.resolve()))[:16]
         claude = ClaudeCli(self._claude, self.config, self._clock, tag, store.note_child)
         worker = Worker(store, claude, hub, self._clock, self._report, self.config)
-        service = Service(store, hub, self._clock, data_dir, worker.partial)
-        backstage = Backstage(self._page, lambda: self._details(worker), lambda: self._check(worker))
+        service = Service(store, hub, self._clock, data_dir, worker.live, lambda: worker.rest)
+        backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker))
         self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report)
         left = end_leftovers(tag + ".", store.children())
         for pid, _ in store.children():
@@ -3202,10 +3959,11 @@ class Bridge:
         return Response(200, dashboard_page(nonce), "text/html; charset=utf-8",
                         (("Content-Security-Policy", content_security_policy(nonce)), ("X-Frame-Options", "DENY")))
 
-    def _details(self, worker: Worker) -> Dict[str, Any]:
+    def _details(self, worker: Worker, store: Store) -> Dict[str, Any]:
         running = worker.running
         return {"worker": {"alive": worker.is_alive, "requestId": running[0] if running else None,
                            "since": iso_time(running[1]) if running else None, "spareReady": worker.has_spare},
+                "plan": plan_body(store.windows(), worker.rest, self._clock.now()),
                 "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
 
     @staticmethod
@@ -3375,6 +4133,8 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     if tools and tools not in Tools.LEVELS:
         tools = [rule.strip() for rule in re.split(r",(?![^(]*\))", tools)]
     new, _ = NewToken.parse({"name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires, "tools": tools,
+                             "requestsPerMinute": arguments.requests_per_minute, "requestsPerDay": arguments.requests_per_day,
+                             "models": arguments.models.split(",") if arguments.models else None,
                              "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
     workspace = Path(arguments.workspace).expanduser().absolute() if arguments.workspace else None
     if workspace and not workspace.is_dir():
@@ -3431,6 +4191,9 @@ def build_parser() -> argparse.ArgumentParser:
     create.add_argument("--stateful", action="store_true", help="its asks share a memory")
     create.add_argument("--expires", type=int, choices=EXPIRY_DAYS, metavar="DAYS", help="1, 7, 30 or 90 (default: never)")
     create.add_argument("--tools", help="none (default), read, web, all, or rules: 'Read,Bash(git log:*)'")
+    create.add_argument("--requests-per-minute", metavar="N", help="most asks within 60 seconds (default: no limit)")
+    create.add_argument("--requests-per-day", metavar="N", help="most asks within a day, UTC (default: no limit)")
+    create.add_argument("--models", metavar="NAMES", help="the models it may use, joined by commas; the first is its default")
     create.add_argument("--workspace", metavar="DIR", help="an existing folder for its tools (default: one of its own)")
     revoke = actions.add_parser("revoke", help="delete a token; its running request is stopped", allow_abbrev=False)
     revoke.add_argument("id", help="as token list shows it")

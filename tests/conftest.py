@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
 
@@ -150,6 +150,71 @@ def fake_claude(tmp_path: Path) -> Callable[..., FakeClaude]:
     return lambda **options: FakeClaude(tmp_path / "fake", **options)
 
 
+@dataclass(frozen=True)
+class Event:
+    """One Server-Sent Event. kind: its name, or "comment"; id: where the text ends after it."""
+    kind: str
+    id: int
+    data: Any
+
+
+class Stream:
+    """An open stream of events; iterate over it, and close it. events: all that were read, with `comment` for keep-alives."""
+
+    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
+        self._connection, self._response = connection, response
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.getheaders()}
+        self.events: List[Event] = []
+
+    def __iter__(self) -> Iterator[Event]:
+        fields: Dict[str, str] = {}
+        for raw in self._response:
+            line = raw.decode("utf-8").rstrip("\n")
+            name, _, value = line.partition(": ")
+            if line:
+                fields[name] = value
+                continue
+            event = Event("comment", -1, fields[""]) if "" in fields else Event(fields["event"], int(fields["id"]), json.loads(fields["data"]))
+            fields = {}
+            self.events.append(event)
+            yield event
+
+    def until(self, kind: str) -> Event:
+        """Reads on to the next event of this kind; fails where the stream ends before."""
+        for event in self:
+            if event.kind == kind:
+                return event
+        raise AssertionError("the stream ended without %s: %r" % (kind, self.events[-3:]))
+
+    def rest(self) -> List[Event]:
+        """All events to the end of the stream."""
+        for _ in self:
+            pass
+        self.close()
+        return self.events
+
+    @property
+    def text(self) -> str:
+        """The text as a client has it: a `queued` or `started` begins it anew."""
+        return text_of(self.events)
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()
+
+
+def text_of(events: Iterable[Event], begun: str = "") -> str:
+    """The text that a reader has after these events; each delta must end where its id says."""
+    for event in events:
+        if event.kind in ("queued", "started"):
+            begun = ""
+        elif event.kind == "delta":
+            begun += event.data["text"]
+            assert event.id == len(begun), event
+    return begun
+
+
 @dataclass
 class Answer:
     """What came back over HTTP."""
@@ -182,6 +247,16 @@ class Api:
             return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
         finally:
             connection.close()
+
+    def stream(self, method: str, path: str, body: Any = None, headers: Optional[Mapping[str, str]] = None) -> Stream:
+        """A stream of events, open; the caller reads it to its end or closes it."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
+        sent = {**({"Authorization": "Bearer " + self.token} if self.token else {}), **(headers or {})}
+        connection.request(method, path, None if body is None else json.dumps(body).encode(), sent)
+        return Stream(connection, connection.getresponse())
+
+    def follow(self, request_id: str, after: Optional[int] = None, method: str = "GET") -> Stream:
+        return self.stream(method, "/api/ask/%s/events%s" % (request_id, "" if after is None else "?after=%d" % after))
 
     def get(self, path: str, **options: Any) -> Answer:
         return self.call("GET", path, **options)
@@ -326,4 +401,5 @@ def real_claude() -> Path:
     return Path(str(found)).absolute()
 
 
-__all__ = ["Answer", "Api", "FakeClaude", "FakeClock", "Program", "RunningBridge", "is_running", "missing", "run_cli", "shlex", "wait_until"]
+__all__ = ["Answer", "Api", "Event", "FakeClaude", "FakeClock", "Program", "RunningBridge", "Stream", "is_running", "missing", "run_cli", "shlex", "text_of",
+           "wait_until"]

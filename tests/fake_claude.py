@@ -46,6 +46,7 @@ class Fake:
         self.folder = folder
         import uuid
         self.turns: List[List[str]] = []                 # [role, text]
+        self.said: List[str] = []
         self.setup: Dict[str, Any] = {}
         self.last_was_error = False
         self.session = str(uuid.uuid4())
@@ -135,6 +136,7 @@ class Fake:
         action = getattr(self, "act_" + word.replace("-", "_"), None)
         if word in ("die-early",):
             return action(rest)
+        self.said = []
         self.begin("ANTHROPIC_API_KEY" if word == "apikey" else "none")
         if action:
             action(rest)
@@ -247,6 +249,43 @@ class Fake:
         if said:
             self.say(type="assistant", message={"role": "assistant", "model": "<synthetic>", "content": []}, error=said)
         self.result(fields.pop("result", ""), **{"is_error": True, **fields})
+
+    def act_script(self, rest: str) -> None:
+        """script JSON: does the steps of a list, to its end or to the first `result` or `fail`:
+        {"delta": TEXT} {"message": true} {"wait": FILE} {"pause": SECONDS} {"limits": rate_limit_info} {"result": TEXT}
+        {"fail": fields of a result, and `said`} {"first": FILE, "do": steps}, which is done once: it makes the file.
+        Without a result at the end, the deltas since the last `message` are the answer."""
+        if not self.steps(json.loads(rest)):
+            self.result("".join(self.said))
+
+    def steps(self, steps: List[Dict[str, Any]]) -> bool:
+        """-> whether a result was said."""
+        for step in steps:
+            if "delta" in step:
+                self.said.append(step["delta"])
+                self.delta(step["delta"])
+            elif "message" in step:
+                self.said.clear()
+                self.say(type="stream_event", event={"type": "message_start", "message": {}}, parent_tool_use_id=None)
+            elif "wait" in step:
+                wait_for_file(step["wait"])
+            elif "pause" in step:
+                time.sleep(step["pause"])
+            elif "limits" in step:
+                self.say(type="rate_limit_event", rate_limit_info=step["limits"])
+            elif "first" in step:
+                if not os.path.exists(step["first"]):
+                    with open(step["first"], "w"):
+                        pass
+                    if self.steps(step["do"]):
+                        return True
+            elif "result" in step:
+                self.result(step["result"])
+                return True
+            elif "fail" in step:
+                self.act_error(json.dumps(step["fail"]))
+                return True
+        return False
 
     def act_apikey(self, rest: str) -> None:
         """An answer that an API key pays for."""

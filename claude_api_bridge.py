@@ -1124,12 +1124,11 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
         windows.append(PlanWindow(name[:40], str(of_event)[:40] if of_event else None, number_or_none(part.get("utilization")),
                                   number_or_none(part.get("resetsAt")), now))
     is_using = told.get("isUsingOverage") is True
-    if told.get("overageStatus") or is_using:
-        windows.append(PlanWindow("overage", "in_use" if is_using else str(told["overageStatus"])[:40], None,
-                                  number_or_none(told.get("overageResetsAt")), now))
-    full = [window.resets_at for window in windows if window.resets_at and (window.utilization or 0) >= 1]
-    return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max([*filter(None, [resets_at]), *full], default=None),
-                  tuple(windows))
+    resets = [resets_at or 0, *(window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1)]
+    if windows:      # extra usage is drawn on for as long as the plan gives nothing
+        windows.append(PlanWindow("overage", "in_use", None, max(resets) or None, now) if is_using else
+                       PlanWindow("overage", str(told.get("overageStatus"))[:40], None, number_or_none(told.get("overageResetsAt")), now))
+    return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows))
 
 
 def number_or_none(value: Any) -> Optional[float]:
@@ -1242,6 +1241,7 @@ class LiveText:
         self._changed = changed
         self._parts: List[str] = []
         self._ends: List[int] = []           # where each part ends
+        self._joined = 0                     # so many parts are large
         self._held = ""                      # half a character, whose other half comes with the next delta
         self._is_begun = False
         self.size = 0                        # bytes that came, of all tries
@@ -1268,12 +1268,16 @@ class LiveText:
                 self._parts.append(text)
                 self._ends.append(len(text) + (self._ends[-1] if self._ends else 0))
                 self.size += len(text.encode())
+                if len(self._parts) - self._joined >= 1024:      # a part costs far more memory than its few letters
+                    self._parts[self._joined:] = ["".join(self._parts[self._joined:])]
+                    self._ends[self._joined:] = self._ends[-1:]
+                    self._joined += 1
 
     def restart(self) -> None:
         """A new message begins: what was said before belonged to a tool call or to a broken-off try."""
         with self._lock:
             self.restarts += bool(self._parts)
-            self._parts, self._ends, self._held = [], [], ""
+            self._parts, self._ends, self._joined, self._held = [], [], 0, ""
 
     def pause(self, rest: Rest) -> None:
         """Nothing comes until then; what came is void."""
@@ -2690,12 +2694,12 @@ class Caller:
 
 class JobView(NamedTuple):
     """A job as its owner sees it. position: those waiting before it + 1, 0 for one that does not wait; place: those waiting
-    and running before it + 1; partial: the text so far while it runs; rest: what it waits for besides its turn."""
+    and running before it + 1; rest: what it waits for besides its turn; partial: the text so far, in a poll while it runs."""
     job: Job
     position: int
     place: int
-    partial: Optional[str] = None
     rest: Optional[Rest] = None
+    partial: Optional[str] = None
 
 
 class UsageReport(NamedTuple):
@@ -2759,13 +2763,14 @@ class Service:
                 job = self._job(caller, job_id)
                 left = until - self._clock.monotonic()
                 if job.is_finished or left <= 0 or self._hub.is_closed or has_left():
-                    return self._view(job)
+                    live = self._live(job_id)
+                    return self._view(job)._replace(partial=live.read() if live and not job.is_finished else None)
                 bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
 
     def _view(self, job: Job) -> JobView:
-        live = self._live(job.id) if job.status == JobStatus.PROCESSING else None
-        rest = self._rest() if job.status == JobStatus.QUEUED else live.rest if live else None
-        return JobView(job, *self._store.places(job), live.read() if live else None, rest)
+        live = self._live(job.id)
+        rest = self._rest() if job.status == JobStatus.QUEUED else live.rest if live and not job.is_finished else None
+        return JobView(job, *self._store.places(job), rest=rest)
 
     def follow(self, caller: Caller, job_id: str, after: int = 0, place: int = 0,
                has_left: Callable[[], bool] = lambda: False) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
@@ -2828,9 +2833,9 @@ class Service:
 
     def jobs(self, caller: Caller, statuses: Sequence[str] = (), before: Optional[int] = None,
              limit: int = 20) -> Tuple[List[JobView], Optional[int]]:
-        """A page of the caller's jobs, for an admin of all, newest first. -> (views without partial texts, where the next page begins)."""
+        """A page of the caller's jobs, for an admin of all, newest first. -> (views, where the next page begins)."""
         jobs, following = self._store.jobs(None if caller.is_admin else caller.token.id, statuses, before, limit)
-        return [self._view(job)._replace(partial=None) for job in jobs], following
+        return [self._view(job) for job in jobs], following
 
     def conversations(self, caller: Caller) -> List[Conversation]:
         return self._store.conversations(caller.token.id)
@@ -2931,7 +2936,18 @@ class Backstage:
     check_worker: Callable[[], None]
 
 
-Answerer = Callable[[Service, Backstage, Optional[Caller], Request], Response]
+class Call(NamedTuple):
+    """A request on its way to an answer: what came, from whom, and what can be done about it."""
+    service: Service
+    backstage: Backstage
+    caller: Optional[Caller]
+    request: Request
+
+    @property
+    def holder(self) -> Caller:
+        """The caller of a route that needs a token."""
+        assert self.caller is not None
+        return self.caller
 
 
 @dataclass(frozen=True)
@@ -2940,7 +2956,7 @@ class Route:
     method: str
     path: str
     needs: str
-    answer: Answerer
+    answer: Callable[[Call], Response]
     doc: str
     takes: Optional[Type[Command]] = None
     gives: Mapping[int, str] = field(default_factory=dict)
@@ -2984,28 +3000,27 @@ def job_body(view: JobView) -> Dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def answer_ask(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    ask, warnings = Ask.parse(parsed_json(request.body() or b"{}"))
-    job, position, is_new = service.ask(caller, ask, check_key(request.headers.get("idempotency-key")))
+def answer_ask(call: Call) -> Response:
+    ask, warnings = Ask.parse(parsed_json(call.request.body() or b"{}"))
+    job, position, is_new = call.service.ask(call.holder, ask, check_key(call.request.headers.get("idempotency-key")))
     headers = () if is_new else (("Idempotent-Replayed", "true"),)
     more = {"warnings": warnings} if warnings else {}
     if ask.stream:
         first = sse_event("queued", 0, {"requestId": job.id, "position": position, **more})
-        return stream_response(event_bytes(job.id, service.follow(caller, job.id, 0, position, request.has_left), first), headers)
+        events = call.service.follow(call.holder, job.id, 0, position, call.request.has_left)
+        return stream_response(event_bytes(job.id, events, first), headers)
     if ask.wait:
-        view = service.poll(caller, job.id, ask.wait, request.has_left)
+        view = call.service.poll(call.holder, job.id, ask.wait, call.request.has_left)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **more}, headers)
     body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id}
     return json_response(202, {**body, **more}, headers)
 
 
-def answer_events(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    after = check_offset(request.headers.get("last-event-id") or request.query.get("after")) or 0
-    job_id = request.parts["requestId"]
-    return stream_response(event_bytes(job_id, service.follow(caller, job_id, after, has_left=request.has_left)))
+def answer_events(call: Call) -> Response:
+    after = check_offset(call.request.headers.get("last-event-id") or call.request.query.get("after")) or 0
+    job_id = call.request.parts["requestId"]
+    return stream_response(event_bytes(job_id, call.service.follow(call.holder, job_id, after, has_left=call.request.has_left)))
 
 
 def stream_response(pieces: Pieces, headers: Sequence[Tuple[str, str]] = ()) -> Response:
@@ -3034,36 +3049,31 @@ def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]
         yield sse_event("error", 0, {"status": JobStatus.ERROR, "requestId": job_id, **error_body(error)})
 
 
-def answer_cancel(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    return json_response(200, {"ok": True, **job_body(service.cancel(caller, request.parts["requestId"]))})
+def answer_cancel(call: Call) -> Response:
+    return json_response(200, {"ok": True, **job_body(call.service.cancel(call.holder, call.request.parts["requestId"]))})
 
 
-def answer_jobs(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    query = request.query
+def answer_jobs(call: Call) -> Response:
+    query = call.request.query
     limit, before = number_check("limit", 1, PAGE_JOBS)(query.get("limit")), number_check("before", 1, 999_999_999)(query.get("before"))
-    views, following = service.jobs(caller, check_statuses(query.get("status")), before, limit or 20)
+    views, following = call.service.jobs(call.holder, check_statuses(query.get("status")), before, limit or 20)
     bodies = [{**job_body(view), "message": view.job.message, "tokenId": view.job.token_id} for view in views]
     return json_response(200, {"requests": bodies, "next": None if following is None else str(following)})
 
 
-def answer_conversations(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
+def answer_conversations(call: Call) -> Response:
     return json_response(200, {"conversations": [
         {"name": each.name, "turns": each.turns, "createdAt": iso_time(each.created_at), "lastUsedAt": iso_time(each.last_used_at)}
-        for each in service.conversations(caller)]})
+        for each in call.service.conversations(call.holder)]})
 
 
-def answer_forget(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    service.delete_conversation(caller, request.parts["name"])
+def answer_forget(call: Call) -> Response:
+    call.service.delete_conversation(call.holder, call.request.parts["name"])
     return json_response(200, {"ok": True, "message": "Conversation deleted"})
 
 
-def answer_usage(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    report = service.usage(caller, number_check("days", 1, USAGE_DAYS)(request.query.get("days")) or 30)
+def answer_usage(call: Call) -> Response:
+    report = call.service.usage(call.holder, number_check("days", 1, USAGE_DAYS)(call.request.query.get("days")) or 30)
 
     def sums(rows: Iterable[DayUsage]) -> Dict[str, Any]:
         rows = list(rows)
@@ -3077,7 +3087,7 @@ def answer_usage(service: Service, backstage: Backstage, caller: Optional[Caller
         "days": [{"day": day, **sums(row for row in report.rows if row.day == day)} for day in days],
         "tokens": [{"tokenId": each, "name": report.names.get(each), **sums(row for row in report.rows if row.token_id == each)}
                    for each in ids],
-        "plan": plan_body(report.windows, report.rest, service.now())})
+        "plan": plan_body(report.windows, report.rest, call.service.now())})
 
 
 def plan_body(windows: Iterable[PlanWindow], rest: Optional[Rest], now: float) -> Dict[str, Any]:
@@ -3093,15 +3103,15 @@ def plan_body(windows: Iterable[PlanWindow], rest: Optional[Rest], now: float) -
             **{"waitingFor": None, "resumesAt": None, **rest_body(rest)}}
 
 
-def answer_poll(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    assert caller is not None
-    view = service.poll(caller, request.parts["requestId"], check_wait(request.query.get("wait")), request.has_left)
+def answer_poll(call: Call) -> Response:
+    wait = check_wait(call.request.query.get("wait"))
+    view = call.service.poll(call.holder, call.request.parts["requestId"], wait, call.request.has_left)
     return json_response(200 if view.job.is_finished else 202, job_body(view))
 
 
-def answer_new_token(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    new, warnings = NewToken.parse(parsed_json(request.body() or b"{}"))
-    token, secret = service.create_token(new)
+def answer_new_token(call: Call) -> Response:
+    new, warnings = NewToken.parse(parsed_json(call.request.body() or b"{}"))
+    token, secret = call.service.create_token(new)
     body = {"ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
             "warning": "Save this token now. It cannot be retrieved again."}
     return json_response(201, {**body, **({"warnings": warnings} if warnings else {})})
@@ -3114,41 +3124,41 @@ def token_body(token: Token, now: float) -> Dict[str, Any]:
             "requestsPerMinute": token.requests_per_minute, "requestsPerDay": token.requests_per_day, "models": token.models}
 
 
-def answer_tokens(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    return json_response(200, {"tokens": [token_body(token, service.now()) for token in service.tokens()]})
+def answer_tokens(call: Call) -> Response:
+    return json_response(200, {"tokens": [token_body(token, call.service.now()) for token in call.service.tokens()]})
 
 
-def answer_revoke(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    service.revoke_token(request.parts["id"])
+def answer_revoke(call: Call) -> Response:
+    call.service.revoke_token(call.request.parts["id"])
     return json_response(200, {"ok": True, "message": "Token revoked"})
 
 
-def answer_status(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    counts = service.counts()
+def answer_status(call: Call) -> Response:
+    counts = call.service.counts()
     queued, processing = counts.get(JobStatus.QUEUED, 0), counts.get(JobStatus.PROCESSING, 0)
     completed, failed = counts.get(JobStatus.COMPLETED, 0), counts.get(JobStatus.ERROR, 0)
     body: Dict[str, Any] = {
         "status": "running", "version": __version__, "queue": {"isProcessing": bool(processing), "length": queued + processing},
         "stats": {"totalTokens": counts["tokens"], "totalRequests": queued + processing + completed + failed,
                   "completedRequests": completed, "errorRequests": failed, "queuedRequests": queued}}
-    if caller and caller.is_admin:
-        body.update(backstage.details())
+    if call.caller and call.caller.is_admin:
+        body.update(call.backstage.details())
     return json_response(200, body)
 
 
-def answer_health(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    backstage.check_worker()
-    service.check_store()
+def answer_health(call: Call) -> Response:
+    call.backstage.check_worker()
+    call.service.check_store()
     return json_response(200, {"status": "ok"})
 
 
-def answer_page(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    return backstage.page()
+def answer_page(call: Call) -> Response:
+    return call.backstage.page()
 
 
-def answer_root(service: Service, backstage: Backstage, caller: Optional[Caller], request: Request) -> Response:
-    if "text/html" in request.headers.get("accept", ""):
-        return backstage.page()
+def answer_root(call: Call) -> Response:
+    if "text/html" in call.request.headers.get("accept", ""):
+        return call.backstage.page()
     return json_response(200, {
         "name": "claude-api-bridge", "version": __version__, "description": "A REST API for the Claude Code command line tool",
         "endpoints": {"%s %s" % (route.method, route.path): route.doc for route in ROUTES},
@@ -3359,7 +3369,7 @@ class Dispatcher:
                 raise refusal
             if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
                 raise AdminRequired()
-            response = route.answer(self._service, self._backstage, caller, replace(request, parts=parts))
+            response = route.answer(Call(self._service, self._backstage, caller, replace(request, parts=parts)))
         return replace(response, headers=response.headers + bucket.headers())
 
     def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
@@ -3604,6 +3614,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write_stream(self, response: Response, pieces: Pieces) -> None:
         """Pieces as they come: chunked, or until the connection closes. A reader may take SEND_SECONDS for each."""
+        self.close_connection = self.close_connection or self.request_version == "HTTP/1.0"
         is_chunked = not self.close_connection
         with contextlib.closing(pieces):
             self.connection.sendall(response_head(response, self.close_connection))

@@ -58,25 +58,49 @@ def test_the_quick_start_works_as_written(program):
     assert b'"status":"completed"' in done.stdout and b"Why is the sky blue?" in done.stdout
 
 
-def test_the_python_example_works_as_written(program):
-    running = program(demo=True)
-    code = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)[0]
-    code = code.replace("http://localhost:3456", "http://127.0.0.1:%d" % running.port).replace("cab-...", running.token)
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60)
-    assert b"You said: Explain quantum computing" in done.stdout
+def examples(language: str, running) -> str:
+    """All examples of a language, which go on from one to the next, for a bridge that runs."""
+    code = "\n".join(re.findall(r"```%s\n(.*?)```" % language, README.read_text("utf-8"), re.DOTALL))
+    return code.replace("http://localhost:3456", "http://127.0.0.1:%d" % running.port).replace("cab-...", running.token)
 
 
-def test_the_javascript_example_works_as_written(program, tmp_path):
+def test_the_python_examples_work_as_written(program):
+    done = subprocess.run([sys.executable, "-c", examples("python", program(demo=True))], stdout=subprocess.PIPE, timeout=60)
+    said = done.stdout.decode()
+    assert done.returncode == 0 and "You said: Explain quantum computing" in said and "You said: Tell me a story." in said
+    assert re.search(r"cancelled\n([0-9a-f-]{36})\n\1\n(20.*Z \w+ .*\n){4}\[\]\n4 requests, about .*\nat work\n", said)
+
+
+def test_the_javascript_examples_work_as_written(program, tmp_path):
     if not shutil.which("node"):
         from conftest import missing
         missing("no node here")
-    running = program(demo=True)
-    code = re.findall(r"```js\n(.*?)```", README.read_text("utf-8"), re.DOTALL)[0]
-    code = code.replace("http://localhost:3456", "http://127.0.0.1:%d" % running.port).replace("cab-...", running.token)
     script = tmp_path / "example.mjs"
-    script.write_text(code)
+    script.write_text(examples("js", program(demo=True)))
     done = subprocess.run(["node", str(script)], stdout=subprocess.PIPE, timeout=60)
-    assert b"You said: What is the meaning of life?" in done.stdout
+    said = done.stdout.decode()
+    assert done.returncode == 0 and "You said: What is the meaning of life?" in said and " story.\n" in said
+    assert re.search(r"^cancelled\n([0-9a-f-]{36})\n\1\n", said, re.MULTILINE) and said.endswith("at work\n")
+
+
+def test_the_examples_for_the_shell_work_as_written(program):
+    if not shutil.which("curl"):
+        from conftest import missing
+        missing("no curl here")
+    running = program(demo=True)
+    stateful = running.api.new_token("stateful", sessionMode="stateful")
+    first = stateful.ask("Before", conversation="trip-to-rome")
+    assert stateful.done(first)["status"] == "completed"
+    lines = ["URL=http://127.0.0.1:%d ADMIN=%s TOKEN=%s ID=%s" % (running.port, running.token, stateful.token, first)]
+    lines += re.findall(r"<!-- example -->\n```sh\n(.*?)```\n<!-- /example -->", README.read_text("utf-8"), re.DOTALL)
+    done = subprocess.run(["sh", "-euc", "\necho; echo ---\n".join(lines)], stdout=subprocess.PIPE, timeout=60)
+    story, resumed, cancelled, twice, lists, usage, guest, plan = done.stdout.decode().split("---\n")[1:]
+    assert done.returncode == 0 and "event: delta\n" in story and story.count("event: completed\n") == 1
+    assert resumed.startswith("id: ") and '"text":"a demo, Cl' not in resumed and "event: completed\n" in resumed
+    assert '"code":"already_finished"' in cancelled
+    assert len(set(re.findall('"requestId":"([^"]*)"', twice))) == 1
+    assert '"message":"Before"' in lists and '"name":"trip-to-rome"' in lists and "Conversation deleted" in lists
+    assert '"requests":3' in usage and '"token":"cab-' in guest and plan.startswith('{"windows":[]')
 
 
 def test_every_error_and_setting_is_explained():

@@ -1126,8 +1126,8 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
     is_using = told.get("isUsingOverage") is True
     resets = [resets_at or 0, *(window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1)]
     if windows:      # extra usage is drawn on for as long as the plan gives nothing
-        windows.append(PlanWindow("overage", "in_use", None, max(resets) or None, now) if is_using else
-                       PlanWindow("overage", str(told.get("overageStatus"))[:40], None, number_or_none(told.get("overageResetsAt")), now))
+        overage, until = ("in_use", max(resets)) if is_using else (told.get("overageStatus"), number_or_none(told.get("overageResetsAt")))
+        windows.append(PlanWindow("overage", str(overage)[:40] if overage else None, None, until or None, now))
     return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows))
 
 

@@ -123,7 +123,7 @@ TOOL_RULES = 50
 TOKEN_MODELS = 20
 WARM_CHILDREN = 4
 PAGE_JOBS = 100                      # most requests in one page of a list, and how large it may grow before it ends
-PAGE_BYTES = 1 << 20
+PAGE_CHARACTERS = 1 << 20
 USAGE_DAYS = 400                     # how long the daily figures are kept
 DELTA_CHARACTERS = 16_384            # a longer text is told in pieces, so that a reader who leaves has got some of it
 CONNECTIONS = 256
@@ -571,7 +571,7 @@ def number_check(what: str, least: int, most: int) -> Callable[[Any], Optional[i
     def check(value: Any) -> Optional[int]:
         if value is None:
             return None
-        text = str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+        text = "%d" % value if isinstance(value, float) and value.is_integer() else str(value)
         if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
             raise InvalidRequest("%s must be a whole number from %d to %d" % (what, least, most), field=what)
         return int(text)
@@ -604,7 +604,7 @@ def check_key(value: Optional[str]) -> Optional[str]:
 
 def check_statuses(value: Optional[str]) -> Tuple[str, ...]:
     """The statuses of a query, joined by commas; none is all."""
-    wanted = tuple(value.split(",")) if value else ()
+    wanted = tuple(dict.fromkeys(value.split(","))) if value else ()
     if not set(wanted) <= set(JobStatus.ALL):
         raise InvalidRequest("status must be one or more of: " + ", ".join(JobStatus.ALL), field="status")
     return wanted
@@ -1121,13 +1121,13 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
     windows = []
     for name, part in list(parts.items())[:10]:
         of_event = part.get("status") or (status if name == kind else None)
-        windows.append(PlanWindow(name[:40], str(of_event)[:40] if of_event else None, number_or_none(part.get("utilization")),
-                                  number_or_none(part.get("resetsAt")), now))
+        windows.append(PlanWindow(clean_text(name[:40]), clean_text(str(of_event)[:40]) if of_event else None,
+                                  number_or_none(part.get("utilization")), number_or_none(part.get("resetsAt")), now))
     is_using = told.get("isUsingOverage") is True
     resets = [resets_at or 0, *(window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1)]
     if windows:      # extra usage is drawn on for as long as the plan gives nothing
         overage, until = ("in_use", max(resets)) if is_using else (told.get("overageStatus"), number_or_none(told.get("overageResetsAt")))
-        windows.append(PlanWindow("overage", str(overage)[:40] if overage else None, None, until or None, now))
+        windows.append(PlanWindow("overage", clean_text(str(overage)[:40]) if overage else None, None, until or None, now))
     return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows))
 
 
@@ -1636,11 +1636,11 @@ class Store:
         with self._guarded() as db:
             rows = db.execute(sql, (token_id, *wanted, before or 1 << 62, limit + 1))
             for row in rows:
-                if len(found) == limit or found and size > PAGE_BYTES:
+                if len(found) == limit or size > PAGE_CHARACTERS:
                     rows.close()
                     return found, found[-1].seq
                 found.append(self._job(row))
-                size += len(found[-1].message) + len(found[-1].response or "")
+                size += sum(len(value) for value in row if isinstance(value, str))
         return found, None
 
     def claim(self) -> Optional[Job]:
@@ -1754,8 +1754,9 @@ class Store:
         """Forgets what was said. Finished and running jobs stay without it, waiting ones begin it afresh. -> whether there was one."""
         with self._write() as db:
             rows = db.execute("DELETE FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).rowcount
-            rows += db.execute("UPDATE jobs SET conversation = NULL WHERE token_id = ? AND conversation = ? AND status != 'queued'",
-                               (token_id, name)).rowcount
+            rows += db.execute("SELECT count(*) FROM jobs WHERE token_id = ? AND conversation = ?", (token_id, name)).fetchone()[0]
+            db.execute("UPDATE jobs SET conversation = NULL WHERE token_id = ? AND conversation = ? AND status != 'queued'",
+                       (token_id, name))
         return bool(rows)
 
     def history(self, job: Job) -> List[Exchange]:
@@ -2625,7 +2626,9 @@ class Worker:
         setup = Setup(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
         if not job.conversation:
             return Work(job.message, setup)
-        session = self._store.open_conversation(job.token_id, job.conversation)
+        session, now = self._store.open_conversation(job.token_id, job.conversation), self._store.job(job.id)
+        if not now or not now.conversation:                  # deleted since the job was claimed: it is nobody's memory
+            return Work(job.message, setup)
         return Work(job.message, setup, session.key, session.session_id, session.spent_usd, lambda: self._store.history(job))
 
     def _stop_reason(self, job: Job) -> Optional[str]:

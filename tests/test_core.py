@@ -6,7 +6,9 @@ import json
 import random
 import re
 import threading
-from typing import Any, Dict, List, Mapping, Sequence
+import unicodedata
+from dataclasses import fields as fields_of
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
 from conftest import FakeClock
@@ -19,13 +21,13 @@ import claude_api_bridge as cab
 
 def test_a_message_alone_is_an_ask_with_defaults() -> None:
     assert cab.Ask.parse({"message": "hi"}) == (cab.Ask("hi"), [])
-    assert cab.Ask("hi") == cab.Ask("hi", None, None, None, None, None, 0.0)
+    assert cab.Ask("hi") == cab.Ask("hi", None, None, None, None, None, 0.0, False)
 
 
 def test_every_field_of_an_ask_is_read() -> None:
     body = {"message": "hi", "model": "haiku", "systemPrompt": "Be brief.", "jsonSchema": {"type": "object"}, "conversation": "trip",
-            "effort": "low", "wait": 2.5}
-    assert cab.Ask.parse(body) == (cab.Ask("hi", "haiku", "Be brief.", '{"type":"object"}', "trip", "low", 2.5), [])
+            "effort": "low", "wait": 2.5, "stream": True}
+    assert cab.Ask.parse(body) == (cab.Ask("hi", "haiku", "Be brief.", '{"type":"object"}', "trip", "low", 2.5, True), [])
 
 
 @pytest.mark.parametrize("fields", [
@@ -36,6 +38,7 @@ def test_every_field_of_an_ask_is_read() -> None:
     {"conversation": None}, {"conversation": "A.b_c-9"}, {"conversation": "c" * 64},
     {"effort": None}, {"effort": "low"}, {"effort": "medium"}, {"effort": "high"}, {"effort": "xhigh"}, {"effort": "max"},
     {"wait": None}, {"wait": 0}, {"wait": 90}, {"wait": 90.0}, {"wait": 0.01}, {"wait": "30"},
+    {"stream": None}, {"stream": True}, {"stream": False},
 ], ids=lambda fields: "%.40r" % fields)
 def test_an_ask_at_its_bounds_is_taken(fields: Dict[str, Any]) -> None:
     assert cab.Ask.parse({"message": "hi", **fields})[1] == []
@@ -71,6 +74,7 @@ def test_a_message_that_cannot_be_used_is_refused_in_the_original_s_words(body: 
     {"effort": ""}, {"effort": "LOW"}, {"effort": 1}, {"effort": True}, {"effort": ["low"]},
     {"wait": -1}, {"wait": 90.5}, {"wait": "soon"}, {"wait": ""}, {"wait": True}, {"wait": False}, {"wait": [1]}, {"wait": {}},
     {"wait": float("nan")}, {"wait": float("inf")}, {"wait": 10 ** 400}, {"wait": "nan"},
+    {"stream": 1}, {"stream": 0}, {"stream": 1.0}, {"stream": "true"}, {"stream": ""}, {"stream": [True]}, {"stream": {}},
 ], ids=lambda fields: "%.40r" % fields)
 def test_a_field_of_an_ask_that_cannot_be_used_is_named(fields: Dict[str, Any]) -> None:
     with pytest.raises(cab.InvalidRequest) as refused:
@@ -95,6 +99,117 @@ def test_a_schema_that_is_no_json_is_refused() -> None:
         cab.Ask.parse(cab.parsed_json(b'{"message": "hi", "jsonSchema": {"maximum": 1e999}}'))
 
 
+NOT_NUMBERS = ["", " 7", "7 ", "7\n", "+7", "-7", "7.0", "7e0", "0x7", "1_0", "٣", "seven", "nan", "null", "9" * 10, "9" * 5_000,
+               True, False, 7.5, -1, -1.0, 10 ** 400, 1e308, float("nan"), float("inf"), float("-inf"), [7], ["7"], {}, {"7": 7}]
+
+
+@pytest.mark.parametrize("value, number", [
+    (None, None), (1, 1), (100, 100), (1.0, 1), (100.0, 100), ("1", 1), ("100", 100), ("7", 7), ("007", 7),
+], ids=repr)
+def test_a_whole_number_is_taken_from_json_and_from_a_query(value: Any, number: Optional[int]) -> None:
+    found = cab.number_check("limit", 1, 100)(value)
+    assert (found, type(found)) == (number, type(number))
+
+
+@pytest.mark.parametrize("value", [0, 101, 0.0, "0", "101", *NOT_NUMBERS], ids=lambda value: "%.20r" % (value,))
+def test_what_is_no_whole_number_within_the_bounds_is_refused(value: Any) -> None:
+    with pytest.raises(cab.InvalidRequest) as refused:
+        cab.number_check("limit", 1, 100)(value)
+    assert str(refused.value) == "limit must be a whole number from 1 to 100" and refused.value.extra == {"field": "limit"}
+
+
+@pytest.mark.parametrize("value, offset", [(None, None), ("0", 0), (0, 0), ("16384", 16_384), ("999999999", 999_999_999)])
+def test_an_offset_is_any_length_that_a_text_can_have(value: Any, offset: Optional[int]) -> None:
+    assert cab.check_offset(value) == offset
+
+
+@pytest.mark.parametrize("value", [1_000_000_000, "1000000000", "-0", *NOT_NUMBERS], ids=lambda value: "%.20r" % (value,))
+def test_an_offset_that_no_text_can_have_is_refused(value: Any) -> None:
+    with pytest.raises(cab.InvalidRequest) as refused:
+        cab.check_offset(value)
+    assert refused.value.extra["field"] == "after" and "after" in str(refused.value)
+
+
+@pytest.mark.parametrize("value, models", [
+    (None, None), (["haiku"], ("haiku",)), (("haiku", "opus"), ("haiku", "opus")), (["m" * 128] * 20, ("m" * 128,) * 20),
+    (["us.anthropic/claude@1:0", "sonnet[1m]"], ("us.anthropic/claude@1:0", "sonnet[1m]")), (["default"], ("default",)),
+], ids=lambda value: "%.40r" % (value,))
+def test_the_models_of_a_token_keep_their_order(value: Any, models: Any) -> None:
+    assert cab.check_models(value) == models
+
+
+@pytest.mark.parametrize("models", [
+    [], {}, "haiku", "", 0, True, {"haiku": 1}, ["haiku"] * 21, [None], ["haiku", None], [""], [" "], [1], [True], [["haiku"]], ["a b"],
+    ["-p"], ["haiku\n"], ["m" * 129], ["é"], ["\ud800"],
+], ids=lambda value: "%.40r" % (value,))
+def test_models_that_are_no_list_of_names_are_refused(models: Any) -> None:
+    with pytest.raises(cab.InvalidRequest) as refused:
+        cab.NewToken.parse({"name": "n", "models": models})
+    assert refused.value.extra["field"] == "models" and "model" in str(refused.value)
+
+
+@pytest.mark.parametrize("key", [None, "a", " ", "é", "k" * 200, "8e03978e-40d5-43dd-bc93-6894a57f9324"])
+def test_a_key_is_any_text_of_200_characters(key: Optional[str]) -> None:
+    assert cab.check_key(key) == key
+
+
+@pytest.mark.parametrize("key", ["", "k" * 201, "k" * 16_000], ids=lambda key: "%.5s%d" % (key, len(key)))
+def test_a_key_that_is_empty_or_long_is_refused(key: str) -> None:
+    with pytest.raises(cab.InvalidRequest) as refused:
+        cab.check_key(key)
+    assert refused.value.extra == {"field": "Idempotency-Key"} and "200" in str(refused.value)
+
+
+@pytest.mark.parametrize("value, statuses", [
+    (None, ()), ("", ()), ("queued", ("queued",)), ("error,completed", ("error", "completed")),
+    ("queued,processing,completed,error", ("queued", "processing", "completed", "error")),
+])
+def test_statuses_are_joined_by_commas(value: Optional[str], statuses: Tuple[str, ...]) -> None:
+    assert cab.check_statuses(value) == statuses
+
+
+@pytest.mark.parametrize("value", ["QUEUED", "done", "queued,", ",queued", ",", "queued, error", "queued;error", " ", "queued\n", "none"])
+def test_a_status_that_no_job_has_is_refused_and_those_that_are_named(value: str) -> None:
+    with pytest.raises(cab.InvalidRequest) as refused:
+        cab.check_statuses(value)
+    assert refused.value.extra == {"field": "status"}
+    assert all(status in str(refused.value) for status in ("queued", "processing", "completed", "error"))
+
+
+def fingerprint(body: Dict[str, Any]) -> str:
+    return str(cab.Ask.parse(body)[0].fingerprint)
+
+
+WHOLE = {"message": "hi", "model": "haiku", "systemPrompt": "Be brief.", "jsonSchema": {"type": "object"}, "conversation": "trip",
+         "effort": "low"}
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"wait": 30}, {"wait": "30"}, {"stream": True}, {"stream": False, "wait": 0}, {"wait": None, "stream": None}, {"unknown": "x"},
+], ids=repr)
+@pytest.mark.parametrize("body", [{"message": "hi"}, WHOLE], ids=len)
+def test_requests_that_ask_the_same_have_one_fingerprint(body: Dict[str, Any], fields: Dict[str, Any]) -> None:
+    asked = {**fields, **body}
+    assert fingerprint(asked) == fingerprint(dict(reversed(list(asked.items())))) == fingerprint(body)
+
+
+def test_a_field_that_says_nothing_does_not_change_the_fingerprint() -> None:
+    nothing = {"model": "default", "systemPrompt": "", "jsonSchema": None, "conversation": None, "effort": None}
+    assert fingerprint({"message": "hi", **nothing}) == fingerprint({"message": "hi"})
+
+
+def test_every_other_field_changes_the_fingerprint_and_no_text_stands_for_two() -> None:
+    changes: Dict[str, List[Any]] = {
+        "message": ["hi ", "Hi", "HI"], "model": ["sonnet", "low", None], "systemPrompt": ["trip", "", "be brief."],
+        "jsonSchema": [{}, {"type": "array"}, None], "conversation": ["haiku", "Trip", None], "effort": ["high", None]}
+    assert {cab.to_wire(row.name) for row in fields_of(cab.Ask)} == {*changes, "wait", "stream"}
+    bodies = [WHOLE, *({**WHOLE, name: value} for name, values in changes.items() for value in values),
+              *({"message": "hi", name: "low"} for name in ("model", "systemPrompt", "conversation", "effort")),
+              *({"message": "hi", "model": "abcd"[:cut], "systemPrompt": "abcd"[cut:]} for cut in (1, 2, 3))]
+    found = [fingerprint(body) for body in bodies]
+    assert len(set(found)) == len(bodies) and all(re.fullmatch(r"[0-9a-f]{64}", each) for each in found)
+
+
 def test_unknown_fields_are_named_in_warnings_and_ignored() -> None:
     ask, warnings = cab.Ask.parse({"message": "hi", "systemPromt": "x", "system_prompt": "y", "\ud800": 1})
     assert ask == cab.Ask("hi")
@@ -107,7 +222,7 @@ def test_warnings_are_few_and_short_whatever_was_sent() -> None:
 
 
 def test_a_name_alone_is_a_token_with_the_original_s_defaults() -> None:
-    assert cab.NewToken.parse({"name": "  my app "}) == (cab.NewToken("my app", "stateless", None, False, "none"), [])
+    assert cab.NewToken.parse({"name": "  my app "}) == (cab.NewToken("my app", "stateless", None, False, "none", None, None, None), [])
 
 
 @pytest.mark.parametrize("fields, expected", [
@@ -121,6 +236,11 @@ def test_a_name_alone_is_a_token_with_the_original_s_defaults() -> None:
     ({"tools": None}, {}), ({"tools": "none"}, {}), ({"tools": "read"}, {"tools": "read"}), ({"tools": "web"}, {"tools": "web"}),
     ({"tools": "all"}, {"tools": "all"}), ({"tools": ["Read", "Bash(git log:*)"]}, {"tools": ("Read", "Bash(git log:*)")}),
     ({"tools": ["mcp__calc__add"]}, {"tools": ("mcp__calc__add",)}), ({"tools": ["Read"] * 50}, {"tools": ("Read",) * 50}),
+    ({"requestsPerMinute": None}, {"requests_per_minute": None}), ({"requestsPerDay": None}, {"requests_per_day": None}),
+    ({"models": None}, {"models": None}), ({"requestsPerMinute": 1}, {"requests_per_minute": 1}),
+    ({"requestsPerMinute": 10_000.0}, {"requests_per_minute": 10_000}),
+    ({"requestsPerDay": 1}, {"requests_per_day": 1}), ({"requestsPerDay": 1_000_000}, {"requests_per_day": 1_000_000}),
+    ({"models": ["haiku"]}, {"models": ("haiku",)}), ({"models": ["haiku", "sonnet[1m]"]}, {"models": ("haiku", "sonnet[1m]")}),
 ], ids=lambda value: "%.40r" % (value,))
 def test_a_token_may_be_asked_for_in_these_ways(fields: Dict[str, Any], expected: Dict[str, Any]) -> None:
     new, warnings = cab.NewToken.parse({"name": "my-app", **fields})
@@ -129,6 +249,7 @@ def test_a_token_may_be_asked_for_in_these_ways(fields: Dict[str, Any], expected
 
 
 BAD_NAME, BAD_MODE = "Token name is required", 'sessionMode must be "stateful" or "stateless"'
+NO_LIMITS: List[Any] = [0, -1, 10_001, 0.005, "many", [1]]
 BAD_DAYS = "expiresInDays must be 1, 7, 30, 90, or null (never)"
 
 
@@ -143,6 +264,10 @@ BAD_DAYS = "expiresInDays must be 1, 7, 30, 90, or null (never)"
     ({"name": "n", "expiresInDays": "7"}, "expiresInDays", BAD_DAYS), ({"name": "n", "expiresInDays": True}, "expiresInDays", BAD_DAYS),
     ({"name": "n", "expiresInDays": 7.5}, "expiresInDays", BAD_DAYS), ({"name": "n", "expiresInDays": [7]}, "expiresInDays", BAD_DAYS),
     ({"name": "n", "admin": 1}, "admin", "admin must be true or false"), ({"name": "n", "admin": "true"}, "admin", "admin must be true or false"),
+    *[({"name": "n", "requestsPerMinute": bad}, "requestsPerMinute", "requestsPerMinute must be a whole number from 1 to 10000")
+      for bad in NO_LIMITS],
+    *[({"name": "n", "requestsPerDay": bad * 100}, "requestsPerDay", "requestsPerDay must be a whole number from 1 to 1000000")
+      for bad in NO_LIMITS],
 ], ids=lambda value: "%.50r" % (value,))
 def test_a_token_that_cannot_be_made_is_refused_in_the_original_s_words(body: Any, field: str, text: str) -> None:
     with pytest.raises(cab.InvalidRequest) as refused:
@@ -389,7 +514,8 @@ TEXT_DELTA = {"type": "content_block_delta", "index": 0, "delta": {"type": "text
     ({"type": "result", "subtype": "success"}, "result", ""),
     ({"type": "control_response", "response": {}}, "control", ""),
     ({"type": "control_request", "request_id": "1"}, "asks", ""),
-    ({"type": "rate_limit_event"}, "noise", ""), ({"type": "conversation_reset"}, "noise", ""), ({"type": ["x"]}, "noise", ""), ({}, "noise", ""),
+    ({"type": "rate_limit_event", "rate_limit_info": {"status": "allowed"}}, "limits", ""), ({"type": "rate_limit_event"}, "limits", ""),
+    ({"type": "conversation_reset"}, "noise", ""), ({"type": ["x"]}, "noise", ""), ({}, "noise", ""),
 ], ids=lambda value: "%.60s" % json.dumps(value) if isinstance(value, dict) else None)
 def test_a_line_of_the_cli_is_understood(message: Dict[str, Any], kind: str, text: str) -> None:
     event = cab.read_cli_event(json.dumps(message, ensure_ascii=False).encode())
@@ -456,6 +582,143 @@ def test_each_failure_of_the_cli_has_its_code_and_keeps_its_words(result: Dict[s
 
 def test_a_failure_without_words_still_says_something() -> None:
     assert "error_during_execution" in str(cab.failure_of({"subtype": "error_during_execution", "result": "", "errors": []}, ""))
+
+
+# --- the limits of the plan ---
+
+NOW = 1_800_000_000.0
+SOON, LATER, MONTH = 1_800_003_600, 1_800_500_000, 1_802_000_000       # when the windows reset, as the CLI writes it
+FIVE_HOURS = {"utilization": 0.42, "resetsAt": SOON, "status": "allowed"}
+SEVEN_DAYS = {"utilization": 0.1, "resetsAt": LATER, "status": "allowed"}
+USED_UP = {"status": "rejected", "resetsAt": SOON, "rateLimitType": "five_hour", "isUsingOverage": False}
+
+
+def window(kind: str, status: Optional[str], utilization: Optional[float], resets_at: Optional[float]) -> cab.PlanWindow:
+    return cab.PlanWindow(kind, status, utilization, resets_at, NOW)
+
+
+REJECTED, NO_OVERAGE = window("five_hour", "rejected", None, SOON), window("overage", None, None, None)
+SHAPES: List[Tuple[str, Any, cab.Limits]] = [
+    ("2.1.330 allowed", {"status": "allowed", "resetsAt": SOON, "rateLimitType": "five_hour", "isUsingOverage": False,
+                         "unifiedWindows": {"five_hour": FIVE_HOURS, "seven_day": SEVEN_DAYS}},
+     cab.Limits(False, False, SOON, (window("five_hour", "allowed", 0.42, SOON), window("seven_day", "allowed", 0.1, LATER), NO_OVERAGE))),
+    ("2.1.330 nearly", {"status": "allowed_warning", "resetsAt": LATER, "rateLimitType": "seven_day", "utilization": 0.92,
+                        "surpassedThreshold": 0.9, "isUsingOverage": False,
+                        "unifiedWindows": {"five_hour": {"utilization": 0.42, "resetsAt": SOON},
+                                           "seven_day": {"utilization": 0.92, "resetsAt": LATER}}},
+     cab.Limits(False, False, LATER, (window("seven_day", "allowed_warning", 0.92, LATER), window("five_hour", None, 0.42, SOON),
+                                      NO_OVERAGE))),
+    ("2.1.330 used up", {**USED_UP, "unifiedWindows": {"five_hour": {"utilization": 1, "resetsAt": SOON}, "seven_day": SEVEN_DAYS}},
+     cab.Limits(True, False, SOON, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", "allowed", 0.1, LATER), NO_OVERAGE))),
+    ("2.1.330 both used up", {**USED_UP, "unifiedWindows": {"five_hour": {"utilization": 1, "resetsAt": SOON},
+                                                            "seven_day": {"utilization": 1.07, "resetsAt": LATER, "status": "rejected"}}},
+     cab.Limits(True, False, LATER, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", "rejected", 1.07, LATER),
+                                     NO_OVERAGE))),
+    ("2.1.330 paid usage", {**USED_UP, "overageStatus": "allowed", "overageResetsAt": MONTH, "isUsingOverage": True,
+                            "unifiedWindows": {"five_hour": {"utilization": 1, "resetsAt": SOON}}},
+     cab.Limits(False, True, SOON, (window("five_hour", "rejected", 1.0, SOON), window("overage", "in_use", None, SOON)))),
+    ("2.1.330 paid usage to the later of two resets", {**USED_UP, "isUsingOverage": True, "unifiedWindows": {
+        "five_hour": {"utilization": 1, "resetsAt": SOON}, "seven_day": {"utilization": 1, "resetsAt": LATER}}},
+     cab.Limits(False, True, LATER, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", None, 1.0, LATER),
+                                     window("overage", "in_use", None, LATER)))),
+    ("2.1.330 no paid usage left", {**USED_UP, "overageStatus": "rejected", "overageResetsAt": MONTH},
+     cab.Limits(True, False, SOON, (REJECTED, window("overage", "rejected", None, MONTH)))),
+    ("2.1.197 allowed", {"status": "allowed", "resetsAt": SOON, "rateLimitType": "five_hour", "isUsingOverage": False},
+     cab.Limits(False, False, SOON, (window("five_hour", "allowed", None, SOON), NO_OVERAGE))),
+    ("2.1.197 nearly", {"status": "allowed_warning", "resetsAt": SOON, "rateLimitType": "five_hour", "utilization": 0.92,
+                        "surpassedThreshold": 0.9, "isUsingOverage": False},
+     cab.Limits(False, False, SOON, (window("five_hour", "allowed_warning", 0.92, SOON), NO_OVERAGE))),
+    ("2.1.197 used up", USED_UP, cab.Limits(True, False, SOON, (REJECTED, NO_OVERAGE))),
+    ("2.1.197 paid usage", {**USED_UP, "overageStatus": "allowed", "overageResetsAt": MONTH, "isUsingOverage": True},
+     cab.Limits(False, True, SOON, (REJECTED, window("overage", "in_use", None, SOON)))),
+    ("paid usage could follow", {**USED_UP, "status": "allowed", "overageStatus": "allowed", "overageResetsAt": MONTH},
+     cab.Limits(False, False, SOON, (window("five_hour", "allowed", None, SOON), window("overage", "allowed", None, MONTH)))),
+    ("any other 429", {"status": "rejected", "isUsingOverage": False}, cab.Limits()),
+    ("no reset told", {"status": "rejected", "rateLimitType": "five_hour", "isUsingOverage": False},
+     cab.Limits(True, False, None, (window("five_hour", "rejected", None, None), NO_OVERAGE))),
+    ("paid usage, no reset told", {"status": "rejected", "rateLimitType": "five_hour", "isUsingOverage": True},
+     cab.Limits(False, True, None, (window("five_hour", "rejected", None, None), window("overage", "in_use", None, None)))),
+    ("no type told", {"status": "rejected", "resetsAt": SOON}, cab.Limits(True, False, SOON)),
+    ("nothing told", {}, cab.Limits()),
+    ("a word is no yes", {**USED_UP, "isUsingOverage": "false"}, cab.Limits(True, False, SOON, (REJECTED, NO_OVERAGE))),
+    ("a yes is no number", {"rateLimitType": "five_hour", "utilization": True, "resetsAt": True, "overageResetsAt": True},
+     cab.Limits(False, False, None, (window("five_hour", None, None, None), NO_OVERAGE))),
+    ("a text is no number", {"rateLimitType": "five_hour", "utilization": "1", "resetsAt": "1800003600"},
+     cab.Limits(False, False, None, (window("five_hour", None, None, None), NO_OVERAGE))),
+]
+
+
+@pytest.mark.parametrize("name, told, expected", SHAPES, ids=[name for name, *_ in SHAPES])
+def test_the_limits_of_the_plan_are_read_as_the_cli_tells_them(name: str, told: Any, expected: cab.Limits) -> None:
+    line = json.dumps({"type": "rate_limit_event", "rate_limit_info": told, "uuid": "u", "session_id": "s"}).encode()
+    assert cab.read_limits(cab.read_cli_event(line).body, NOW) == expected
+
+
+ODD: List[Any] = [None, True, False, 0, -1, 1, 1e10, 1e11, 1e308, -1e308, 10 ** 400, float("nan"), float("inf"), float("-inf"), "",
+                  "rejected", "allowed", "five_hour", "x" * 1_000, "0.5", "\ud800", [], [[]], [{}], ["rejected"], {}, {"a": 1},
+                  {"utilization": True, "resetsAt": "soon"}]
+MANY = {"unifiedWindows": {"w%d" % n: {"resetsAt": SOON} for n in range(1000)}}
+
+
+def check_limits(found: cab.Limits) -> None:
+    """Whatever was told, what is made of it can be compared, stored and shown."""
+    assert isinstance(found.is_used_up, bool) and isinstance(found.is_using_overage, bool) and len(found.windows) <= 11
+    numbers = [found.resets_at, *(each for window in found.windows for each in (window.utilization, window.resets_at))]
+    assert all(each is None or type(each) is float and 0 <= each < 1e11 for each in numbers)
+    words = [word for window in found.windows for word in (window.kind, window.status)]
+    assert all(word is None or isinstance(word, str) and len(word) <= 40 for word in words)
+    assert all(isinstance(window.kind, str) and window.seen_at == NOW for window in found.windows)
+
+
+@pytest.mark.parametrize("info", [*ODD, MANY], ids=lambda info: "%.30r" % (info,))
+def test_limits_that_are_no_limits_break_nothing(info: Any) -> None:
+    check_limits(cab.read_limits({"rate_limit_info": info}, NOW))
+    check_limits(cab.read_limits({"type": info}, NOW))
+    for key in (*SHAPES[4][1], "utilization"):
+        check_limits(cab.read_limits({"rate_limit_info": {**SHAPES[4][1], key: info}}, NOW))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_mixture_of_odd_values_breaks_the_limits(seed: int) -> None:
+    chance = random.Random(seed)
+
+    def part(*more: str) -> Dict[str, Any]:
+        names = ("status", "resetsAt", "utilization", *more)
+        return {name: chance.choice((*ODD, SOON, 0.5)) for name in names if chance.random() < 0.7}
+
+    for _ in range(200):
+        told = part("rateLimitType", "isUsingOverage", "overageStatus", "overageResetsAt", "unifiedWindows")
+        if chance.random() < 0.7:
+            told["unifiedWindows"] = {name: chance.choice((part(), part(), *ODD)) for name in ("five_hour", "seven_day", "x" * 50)}
+        check_limits(cab.read_limits({"rate_limit_info": told}, NOW))
+
+
+@pytest.mark.parametrize("resets_at, seconds", [
+    (None, 900), (NOW, 5), (NOW + 1, 5), (NOW + 5, 5), (NOW + 6, 6), (NOW + 3_600.5, 3_600.5), (NOW + 8 * 86_400, 691_200),
+    (NOW + 8 * 86_400 + 1, 691_200), (9e10, 691_200), (NOW - 60, 5), (NOW - 61, 900), (0.0, 900),
+])
+def test_a_rest_lasts_to_the_reset_and_never_for_ever(resets_at: Optional[float], seconds: float) -> None:
+    assert cab.rest_seconds(resets_at, NOW) == seconds
+
+
+IS_USED_UP, IS_FINE = cab.Limits(True, False, SOON), cab.Limits(False, False, LATER)
+HIT, BUSY = "You've hit your session limit · resets 8:28am (UTC)", "API Error: Server is temporarily limiting requests · Rate limited"
+
+
+@pytest.mark.parametrize("status, text, said, limits, code, resets_at", [
+    (429, HIT, "rate_limit", IS_USED_UP, "usage_limit", SOON), (429, HIT, "rate_limit", cab.Limits(), "usage_limit", None),
+    (None, HIT, "rate_limit", IS_FINE, "usage_limit", LATER),
+    (429, BUSY, "rate_limit", IS_USED_UP, "usage_limit", SOON),           # whatever the words: the plan was told to be used up
+    (429, BUSY, "rate_limit", IS_FINE, "overloaded", None), (429, BUSY, "rate_limit", cab.Limits(), "overloaded", None),
+    (429, BUSY, "", cab.Limits(True), "usage_limit", None), (None, "API Error: 429 x", "", IS_USED_UP, "usage_limit", SOON),
+    (529, "API Error: 529 Overloaded", "server_error", IS_USED_UP, "overloaded", None),
+    (401, "API Error: 401 x", "authentication_failed", IS_USED_UP, "auth_required", None),
+    (None, "Request timed out", "", IS_USED_UP, "cli_error", None),
+])
+def test_only_a_used_up_plan_is_waited_for_and_until_its_reset(status: Any, text: str, said: str, limits: cab.Limits, code: str,
+                                                               resets_at: Any) -> None:
+    failure = cab.failure_of({"api_error_status": status, "result": text, "is_error": True}, said, limits)
+    assert (failure.code, failure.resets_at, str(failure)) == (code, resets_at, text)
 
 
 COUNTS = {"input_tokens": 10, "output_tokens": 7, "cache_read_input_tokens": 1000, "cache_creation_input_tokens": 100, "service_tier": "x"}
@@ -686,3 +949,300 @@ def test_a_prompt_is_never_a_command(text: str, sent: str) -> None:
 @pytest.mark.parametrize("text, sent", [("Hello", "Hello"), ("/x", "/x"), ("", "(no answer)"), (" \n", "(no answer)")])
 def test_an_answer_told_again_is_never_blank(text: str, sent: str) -> None:
     assert cab.assistant_message(text)["message"] == {"role": "assistant", "content": [{"type": "text", "text": sent}]}
+
+
+# --- the words of a stream ---
+
+HALVES = ("\ud83d", "\ude00", "\udbff", "\udfff")
+ALPHABET = ("a", "é", "e\u0301", "中", "😀", "👩\u200d👩\u200d👧", "🇮🇹", "\0", "\n", "\u2028", "\ufeff", "\U0010ffff")
+
+
+def random_text(chance: random.Random, most: int = 60) -> str:
+    """Letters of all sizes, and halves of letters, as a CLI may write them in its JSON."""
+    return "".join(chance.choice(ALPHABET + HALVES) for _ in range(chance.randrange(most)))
+
+
+def chunks(chance: random.Random, text: str) -> Iterable[str]:
+    """The text in pieces that end anywhere, also between the two halves of a letter."""
+    data, start = text.encode("utf-16-le", "surrogatepass"), 0
+    while start < len(data):
+        end = start + 2 * chance.choice((1, 1, 2, 5, 30))
+        yield data[start:end].decode("utf-16-le", "surrogatepass")
+        start = end
+
+
+def told(events: Iterable[cab.JobEvent], text: str = "") -> str:
+    """What a reader with this text has after the events; each says where the text ends after it."""
+    for event in events:
+        assert event.kind in ("started", "delta") and (event.kind == "delta") is bool(event.text)
+        text = text + event.text if event.kind == "delta" else ""
+        assert event.offset == len(text) and len(event.text) <= cab.DELTA_CHARACTERS
+    return text
+
+
+def kinds(events: Iterable[cab.JobEvent]) -> List[str]:
+    return [event.kind for event in events]
+
+
+def live_text(*parts: str) -> cab.LiveText:
+    live = cab.LiveText()
+    for part in parts:
+        live.add(part)
+    return live
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_however_a_text_comes_its_deltas_are_the_text(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(seed)
+    monkeypatch.setattr(cab, "DELTA_CHARACTERS", chance.choice((1, 2, 7, 16_384)))
+    text = random_text(chance)
+    wanted, live = cab.clean_text(text), cab.LiveText()
+    readers = [(cab.TextCursor(0), [""]) for _ in range(3)]
+    for part in chunks(chance, text):
+        live.add(part)
+        assert wanted.startswith(live.read())            # half a letter is never told
+        for cursor, has in readers:
+            if chance.random() < 0.5:
+                has[0] = told(live.news(cursor), has[0])
+                assert has[0] == live.read() and cursor.offset == len(has[0])
+    assert live.size == len(live.read().encode())
+    live.finish(wanted)
+    assert live.read() == wanted and [told(live.news(cursor), has[0]) for cursor, has in readers] == [wanted] * 3
+    assert [live.news(cursor) for cursor, _ in readers] == [[]] * 3 and live.restarts == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cursor_that_resumes_anywhere_gets_exactly_the_rest(seed: int) -> None:
+    chance = random.Random(seed)
+    text = random_text(chance)
+    live = live_text(*chunks(chance, text))
+    heard = live.read()
+    for offset in range(len(heard) + 1):
+        assert live.read(offset) == heard[offset:]
+        news = live.news(cab.TextCursor(offset))
+        assert told(news, heard[:offset]) == heard
+        assert kinds(news)[:1] == (["started"] if offset == 0 else ["delta"] if offset < len(heard) else [])
+    assert live.read(len(heard) + 5) == "" and live.news(cab.TextCursor(len(heard) + 5)) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cursor_over_a_stored_answer_gets_exactly_the_rest_too(seed: int) -> None:
+    chance = random.Random(seed)
+    text = cab.clean_text(random_text(chance))
+    for offset in range(len(text) + 1):
+        assert told(cab.TextCursor(offset).read(0, lambda start: text[start:], "haiku"), text[:offset]) == text
+        assert told(cab.TextCursor(offset).read(1, lambda start: text[start:], "haiku"), "of another try"[:offset]) == text
+
+
+@pytest.mark.parametrize("parts, text", [
+    (["\ud83d", "\ude00"], "😀"), (["a\ud83d", "\ude00b"], "a😀b"), (["\ud83d", "", "\ude00"], "😀"), (["\ud83d\ude00"], "😀"),
+    (["\ud83d", "x"], "\ufffdx"), (["\ude00", "x"], "\ufffdx"), (["\ud83d", "\ud83d", "\ude00"], "\ufffd😀"),
+    (["\ude00\ud83d", "\ude00"], "\ufffd😀"),
+    (["e", "\u0301"], "e\u0301"), (["", ""], ""), (["a\ud83d"], "a"),
+], ids=ascii)
+def test_a_letter_in_two_halves_is_one(parts: List[str], text: str) -> None:
+    assert live_text(*parts).read() == text
+    assert told(live_text(*parts).news(cab.TextCursor(0))) == text
+
+
+def test_text_is_counted_in_code_points_and_never_normalized() -> None:
+    decomposed = unicodedata.normalize("NFD", "é")
+    assert [event.offset for event in live_text(decomposed, "😀").news(cab.TextCursor(0))] == [0, 3]
+    assert live_text(decomposed, "😀").read(1) == "\u0301😀"
+
+
+@pytest.mark.parametrize("length, sizes", [
+    (0, []), (1, [1]), (16_384, [16_384]), (16_385, [16_384, 1]), (40_000, [16_384, 16_384, 7_232]),
+])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_long_text_is_told_in_pieces(length: int, sizes: List[int], after: int) -> None:
+    news = live_text("abc"[:after], "😀" * length).news(cab.TextCursor(after))
+    deltas = [event for event in news if event.kind == "delta"]
+    assert [len(event.text) for event in deltas] == sizes and told(news, "abc"[:after]) == "abc"[:after] + "😀" * length
+
+
+def test_nothing_is_told_before_claude_has_taken_the_prompt() -> None:
+    for after in (0, 5):
+        assert cab.LiveText().news(cab.TextCursor(after)) == [] and cab.LiveText(3).news(cab.TextCursor(after)) == []
+    live, cursor = cab.LiveText(), cab.TextCursor(0)
+    live.restart()
+    assert live.news(cursor) == []
+    live.begin("claude-haiku")
+    assert live.news(cursor) == [cab.JobEvent("started", 0, model="claude-haiku")] and live.news(cursor) == []
+    live.add("Hi")
+    assert live.news(cursor) == [cab.JobEvent("delta", 2, "Hi")] and live.news(cursor) == []
+
+
+def test_an_empty_answer_is_begun_and_nothing_more() -> None:
+    live = cab.LiveText()
+    live.finish("")
+    assert kinds(live.news(cab.TextCursor(0))) == ["started"]
+
+
+def test_a_text_of_many_parts_takes_little_room_and_is_the_same_text() -> None:
+    chance, live, wanted, cursor, has = random.Random(0), cab.LiveText(), "", cab.TextCursor(0), ""
+    for number in range(5_000):
+        part = chance.choice(("a", "😀b", "中", "word "))
+        live.add(part)
+        wanted += part
+        if number % 500 == 499 or 1_020 <= number < 1_030:
+            has = told(live.news(cursor), has)
+            assert has == wanted
+    assert len(live._parts) < 1_100 and all(live.read(offset) == wanted[offset:] for offset in range(0, len(wanted) + 3, 7))
+    live.restart()
+    for _ in range(1_030):
+        live.add("x")
+    assert told(live.news(cursor), has) == live.read() == "x" * 1_030 and live.restarts == 1
+
+
+def test_a_text_that_begins_anew_is_told_from_its_start_whatever_the_reader_has() -> None:
+    live, follows, idle = live_text("Let me look."), cab.TextCursor(0), cab.TextCursor(0)
+    has = told(live.news(follows))
+    live.restart()
+    assert [(event.kind, event.offset) for event in live.news(follows)] == [("started", 0)] and live.news(follows) == []
+    live.add("It is 7.")
+    assert has == "Let me look." and told(live.news(follows)) == "It is 7."
+    for cursor in (idle, *map(cab.TextCursor, (0, 3, 12, 1000))):         # an offset of the first try means nothing any more
+        news = live.news(cursor)
+        assert kinds(news) == ["started", "delta"] and told(news, "whatever") == "It is 7." and cursor.restarts == 1
+
+
+def test_only_a_text_that_could_be_read_counts_as_begun_anew() -> None:
+    live = cab.LiveText(2)
+    for change in (live.restart, lambda: live.begin(None), live.restart, lambda: live.add(""), lambda: live.add("\ud83d"), live.restart):
+        change()
+        assert live.restarts == 2
+    live.add("\ude00")                                   # the half before belonged to another text
+    assert live.read() == "\ufffd"
+    live.restart()
+    live.restart()
+    assert (live.restarts, live.read()) == (3, "")
+
+
+def test_a_cursor_that_was_rewound_is_told_all_again() -> None:
+    live, cursor = live_text("Hello"), cab.TextCursor(2)
+    assert told(live.news(cursor), "He") == "Hello"
+    cursor.rewind()
+    assert cursor.offset == 0 and kinds(live.news(cursor)) == ["started", "delta"]
+
+
+def test_a_pause_says_why_until_claude_takes_the_prompt_again() -> None:
+    live, cursor = live_text("Hel"), cab.TextCursor(0)
+    live.news(cursor)
+    live.pause(cab.Rest("overloaded", NOW + 2))
+    assert (live.rest, live.read(), live.restarts) == (cab.Rest("overloaded", NOW + 2), "", 1)
+    live.begin("haiku")
+    live.add("Hello")
+    assert live.rest is None and told(live.news(cursor)) == "Hello"
+
+
+@pytest.mark.parametrize("heard, final, new, restarts", [
+    ("", "Hello", ["started", "delta"], 0), ("Hel", "Hello", ["delta"], 0), ("Hello", "Hello", [], 0),
+    ("Hello", "Hullo", ["started", "delta"], 1), ("Hello", "Hell", ["started", "delta"], 1), ("Hello", "", ["started"], 1),
+    ("a\ud83d", "a😀", ["delta"], 0), ("a\ud83d", "a\ufffd", ["delta"], 0), ("a\ud83d", "a", [], 0),
+], ids=ascii)
+def test_the_end_adds_what_was_not_heard_or_begins_anew(heard: str, final: str, new: List[str], restarts: int) -> None:
+    live, cursor = live_text(*filter(None, [heard])), cab.TextCursor(0)
+    has = told(live.news(cursor))
+    live.finish(final)
+    news = live.news(cursor)
+    assert (kinds(news), live.restarts, live.read()) == (new, restarts, final) and told(news, has) == final
+
+
+def test_every_change_that_a_reader_can_see_rings() -> None:
+    rung: List[int] = []
+    live = cab.LiveText(0, lambda: rung.append(len(live.read())))
+    live.begin("haiku")
+    live.add("ab")
+    live.pause(cab.Rest("overloaded", NOW))
+    live.add("c")
+    live.finish("cd")
+    assert rung == [0, 2, 0, 1, 2]                       # after the change, so that who looks then sees it
+
+
+def test_readers_on_threads_end_with_the_last_text_whatever_happens_meanwhile() -> None:
+    texts = [random_text(random.Random(seed), 200) for seed in range(30)]
+    bells, is_over = [threading.Event() for _ in range(4)], threading.Event()
+    has: List[str] = [""] * 4
+    wrong: List[BaseException] = []
+
+    def ring() -> None:
+        for bell in bells:
+            bell.set()
+
+    live = cab.LiveText(0, ring)
+
+    def read(number: int) -> None:
+        chance, cursor, text = random.Random(number), cab.TextCursor(0), ""
+        try:
+            while True:
+                last = is_over.is_set()
+                text = told(live.news(cursor), text)
+                assert cursor.offset == len(text)
+                if last:
+                    has[number] = text
+                    return
+                if chance.random() < 0.3:
+                    cursor = cab.TextCursor(len(text))   # as a reader who was cut off comes again
+                assert bells[number].wait(10), "nothing rang"
+                bells[number].clear()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(number,), name="reader") for number in range(4)]
+    for thread in threads:
+        thread.start()
+    chance = random.Random(0)
+    for text in texts:
+        live.begin("haiku")
+        for part in chunks(chance, text):
+            live.add(part)
+        live.restart()
+    live.finish("the last word")
+    is_over.set()
+    ring()
+    for thread in threads:
+        thread.join(10)
+    assert wrong == [] and has == ["the last word"] * 4 and live.restarts == sum(bool(text) for text in texts)
+
+
+def read_sse(data: bytes) -> List[Tuple[int, str, Any]]:
+    """What a simple reader understands; for it a line ends wherever str.splitlines ends one."""
+    found: List[Tuple[int, str, Any]] = []
+    fields: Dict[str, str] = {}
+    for line in data.decode("utf-8").splitlines():
+        if line:
+            name, colon, value = line.partition(": ")
+            assert colon and name not in fields, line
+            fields[name] = value
+        else:
+            assert list(fields) == ["id", "event", "data"]
+            found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
+            fields = {}
+    assert not fields, "the last event has no end"
+    return found
+
+
+BREAKS = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\0", "\n\nevent: error\ndata: {}\n\n",
+          "\ufeff", '"', "\\", "\\u2028", "\\\u2028", "data: ", ":", "\x7f", "😀", "e\u0301", ""]
+
+
+@pytest.mark.parametrize("text", BREAKS, ids=ascii)
+def test_an_event_is_read_as_it_was_sent_whatever_it_holds(text: str) -> None:
+    data = {"text": text + "x" + text, "more": [text, {text: 1}], "n": 7}
+    sent = cab.sse_event("delta", 12, data) + cab.sse_event("completed", 0, {"response": text})
+    assert read_sse(sent) == [(12, "delta", data), (0, "completed", {"response": text})]
+    assert len(sent.split(b"\n")) == 9 and b"\r" not in sent            # three lines and a blank one for each
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_events_are_read_as_they_were_sent(seed: int) -> None:
+    chance = random.Random(seed)
+    wanted = [(chance.randrange(10 ** 9), chance.choice(("delta", "error")), {"text": "".join(chance.choices([*BREAKS, *ALPHABET], k=30))})
+              for _ in range(20)]
+    assert read_sse(b"".join(cab.sse_event(kind, offset, data) for offset, kind, data in wanted)) == wanted
+
+
+def test_half_a_letter_does_not_end_a_stream() -> None:
+    [(offset, kind, data)] = read_sse(cab.sse_event("error", 3, {"error": "a\ud800b"}))
+    assert (offset, kind) == (3, "error") and re.fullmatch("a.b", data["error"])

@@ -68,6 +68,7 @@ WRONG: List[Tuple[Dict[str, Any], Dict[str, str], str]] = [
     *(({"port": value}, {}, "--port") for value in ("abc", "", " 80", "8_0", "1e3", "80.0", "٣", "0x50", "9" * 5000, "True")),
     ({}, {"CAB_PORT": "abc"}, "CAB_PORT"), ({}, {"PORT": "99999"}, "PORT"), ({}, {"CAB_RATE_LIMIT": "-1"}, "CAB_RATE_LIMIT"),
     ({}, {"CAB_DEMO": "maybe"}, "CAB_DEMO"), ({}, {"CAB_ALLOW_API_KEY": "2"}, "CAB_ALLOW_API_KEY"),
+    ({}, {"CAB_PLAN_ONLY": "plan"}, "CAB_PLAN_ONLY"),
     ({"data_dir": ""}, {}, "--data-dir"), ({}, {"CAB_DATA_DIR": "  "}, "CAB_DATA_DIR"), ({"data_dir": "a\0b"}, {}, "--data-dir"),
     ({"data_dir": "~no-such-user/data"}, {}, "--data-dir"), ({"host": "a\0b"}, {}, "--host"), ({}, {"CAB_CLAUDE": "a\0b"}, "CAB_CLAUDE"),
 ]
@@ -78,6 +79,16 @@ def test_a_wrong_value_is_a_sentence_that_names_its_source(flags: Dict[str, Any]
     with pytest.raises(cab.WrongSetting) as wrong:
         load(flags, **environ)
     assert str(wrong.value).startswith(source + " ") and "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize("words, environ, plan_only", [
+    (["start"], {}, False), (["start", "--plan-only"], {}, True), (["start"], {"CAB_PLAN_ONLY": "1"}, True),
+    (["start"], {"CAB_PLAN_ONLY": "0"}, False), (["start"], {"CAB_PLAN_ONLY": ""}, False),
+    (["start", "--plan-only"], {"CAB_PLAN_ONLY": "0"}, True),
+], ids=str)
+def test_paid_extra_usage_goes_on_unless_the_owner_says_plan_only(words: List[str], environ: Dict[str, str], plan_only: bool) -> None:
+    config = load(vars(cab.build_parser().parse_args(words)), **environ)
+    assert config.plan_only is plan_only and config.allow_api_key is False
 
 
 def test_a_folder_is_absolute_wherever_the_program_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +122,8 @@ def test_every_flag_reaches_the_config(tmp_path: Path) -> None:
         row.name: {"number": 1, "text": "word", "path": tmp_path, "switch": True}[row.kind] for row in cab.SETTINGS}
 
 
-@pytest.mark.parametrize("words", [["start", "--prot", "1"], ["start", "--por", "1"], ["start", "--port"], ["start", "extra"], ["frobnicate"]])
+@pytest.mark.parametrize("words", [["start", "--prot", "1"], ["start", "--por", "1"], ["start", "--port"], ["start", "extra"],
+                                   ["start", "--plan"], ["start", "--plan-only", "1"], ["frobnicate"]])
 def test_words_that_are_no_setting_are_refused_with_status_2(words: List[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cab.build_parser().parse_args(words)

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 from conftest import MODULE, FakeClock
@@ -55,7 +57,7 @@ def add(store: cab.Store, name: str = "app", **fields: Any) -> cab.Token:
 
 
 def queue_up(store: cab.Store, token: cab.Token, *messages: str, conversation: Optional[str] = None) -> List[cab.Job]:
-    return [store.enqueue(token.id, cab.Ask(message, conversation=conversation))[0] for message in messages]
+    return [store.enqueue(token.id, cab.Ask(message, conversation=conversation)).job for message in messages]
 
 
 def claimed(store: cab.Store) -> cab.Job:
@@ -295,12 +297,14 @@ def test_a_stateful_token_of_the_original_keeps_its_memory(taken_over: cab.Store
     job = taken_over.job("m3")
     assert job and job.conversation == "default"
     assert taken_over.history(job) == [("first", "one"), ("second", "two")]
-    assert taken_over.open_conversation("id-memo", "default") == (None, 0.0)      # its session is in another folder of the CLI's
+    session = taken_over.open_conversation("id-memo", "default")
+    assert (session.session_id, session.spent_usd) == (None, 0.0)       # its session is in another folder of the CLI's
+    assert taken_over.has_conversation(session.key)
 
 
 def test_new_requests_come_after_the_original_s(taken_over: cab.Store) -> None:
     token = taken_over.token("id-app")
-    assert token and taken_over.enqueue(token.id, cab.Ask("new"))[1] == 6
+    assert token and taken_over.enqueue(token.id, cab.Ask("new")).position == 6
 
 
 def test_revoking_a_token_of_the_original_takes_its_requests_along(taken_over: cab.Store, tmp_path: Path) -> None:
@@ -367,14 +371,101 @@ def test_a_start_that_fails_because_the_original_still_runs_leaves_its_file_alon
     assert dump(tmp_path / "bridge.db") == before
 
 
+# --- a file of version 1 ---
+
+DAY = 86_400
+MIDNIGHT = 1_799_971_200                                                # 2027-01-15T00:00:00Z, eight hours before the clock begins
+#                  id, token, status, created, attempts, conversation, response, usage, error code
+VERSION_1_JOBS = [("a1", "app", "completed", MIDNIGHT - 1, 1, None, "one", "[10,7,5,3,0.5]", None),
+                  ("a2", "app", "error", MIDNIGHT, 2, None, None, None, "timeout"),
+                  ("a3", "app", "completed", MIDNIGHT + 5.5, 1, None, "three", None, None),
+                  ("m1", "memo", "completed", MIDNIGHT + 6, 1, "trip", "Rome", None, None),
+                  ("a4", "app", "processing", MIDNIGHT + 10, 1, None, None, None, None),
+                  ("m2", "memo", "queued", MIDNIGHT + 11, 0, "trip", None, None, None)]
+
+
+@pytest.fixture
+def version_1(tmp_path: Path) -> Path:
+    """A file as the version before wrote it."""
+    path = tmp_path / "bridge.db"
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as db:
+        for statement in cab.MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute("PRAGMA user_version = 1")
+        for name, mode, tools in (("app", "stateless", '["Read","Bash(git log:*)"]'), ("memo", "stateful", '"none"'),
+                                  ("new", "stateless", '"all"')):
+            db.execute("INSERT INTO tokens VALUES (?, ?, ?, 'cab-00000000', ?, NULL, ?, ?, ?, ?, '/srv')",
+                       (name, "name of " + name, cab.digest(name), mode, MIDNIGHT - 100, MIDNIGHT + 9, int(name == "app"), tools))
+        for job_id, token, status, created, attempts, conversation, response, usage, code in VERSION_1_JOBS:
+            db.execute("INSERT INTO jobs (id, token_id, status, message, created_at, attempts, model, conversation, response, usage,"
+                       " error_code) VALUES (?, ?, ?, ?, ?, ?, 'haiku', ?, ?, ?, ?)",
+                       (job_id, token, status, "message " + job_id, created, attempts, conversation, response, usage, code))
+        for name, session in (("trip", "s1"), ("home", None)):
+            db.execute("INSERT INTO conversations VALUES ('memo', ?, ?, 0.25, ?, ?)", (name, session, MIDNIGHT + 6, MIDNIGHT + 7))
+        db.execute("INSERT INTO children VALUES (4711, 'then')")
+    return path
+
+
+def test_a_file_of_version_1_keeps_every_row(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+    tables = ("tokens", "jobs", "conversations", "children")
+    columns = {table: ", ".join(row[1] for row in rows(version_1, "PRAGMA table_info(%s)" % table)) for table in tables}
+
+    def content() -> Dict[str, Any]:
+        return {table: rows(version_1, "SELECT %s FROM %s ORDER BY rowid" % (columns[table], table)) for table in tables}
+
+    before = content()
+    store = open_store()
+    assert content() == before and {table: len(found) for table, found in before.items()} == {
+        "tokens": 3, "jobs": 6, "conversations": 2, "children": 1}
+    assert rows(version_1, "PRAGMA user_version") == [(2,)] and rows(version_1, "PRAGMA foreign_key_check") == []
+    assert [path.name for path in version_1.parent.glob("*original*")] == []
+    store.close()
+    after = dump(version_1)
+    open_store().close()
+    assert dump(version_1) == after
+
+
+def test_the_tokens_of_version_1_go_on_without_limits(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+    assert open_store().token_by_digest(cab.digest("app")) == cab.Token(
+        "app", "name of app", "cab-00000000", "stateless", None, MIDNIGHT - 100, MIDNIGHT + 9, True, ("Read", "Bash(git log:*)"), "/srv")
+
+
+def test_the_queue_of_version_1_goes_on(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+    store = open_store()
+    assert store.job("a1") == cab.Job("a1", 1, "app", "completed", "message a1", MIDNIGHT - 1, 1, "haiku", response="one",
+                                      usage=cab.Usage(10, 7, 5, 3, 0.5))
+    assert store.recover() == (1, 0) and [claimed(store).id for _ in range(2)] == ["a4", "m2"]
+    asked = store.job("m2")
+    assert asked and store.history(asked) == [("message m1", "Rome")]
+    assert [each.name for each in store.conversations("memo")] == ["trip"]
+    assert store.enqueue("new", cab.Ask("new"), "key").is_new and not store.enqueue("new", cab.Ask("new"), "key").is_new
+
+
+def test_usage_begins_with_what_version_1_had_counted(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+    store = open_store()
+    nothing = cab.Usage()
+    assert store.usage("") == [cab.DayUsage("2027-01-14", "app", 1, 1, 0, nothing), cab.DayUsage("2027-01-15", "app", 3, 1, 1, nothing),
+                               cab.DayUsage("2027-01-15", "memo", 2, 1, 0, nothing)]
+    queue_up(store, store.tokens()[0], "of today")
+    assert sum(row.requests for row in store.usage("2027-01-15")) == 6
+
+
+def test_each_conversation_of_version_1_gets_a_key_and_keeps_its_session(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+    store = open_store()
+    trip, home = store.open_conversation("memo", "trip"), store.open_conversation("memo", "home")
+    assert (trip[1:], home[1:]) == (("s1", 0.25), (None, 0.25))
+    assert trip.key != home.key and all(len(each.key) == 32 and store.has_conversation(each.key) for each in (trip, home))
+
+
 # --- tokens ---
 
 
 def test_a_token_is_found_by_its_digest_and_never_stored(store: cab.Store, clock: FakeClock, tmp_path: Path) -> None:
     secret = cab.new_token()
-    made = store.add_token(cab.NewToken("app", "stateful", 7, True, ("Read", "Bash(git log:*)")), secret, "/srv/work")
+    new = cab.NewToken("app", "stateful", 7, True, ("Read", "Bash(git log:*)"), 10, 200, ("haiku", "sonnet[1m]"))
+    made = store.add_token(new, secret, "/srv/work")
     assert made == cab.Token(made.id, "app", secret[:12], "stateful", clock.now() + 7 * 86_400, clock.now(), None, True,
-                             ("Read", "Bash(git log:*)"), "/srv/work")
+                             ("Read", "Bash(git log:*)"), "/srv/work", 10, 200, ("haiku", "sonnet[1m]"))
     assert store.token_by_digest(cab.digest(secret)) == made == store.token(made.id)
     assert store.token_by_digest(secret) is None and store.token_by_digest("") is None and store.token("none") is None
     store.close()
@@ -457,8 +548,8 @@ def test_revoking_takes_jobs_and_conversations_along(store: cab.Store, tmp_path:
 
 def test_an_ask_is_stored_whole(store: cab.Store, clock: FakeClock) -> None:
     token, ask = add(store), cab.Ask("a\0b é 😀", "haiku", "Be brief.", '{"type":"object"}', "trip", "low", 30.0)
-    made, position = store.enqueue(token.id, ask)
-    assert position == 1
+    made, position, is_new = store.enqueue(token.id, ask)
+    assert (position, is_new) == (1, True)
     assert store.job(made.id) == cab.Job(made.id, made.seq, token.id, "queued", ask.message, clock.now(), 0, "haiku", "Be brief.",
                                          '{"type":"object"}', "trip", "low")
     assert store.job(made.id.upper()) is None and store.job("") is None and store.job_status("none") is None
@@ -467,17 +558,19 @@ def test_an_ask_is_stored_whole(store: cab.Store, clock: FakeClock) -> None:
 def test_jobs_run_first_come_first_served_and_positions_are_exact(store: cab.Store, clock: FakeClock) -> None:
     token = add(store)
     made = [store.enqueue(token.id, cab.Ask(str(number))) for number in range(4)]         # all in one second
-    assert [position for _, position in made] == [1, 2, 3, 4]
+    assert [queued.position for queued in made] == [1, 2, 3, 4]
     clock.advance(-60)                                                  # a clock set back must not let one overtake
 
-    def positions() -> List[int]:
-        return [store.queue_position(store.job(job.id) or job) for job, _ in made]
+    def places() -> List[Tuple[int, int]]:
+        return [store.places(store.job(queued.job.id) or queued.job) for queued in made]
 
-    assert positions() == [1, 2, 3, 4]
-    assert claimed(store).message == "0" and positions() == [0, 1, 2, 3]
-    assert store.enqueue(token.id, cab.Ask("late"))[1] == 5             # one runs, three wait
-    assert [claimed(store).message for _ in range(4)] == ["1", "2", "3", "late"] and positions() == [0] * 4
+    assert places() == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    first = claimed(store)
+    assert first.message == "0" and places() == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert store.enqueue(token.id, cab.Ask("late")).position == 5       # one runs, three wait
+    assert [claimed(store).message for _ in range(4)] == ["1", "2", "3", "late"] and places() == [(0, 1), (0, 2), (0, 3), (0, 4)]
     assert store.claim() is None and not store.has_queued()
+    assert store.complete(first, cab.Answer("ok")) and places() == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
 def test_a_full_queue_says_when_to_come_again_and_stores_nothing(store: cab.Store) -> None:
@@ -489,7 +582,7 @@ def test_a_full_queue_says_when_to_come_again_and_stores_nothing(store: cab.Stor
     assert refused.value.status == 429 and dict(refused.value.headers)["Retry-After"] == str(refused.value.extra["retryAfter"])
     assert int(dict(refused.value.headers)["Retry-After"]) > 0 and store.counts() == {"queued": 49, "processing": 1, "tokens": 1}
     store.delete_token(token.id)
-    assert store.enqueue(add(store).id, cab.Ask("room again"))[1] == 1
+    assert store.enqueue(add(store).id, cab.Ask("room again")).position == 1
 
 
 def test_the_token_may_be_revoked_between_its_check_and_its_ask(store: cab.Store) -> None:
@@ -557,7 +650,7 @@ def test_a_job_put_back_runs_next_and_was_not_attempted(store: cab.Store) -> Non
     job = claimed(store)
     assert store.requeue(job) is True
     back = store.job(job.id)
-    assert back and (back.status, back.attempts, back.started_at, store.queue_position(back)) == ("queued", 0, None, 1)
+    assert back and (back.status, back.attempts, back.started_at, store.places(back)) == ("queued", 0, None, (1, 1))
     assert claimed(store).message == "first"
 
 
@@ -598,7 +691,7 @@ def test_many_threads_and_two_stores_never_lose_or_share_a_place(open_store: Cal
     def fill(store: cab.Store) -> None:
         for _ in range(15):
             try:
-                positions.append(store.enqueue(token.id, cab.Ask("hi"))[1])
+                positions.append(store.enqueue(token.id, cab.Ask("hi")).position)
             except cab.QueueFull:
                 refused.append(1)
 
@@ -617,27 +710,359 @@ def run_all(tasks: Sequence[Callable[[], Any]]) -> None:
         thread.join()
 
 
+# --- how a job ends ---
+
+OPEN = (cab.JobStatus.QUEUED, cab.JobStatus.PROCESSING)
+
+
+def test_a_job_that_waits_can_be_cancelled(store: cab.Store, clock: FakeClock) -> None:
+    first, second = queue_up(store, add(store), "first", "second")
+    clock.advance(3)
+    assert store.fail(first, "cancelled", "x") is False                 # without more words only a running one fails
+    assert store.fail(first, "cancelled", "The request was cancelled.", OPEN) is True
+    ended = store.job(first.id)
+    assert ended and (ended.status, ended.error_code, ended.error, ended.started_at, ended.completed_at) == (
+        "error", "cancelled", "The request was cancelled.", None, clock.now())
+    assert store.places(ended) == (0, 0) and store.places(second) == (1, 1) and claimed(store) == store.job(second.id)
+
+
+def test_a_job_that_runs_can_be_cancelled_and_its_answer_comes_too_late(store: cab.Store) -> None:
+    queue_up(store, add(store), "hi")
+    job = claimed(store)
+    assert store.fail(job, "cancelled", "x", ("queued",)) is False
+    assert store.fail(job, "cancelled", "x", OPEN) is True
+    cancelled = store.job(job.id)
+    assert ways_to_finish(store, job) == [False] * 3 and store.recover() == (0, 0) and store.job(job.id) == cancelled
+
+
+@pytest.mark.parametrize("code", [None, "timeout"])
+def test_a_finished_job_cannot_be_cancelled(store: cab.Store, code: Optional[str]) -> None:
+    token = add(store)
+    queue_up(store, token, "hi")
+    job = claimed(store)
+    assert store.fail(job, code, "x") if code else store.complete(job, cab.Answer("ok"))
+    before, usage = store.job(job.id), store.usage("")
+    assert store.fail(job, "cancelled", "x", OPEN) is False
+    assert (store.job(job.id), store.usage("")) == (before, usage)
+
+
+def test_an_answer_says_how_often_its_text_began_anew(store: cab.Store) -> None:
+    first, second = queue_up(store, add(store), "first", "second")
+    assert store.complete(claimed(store), cab.Answer("ok"), 3) and store.complete(claimed(store), cab.Answer("ok"))
+    assert [(store.job(job.id) or job).restarts for job in (first, second)] == [3, 0]
+
+
+def test_a_text_that_a_crash_cut_off_begins_anew(store: cab.Store) -> None:
+    waits, runs = queue_up(store, add(store), "runs", "waits")[::-1]
+    assert store.requeue(claimed(store), 2) and claimed(store).restarts == 2
+    assert store.recover() == (1, 0)
+    assert [(store.job(job.id) or job).restarts for job in (runs, waits)] == [3, 0]
+    assert claimed(store).restarts == 3
+
+
+# --- Idempotency-Keys ---
+
+ASK = cab.Ask("hi", "haiku", "Be brief.", '{"type":"object"}', "trip", "low")
+
+
+def test_a_key_leads_to_the_request_that_it_made(store: cab.Store, clock: FakeClock) -> None:
+    token = add(store)
+    queue_up(store, token, "before")
+    first = store.enqueue(token.id, ASK, "key")
+    clock.advance(100)
+    assert first.is_new and first.position == 2
+    for ask in (ASK, replace(ASK, wait=30.0, stream=True)):
+        assert store.enqueue(token.id, ask, "key") == (first.job, 2, False)
+    assert [store.enqueue(token.id, ASK, key).is_new for key in ("another key", None, None)] == [True] * 3
+    assert store.counts()["queued"] == 5 and store.usage("")[0].requests == 5
+
+
+def test_a_key_leads_to_the_request_as_it_stands_now(store: cab.Store) -> None:
+    token = add(store)
+    store.enqueue(token.id, ASK, "key")
+    runs = claimed(store)
+    assert store.enqueue(token.id, ASK, "key") == (runs, 1, False)
+    store.complete(runs, cab.Answer("ok", usage=cab.Usage(1, 2, 3, 4, 0.5)), 1)
+    assert store.enqueue(token.id, ASK, "key") == (store.job(runs.id), 0, False)
+    store.delete_conversation(token.id, "trip")
+    assert store.enqueue(token.id, ASK, "key").job.response == "ok"
+
+
+@pytest.mark.parametrize("changes", [
+    {"message": "ho"}, {"model": None}, {"system_prompt": None}, {"json_schema": None}, {"conversation": "home"}, {"effort": "high"},
+], ids=lambda changes: str(*changes))
+def test_a_key_that_was_used_for_another_body_is_a_conflict(store: cab.Store, changes: Dict[str, Any]) -> None:
+    token = add(store)
+    first = store.enqueue(token.id, ASK, "key")
+    with pytest.raises(cab.IdempotencyConflict) as refused:
+        store.enqueue(token.id, replace(ASK, **changes), "key")
+    assert refused.value.status == 409 and store.enqueue(token.id, ASK, "key").job == first.job
+
+
+def test_a_key_is_the_token_s_own(store: cab.Store) -> None:
+    one, other = add(store), add(store)
+    first = store.enqueue(one.id, ASK, "key")
+    second = store.enqueue(other.id, cab.Ask("something else"), "key")
+    assert second.is_new and second.job.id != first.job.id
+    store.delete_token(one.id)
+    with pytest.raises(cab.InvalidToken):
+        store.enqueue(one.id, ASK, "key")
+    assert store.enqueue(other.id, cab.Ask("something else"), "key") == (second.job, 1, False)
+
+
+@pytest.mark.parametrize("limits, refusal", [
+    ({}, cab.QueueFull), ({"requests_per_minute": 1}, cab.RateLimited), ({"requests_per_day": 1}, cab.DailyLimit),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_replay_needs_no_room_and_no_allowance(store: cab.Store, limits: Dict[str, Any], refusal: Any) -> None:
+    token = add(store, **limits)
+    first = store.enqueue(token.id, ASK, "key", limit=1)
+    with pytest.raises(refusal):
+        store.enqueue(token.id, ASK, "a new key", limit=1)
+    assert store.enqueue(token.id, ASK, "key", limit=1) == (first.job, 1, False)
+    with pytest.raises(cab.IdempotencyConflict):
+        store.enqueue(token.id, cab.Ask("ho"), "key", limit=1)
+
+
+def test_a_key_is_remembered_by_the_file_for_as_long_as_the_request(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+    store = open_store()
+    token, ask = add(store), cab.Ask("hi")
+    first = store.enqueue(token.id, ask, "key").job
+    store.close()
+    store = open_store()
+    assert store.enqueue(token.id, ask, "key") == (first, 1, False)
+    store.complete(claimed(store), cab.Answer("ok"))
+    clock.advance(8 * DAY)
+    assert not store.enqueue(token.id, ask, "key").is_new
+    assert store.purge(7) == 1 and store.enqueue(token.id, ask, "key").is_new
+
+
+def test_threads_with_few_keys_make_as_many_requests_as_there_are_keys(open_store: Callable[..., cab.Store]) -> None:
+    stores, keys = [open_store(), open_store()], ["a", "b", "c"]
+    token = add(stores[0])
+    found: List[Tuple[str, cab.Queued]] = []
+    conflicts: List[str] = []
+
+    def ask(store: cab.Store, seed: int) -> None:
+        chance = random.Random(seed)
+        for key in chance.sample(keys * 4, 12):
+            found.append((key, store.enqueue(token.id, cab.Ask(key), key)))
+            with contextlib.suppress(cab.IdempotencyConflict):
+                store.enqueue(token.id, cab.Ask("something else"), key)
+                conflicts.append(key)
+
+    run_all([lambda seed=seed: ask(stores[seed % 2], seed) for seed in range(6)])  # type: ignore[misc]
+    assert len(found) == 72 and conflicts == [] and stores[0].counts()["queued"] == 3 and stores[0].usage("")[0].requests == 3
+    assert sorted(key for key, queued in found if queued.is_new) == keys
+    assert len({(key, queued.job.id) for key, queued in found}) == 3
+
+
+# --- the limits of a token ---
+
+
+def refused_for(store: cab.Store, token: cab.Token, kind: Any) -> int:
+    """The seconds after which the next ask is welcome."""
+    with pytest.raises(kind) as refused:
+        store.enqueue(token.id, cab.Ask("one too many"))
+    wait = refused.value.extra["retryAfter"]
+    assert refused.value.status == 429 and refused.value.headers == (("Retry-After", str(wait)),) and type(wait) is int
+    return int(wait)
+
+
+def granted(store: cab.Store, token: cab.Token, tries: int) -> int:
+    count = 0
+    for _ in range(tries):
+        with contextlib.suppress(cab.RateLimited, cab.DailyLimit):
+            store.enqueue(token.id, cab.Ask("hi"), limit=1_000)
+            count += 1
+    return count
+
+
+def test_a_token_may_ask_so_often_within_60_seconds(store: cab.Store, clock: FakeClock) -> None:
+    token, free = add(store, requests_per_minute=3), add(store)
+    for seconds in (0, 10, 20):
+        clock.advance(seconds)
+        queue_up(store, token, "hi")
+    assert refused_for(store, token, cab.RateLimited) == 30 and granted(store, free, 20) == 20
+    clock.advance(29.5)
+    assert refused_for(store, token, cab.RateLimited) == 1
+    clock.advance(0.5)
+    assert granted(store, token, 5) == 1 and refused_for(store, token, cab.RateLimited) == 10
+    clock.advance(10)
+    assert granted(store, token, 5) == 1 and refused_for(store, token, cab.RateLimited) == 20
+
+
+@pytest.mark.parametrize("most, seed", [(1, 0), (2, 1), (3, 2), (5, 3), (9, 4)])
+def test_no_60_seconds_hold_more_asks_than_the_limit_and_none_is_refused_without_need(store: cab.Store, clock: FakeClock, most: int,
+                                                                                       seed: int) -> None:
+    chance, token, asked = random.Random(seed), add(store, requests_per_minute=most), [0.0]
+    for _ in range(60):
+        clock.advance(chance.choice((0, 0, 0.25, 1, 7.5, 20)))
+        recent = [moment for moment in asked if moment > clock.now() - 60]
+        if len(recent) == most:
+            wait = refused_for(store, token, cab.RateLimited)
+            assert wait - 1 < recent[0] + 60 - clock.now() <= wait
+        else:
+            store.enqueue(token.id, cab.Ask("hi"), limit=1_000)
+            asked.append(clock.now())
+
+
+def test_a_clock_set_back_locks_no_token_out(store: cab.Store, clock: FakeClock) -> None:
+    token = add(store, requests_per_minute=2)
+    assert granted(store, token, 5) == 2
+    clock.advance(-3_600)
+    assert granted(store, token, 5) == 2 and refused_for(store, token, cab.RateLimited) == 60
+    clock.advance(60)
+    assert granted(store, token, 5) == 2
+
+
+def test_a_token_may_ask_so_often_on_one_day_of_utc(store: cab.Store, clock: FakeClock) -> None:
+    token, free = add(store, requests_per_day=2), add(store)
+    clock.at = MIDNIGHT - 0.5
+    assert granted(store, token, 5) == 2 and granted(store, free, 5) == 5
+    with pytest.raises(cab.DailyLimit) as refused:
+        queue_up(store, token, "hi")
+    assert refused.value.extra == {"resetsAt": "2027-01-15T00:00:00.000Z", "retryAfter": 1} and "2 requests a day" in str(refused.value)
+    clock.at = MIDNIGHT
+    assert granted(store, token, 5) == 2 and refused_for(store, token, cab.DailyLimit) == DAY
+    clock.advance(DAY - 0.001)
+    assert refused_for(store, token, cab.DailyLimit) == 1
+    clock.advance(0.001)
+    assert granted(store, token, 5) == 2
+
+
+def test_the_day_s_requests_stay_used_whatever_becomes_of_them(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+    store = open_store()
+    token = add(store, requests_per_day=4)
+    queue_up(store, token, "completed", "failed", "cancelled", "put back")
+    store.complete(claimed(store), cab.Answer("ok"))
+    store.fail(claimed(store), "timeout", "x")
+    store.fail(claimed(store), "cancelled", "x", OPEN)
+    store.requeue(claimed(store))
+    assert store.purge(-1) == 3
+    wait = refused_for(store, token, cab.DailyLimit)
+    assert wait == 16 * 3_600
+    store.close()
+    assert refused_for(open_store(), token, cab.DailyLimit) == wait
+
+
+def test_a_token_with_both_limits_keeps_to_both(store: cab.Store, clock: FakeClock) -> None:
+    token = add(store, requests_per_minute=2, requests_per_day=3)
+    assert granted(store, token, 5) == 2 and refused_for(store, token, cab.RateLimited) == 60
+    clock.advance(60)
+    assert granted(store, token, 5) == 1 and refused_for(store, token, cab.DailyLimit) == 16 * 3_600 - 60
+
+
+@pytest.mark.parametrize("refusal, limits, key, room", [
+    (cab.RateLimited, {"requests_per_minute": 2}, "new key", 50), (cab.DailyLimit, {"requests_per_day": 2}, "new key", 50),
+    (cab.QueueFull, {}, "new key", 2), (cab.IdempotencyConflict, {}, "key", 50),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_refused_ask_leaves_no_trace(store: cab.Store, clock: FakeClock, tmp_path: Path, refusal: Any, limits: Dict[str, Any], key: str,
+                                       room: int) -> None:
+    token = add(store, **limits)
+    store.enqueue(token.id, ASK, "key")
+    queue_up(store, token, "hi")
+    before = dump(tmp_path / "bridge.db")
+    for _ in range(3):
+        with pytest.raises(refusal):
+            store.enqueue(token.id, cab.Ask("other"), key, room)
+    assert dump(tmp_path / "bridge.db") == before
+    clock.advance(DAY)
+    assert store.enqueue(token.id, cab.Ask("other"), "new key").is_new
+
+
+# --- lists of jobs ---
+
+
+def walk(store: cab.Store, token: Optional[cab.Token] = None, statuses: Sequence[str] = (), limit: int = 3,
+         meanwhile: Callable[[], Any] = lambda: None) -> List[List[str]]:
+    """The messages of all pages."""
+    pages: List[List[str]] = []
+    before: Optional[int] = None
+    for _ in range(100):
+        jobs, before = store.jobs(token.id if token else None, statuses, before, limit)
+        assert len(jobs) <= limit and (jobs or before is None) and [store.job(job.id) for job in jobs] == jobs
+        pages.append([job.message for job in jobs])
+        if before is None:
+            return pages
+        meanwhile()
+    raise AssertionError("the pages do not end")
+
+
+@pytest.mark.parametrize("limit, pages", [
+    (1, ["6", "5", "4", "3", "2", "1", "0"]), (3, ["654", "321", "0"]), (6, ["654321", "0"]), (7, ["6543210"]), (100, ["6543210"]),
+])
+def test_the_pages_hold_every_job_once_newest_first(store: cab.Store, clock: FakeClock, limit: int, pages: List[str]) -> None:
+    token, other = add(store), add(store)
+    for number in range(7):
+        clock.advance(-1)                                               # the order is that of the queue, not of the clock
+        queue_up(store, token, str(number))
+    new = iter("abcdefgh")
+    assert walk(store, token, limit=limit, meanwhile=lambda: queue_up(store, token, next(new))) == [list(page) for page in pages]
+    assert walk(store, other) == [[]]
+
+
+def test_a_page_holds_the_jobs_of_one_token_or_of_all(store: cab.Store) -> None:
+    one, other = add(store), add(store)
+    for number in range(2):
+        queue_up(store, one, "one %d" % number)
+        queue_up(store, other, "other %d" % number)
+    assert walk(store, one) == [["one 1", "one 0"]] and walk(store, other, limit=1) == [["other 1"], ["other 0"]]
+    assert walk(store) == [["other 1", "one 1", "other 0"], ["one 0"]]
+    store.delete_token(one.id)
+    assert walk(store, one) == [[]] and walk(store) == [["other 1", "other 0"]]
+
+
+@pytest.mark.parametrize("statuses, messages", [
+    ((), "435210"), (("queued",), "43"), (("processing",), "2"), (("completed",), "0"), (("error",), "51"), (("queued", "error"), "4351"),
+    (("error", "queued", "error"), "4351"), (("completed", "processing"), "20"), (cab.JobStatus.ALL, "435210"),
+], ids=lambda value: ",".join(value))
+def test_a_page_holds_the_statuses_that_were_asked_for(store: cab.Store, statuses: Sequence[str], messages: str) -> None:
+    token = add(store)
+    queue_up(store, token, "0", "1", "2")
+    cancelled = queue_up(store, token, "5", "3", "4")[0]
+    store.complete(claimed(store), cab.Answer("ok"))
+    store.fail(claimed(store), "timeout", "x")
+    claimed(store)
+    store.fail(cancelled, "cancelled", "x", OPEN)
+    for limit in (1, 2, 100):
+        assert [message for page in walk(store, token, statuses, limit) for message in page] == list(messages)
+
+
+def test_a_page_ends_early_where_it_is_large(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "PAGE_CHARACTERS", 300)      # ids and status are 78 to 81 of a row
+    token = add(store)
+    queue_up(store, token, "small 1", "small 2", "x" * 500, "y" * 60, "z" * 60, "small 3", "answered")
+    assert walk(store, token, limit=100) == [["answered", "small 3", "z" * 60], ["y" * 60, "x" * 500], ["small 2", "small 1"]]
+    while store.has_queued():
+        job = claimed(store)
+        store.complete(job, cab.Answer("a" * 300 if job.message == "answered" else ""))
+    assert walk(store, token, limit=100)[0] == ["answered"]
+
+
 # --- conversations ---
 
 
 def test_a_conversation_is_continued_only_after_a_turn_that_succeeded(store: cab.Store) -> None:
     token = add(store)
+    keys: Set[str] = set()
 
     def turn(answer: Optional[cab.Answer]) -> Tuple[Optional[str], float]:
         queue_up(store, token, "hi", conversation="trip")
         job, opened = claimed(store), store.open_conversation(token.id, "trip")
+        keys.add(opened.key)
         if answer:
             store.complete(job, answer)
         else:
             store.fail(job, "timeout", "x")
-        return opened
+        return opened[1:]
 
     assert turn(cab.Answer("a", session_id="s1", spent_usd=0.5)) == (None, 0.0)
     assert turn(cab.Answer("b", session_id="s1", spent_usd=0.7)) == ("s1", 0.5)
     assert turn(None) == ("s1", 0.7)
     assert turn(cab.Answer("c", session_id=None))[0] is None            # the transcript may hold half a turn: never resumed
-    assert store.open_conversation(token.id, "trip")[0] is None
-    assert store.open_conversation(token.id, "other") == (None, 0.0)
+    assert store.open_conversation(token.id, "trip").session_id is None
+    assert keys == {store.open_conversation(token.id, "trip").key}      # one conversation all the time
+    assert store.open_conversation(token.id, "other")[1:] == (None, 0.0) and store.open_conversation(token.id, "other").key not in keys
 
 
 def test_the_session_is_put_away_while_a_turn_runs(store: cab.Store) -> None:
@@ -645,11 +1070,12 @@ def test_the_session_is_put_away_while_a_turn_runs(store: cab.Store) -> None:
     queue_up(store, token, "hi", conversation="trip")
     store.open_conversation(token.id, "trip")
     store.complete(claimed(store), cab.Answer("a", session_id="s1"))
-    assert [store.open_conversation(token.id, "trip")[0] for _ in range(2)] == ["s1", None]
+    assert [store.open_conversation(token.id, "trip").session_id for _ in range(2)] == ["s1", None]
 
 
 def test_a_conversation_of_a_revoked_token_is_not_begun(store: cab.Store, tmp_path: Path) -> None:
-    assert store.open_conversation("gone", "trip") == (None, 0.0)
+    session = store.open_conversation("gone", "trip")
+    assert session[1:] == (None, 0.0) and not store.has_conversation(session.key)
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM conversations") == [(0,)]
 
 
@@ -679,6 +1105,177 @@ def test_the_newest_turns_are_kept_within_both_limits(store: cab.Store, monkeypa
         exchange(store, token, "%010d" % number, "é" * 5)               # 20 bytes a turn
     asked = store.job(queue_up(store, token, "now", conversation="default")[0].id)
     assert asked and [int(each.message) for each in store.history(asked)] == kept
+
+
+def test_conversations_are_listed_with_their_turns_the_one_used_last_first(store: cab.Store, clock: FakeClock) -> None:
+    token, other, began = add(store), add(store), clock.now()
+    for name in ("trip", "home", "work"):
+        exchange(store, token, "hi", "ho", name)
+        clock.advance(10)
+    exchange(store, token, "more", "ho", "trip")
+    exchange(store, other, "somebody's", "x", "theirs")
+    queue_up(store, token, "of no conversation")
+    store.complete(claimed(store), cab.Answer("ok"))
+    clock.advance(10)
+    queue_up(store, token, "fails", conversation="home")
+    job = claimed(store)
+    clock.advance(5)
+    queue_up(store, token, "waits", conversation="new")
+    clock.advance(5)
+    store.fail(job, "timeout", "x")
+    assert store.conversations(token.id) == [("home", 1, began + 10, began + 50), ("new", 0, began + 45, began + 45),
+                                             ("trip", 2, began, began + 30), ("work", 1, began + 20, began + 20)]
+    queue_up(store, other, "in one second", conversation="a")
+    queue_up(store, other, "in one second", conversation="b")
+    assert [each.name for each in store.conversations(other.id)] == ["b", "a", "theirs"] and store.conversations("none") == []
+
+
+def test_a_conversation_that_is_deleted_is_gone_alone(store: cab.Store) -> None:
+    token, other = add(store), add(store)
+    for owner, name in ((token, "trip"), (token, "home"), (other, "trip")):
+        exchange(store, owner, "hi", "ho", name)
+    keys = [store.open_conversation(owner.id, name).key for owner, name in ((token, "trip"), (token, "home"), (other, "trip"))]
+    assert [store.delete_conversation(token.id, name) for name in ("nowhere", "trip", "trip")] == [False, True, False]
+    assert store.delete_conversation("none", "home") is False
+    assert [each.name for each in store.conversations(token.id)] == ["home"] and len(store.conversations(other.id)) == 1
+    assert [store.has_conversation(key) for key in keys] == [False, True, True]
+
+
+def test_what_was_said_in_a_deleted_conversation_can_still_be_polled_and_goes_with_its_time(store: cab.Store, clock: FakeClock) -> None:
+    token = add(store)
+    exchange(store, token, "hi", "ho", "trip")
+    [[message]] = walk(store, token)
+    store.delete_conversation(token.id, "trip")
+    job = store.jobs(token.id, (), None, 10)[0][0]
+    assert (message, job.message, job.response, job.conversation) == ("hi", "hi", "ho", None)
+    clock.advance(7 * DAY + 1)
+    assert store.purge(7) == 1 and store.usage("")[0].completed == 1
+
+
+def test_what_waits_begins_a_deleted_conversation_afresh(store: cab.Store) -> None:
+    token = add(store)
+    exchange(store, token, "hi", "ho", "trip")
+    before = store.open_conversation(token.id, "trip")
+    exchange(store, token, "again", "ho", "trip")
+    store._db.execute("UPDATE conversations SET session_id = 's1', spent_usd = 0.5")
+    waits, later = queue_up(store, token, "waits", "later", conversation="trip")
+    assert len(store.history(waits)) == 2
+    assert store.delete_conversation(token.id, "trip") is True
+    assert claimed(store) == store.job(waits.id) and (store.job(waits.id) or later).conversation == "trip" and store.history(waits) == []
+    after = store.open_conversation(token.id, "trip")
+    assert after[1:] == (None, 0.0) and after.key != before.key
+    assert store.has_conversation(after.key) and not store.has_conversation(before.key)
+    store.complete(waits, cab.Answer("first", session_id="s2"))
+    assert store.history(later) == [("waits", "first")] and store.open_conversation(token.id, "trip") == (after.key, "s2", 0.0)
+    assert [(each.name, each.turns) for each in store.conversations(token.id)] == [("trip", 1)]
+
+
+def test_a_job_that_ran_when_its_conversation_was_deleted_leaves_nothing_in_the_next_one(store: cab.Store) -> None:
+    token = add(store)
+    runs, waits = queue_up(store, token, "secret", "waits", conversation="trip")
+    claimed(store)
+    before = store.open_conversation(token.id, "trip")
+    assert store.delete_conversation(token.id, "trip") is True
+    store.open_conversation(token.id, "trip")                           # the next one is there before the old run ends
+    assert store.complete(runs, cab.Answer("told", session_id="s1", spent_usd=0.5)) is True
+    assert (store.job(runs.id) or waits).response == "told"
+    after = store.open_conversation(token.id, "trip")
+    assert after[1:] == (None, 0.0) and after.key != before.key and store.history(waits) == []
+
+
+def test_a_job_that_ran_when_its_conversation_was_deleted_is_tried_again_without_it(store: cab.Store) -> None:
+    token = add(store)
+    queue_up(store, token, "put back", conversation="trip")
+    store.open_conversation(token.id, "trip")
+    job = claimed(store)
+    store.delete_conversation(token.id, "trip")
+    store.requeue(job)
+    assert claimed(store).conversation is None and store.conversations(token.id) == []
+
+
+# --- usage ---
+
+
+def test_usage_is_counted_on_the_day_of_the_request(store: cab.Store, clock: FakeClock) -> None:
+    one, other = sorted((add(store), add(store)), key=lambda token: token.id)
+    clock.at = MIDNIGHT - 1
+    queue_up(store, one, "asked late")
+    queue_up(store, other, "fails")
+    clock.advance(2)
+    assert store.complete(claimed(store), cab.Answer("ok", usage=cab.Usage(10, 7, 1000, 100, 0.25)))
+    assert store.fail(claimed(store), "timeout", "x")
+    for figures in (cab.Usage(1, 2, 3, 4, 0.5), cab.Usage(10, 20, 30, 40, 0.25)):
+        queue_up(store, other, "of today")
+        assert store.complete(claimed(store), cab.Answer("ok", usage=figures))
+    today = cab.DayUsage("2027-01-15", other.id, 2, 2, 0, cab.Usage(11, 22, 33, 44, 0.75))
+    late = cab.DayUsage("2027-01-14", one.id, 1, 1, 0, cab.Usage(10, 7, 1000, 100, 0.25))
+    failed = cab.DayUsage("2027-01-14", other.id, 1, 0, 1, cab.Usage())
+    assert store.usage("2027-01-14") == [late, failed, today]
+    assert store.usage("2027-01-15") == [today] and store.usage("2027-01-16") == []
+    assert store.usage("2027-01-14", other.id) == [failed, today] and store.usage("2027-01-15", one.id) == []
+
+
+def test_each_job_is_counted_once_however_it_ends(store: cab.Store) -> None:
+    token = add(store)
+    jobs = queue_up(store, token, "completed", "failed", "cancelled", "cut off twice", "cancelled while it waits", "waits")
+    store.complete(claimed(store), cab.Answer("ok", usage=cab.Usage(1)))
+    store.fail(claimed(store), "timeout", "x")
+    store.fail(claimed(store), "cancelled", "x", OPEN)
+    for _ in range(2):
+        claimed(store)
+        store.recover()
+    store.fail(jobs[4], "cancelled", "x", OPEN)
+    usage = store.usage("")
+    assert usage == [cab.DayUsage("2027-01-15", token.id, 6, 1, 4, cab.Usage(1))]
+    for job in jobs[:5]:
+        assert ways_to_finish(store, job) == [False] * 3
+    assert store.recover() == (0, 0) and store.usage("") == usage
+
+
+def test_what_a_revoked_token_used_stays_in_the_sums(store: cab.Store, clock: FakeClock) -> None:
+    token = add(store)
+    queue_up(store, token, "done", "runs", "waits")
+    store.complete(claimed(store), cab.Answer("ok", usage=cab.Usage(1)))
+    running = claimed(store)
+    usage = store.usage("")
+    store.delete_token(token.id)
+    assert store.complete(running, cab.Answer("late", usage=cab.Usage(1))) is False and store.fail(running, "timeout", "x") is False
+    assert store.usage("") == usage == [cab.DayUsage("2027-01-15", token.id, 3, 1, 0, cab.Usage(1))]
+    clock.advance(30 * DAY)
+    store.purge(7)
+    assert store.usage("") == usage
+
+
+def test_usage_goes_after_400_days(store: cab.Store, clock: FakeClock) -> None:
+    token = add(store)
+    for _ in range(2):
+        queue_up(store, token, "waits")
+        clock.advance(DAY)
+    clock.at = MIDNIGHT + 400 * DAY + DAY - 1
+    store.purge(7)
+    assert [row.day for row in store.usage("")] == ["2027-01-15", "2027-01-16"]
+    clock.advance(1)
+    store.purge(7)
+    assert [row.day for row in store.usage("")] == ["2027-01-16"] and store.counts()["queued"] == 2
+
+
+def test_the_limits_of_the_plan_are_kept_as_they_were_told_last(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+    store, now = open_store(), clock.now()
+    assert store.windows() == []
+    five, seven = cab.PlanWindow("five_hour", "allowed", 0.42, now + 3_600.5, now), cab.PlanWindow("seven_day", None, None, None, now)
+    store.note_windows([seven, five])
+    assert store.windows() == [five, seven]
+    full = cab.PlanWindow("five_hour", "rejected", 1.0, None, now + 60)
+    store.note_windows([full])
+    store.note_windows([])
+    store.close()
+    assert open_store().windows() == [full, seven]
+
+
+def test_a_limit_with_half_a_letter_is_kept_too(store: cab.Store) -> None:
+    told = {"status": "a\ud800", "rateLimitType": "b\udfff", "overageStatus": "c\ud800", "resetsAt": 1}
+    store.note_windows(cab.read_limits({"rate_limit_info": told}, 7.0).windows)
+    assert {window.seen_at for window in store.windows()} == {7.0}
 
 
 # --- children, and the end of the program ---
@@ -740,5 +1337,5 @@ def test_a_turn_larger_than_the_history_is_cut_and_not_forgotten(store: cab.Stor
 
 def test_the_job_that_is_queued_is_the_job_that_is_stored(store: cab.Store) -> None:
     token = add(store, session_mode="stateful")
-    job, _ = store.enqueue(token.id, cab.Ask("hi", "haiku", "be short", "{}", "trip", "low"))
+    job = store.enqueue(token.id, cab.Ask("hi", "haiku", "be short", "{}", "trip", "low"), "a key").job
     assert store.job(job.id) == job

@@ -1119,13 +1119,16 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
     parts: Dict[str, Mapping[str, Any]] = {str(kind): told} if kind else {}
     parts.update((str(name), part) for name, part in (each.items() if isinstance(each, dict) else ()) if isinstance(part, dict))
     windows = []
+    parts.pop("overage", None)
     for name, part in list(parts.items())[:10]:
         of_event = part.get("status") or (status if name == kind else None)
         windows.append(PlanWindow(clean_text(name[:40]), clean_text(str(of_event)[:40]) if of_event else None,
                                   number_or_none(part.get("utilization")), number_or_none(part.get("resetsAt")), now))
     is_using = told.get("isUsingOverage") is True
-    resets = [resets_at or 0, *(window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1)]
-    if windows:      # extra usage is drawn on for as long as the plan gives nothing
+    resets = [window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1]
+    if kind != "overage" or not resets:
+        resets.append(resets_at or 0)
+    if windows or kind:      # extra usage is drawn on for as long as the plan gives nothing
         overage, until = ("in_use", max(resets)) if is_using else (told.get("overageStatus"), number_or_none(told.get("overageResetsAt")))
         windows.append(PlanWindow("overage", clean_text(str(overage)[:40]) if overage else None, None, until or None, now))
     return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows))
@@ -1920,6 +1923,7 @@ class Child:
 
     def __init__(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str], tag: str) -> None:
         self.tag = tag
+        self.session_id: Optional[str] = None
         self.spent_usd = 0.0
         self._orders: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
@@ -2393,12 +2397,12 @@ class ClaudeCli:
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
 
     def _resume(self, work: Work, session_id: str) -> Child:
-        """A child that knows the session, once those that are leaving are gone: two must not write one session.
+        """A child that knows the session, once the last one that had it is gone: two must not write one session.
 
         --model default: else a turn without a model would keep the one of the last turn.
         """
-        for leaving in list(self._leaving):
-            leaving.ended_within(max(0.0, leaving.kill_at - self._clock.monotonic()))
+        for leaving in [child for child in self._leaving if child.session_id == session_id]:
+            leaving.ended_within(LEAVE_SECONDS)
             self._bury(leaving)
         child = self._spawn(work.setup, "--resume=" + session_id, *(() if work.setup.model else ("--model", "default")))
         child.spent_usd = work.spent_usd
@@ -2417,8 +2421,7 @@ class ClaudeCli:
         """Keeps house: a spare is there, cooled conversations leave, and those that were leaving are gone."""
         now = self._clock.monotonic()
         for key in [key for key, warm in self._warm.items() if now >= warm.until or not warm.child.is_alive]:
-            warm = self._warm.pop(key)
-            self._dismiss(warm.child, warm.setup)
+            self.forget(key)
         self.tend()
         if self._spare and not self._spare.is_alive:
             self._bury(self._spare)
@@ -2438,7 +2441,12 @@ class ClaudeCli:
     def keep_only(self, is_known: Callable[[str], bool]) -> None:
         """Ends the processes of the conversations that are gone."""
         for key in [key for key in self._warm if not is_known(key)]:
-            warm = self._warm.pop(key)
+            self.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Ends the process of a conversation, if there is one."""
+        warm = self._warm.pop(key, None)
+        if warm:
             self._dismiss(warm.child, warm.setup)
 
     def _spawn(self, setup: Setup, *session: str) -> Child:
@@ -2454,6 +2462,7 @@ class ClaudeCli:
             child = Child(argv, folder, self.claude.environment, "%s.%d." % (self._tag, self._count))
         except (OSError, CannotStart) as error:
             raise RunFailed("cli_error", "claude could not be started: %s" % error) from None
+        child.session_id = session[0].partition("=")[2] if session else None
         self._note_child(child.pid, started_at(child.pid))
         return child
 
@@ -2542,6 +2551,7 @@ class Worker:
         self._live: Dict[str, LiveText] = {}
         self._rest: Optional[Tuple[Rest, float]] = None       # and the same end on the other clock: the first of both counts
         self._windows: Dict[str, PlanWindow] = {}
+        self._broken_off: Dict[str, int] = {}                 # job -> restarts, of a run whose end could not be stored
         self._stopping = threading.Event()
         self._give_up_at = float("inf")
         self._housed_at = self._purged_at = float("-inf")
@@ -2606,17 +2616,25 @@ class Worker:
         if not job or not token:
             return False
         self._report("Processing request %s..." % job.id[:8])
-        live = LiveText(job.restarts, lambda: self._hub.wake(Hub.TEXT + job.id))
+        live = LiveText(max(job.restarts, self._broken_off.pop(job.id, 0)), lambda: self._hub.wake(Hub.TEXT + job.id))
         self.running, self._live[job.id] = (job.id, self._clock.now()), live
         self._hub.wake(job.id)
+        work, is_kept, is_settled = None, False, False
         try:
-            answer = self._claude.run(self._work(job, token), live, lambda: self._stop_reason(job), self._note_limits)
+            work = self._work(job, token)
+            answer = self._claude.run(work, live, lambda: self._stop_reason(job), self._note_limits)
             live.finish(clean_text(answer.text))
-            wanted = self._store.complete(job, answer, live.restarts)
-            self._report("Request %s %s" % (job.id[:8], "completed" if wanted else "is no longer wanted"))
+            is_kept = self._store.complete(job, answer, live.restarts)
+            is_settled = True
+            self._report("Request %s %s" % (job.id[:8], "completed" if is_kept else "is no longer wanted"))
         except RunFailed as failure:
             self._settle(job, failure, live)
+            is_settled = True
         finally:
+            if not is_settled:
+                self._broken_off[job.id] = live.restarts + 1         # more than the store knows of
+            if work and work.conversation and not is_kept:
+                self._claude.forget(work.conversation)       # its process may have heard a turn that is not part of it
             self.running = None
             del self._live[job.id]
             self._hub.wake(job.id)
@@ -2790,7 +2808,7 @@ class Service:
                 has_left: Callable[[], bool]) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
         told_at = self._clock.monotonic()
         with self._hub.watch(job_id, Hub.TEXT + job_id) as bell:
-            while not self._hub.is_closed and not has_left():
+            while True:
                 bell.clear()                                           # 1. the store: what is true, whatever rang
                 self._check_token(caller)
                 look_at = self._clock.monotonic() + LOOK_SECONDS
@@ -2812,14 +2830,15 @@ class Service:
                     for event in news:
                         yield event, view if event.kind in ("queued", *JobStatus.FINISHED) else None
                         told_at = self._clock.monotonic()
-                    if job.is_finished:
+                    if job.is_finished or self._hub.is_closed:
                         return
                     has_rung = bell.wait(max(0.0, look_at - self._clock.monotonic()))
                     bell.clear()
-                    live = self._live(job_id)
-                    news = live.news(cursor) if has_rung and live else []
+                    news = live.news(cursor) if has_rung and live and self._live(job_id) is live else []
                     if not news:
                         break
+                if has_left():
+                    return
 
     def _check_token(self, caller: Caller) -> None:
         token = self._store.token(caller.token.id)
@@ -3021,6 +3040,7 @@ def answer_ask(call: Call) -> Response:
 
 
 def answer_events(call: Call) -> Response:
+    call.request.body()                                      # nothing is taken from it, but what is not read hides a hang-up
     after = check_offset(call.request.headers.get("last-event-id") or call.request.query.get("after")) or 0
     job_id = call.request.parts["requestId"]
     return stream_response(event_bytes(job_id, call.service.follow(call.holder, job_id, after, has_left=call.request.has_left)))
@@ -3609,21 +3629,25 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
         self.server.enter(self.connection, Phase.SEND)
-        data = memoryview(response_head(response, self.close_connection) + (b"" if self.command == "HEAD" else response.body))
-        for start in range(0, len(data), 1 << 18):          # a slow reader may take SEND_SECONDS for each piece
-            self.connection.sendall(data[start:start + (1 << 18)])
+        self._send(response_head(response, self.close_connection) + (b"" if self.command == "HEAD" else response.body))
         if self.close_connection and self._unread != 0:
             self._drain()
 
+    def _send(self, data: bytes) -> None:
+        """In parts, since a slow reader may take SEND_SECONDS for each."""
+        view = memoryview(data)
+        for start in range(0, len(view), 1 << 18):
+            self.connection.sendall(view[start:start + (1 << 18)])
+
     def _write_stream(self, response: Response, pieces: Pieces) -> None:
-        """Pieces as they come: chunked, or until the connection closes. A reader may take SEND_SECONDS for each."""
+        """Pieces as they come: chunked, or until the connection closes."""
         self.close_connection = self.close_connection or self.request_version == "HTTP/1.0"
         is_chunked = not self.close_connection
         with contextlib.closing(pieces):
-            self.connection.sendall(response_head(response, self.close_connection))
+            self._send(response_head(response, self.close_connection))
             for piece in pieces if self.command != "HEAD" else ():
                 self.server.enter(self.connection, Phase.SEND)
-                self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 self.server.enter(self.connection, Phase.BUSY)
             if is_chunked and self.command != "HEAD":
                 self.connection.sendall(b"0\r\n\r\n")

@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 
@@ -30,6 +32,8 @@ class Reply:
     hold: Optional[threading.Event] = None               # nothing is sent until it is set, or the stand-in is closed
     stop_reason: str = ""
     cut_after: Optional[int] = None                      # drop the connection after so many words
+    pieces: Tuple[str, ...] = ()                         # the text as these deltas; one may hold half of a surrogate pair
+    usage: Dict[str, int] = field(default_factory=dict)  # token counts, where they matter
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Call:
     headers: Dict[str, str]
     raw: bytes
     body: Dict[str, Any]
+    was_left: bool = False                               # the client closed the connection before the answer was whole
 
 
 def last_text(body: Dict[str, Any]) -> str:
@@ -101,6 +106,44 @@ def calls_tools(*tools: Tuple[str, Dict[str, Any]]) -> Callable[[Dict[str, Any]]
     return lambda body: Reply("done") if tool_results(body) else Reply(tools=tools)
 
 
+def words_of(text: str, reply: Reply) -> List[str]:
+    """The text as it is sent: word by word where their pace or number matters."""
+    return re.findall(r"[^ ]* |[^ ]+$", text) if reply.word_seconds or reply.cut_after is not None else [text]
+
+
+NOTING = """#!%s -S
+import json, os, signal, subprocess, sys, time
+if "-p" not in sys.argv:
+    os.execv(%r, [%r] + sys.argv[1:])
+real = subprocess.Popen([%r] + sys.argv[1:], stdout=subprocess.PIPE)
+signal.signal(signal.SIGTERM, lambda number, frame: real.terminate())
+held = b""
+with open(%r, "ab", buffering=0) as notes:
+    for data in iter(lambda: os.read(real.stdout.fileno(), 1 << 16), b""):
+        at, (*lines, held) = time.time(), (held + data).split(b"\\n")
+        sys.stdout.buffer.raw.write(data)
+        kept = [line for line in lines if %r in line]
+        notes.write(b"".join(b"[%%.6f, %%s]\\n" %% (at, line) for line in kept))
+sys.exit(real.wait() %% 256)
+"""
+
+
+class NotingClaude:
+    """A `claude` in front of the real one, which hands on all it writes and keeps the lines that hold a word, with the
+    moment at which they came."""
+
+    def __init__(self, folder: Path, real: Path, word: bytes) -> None:
+        folder.mkdir()
+        self.path, self._notes = folder / "claude", folder / "notes"
+        self._notes.touch()
+        self.path.write_text(NOTING % (sys.executable, str(real), str(real), str(real), str(self._notes), word))
+        self.path.chmod(0o755)
+
+    def lines(self) -> List[Tuple[float, Dict[str, Any]]]:
+        """(epoch seconds, line), in the order of coming."""
+        return [(at, line) for at, line in map(json.loads, self._notes.read_bytes().splitlines())]
+
+
 class MessagesApi:
     """Owns the server and the list of calls; close it, or use it as a context manager."""
 
@@ -134,12 +177,13 @@ class MessagesApi:
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 body = json.loads(raw) if raw else {}
+                call = Call(self.path, {k.lower(): v for k, v in self.headers.items()}, raw, body)
                 with api._lock:
-                    api.calls.append(Call(self.path, {k.lower(): v for k, v in self.headers.items()}, raw, body))
+                    api.calls.append(call)
                 try:
                     api._answer(self, body)
                 except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True
+                    self.close_connection = call.was_left = True
 
         class Server(ThreadingHTTPServer):
             request_queue_size = 128
@@ -177,15 +221,17 @@ class MessagesApi:
                               reply.headers)
         message = {"id": "msg_%d" % len(self.calls), "type": "message", "role": "assistant", "model": body.get("model", "m"),
                    "content": [], "stop_reason": None, "stop_sequence": None,
-                   "usage": {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}}
-        blocks: List[Dict[str, Any]] = [{"type": "text", "text": reply.text}] if reply.text or not reply.tools else []
+                   "usage": {"input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3,
+                             **reply.usage}}
+        text, used = "".join(reply.pieces) or reply.text, {"output_tokens": 7, **reply.usage}
+        blocks: List[Dict[str, Any]] = [{"type": "text", "text": text}] if text or not reply.tools else []
         blocks += [{"type": "tool_use", "id": "toolu_%d_%d" % (len(self.calls), n), "name": name, "input": args}
                    for n, (name, args) in enumerate(reply.tools)]
         stop = reply.stop_reason or ("tool_use" if reply.tools else "end_turn")
         if not body.get("stream"):
-            message.update(content=blocks, stop_reason=stop, usage={**message["usage"], "output_tokens": 7})
+            message.update(content=blocks, stop_reason=stop, usage={**message["usage"], **used})
             return self._json(handler, 200, message, reply.headers)
-        self._stream(handler, reply, message, blocks, stop)
+        self._stream(handler, reply, message, blocks, stop, used["output_tokens"])
 
     def _json(self, handler: BaseHTTPRequestHandler, status: int, body: Any, headers: Optional[Dict[str, str]] = None) -> None:
         data = json.dumps(body).encode()
@@ -197,7 +243,7 @@ class MessagesApi:
         handler.wfile.write(data)
 
     def _stream(self, handler: BaseHTTPRequestHandler, reply: Reply, message: Dict[str, Any],
-                blocks: List[Dict[str, Any]], stop: str) -> None:
+                blocks: List[Dict[str, Any]], stop: str, output_tokens: int) -> None:
         handler.send_response(200)
         for name, value in {"content-type": "text/event-stream", "request-id": "req_1", **reply.headers}.items():
             handler.send_header(name, value)
@@ -212,20 +258,18 @@ class MessagesApi:
         for index, block in enumerate(blocks):
             if block["type"] == "text":
                 event("content_block_start", index=index, content_block={"type": "text", "text": ""})
-                words = block["text"].split(" ") if reply.word_seconds or reply.cut_after is not None else [block["text"]]
-                for n, word in enumerate(words):
+                for n, piece in enumerate(reply.pieces or words_of(block["text"], reply)):
                     if reply.cut_after is not None and n >= reply.cut_after:
                         return
                     if reply.word_seconds:
                         time.sleep(reply.word_seconds)
-                    event("content_block_delta", index=index,
-                          delta={"type": "text_delta", "text": word if n == len(words) - 1 else word + " "})
+                    event("content_block_delta", index=index, delta={"type": "text_delta", "text": piece})
             else:
                 event("content_block_start", index=index, content_block={**block, "input": {}})
                 event("content_block_delta", index=index,
                       delta={"type": "input_json_delta", "partial_json": json.dumps(block["input"])})
             event("content_block_stop", index=index)
-        event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": 7})
+        event("message_delta", delta={"stop_reason": stop, "stop_sequence": None}, usage={"output_tokens": output_tokens})
         event("message_stop")
 
     def close(self) -> None:

@@ -10,11 +10,14 @@ import socket
 import sqlite3
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
-from conftest import Api, FakeClaude, Program, is_running, run_cli, wait_until
+from conftest import Api, FakeClaude, Program, is_running, run_cli, text_of, wait_until
+from test_http import Wire, request
+from test_stream import chunks
 
 import claude_api_bridge as cab
 
@@ -71,6 +74,13 @@ def begin_poll(api: Api, request_id: str) -> http.client.HTTPConnection:
     connection.request("GET", "/api/ask/%s?wait=60" % request_id, headers={"Authorization": "Bearer %s" % api.token})
     api.poll(request_id)                                     # a later connection was answered: the first is accepted
     return connection
+
+
+def begin_stream(api: Api, request_id: str) -> Wire:
+    """A stream whose head was read."""
+    wire = Wire(api.port)
+    wire.send(request("GET /api/ask/%s/events HTTP/1.1" % request_id, "Authorization: Bearer %s" % api.token)).answer(has_body=False)
+    return wire
 
 
 def is_listening(port: int) -> bool:
@@ -145,6 +155,43 @@ def test_after_kill_9_every_request_is_completed_in_order_and_none_runs_thrice(p
     assert [body["attempts"] for body in bodies] == [2, 1, 1, 1, 1, 1]
     assert sorted(bodies, key=lambda body: str(body["completedAt"])) == bodies
     assert not [pid for pid in left if is_running(pid)]
+
+
+@only_linux
+def test_after_kill_9_a_stream_begins_anew_and_the_same_key_finds_its_request(program: Programs, gate: Path, tmp_path: Path) -> None:
+    first = program()
+    once = {"first": str(tmp_path / "once"), "do": [{"delta": "half"}, {"wait": str(tmp_path / "never")}]}
+    body = {"message": "script " + json.dumps([once, {"delta": "A whole "}, {"wait": str(gate)}, {"delta": "text"}]), "stream": True}
+    stream = first.api.stream("POST", "/api/ask", body, {"Idempotency-Key": "k"})
+    offset = stream.until("delta").id
+    job_id = stream.events[0].data["requestId"]
+    kill(first)
+    assert stream.rest()[-1].kind == "delta"                 # it broke off
+    second = program()
+    api = Api(second.port, first.token)
+    wait_until(lambda: api.poll(job_id).get("partial") == "A whole ")
+    again, replayed = api.follow(job_id, offset), api.stream("POST", "/api/ask", body, {"Idempotency-Key": "k"})
+    assert replayed.headers["idempotent-replayed"] == "true"
+    gate.touch()
+    for each in (again, replayed):
+        completed = each.rest()[-1]
+        assert (offset, text_of(each.events, "half")) == (4, completed.data["response"]) and each.text == "A whole text"
+        assert (completed.data["requestId"], completed.data["attempts"]) == (job_id, 2)
+
+
+@only_linux
+def test_what_the_plan_refused_is_not_lost_by_kill_9(program: Programs, fake: FakeClaude, tmp_path: Path) -> None:
+    first = program("--spare", "0")
+    refused = {"first": str(tmp_path / "mark"), "do": [
+        {"limits": {"status": "rejected", "rateLimitType": "five_hour", "resetsAt": time.time() + 3_600}},
+        {"fail": {"said": "rate_limit", "api_error_status": 429, "result": "You've hit your limit"}}]}
+    ids = [first.api.ask("script " + json.dumps([refused, {"result": "at last"}])), first.api.ask("next")]
+    wait_until(lambda: first.api.poll(ids[0]).get("waitingFor") == "usage_limit")
+    assert first.api.poll(ids[1])["status"] == "queued"
+    kill(first)
+    api = Api(program("--spare", "0").port, first.token)     # who rests is not remembered: the next run tells
+    assert [api.done(job_id)["response"] for job_id in ids] == ["at last", "Echo: next"]
+    assert [api.poll(job_id)["attempts"] for job_id in ids] == [1, 1]
 
 
 def test_a_request_during_which_the_bridge_was_killed_twice_is_given_up(program: Programs, fake: FakeClaude, gate: Path) -> None:
@@ -235,10 +282,14 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
     ids = [each.api.ask("hold %s" % gate) for each in running]
     wait_until(lambda: len(fake.prompts()) == len(numbers))
     polls = [begin_poll(each.api, request_id) for each, request_id in zip(running, ids)]
+    streams = [begin_stream(each.api, request_id) for each, request_id in zip(running, ids)]
     for each, number in zip(running, numbers):
         each.process.send_signal(number)
-    for each, poll in zip(running, polls):
+    for each, poll, stream in zip(running, polls, streams):
         assert each.process.wait(5) == 0 and "Traceback" not in each.stderr
+        with stream:                                         # ended by a last chunk, not broken off
+            told = b"".join(chunks(stream))
+            assert b"event: delta" in told and b"event: completed" not in told and stream.rest() == b""
         assert json.loads(poll.getresponse().read())["status"] in ("queued", "processing")
         poll.close()
     assert not [child for child in fake.children() if is_running(child["pid"])]

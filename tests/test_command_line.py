@@ -112,6 +112,7 @@ def test_help_of_start_shows_every_setting_and_starts_nothing(typed: Typed, tmp_
 @pytest.mark.parametrize("words", [
     ["frobnicate"], ["help"], ["start", "--prot", "1"], ["start", "extra"], ["start", "--port"], ["start", "--no-tunnel=maybe"],
     ["token"], ["token", "frob"], ["token", "create"], ["token", "revoke"],
+    ["token", "create", "x", "--requests-per-minute"], ["token", "create", "x", "--models"], ["token", "create", "x", "--requests", "5"],
     ["token", "create", "x", "--expires", "5"], ["token", "create", "x", "--expires", "soon"],
 ])
 def test_unknown_words_are_refused(typed: Typed, tmp_path: Path, words: List[str]) -> None:
@@ -207,6 +208,29 @@ def test_a_token_with_tools_gets_a_private_folder_of_its_own(typed: Typed, tmp_p
     folders = [Path(token["workspace"]) for token in tokens(typed).values()]
     assert len(set(folders)) == 2 and all(folder.parent == tmp_path / "data" / "workspaces" for folder in folders)
     assert os.name == "nt" or all(folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
+
+
+def test_the_limits_of_a_token_are_kept(typed: Typed) -> None:
+    typed("token", "create", "free")
+    typed("token", "create", "limited", "--requests-per-minute", "10", "--requests-per-day=1000000", "--models", "haiku,opus[1m],default")
+    names = ("requestsPerMinute", "requestsPerDay", "models")
+    assert [tokens(typed)["free"][name] for name in names] == [None] * 3
+    assert [tokens(typed)["limited"][name] for name in names] == [10, 1_000_000, ["haiku", "opus[1m]", "default"]]
+
+
+NO_NUMBERS = ("0", "-1", "1.5", "1e3", "0x1", "many", "", " 5", "5 ", "٣")
+
+
+@pytest.mark.parametrize("flag, values, sentence", [
+    ("--requests-per-minute", [*NO_NUMBERS, "10001"], "requestsPerMinute must be a whole number from 1 to 10000"),
+    ("--requests-per-day", [*NO_NUMBERS, "1000001"], "requestsPerDay must be a whole number from 1 to 1000000"),
+    ("--models", ["", ",", "haiku,", ",haiku", "haiku,,opus", "a b", "-p", "m" * 129, ",".join(["haiku"] * 21)], "models? must be [^\\n]+"),
+])
+def test_a_limit_that_is_none_is_one_sentence_and_makes_no_token(typed: Typed, flag: str, values: List[str], sentence: str) -> None:
+    for value in values:
+        status, out, err = typed("token", "create", "x", "%s=%s" % (flag, value))
+        assert (status, out) == (2, "") and re.fullmatch("error: %s\n" % sentence, err), (value, err)
+    assert tokens(typed) == {}
 
 
 @pytest.mark.parametrize("words, text", [

@@ -509,6 +509,25 @@ def test_when_all_connections_are_busy_a_new_one_gets_503_until_one_is_done(brid
         wait_until(lambda: running.admin.get("/health").status == 200)
 
 
+def test_a_stream_keeps_its_place_for_as_long_as_it_is_silent(bridge: Callable[..., RunningBridge], gate: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    set_cap(monkeypatch, 1)
+    for phase in (cab.Phase.IDLE, cab.Phase.HEAD, cab.Phase.BODY):
+        monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.05)
+    with Wire(running.port) as stream:
+        stream.send(request("GET /api/ask/%s/events HTTP/1.1" % job_id, "Authorization: Bearer %s" % running.admin.token))
+        assert stream.answer(has_body=False).status == 200
+        assert next(line for line in iter(stream.file.readline, b"") if line == b"event: delta\n")
+        wait_until(lambda: [phase for phase, _, _ in running.bridge._server._snapshot()] == ["busy"])
+        for _ in range(20):                                   # until after the deadlines of all other phases
+            with Wire(running.port) as new:
+                assert new.last_answer().status == 503
+        gate.touch()
+        assert b"event: completed" in b"".join(iter(stream.file.readline, b"0\r\n"))
+
+
 def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     set_cap(monkeypatch, 1)
     with Wire(served.port) as refused:

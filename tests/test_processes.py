@@ -28,6 +28,8 @@ Directs = Callable[..., "Direct"]
 Talks = Callable[..., "Talk"]
 LIMIT_REACHED: Dict[str, Any] = {"said": "rate_limit", "api_error_status": 429,
                                  "result": "You've hit your session limit · resets 8:28am (UTC)"}
+OVERLOADED: Dict[str, Any] = {"said": "server_error", "api_error_status": 529, "result": "API Error: 529 Overloaded."}
+RESET = 1_800_003_600                                        # on FakeClock: in an hour
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
@@ -59,39 +61,55 @@ def error(**fields: Any) -> str:
     return "error " + json.dumps(fields)
 
 
+def script(*steps: Mapping[str, Any]) -> str:
+    """A prompt at which the fake does these steps."""
+    return "script " + json.dumps(steps)
+
+
 class Direct:
-    """ClaudeCli alone, without queue and HTTP."""
+    """ClaudeCli alone, without queue and HTTP. limits: what was noted of the plan."""
 
     def __init__(self, fake: FakeClaude, claude: cab.Claude, config: cab.Config, clock: cab.Clock) -> None:
         self.fake, self.claude, self.data_dir = fake, claude, config.data_dir
         self.cli = cab.ClaudeCli(claude, config, clock, "test%d" % os.getpid(), lambda pid, started: None)
+        self.limits: List[cab.Limits] = []
 
     def run(self, message: str, stop_reason: Callable[[], Optional[str]] = lambda: None, work: Mapping[str, Any] = {},
-            **setup: Any) -> cab.Answer:
+            live: Optional[cab.LiveText] = None, **setup: Any) -> cab.Answer:
         told = cab.Setup(**{"system_prompt": cab.SYSTEM_PROMPT, **setup})
-        return self.cli.run(cab.Work(message, told, **work), cab.LiveText(), stop_reason)
+        return self.cli.run(cab.Work(message, told, **work), live or cab.LiveText(), stop_reason, self.limits.append)
 
-    def failure(self, message: str, **options: Any) -> Tuple[str, str]:
-        """-> (code, text) of a run that must fail. Every process that was asked is gone."""
+    def failed(self, message: str, **options: Any) -> cab.RunFailed:
+        """What a run that must fail raised. Every process that was asked is gone."""
         with pytest.raises(cab.RunFailed) as caught:
             self.run(message, **options)
-        wait_until(lambda: not [pid for pid in pids_of(self.fake, message) if is_running(pid)], 1)
-        return caught.value.code, str(caught.value)
+        self.wait_for_end(*pids_of(self.fake, message))
+        return caught.value
+
+    def failure(self, message: str, **options: Any) -> Tuple[str, str]:
+        """-> (code, text) of such a run."""
+        failed = self.failed(message, **options)
+        return failed.code, str(failed)
+
+    def wait_for_end(self, *pids: int) -> None:
+        """Until these are gone, which is soon. No run waits for a process that is to leave: it is tended, as the worker does it."""
+        def are_gone() -> bool:
+            self.cli.tend()
+            return not any(map(is_running, pids))
+        wait_until(are_gone, 2)
 
     def talk(self, name: str, message: str, **setup: Any) -> cab.Answer:
         """A turn of a conversation."""
-        return self.run(message, work={"conversation": ("token", name)}, **setup)
+        return self.run(message, work={"conversation": name}, **setup)
 
 
 @pytest.fixture
-def direct(tmp_path: Path, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Directs]:
+def direct(tmp_path: Path, fake_claude: Fakes) -> Iterator[Directs]:
     """direct(claude=..., look=..., environ=..., clock=..., **settings) -> a Direct, without a spare unless told otherwise.
 
     look: asks the fake what it is, as a start does; else it is known, which is quicker.
     """
     made: List[Direct] = []
-    stop = cab.Child.stop
-    monkeypatch.setattr(cab.Child, "stop", lambda self, grace=0.0, **options: stop(self, min(grace, 0.4), **options))
 
     def make(claude: Optional[FakeClaude] = None, look: bool = False, environ: Optional[Mapping[str, str]] = None,
              clock: Optional[cab.Clock] = None, **settings: Any) -> Direct:
@@ -106,6 +124,12 @@ def direct(tmp_path: Path, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch) 
     yield make
     for each in made:
         each.cli.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not leave is ended sooner: for tests of something else."""
+    monkeypatch.setattr(cab, "LEAVE_SECONDS", 0.2)
 
 
 # --- answers ---
@@ -146,6 +170,33 @@ def test_a_schema_that_was_not_satisfied_is_an_error(direct: Directs, fake_claud
     fake = twist(fake_claude(), "fake_claude.Fake.answer = lambda self, text: self.result(text)")
     code, text = direct(fake).failure("hi", json_schema="{}")
     assert code == "cli_error" and "jsonSchema" in text
+
+
+# --- the text as it comes ---
+
+def test_a_character_that_came_in_two_halves_arrives_whole(direct: Directs) -> None:
+    seen: List[str] = []
+    live = cab.LiveText(changed=lambda: seen.append(live.read()))
+    answer = direct().run(script({"delta": "a\ud83d"}, {"delta": "\ude00b"}), live=live)
+    assert answer.text == live.read() == "a\U0001f600b"
+    assert set(seen) == {"", "a", "a\U0001f600b"}                            # nobody ever saw half of it
+
+
+@pytest.mark.parametrize("heard, result, begins", [("Hel", "Hello", 1), ("Hello", "Hello", 1), ("Hello", "Bye", 2), ("Hello", "Hel", 2)])
+def test_a_stream_ends_with_the_text_of_the_result(bridge: Bridges, gate: Path, heard: str, result: str, begins: int) -> None:
+    b = bridge()
+    stream = b.admin.follow(b.admin.ask(script({"delta": heard}, {"wait": str(gate)}, {"result": result})))
+    assert stream.until("delta").data["text"] == heard
+    gate.touch()
+    kinds = [event.kind for event in stream.rest()]
+    assert stream.text == stream.events[-1].data["response"] == result
+    assert (kinds.count("started"), kinds[-1]) == (begins, "completed")
+
+
+def test_what_was_said_before_a_tool_call_is_no_part_of_the_text(direct: Directs) -> None:
+    live = cab.LiveText()
+    direct().run(script({"delta": "Let me look."}, {"message": True}, {"delta": "It "}, {"delta": "rains."}), live=live)
+    assert (live.read(), live.restarts, live.model) == ("It rains.", 1, "resolved-default-model")
 
 
 # --- the spare ---
@@ -222,7 +273,8 @@ def test_a_process_that_was_heard_is_not_asked_again(direct: Directs) -> None:
     ("chatty", "timeout", "longer than 0.6 seconds", {"silence_seconds": 0.2, "run_seconds": 0.6}),
     ("stubborn", "timeout", "longer than 0.3 seconds", {"run_seconds": 0.3}),
 ])
-def test_a_fault_ends_the_run_and_its_process(direct: Directs, prompt: str, code: str, words: str, settings: Mapping[str, Any]) -> None:
+def test_a_fault_ends_the_run_and_its_process(direct: Directs, hasty: None, prompt: str, code: str, words: str,
+                                              settings: Mapping[str, Any]) -> None:
     d = direct(**settings)
     found, text = d.failure(prompt)
     assert found == code and words in text
@@ -255,7 +307,8 @@ fake_claude.Fake.act_endless = endless
 """
 
 
-def test_an_answer_without_end_is_cut_at_the_limit(direct: Directs, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_without_end_is_cut_at_the_limit(direct: Directs, fake_claude: Fakes, hasty: None,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "OUTPUT_BYTES", 1 << 20)
     assert direct(twist(fake_claude(), ENDLESS), run_seconds=10).failure("endless")[0] == "output_too_large"
 
@@ -281,12 +334,13 @@ fake_claude.Fake.act_forgotten = forgotten
 """
 
 
-def test_silence_counts_again_once_the_tool_is_done(direct: Directs, fake_claude: Fakes) -> None:
+def test_silence_counts_again_once_the_tool_is_done(direct: Directs, fake_claude: Fakes, hasty: None) -> None:
     fake = twist(fake_claude(), FORGOTTEN)
     assert "no sign of life" in direct(fake, silence_seconds=0.3, run_seconds=1).failure("forgotten")[1]
 
 
-def test_a_dead_process_is_noticed_though_its_pipes_are_held(bridge: Bridges, fake_claude: Fakes, tmp_path: Path) -> None:
+def test_a_dead_process_is_noticed_though_its_pipes_are_held_and_what_it_started_ends(bridge: Bridges, fake_claude: Fakes,
+                                                                                     tmp_path: Path) -> None:
     fake, note = fake_claude(), tmp_path / "pid"
     b = bridge(claude=fake, silence_seconds=3)
     request = b.admin.new_token(tools="all").ask("grandchild %s" % note)
@@ -294,6 +348,10 @@ def test_a_dead_process_is_noticed_though_its_pipes_are_held(bridge: Bridges, fa
     os.kill(pids_of(fake, "grandchild %s" % note)[0], signal.SIGKILL)
     body = b.admin.done(request)
     assert (body["errorCode"], "exit code" in body["error"]) == ("cli_error", True)
+    if sys.platform == "linux":                              # elsewhere nothing tells whose it was
+        wait_until(lambda: not is_running(int(note.read_text())), 2)
+    else:
+        os.kill(int(note.read_text()), signal.SIGKILL)
 
 
 def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: Directs, tmp_path: Path) -> None:
@@ -304,14 +362,13 @@ def test_a_workspace_that_is_gone_is_an_error_and_the_next_request_runs(direct: 
 
 
 RESULTS: List[Tuple[Dict[str, Any], str]] = [
-    (LIMIT_REACHED, "usage_limit"),
     ({"said": "rate_limit", "api_error_status": 429, "result": "API Error: Server is temporarily limiting requests"}, "overloaded"),
-    ({"said": "rate_limit", "result": "Temporarily limited (not your usage limit)"}, "overloaded"),
+    ({"said": "rate_limit", "result": "API Error: Temporarily limited (not your usage limit)"}, "overloaded"),
     ({"said": "authentication_failed", "api_error_status": 401, "result": "Failed to authenticate: 401"}, "auth_required"),
     ({"said": "authentication_failed", "api_error_status": 403, "result": "Your account does not have access to Claude."}, "auth_required"),
     ({"result": "Not logged in · Please run /login"}, "auth_required"),
     ({"result": "Invalid API key · Please run /login"}, "auth_required"),
-    ({"said": "server_error", "api_error_status": 529, "result": "API Error: 529 Overloaded."}, "overloaded"),
+    (OVERLOADED, "overloaded"),
     ({"said": "server_error", "result": "API Error: 500 Internal server error"}, "overloaded"),
     ({"said": "model_not_found", "api_error_status": 404, "result": "There's an issue with the selected model (x)."}, "model_not_found"),
     ({"result": "There's an issue with the selected model (x)."}, "model_not_found"),
@@ -325,7 +382,8 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
 ]
 
 
-def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Bridges) -> None:
+def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Bridges, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (1000,))                    # longer than a run: the first failure is the end
     b = bridge()
     bodies = [b.admin.answer(error(**fields)) for fields, _ in RESULTS]
     assert [(body["status"], body.get("errorCode"), body.get("error")) for body in bodies] == [
@@ -335,6 +393,123 @@ def test_error_results_reach_the_caller_with_their_code_and_words(bridge: Bridge
 
 def test_settings_that_the_cli_refuses_are_an_error(direct: Directs) -> None:
     assert direct().failure("hello", system_prompt="refuse this") == ("cli_error", "claude refused its settings: systemPrompt refused")
+
+
+# --- limits of the plan ---
+
+ALLOWED = {"status": "allowed", "resetsAt": RESET, "rateLimitType": "five_hour", "overageStatus": "rejected",
+           "overageDisabledReason": "org_level_disabled", "isUsingOverage": False}
+REJECTED = {**ALLOWED, "status": "rejected"}
+OTHER_429 = {"status": "rejected", "isUsingOverage": False}
+BUSY: Dict[str, Any] = {"said": "rate_limit", "api_error_status": 429,
+                        "result": "API Error: Server is temporarily limiting requests (not your usage limit)"}
+
+
+def test_what_the_cli_says_of_the_plan_is_handed_on(direct: Directs, clock: FakeClock) -> None:
+    d = direct(clock=clock)
+    warned = {**ALLOWED, "status": "allowed_warning", "utilization": 0.9, "overageStatus": "allowed", "isUsingOverage": True}
+    assert d.run(script({"limits": ALLOWED}, {"delta": "fine"}, {"limits": warned})).text == "fine"
+    assert [(limits.is_used_up, limits.is_using_overage, limits.resets_at) for limits in d.limits] == [
+        (False, False, RESET), (False, True, RESET)]
+    assert [limits.windows[0] for limits in d.limits] == [
+        cab.PlanWindow("five_hour", "allowed", None, RESET, clock.at), cab.PlanWindow("five_hour", "allowed_warning", 0.9, RESET, clock.at)]
+    assert [(limits.windows[1].kind, limits.windows[1].status) for limits in d.limits] == [("overage", "rejected"), ("overage", "in_use")]
+
+
+@pytest.mark.parametrize("told, fields, code, resets_at", [
+    (REJECTED, LIMIT_REACHED, "usage_limit", RESET),
+    (None, LIMIT_REACHED, "usage_limit", None),                              # its text names a time, which is never read
+    (REJECTED, {**LIMIT_REACHED, "result": "API Error: 429 odd"}, "usage_limit", RESET),
+    (OTHER_429, BUSY, "overloaded", None),
+    (None, BUSY, "overloaded", None),
+])
+def test_a_refusal_of_the_plan_is_known_by_its_event(direct: Directs, monkeypatch: pytest.MonkeyPatch, told: Optional[Mapping[str, Any]],
+                                                     fields: Mapping[str, Any], code: str, resets_at: Optional[float]) -> None:
+    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (1000,))
+    d = direct()
+    failed = d.failed(script(*([{"limits": told}] if told else []), {"fail": fields}))
+    assert (failed.code, failed.resets_at, str(failed)) == (code, resets_at, fields["result"])
+    assert [limits.is_used_up for limits in d.limits] == ([told is REJECTED] if told else [])
+
+
+def test_a_reset_that_was_told_in_an_earlier_turn_counts(direct: Directs) -> None:
+    d, refused = direct(), script({"fail": LIMIT_REACHED})                   # the CLI tells the limits again only when they change
+    d.talk("one", script({"limits": ALLOWED}, {"delta": "fine"}))
+    assert d.failed(refused, work={"conversation": "one"}).resets_at == RESET
+    assert d.failed(refused).resets_at is None                               # another process, which was told nothing
+
+
+def test_a_request_that_the_plan_refuses_waits_for_it(bridge: Bridges) -> None:
+    b = bridge()
+    resets_at = int(time.time()) + 3600
+    request = b.admin.ask(script({"limits": {**REJECTED, "resetsAt": resets_at}}, {"fail": LIMIT_REACHED}))
+    body = wait_until(lambda: "waitingFor" in b.admin.poll(request) and b.admin.poll(request))
+    assert (body["status"], body["waitingFor"], body["attempts"]) == ("queued", "usage_limit", 0)
+    assert body["resumesAt"] == cab.iso_time(resets_at) and "error" not in body
+
+
+# --- an overloaded service ---
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overloaded run is tried again at once."""
+    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.01,))
+
+
+def overloaded_once(mark: Path, *said: str) -> str:
+    """A prompt that fails after these deltas, and is answered "whole" by the next process."""
+    fails = [*({"delta": text} for text in said), {"fail": OVERLOADED}]
+    return script({"first": str(mark), "do": fails}, {"delta": "who"}, {"delta": "le"})
+
+
+@pytest.mark.parametrize("spare, said, restarts", [(0, (), 0), (1, ("half an ", "answer"), 1)])
+def test_an_overloaded_run_is_tried_again_by_a_fresh_process(direct: Directs, soon: None, tmp_path: Path, spare: int,
+                                                             said: Tuple[str, ...], restarts: int) -> None:
+    d, live, prompt = direct(spare=spare), cab.LiveText(), overloaded_once(tmp_path / "mark", *said)
+    assert d.run(prompt, live=live).text == live.read() == "whole"
+    assert (live.restarts, live.rest) == (restarts, None)
+    first, second = pids_of(d.fake, prompt)
+    assert first != second
+    d.wait_for_end(first, second)
+
+
+@pytest.mark.parametrize("warm_seconds", [0, 600])
+def test_an_overloaded_turn_is_told_afresh_and_never_resumed(talk: Talks, soon: None, tmp_path: Path, warm_seconds: int) -> None:
+    t, prompt = talk(warm_seconds=warm_seconds), overloaded_once(tmp_path / "mark", "half")
+    t.say("one")
+    assert t.say(prompt) == "whole"
+    first, second = pids_of(t.fake, prompt)
+    assert first != second and not session_in(argv_of(t.fake, second), "--resume")
+    assert (first in pids_of(t.fake, "one")) if warm_seconds else session_in(argv_of(t.fake, first), "--resume")
+    assert t.remembered()[:3] == ["one", "Echo: one", prompt]                # the failed turn is not in it twice
+
+
+def test_an_overloaded_first_turn_begins_its_conversation_anew(direct: Directs, soon: None, tmp_path: Path) -> None:
+    d, prompt = direct(), overloaded_once(tmp_path / "mark")
+    answer = d.run(prompt, work={"conversation": "one", "session_id": None})
+    first, second = (session_in(argv_of(d.fake, pid), "--session-id") for pid in pids_of(d.fake, prompt))
+    assert first and first != second == answer.session_id
+
+
+def test_tries_are_ever_further_apart_and_end_with_the_time_of_the_run(direct: Directs, clock: FakeClock) -> None:
+    d, live, prompt, waits = direct(clock=clock, run_seconds=100), cab.LiveText(), error(**OVERLOADED), []
+
+    def skip_the_wait() -> None:
+        if live.rest and live.rest.until > clock.at:
+            assert live.rest.reason == "overloaded"
+            waits.append(live.rest.until - clock.at)
+            clock.at = live.rest.until
+
+    assert d.failure(prompt, live=live, stop_reason=skip_the_wait) == ("overloaded", "API Error: 529 Overloaded.")
+    assert waits == [2, 4, 8, 16, 30, 30] and len(set(pids_of(d.fake, prompt))) == 7
+
+
+def test_a_cancel_between_two_tries_ends_the_run_at_once(direct: Directs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (60,))
+    d, live, prompt, began = direct(), cab.LiveText(), script({"delta": "half"}, {"fail": OVERLOADED}), time.monotonic()
+    assert d.failure(prompt, live=live, stop_reason=lambda: "cancelled" if live.rest else None)[0] == "cancelled"
+    assert time.monotonic() - began < 10 and len(pids_of(d.fake, prompt)) == 1
+    assert (live.read(), live.restarts) == ("", 1)                           # what came of the first try is void already
 
 
 # --- who pays ---
@@ -419,10 +594,69 @@ def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: B
 
 # --- ends ---
 
+MUTE = """
+run = fake_claude.Fake.run
+fake_claude.Fake.act_mute = lambda self, rest: self.delta("thinking")
+fake_claude.Fake.run = lambda self: (run(self), (self.folder / "left").touch())[0]
+"""
+
+
+def test_a_cancelled_run_is_interrupted_and_its_process_leaves_by_itself(direct: Directs, fake_claude: Fakes) -> None:
+    d, live = direct(twist(fake_claude(), MUTE)), cab.LiveText()
+    code, text = d.failure("mute", live=live, stop_reason=lambda: "cancelled" if live.read() else None)
+    assert (code, text.endswith(".")) == ("cancelled", True)
+    assert [line["request"]["subtype"] for line in d.fake.lines() if line["type"] == "control_request"] == ["initialize", "interrupt"]
+    assert (d.fake.folder / "left").exists()
+
+
+def test_an_answered_run_is_not_interrupted(direct: Directs) -> None:
+    d = direct()
+    d.run("hello")
+    d.wait_for_end(*pids_of(d.fake, "hello"))
+    assert [line["request"]["subtype"] for line in d.fake.lines() if line["type"] == "control_request"] == ["initialize"]
+
+
+def test_nobody_waits_for_a_deaf_process_and_it_is_gone_soon(direct: Directs) -> None:
+    d, live, stops = direct(), cab.LiveText(), []
+
+    def cancel() -> Optional[str]:
+        if live.read():
+            stops.append(time.monotonic())
+        return "cancelled" if stops else None
+
+    with pytest.raises(cab.RunFailed):
+        d.run("stubborn", cancel, live=live)
+    assert time.monotonic() - stops[0] < 1.0 and is_running(pids_of(d.fake, "stubborn")[0]) and d.cli.has_leaving
+    d.wait_for_end(*pids_of(d.fake, "stubborn"))
+    assert not d.cli.has_leaving
+
+
+def test_a_cancelled_request_makes_way_for_the_next_one(bridge: Bridges, fake_claude: Fakes, hasty: None) -> None:
+    fake = fake_claude()
+    b = bridge(claude=fake)
+    request = b.admin.ask("stubborn")
+    waiting = b.admin.ask("next")
+    pid = wait_until(lambda: b.admin.poll(request).get("partial") and pids_of(fake, "stubborn"))[0]
+    assert b.admin.delete("/api/ask/" + request).json["errorCode"] == "cancelled"
+    assert b.admin.done(waiting)["response"] == "Echo: next"
+    wait_until(lambda: not is_running(pid), 2)                               # nothing runs any more: the idle worker sees to it
+
+
+@only_linux
+def test_what_a_tool_started_ends_soon_after_a_cancelled_run(direct: Directs, tmp_path: Path) -> None:
+    d, note = direct(), tmp_path / "pid"
+    prompt = "grandchild %s" % note
+    with pytest.raises(cab.RunFailed, match="cancelled"):
+        d.run(prompt, lambda: "cancelled" if note.exists() else None, tools="all", workspace=str(tmp_path))
+    grandchild = int(note.read_text())
+    assert is_running(grandchild)
+    d.wait_for_end(pids_of(d.fake, prompt)[0], grandchild)
+
+
 @only_linux
 @pytest.mark.parametrize("way", ["http", "command"])
 def test_revoking_a_token_ends_its_run_with_all_that_its_tools_started(bridge: Bridges, fake_claude: Fakes,
-                                                                       tmp_path: Path, way: str) -> None:
+                                                                       tmp_path: Path, hasty: None, way: str) -> None:
     fake, note = fake_claude(), tmp_path / "pid"
     b = bridge(claude=fake)
     b.admin.new_token("tooled", tools="all").ask("grandchild %s" % note)
@@ -434,7 +668,7 @@ def test_revoking_a_token_ends_its_run_with_all_that_its_tools_started(bridge: B
         assert b.admin.delete("/api/tokens/" + token_id).status == 200
     else:
         assert run_cli("token", "revoke", token_id, "--data-dir", str(b.data_dir)).returncode == 0
-    wait_until(lambda: not is_running(child) and not is_running(grandchild), 1.5)
+    wait_until(lambda: not is_running(child) and not is_running(grandchild), 2)
     assert b.admin.done(waiting)["response"] == "Echo: next"
 
 
@@ -447,7 +681,8 @@ def test_ending_one_child_leaves_the_others_alone(direct: Directs, tmp_path: Pat
     d.talk("plain", "tenth")
     first, last = pids_of(d.fake, "first")[0], pids_of(d.fake, "tenth")[0]
     d.talk("tooled", "again", tools="read", workspace=str(tmp_path))       # other tools: the process is not the right one any more
-    assert not is_running(first) and is_running(last)
+    d.wait_for_end(first)
+    assert is_running(last)
 
 
 @only_linux
@@ -550,7 +785,7 @@ fake_claude.Fake.run = slow
 def test_two_processes_never_hold_one_session(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(twist(fake_claude(), SLOW_TO_LEAVE))
     first = d.talk("one", "hello")
-    d.run("again", work={"conversation": ("token", "one"), "session_id": first.session_id}, model="haiku")
+    d.run("again", work={"conversation": "one", "session_id": first.session_id}, model="haiku")
     assert (d.fake.folder / "saw").read_text() == "gone"
 
 
@@ -587,7 +822,7 @@ def test_only_so_many_conversations_stay_warm(talk: Talks, monkeypatch: pytest.M
     assert t.remembered(conversation="a") == ["a", "Echo: a"]
 
 
-@pytest.mark.parametrize("fault", [error(**LIMIT_REACHED), "die 1", "garbage"])
+@pytest.mark.parametrize("fault", [error(result="Not logged in"), "die 1", "garbage"])
 def test_a_failed_turn_is_not_part_of_the_conversation(talk: Talks, fault: str) -> None:
     t = talk()
     t.say("one")
@@ -595,17 +830,29 @@ def test_a_failed_turn_is_not_part_of_the_conversation(talk: Talks, fault: str) 
     assert t.remembered() == ["one", "Echo: one"]
 
 
-def test_the_process_of_a_revoked_tokens_conversation_ends_also_while_another_request_runs(talk: Talks, tmp_path: Path) -> None:
-    t, gate = talk(), tmp_path / "gate"
+def test_a_cancelled_turn_is_not_part_of_the_conversation(talk: Talks, gate: Path) -> None:
+    t = talk()
     t.say("one")
+    request = t.client.ask("hold %s" % gate)
+    wait_until(lambda: t.client.poll(request).get("partial"))
+    assert t.client.delete("/api/ask/" + request).status == 200
+    wait_until(lambda: "cancelled" in t.bridge.log[-1])
+    gate.touch()
+    assert t.remembered() == ["one", "Echo: one"]
+
+
+def test_the_process_of_a_conversation_ends_with_it_also_while_another_request_runs(talk: Talks, gate: Path) -> None:
+    t = talk()
+    t.say("one"), t.say("two", conversation="other")
     token_id = next(token["id"] for token in t.bridge.admin.get("/api/tokens").json["tokens"] if token["name"] == "talk")
+    keeper = Talk(t.fake, t.bridge)
+    keeper.say("kept"), keeper.say("dropped", conversation="trip")
     t.bridge.admin.ask("hold %s" % gate)
+    pids = {name: pids_of(t.fake, name)[0] for name in ("one", "two", "kept", "dropped")}
     wait_until(lambda: pids_of(t.fake, "hold %s" % gate))
-    t.bridge.admin.delete("/api/tokens/" + token_id)
-    try:
-        wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]), 2)
-    finally:
-        gate.touch()
+    assert keeper.client.delete("/api/conversations/trip").status == 200
+    assert t.bridge.admin.delete("/api/tokens/" + token_id).status == 200
+    wait_until(lambda: [name for name, pid in pids.items() if is_running(pid)] == ["kept"], 2.5)
 
 
 # --- which claude ---

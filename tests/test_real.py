@@ -10,21 +10,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
 import claude_api_bridge as cab
-from conftest import MODULE, Api, Program, is_running, wait_until
-from messages_api import Call, MessagesApi, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
+from conftest import MODULE, Api, Program, Stream, is_running, text_of, wait_until
+from messages_api import Call, MessagesApi, NotingClaude, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
@@ -83,6 +88,13 @@ class Site:
                     if ("HOME=%s" % self.home).encode() in environ and any(line.startswith(b"CAB_CHILD=") for line in environ):
                         found.add(int(entry))
         return {pid for pid in found if is_running(pid)}
+
+    def idle(self, count: int = 1) -> Set[int]:
+        """Waits until the spare alone is there. -> the process that will take the next stateless request."""
+        return set(wait_until(lambda: (lambda found: found if len(found) == count else None)(self.processes()), 10))
+
+    def plan(self) -> Dict[str, Any]:
+        return dict(self.admin.get("/api/usage").json["plan"])
 
     def files(self) -> Dict[str, int]:
         """Path -> moment of the last change, of all that the CLI or a tool could touch. What every start and every turn writes into
@@ -151,6 +163,25 @@ def site(real_claude: Path, version: Version, tmp_path: Path) -> Iterator[Site]:
     """A place for a bridge of one's own; nothing is started yet."""
     with contextlib.closing(Site(real_claude, version, tmp_path)) as site:
         yield site
+
+
+@contextlib.contextmanager
+def passing(site: Site, **fields: Any) -> Iterator[Api]:
+    """A client with a token of its own, which is revoked in the end: no process of it stays."""
+    client, token = site.client(**fields)
+    try:
+        yield client
+    finally:
+        assert site.admin.delete("/api/tokens/" + token["id"]).status == 200
+
+
+def streamed(client: Api, message: str, **fields: Any) -> "contextlib.closing[Stream]":
+    return contextlib.closing(client.stream("POST", "/api/ask", {"message": message, "stream": True, **fields}))
+
+
+def moment(told: str) -> float:
+    """Epoch seconds of a time on the wire."""
+    return datetime.strptime(told, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
 def everything(calls: List[Call]) -> str:
@@ -271,9 +302,6 @@ def test_a_model_is_taken_at_its_word(shared: Site, model: str) -> None:
 
 # --- what the API can answer ---
 
-LIMIT_HEADERS = {"anthropic-ratelimit-unified-status": "rejected", "anthropic-ratelimit-unified-reset": str(FAR),
-                 "anthropic-ratelimit-unified-representative-claim": "five_hour", "anthropic-ratelimit-unified-5h-status": "rejected",
-                 "anthropic-ratelimit-unified-5h-reset": str(FAR), "retry-after": "3600"}
 API_ERRORS = (
     ("auth_required", Reply("OAuth token has expired", status=401, error="authentication_error")),
     ("auth_required", Reply("OAuth token has been revoked", status=403, error="permission_error")),
@@ -282,12 +310,6 @@ API_ERRORS = (
     ("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")),
     ("model_not_found", Reply("model: nosuch", status=404, error="not_found_error")),
     ("context_too_long", Reply("Request exceeds the maximum size", status=413, error="request_too_large")),
-    ("usage_limit", Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error",
-                          headers=LIMIT_HEADERS)),
-    ("overloaded", Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error",
-                         headers={"x-should-retry": "false"})),
-    ("overloaded", Reply("Overloaded", status=529, error="overloaded_error", headers={"x-should-retry": "false"})),
-    ("overloaded", Reply("Internal server error", status=500, error="api_error", headers={"x-should-retry": "false"})),
 )
 
 
@@ -300,6 +322,37 @@ def test_api_error_has_its_code(shared: Site, code: str, reply: Reply) -> None:
     assert len(body["error"]) > 10 and OAUTH_TOKEN not in body["error"] and "response" not in body
     shared.messages.reply = echo
     assert shared.ask("and now?")["response"] == "Echo: and now?"
+
+
+OVERLOADS = (                                           # that the CLI does not try again by itself, as it does a 529 up to 2.1.197
+    Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error",
+          headers={"x-should-retry": "false"}),
+    Reply("Internal server error", status=500, error="api_error", headers={"x-should-retry": "false"}))
+
+
+def test_an_overload_that_lasts_is_an_error(site: Site) -> None:
+    """Tried again after 2 s; the next try would come after the end of the time."""
+    site.start("--run-seconds", "6")
+    for count, reply in enumerate(OVERLOADS, 1):
+        site.messages.reply = lambda body: reply
+        body = site.ask("hello")
+        assert body["errorCode"] == "overloaded" and body["attempts"] == 1 and 2_000 <= body["durationMs"] < 6_000, body
+        assert len(site.calls()) == 2 * count
+    site.messages.reply = echo
+    assert site.ask("and now?")["response"] == "Echo: and now?"
+    assert site.plan()["waitingFor"] is None
+
+
+def test_an_overload_that_passes_is_waited_out(shared: Site) -> None:
+    """Longer than the CLI's own 4 retries, which take 9 s: then the bridge asks again."""
+    replies = [Reply("Overloaded", status=529, error="overloaded_error")] * 6
+    shared.messages.reply = lambda body: replies.pop() if replies else echo(body)
+    request = shared.admin.ask("hello")
+    waits = wait_until(lambda: (lambda body: body if body.get("waitingFor") else None)(shared.admin.poll(request)), 30)
+    assert waits["waitingFor"] == "overloaded" and waits["status"] == "processing" and 0 < moment(waits["resumesAt"]) - time.time() <= 2
+    body = shared.admin.done(request)
+    assert body["response"] == "Echo: hello" and body["attempts"] == 1 and "waitingFor" not in body
+    assert shared.messages.prompts() == ["hello"] * 7
 
 
 # --- answers ---
@@ -336,6 +389,128 @@ def test_the_text_so_far_is_seen(shared: Site) -> None:
     seen = wait_until(lambda: (lambda body: body.get("partial") or body["status"] == "completed")(shared.admin.poll(request)), 20)
     assert isinstance(seen, str) and "one two three four five six".startswith(seen)
     assert shared.admin.poll(request, wait=30)["response"] == "one two three four five six"
+
+
+# --- live answers ---
+
+WORDS = " ".join("word-%d" % n for n in range(30))
+
+
+def test_words_arrive_as_they_come(shared: Site) -> None:
+    """And a reader who was away goes on where he was, or anywhere."""
+    shared.messages.reply = lambda body: Reply(WORDS, word_seconds=0.05)
+    with streamed(shared.admin, "slowly") as stream:
+        stream.until("delta")
+        request = stream.events[0].data["requestId"]
+        meanwhile = shared.admin.poll(request)
+        while len(stream.text) < len(WORDS) / 3:
+            stream.until("delta")
+    assert meanwhile["status"] == "processing" and 0 < len(meanwhile["partial"]) < len(WORDS) / 3 and WORDS.startswith(meanwhile["partial"])
+    assert [event.kind for event in stream.events[:3]] == ["queued", "started", "delta"] and len(stream.events) > 7
+    assert len(stream.text) < len(WORDS) / 2 and WORDS.startswith(stream.text)
+    assert shared.admin.poll(request)["status"] == "processing"
+    rest = shared.admin.follow(request, stream.events[-1].id).rest()
+    assert {event.kind for event in rest} == {"delta", "completed"} and len(rest) > 10
+    assert text_of(rest, stream.text) == WORDS == rest[-1].data["response"] and rest[-1].id == len(WORDS)
+    for after in (0, 1, 17, len(WORDS) - 1, len(WORDS)):
+        late = shared.admin.follow(request, after).rest()
+        assert text_of(late, WORDS[:after]) == WORDS and late[-1].data == shared.admin.poll(request)
+        assert [event.kind for event in late] == ["started"] * (not after) + ["delta"] * (after < len(WORDS)) + ["completed"]
+
+
+def test_fifty_readers_see_the_same(shared: Site) -> None:
+    shared.messages.reply = lambda body: Reply(WORDS, word_seconds=0.05)
+    request = shared.admin.ask("to all of you")
+    with ThreadPoolExecutor(50) as pool:
+        told = list(pool.map(lambda n: shared.admin.follow(request).rest(), range(50)))
+    assert {text_of(events) for events in told} == {WORDS}
+    assert {events[-1].data["response"] for events in told} == {WORDS}
+    assert all([event.kind for event in events].count("delta") > 10 for events in told), "they were told while it was written"
+
+
+@pytest.mark.parametrize("again", ("one two three four five", "something else"))
+def test_a_cut_stream_is_completed(shared: Site, again: str) -> None:
+    """The CLI asks again, in the end without a stream: what was not heard is added, and a text that differs begins anew."""
+    if shared.version < (2, 1, 50):
+        pytest.skip("this CLI gives up when a stream breaks off")
+    heard = "one two three "
+    shared.messages.reply = lambda body: Reply(heard + "four", word_seconds=0.05, cut_after=3) if body.get("stream") else Reply(again)
+    with streamed(shared.admin, "count") as stream:
+        stream.until("delta")
+        while stream.text != heard:
+            stream.until("delta")
+        middle = len(stream.events)
+        events = stream.rest()
+    rest = [kind for kind, _ in groupby(event.kind for event in events[middle:])]
+    anew = sum(bool(call.body.get("stream")) for call in shared.calls()) - 1 + (not again.startswith(heard))      # 2.1.330 streams twice
+    assert rest == (["started", "delta"] * anew or ["delta"]) + ["completed"] and anew <= 2
+    assert text_of(events) == again == events[-1].data["response"]
+    assert text_of(shared.admin.follow(events[0].data["requestId"], len(heard)).rest(), heard) == again
+
+
+SMILE = "\ud83d", "\ude00"                              # the halves of one character, as the API may send them
+
+
+@pytest.mark.parametrize("pieces, text", ((("a " + SMILE[0], SMILE[1] + " b"), "a \U0001f600 b"), (("a", *SMILE), "a\U0001f600"),
+                                          (("a" + SMILE[0], "b"), "a\ufffdb")), ids=("inside", "at the end", "one half only"))
+def test_half_a_character_waits_for_the_other(shared: Site, pieces: Tuple[str, ...], text: str) -> None:
+    shared.messages.reply = lambda body: Reply(pieces=pieces)
+    with streamed(shared.admin, "smile") as stream:
+        events = stream.rest()
+    assert text_of(events) == text == events[-1].data["response"]
+    assert [event.kind for event in events].count("started") == 1
+
+
+ALPHABET = ("a", "Z", " ", "\n", "é", "ß", "e\u0301", "\u0323", "日本", "\u200d", "\ufe0f", "\U0001f600", "\U0001f469\u200d\U0001f680",
+            "\U0001f1e9\U0001f1ea", "\U00010348", "क्षि", "שלום", "\u2028", '"', "\\", "<", "data: ")
+
+
+def test_any_text_in_any_pieces_arrives(shared: Site) -> None:
+    """Cut anywhere, also inside of a character."""
+    with passing(shared, sessionMode="stateful") as client:          # one process for all of them
+        for seed in range(20):
+            chance = random.Random(seed)
+            text = "x" + "".join(chance.choice(ALPHABET) for _ in range(chance.randrange(5, 80))) + "x"
+            units = text.encode("utf-16-be")
+            units = "".join(chr(units[n] << 8 | units[n + 1]) for n in range(0, len(units), 2))        # type: ignore[assignment]
+            cuts = sorted({0, len(units), *(chance.randrange(len(units)) for _ in range(chance.randrange(1, 30)))})
+            pieces = tuple(str(units[start:end]) for start, end in zip(cuts, cuts[1:]))
+            shared.messages.reply = lambda body: Reply(pieces=pieces)
+            with streamed(client, "text %d" % seed) as stream:
+                events = stream.rest()
+            assert text_of(events) == text == events[-1].data["response"], seed
+            assert [event.kind for event in events].count("started") == 1, "heard right at once, not only in the end"
+
+
+# --- cancelling ---
+
+
+def cancelled(site: Site, client: Api, request: str) -> Dict[str, Any]:
+    """Cancels. -> the poll body, once another request has begun and ended after it, within half a second."""
+    following = site.admin.ask("next")
+    answer = client.delete("/api/ask/" + request)
+    assert answer.status == 200 and answer.json["status"] == "error" and answer.json["errorCode"] == "cancelled", answer
+    after = site.admin.done(following)
+    body = client.poll(request)
+    assert after["response"] == "Echo: next" and body["status"] == "error" and body["errorCode"] == "cancelled" and "response" not in body
+    assert 0 <= moment(after["startedAt"]) - moment(body["completedAt"]) < 0.5, (body, after)
+    assert client.delete("/api/ask/" + request).json["code"] == "already_finished"
+    return body
+
+
+def test_cancelling_ends_an_answer(shared: Site) -> None:
+    running = shared.idle()
+    shared.messages.reply = lambda body: echo(body) if last_text(body) == "next" else Reply("word " * 400, word_seconds=0.05)
+    with streamed(shared.admin, "talk on") as stream:
+        for _ in range(3):
+            stream.until("delta")
+        assert not shared.calls()[0].was_left
+        body = cancelled(shared, shared.admin, stream.events[0].data["requestId"])
+        end = stream.rest()[-1]
+    assert end.kind == "error" and end.data == body
+    wait_until(lambda: not any(map(is_running, running)), 3)
+    wait_until(lambda: shared.calls()[0].was_left, 3)
+    assert Counter(shared.messages.prompts()) == {"talk on": 1, "next": 1}
 
 
 # --- tools ---
@@ -443,20 +618,25 @@ def sleeping(mark: str) -> Set[int]:
 @pytest.mark.parametrize("command, count", ((SLEEP, 1), (SLEEP + " & " + SLEEP, 2), ("setsid " + SLEEP + " & " + SLEEP, 2),
                                             ("setsid env -i PATH=$PATH " + SLEEP + " & " + SLEEP, 2)),
                          ids=("one", "two", "own session", "own session and environment"))
-def test_revoking_ends_a_running_command(shared: Site, command: str, count: int) -> None:
+@pytest.mark.parametrize("how", ("revoke", "cancel"))
+def test_an_unwanted_command_is_ended(shared: Site, how: str, command: str, count: int) -> None:
     client, token = shared.client(tools="all")
     mark = "mark-" + token["id"]
-    shared.messages.reply = calls_tools(bash(command.replace("%s", mark)))
+    runs = calls_tools(bash(command.replace("%s", mark)))
+    shared.messages.reply = lambda body: echo(body) if last_text(body) == "next" else runs(body)
     request = client.ask("run it")
     try:
         running = wait_until(lambda: (lambda found: found if len(found) == count else None)(sleeping(mark)), 20)
-        assert shared.admin.delete("/api/tokens/" + token["id"]).status == 200
+        if how == "cancel":
+            cancelled(shared, client, request)
+        else:
+            assert shared.admin.delete("/api/tokens/" + token["id"]).status == 200
+            assert client.poll(request)["code"] == "invalid_token"
         wait_until(lambda: not sleeping(mark), 3)
     finally:
         for pid in sleeping(mark):
             os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(is_running(pid) for pid in running), 1)
-    assert client.poll(request)["code"] == "invalid_token"
     shared.messages.reply = echo
     assert shared.ask("next")["response"] == "Echo: next"
 
@@ -471,13 +651,13 @@ class Talk:
         self.site, self.client = site, site.client(sessionMode="stateful")[0]
         self.said: List[Tuple[str, str]] = []
 
-    def say(self, text: str, **fields: Any) -> Dict[str, Any]:
-        """-> the request's body as it reached the API."""
+    def say(self, text: str, calls: int = 1, **fields: Any) -> Dict[str, Any]:
+        """calls: of the API that it may take. -> the request's body as it reached the API last."""
         client, count = self.site.admin.with_token(self.client.token), len(self.site.calls())      # the port changes with a restart
         sent = " " + text if text.startswith("/") else text
         body = self.site.ask(text, client, **fields)
         assert body["status"] == "completed" and body["response"].endswith(text), body
-        assert len(self.site.calls()) == count + 1, "one question, one call: %r" % self.site.messages.prompts()[count:]
+        assert len(self.site.calls()) == count + calls, self.site.messages.prompts()[count:]
         call = self.site.calls()[-1]
         if self.site.version >= (2, 1, 197):
             assert [turn for turn in turn_texts(call.body) if turn[1]] == [*self.said, ("user", sent)]
@@ -487,8 +667,8 @@ class Talk:
         return call.body
 
     def cool(self) -> None:
-        """Waits until the process of the conversation has left: the spare alone is there."""
-        wait_until(lambda: len(self.site.processes()) == 1, 10)
+        """Waits until the process of the conversation has left."""
+        self.site.idle()
 
 
 def test_a_conversation_remembers(site: Site) -> None:
@@ -540,7 +720,195 @@ def test_a_failed_turn_is_no_part_of_a_conversation(site: Site) -> None:
         assert site.ask("this fails", talk.client)["errorCode"] == code
         site.messages.reply = echo
         talk.say("after " + code)
+    site.messages.reply = lambda body: Reply("word " * 400, word_seconds=0.05)
+    with streamed(talk.client, "this is cancelled") as stream:
+        stream.until("delta")
+        assert talk.client.delete("/api/ask/" + stream.events[0].data["requestId"]).status == 200
+        assert stream.rest()[-1].data["errorCode"] == "cancelled"
+    site.messages.reply = echo
+    talk.say("after the cancelled one")
     talk.say("in the process that was told")
+
+
+# --- the plan and what is used of it ---
+
+Headers = Dict[str, str]
+
+
+def unified(status: str, reset: int, utilization: float, **more: object) -> Headers:
+    """What the API tells of a plan whose window of 5 hours matters most."""
+    told = {"status": status, "reset": reset, "representative-claim": "five_hour", "5h-status": status, "5h-reset": reset,
+            "5h-utilization": utilization, **{name.replace("_", "-"): value for name, value in more.items()}}
+    return {"anthropic-ratelimit-unified-" + name: str(value) for name, value in told.items()}
+
+
+def refuse_once(site: Site, seconds: int = 5) -> List[int]:
+    """The next call is refused because the plan is used up. -> the moment of the reset, once it was."""
+    resets: List[int] = []
+
+    def reply(body: Dict[str, Any]) -> Reply:
+        if resets:
+            return echo(body)
+        resets.append(int(time.time()) + seconds)
+        return Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error",
+                     headers=unified("rejected", resets[0], 1.0))
+
+    site.messages.reply = reply
+    return resets
+
+
+def test_a_used_up_plan_delays_the_queue(site: Site) -> None:
+    site.start()
+    resets = refuse_once(site)
+    ids = [site.admin.ask("request %d" % n) for n in range(4)]
+    with contextlib.closing(site.admin.follow(ids[0])) as stream:
+        told = stream.until("queued")
+        while "waitingFor" not in told.data:
+            told = stream.until("queued")
+        waits = site.admin.poll(ids[0])
+        assert waits["status"] == "queued" and waits["waitingFor"] == "usage_limit" and waits["queuePosition"] == 1
+        assert waits["resumesAt"] == told.data["resumesAt"] and resets[0] <= moment(waits["resumesAt"]) <= resets[0] + 3
+        assert [site.admin.poll(request)["waitingFor"] for request in ids[1:]] == ["usage_limit"] * 3
+        plan = site.plan()
+        assert plan["waitingFor"] == "usage_limit" and plan["resumesAt"] == waits["resumesAt"] and not plan["isUsingOverage"]
+        window, = plan["windows"]
+        assert window["type"] == "five_hour" and window["status"] == "rejected" and moment(window["resetsAt"]) == resets[0]
+        if site.version >= (2, 1, 330):                 # older ones tell how much is used only in warnings
+            assert window["utilization"] == 1.0
+        assert text_of(stream.rest()) == "Echo: request 0"
+    bodies = [site.admin.done(request) for request in ids]
+    assert [body["response"] for body in bodies] == ["Echo: request %d" % n for n in range(4)]
+    assert moment(bodies[0]["startedAt"]) >= moment(waits["resumesAt"])
+    moments = [body[name] for body in bodies for name in ("startedAt", "completedAt")]
+    assert moments == sorted(moments), "one after the other, in the order of asking"
+    assert [body["attempts"] for body in bodies] == [1] * 4
+    assert site.messages.prompts() == ["request 0", "request 0", "request 1", "request 2", "request 3"], "one call was refused"
+    assert site.plan()["waitingFor"] is None
+
+
+@pytest.mark.parametrize("warm_seconds", ("600", "0"))
+def test_a_conversation_survives_a_used_up_plan(site: Site, warm_seconds: str) -> None:
+    site.start("--warm-seconds", warm_seconds)
+    talk = Talk(site)
+    talk.say("my number is 7")
+    refuse_once(site)
+    talk.say("which one is it?", calls=2)
+    assert site.messages.prompts() == ["my number is 7", "which one is it?", "which one is it?"]
+    talk.say("thank you")
+
+
+@pytest.mark.parametrize("warm_seconds", ("600", "0"))
+def test_a_conversation_survives_an_overload(site: Site, warm_seconds: str) -> None:
+    site.start("--warm-seconds", warm_seconds)
+    talk = Talk(site)
+    talk.say("my number is 7")
+    replies = [OVERLOADS[0]]
+    site.messages.reply = lambda body: replies.pop() if replies else echo(body)
+    talk.say("which one is it?", calls=2)
+    talk.say("thank you")
+
+
+def test_usage_shows_the_plan(site: Site) -> None:
+    site.start()
+    reset, later = int(time.time()) + 3600, int(time.time()) + 86_400
+
+    def told(headers: Headers) -> Dict[str, Any]:
+        """What /api/usage says of the plan after an answer with these headers; windows by their type."""
+        site.messages.reply = lambda body: Reply("hello", headers=headers)
+        assert site.ask("hello")["response"] == "hello"
+        plan = site.plan()
+        return {**plan, "windows": {window["type"]: window for window in plan["windows"]}}
+
+    tells_all = site.version >= (2, 1, 330)
+    week: Dict[str, object] = {"7d_status": "allowed", "7d_utilization": 0.1, "7d_reset": later}
+    plan = told(unified("allowed", reset, 0.42, **week))
+    assert set(plan["windows"]) == ({"five_hour", "seven_day"} if tells_all else {"five_hour"})
+    five = plan["windows"]["five_hour"]
+    assert five["status"] == "allowed" and moment(five["resetsAt"]) == reset and five["utilization"] == (0.42 if tells_all else None)
+    if tells_all:
+        seven = plan["windows"]["seven_day"]
+        assert seven["status"] == "allowed" and moment(seven["resetsAt"]) == later and seven["utilization"] == 0.1
+    assert not plan["isUsingOverage"] and plan["waitingFor"] is None
+    plan = told({**unified("allowed_warning", reset, 0.92, **week), "anthropic-ratelimit-unified-5h-surpassed-threshold": "0.9"})
+    five = plan["windows"]["five_hour"]
+    assert five["status"] == "allowed_warning" and five["utilization"] == 0.92 and not plan["isUsingOverage"]
+    overage: Dict[str, object] = {"overage_status": "allowed", "overage_reset": later}
+    for _ in range(2):                                  # paid usage is no reason to rest
+        plan = told(unified("rejected", reset, 1.0, **overage))
+        assert plan["isUsingOverage"] and plan["waitingFor"] is None and plan["windows"]["five_hour"]["status"] == "rejected"
+    plan = told(unified("allowed", reset, 0.0))
+    assert not plan["isUsingOverage"] and plan["windows"]["five_hour"]["status"] == "allowed"
+
+
+def test_plan_only_rests_before_paid_usage(site: Site) -> None:
+    """The answer that was paid for is given; the next one waits for the plan."""
+    site.start("--plan-only")
+    resets: List[int] = []
+
+    def reply(body: Dict[str, Any]) -> Reply:
+        if resets:
+            return echo(body)
+        resets.append(int(time.time()) + 5)
+        return Reply("paid", headers=unified("rejected", resets[0], 1.0, overage_status="allowed", overage_reset=FAR))
+
+    site.messages.reply = reply
+    ids = [site.admin.ask("request %d" % n) for n in range(2)]
+    assert site.admin.done(ids[0])["response"] == "paid"
+    waits = site.admin.poll(ids[1])
+    assert waits["status"] == "queued" and waits["waitingFor"] == "usage_limit"
+    assert resets[0] <= moment(waits["resumesAt"]) <= resets[0] + 3
+    plan = site.plan()
+    assert plan["isUsingOverage"] and plan["waitingFor"] == "usage_limit" and len(site.calls()) == 1
+    body = site.admin.done(ids[1])
+    assert body["response"] == "Echo: request 1" and moment(body["startedAt"]) >= moment(waits["resumesAt"])
+    assert site.messages.prompts() == ["request 0", "request 1"]
+
+
+def test_each_turn_has_its_own_usage(real_claude: Path, version: Version, tmp_path: Path) -> None:
+    """The CLI tells the cost of all turns so far; of a resumed session, some versions tell that of all its processes."""
+    noting = NotingClaude(tmp_path / "noting", real_claude, b'"total_cost_usd"')
+    small = {"input_tokens": 100, "output_tokens": 20, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}
+    large = {"input_tokens": 3_000, "output_tokens": 700, "cache_read_input_tokens": 50, "cache_creation_input_tokens": 30}
+    with contextlib.closing(Site(noting.path, version, tmp_path)) as site, contextlib.ExitStack() as stack:
+        site.start("--warm-seconds", "1")
+        client = stack.enter_context(passing(site, sessionMode="stateful"))
+        costs = []
+        for n, used in enumerate((small, large, small)):
+            site.messages.reply = lambda body: Reply("turn", usage=used)
+            body = site.ask("turn %d" % n, client)
+            assert list(body["usage"].values())[:4] == [used[name] for name in (
+                "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")], body
+            costs.append(body["usage"]["costUsd"])
+            told = [line["total_cost_usd"] for _, line in noting.lines()]
+            if n < 2:
+                assert len(told) == n + 1 and sum(costs) == pytest.approx(told[-1], abs=2e-8) and costs[-1] > 0
+            if n == 1:
+                site.idle(2)                            # the spare, and what stands in front of it; the third turn resumes the session
+        assert costs[2] == pytest.approx(costs[0], abs=2e-8) and costs[1] > 5 * costs[0]
+        total = site.admin.get("/api/usage").json["total"]
+        assert total["requests"] == total["completed"] == 3 and total["inputTokens"] == 3_200 and total["outputTokens"] == 740
+        assert total["costUsd"] == pytest.approx(sum(costs), abs=1e-7)
+
+
+def test_a_key_makes_one_request_of_many_posts(shared: Site) -> None:
+    with passing(shared, sessionMode="stateful") as client, ThreadPoolExecutor(100) as pool:
+        ready = threading.Barrier(100)
+
+        def post(n: int) -> Tuple[int, str, bool]:
+            ready.wait(20)
+            answer = client.post("/api/ask", {"message": "message %d" % (n % 10)}, headers={"Idempotency-Key": "key-%d" % (n % 10)})
+            assert answer.status == 202, answer
+            return n % 10, answer.json["requestId"], "idempotent-replayed" in answer.headers
+
+        answers = list(pool.map(post, range(100)))
+        ids = {key: request for key, request, _ in answers}
+        assert {(key, request) for key, request, _ in answers} == set(ids.items()) and len(set(ids.values())) == 10
+        assert [replayed for _, _, replayed in answers].count(False) == 10
+        assert [client.done(ids[n])["response"] for n in range(10)] == ["Echo: message %d" % n for n in range(10)]
+        assert Counter(shared.messages.prompts()) == {"message %d" % n: 1 for n in range(10)}
+        again = client.post("/api/ask", {"message": "message 3"}, headers={"Idempotency-Key": "key-3"})
+        assert again.json["requestId"] == ids[3] and len(shared.calls()) == 10
+        assert client.post("/api/ask", {"message": "other"}, headers={"Idempotency-Key": "key-3"}).status == 409
 
 
 # --- ends ---
@@ -593,10 +961,12 @@ def test_deadlines_end_the_process(site: Site) -> None:
     site.start("--run-seconds", "2", "--spare", "0")
     site.messages.reply = lambda body: NEVER
     body = site.ask("never")
-    assert body["errorCode"] == "timeout" and "2 seconds" in body["error"] and not site.processes()
+    assert body["errorCode"] == "timeout" and "2 seconds" in body["error"]
+    wait_until(lambda: not site.processes(), 3)
     site.messages.reply = lambda body: Reply("word " * 2_000, word_seconds=0.01)
     body = site.ask("too long")
-    assert body["errorCode"] == "timeout" and not site.processes()
+    assert body["errorCode"] == "timeout"
+    wait_until(lambda: not site.processes(), 3)
     request = site.client(name="short-lived")
     request[0].ask("revoked")
     wait_until(lambda: "revoked" in site.messages.prompts(), 20)

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from conftest import FakeClock, wait_until
@@ -19,15 +19,16 @@ class Bench:
     def __init__(self, folder: Path, clock: FakeClock) -> None:
         self.clock, self.folder, self.hub = clock, folder, cab.Hub()
         self.store = cab.Store(folder / "bridge.db", clock)
-        self.live: Dict[str, str] = {}
-        self.service = cab.Service(self.store, self.hub, clock, folder, self.live.get)
+        self.live: Dict[str, cab.LiveText] = {}
+        self.rest: Optional[cab.Rest] = None
+        self.service = cab.Service(self.store, self.hub, clock, folder, live=self.live.get, rest=lambda: self.rest)
 
     def caller(self, name: str = "app", **fields: Any) -> cab.Caller:
         token, secret = self.service.create_token(cab.NewToken(name, **fields))
         return self.service.authenticate(secret)
 
     def ask(self, caller: cab.Caller, message: str = "hi", **fields: Any) -> cab.Job:
-        return self.service.ask(caller, cab.Ask(message, **fields))[0]
+        return self.service.ask(caller, cab.Ask(message, **fields)).job
 
     def run(self, answer: str = "ok") -> cab.Job:
         """Does the worker's part for the oldest job."""
@@ -36,6 +37,23 @@ class Bench:
         self.store.complete(job, cab.Answer(answer))
         self.hub.wake(job.id)
         return job
+
+    def begin(self) -> Tuple[cab.Job, cab.LiveText]:
+        """Claims the oldest job. -> the job, and its text, which rings for those who follow it."""
+        job = self.store.claim()
+        assert job is not None
+        live = self.live[job.id] = cab.LiveText(job.restarts, lambda: self.hub.wake(cab.Hub.TEXT + job.id))
+        self.hub.wake(job.id)
+        live.begin("model-1")
+        return job, live
+
+    def end(self, job: cab.Job, text: str) -> None:
+        """Completes it with the text that was heard, as the worker does."""
+        live = self.live[job.id]
+        live.finish(text)
+        self.store.complete(job, cab.Answer(text, model="model-1"), live.restarts)
+        del self.live[job.id]
+        self.hub.wake(job.id)
 
 
 class Time(FakeClock):
@@ -108,10 +126,10 @@ def test_expired_and_revoked_tokens_are_refused_and_their_use_is_not_noted(bench
 def test_an_ask_is_in_the_store_on_return_and_wakes_the_worker(bench: Bench) -> None:
     caller = bench.caller()
     with bench.hub.watch(cab.Hub.QUEUE) as bell:
-        job, position = bench.service.ask(caller, cab.Ask("hi", model="haiku"))
+        job, position, is_new = bench.service.ask(caller, cab.Ask("hi", model="haiku"))
         assert bell.is_set()
     stored = bench.store.job(job.id)
-    assert position == 1 and stored and (stored.message, stored.model, stored.conversation) == ("hi", "haiku", None)
+    assert (position, is_new) == (1, True) and stored and (stored.message, stored.model, stored.conversation) == ("hi", "haiku", None)
 
 
 @pytest.mark.parametrize("mode, given, stored", [("stateless", None, None), ("stateful", None, "default"), ("stateful", "trip", "trip")])
@@ -144,15 +162,29 @@ def test_a_poll_follows_a_job_from_the_queue_to_its_answer(bench: Bench) -> None
     caller = bench.caller()
     first, second = bench.ask(caller, "first"), bench.ask(caller, "second")
     assert [bench.service.poll(caller, job.id).position for job in (first, second)] == [1, 2]
-    running = bench.store.claim()
-    assert running and running.id == first.id
-    bench.live[first.id] = "so f"
+    running, live = bench.begin()
+    assert running.id == first.id
+    live.add("so f")
     view = bench.service.poll(caller, first.id)
-    assert (view.job.status, view.position, view.partial) == ("processing", 0, "so f")
-    assert bench.service.poll(caller, second.id)[1:] == (1, None)
-    bench.store.complete(running, cab.Answer("so far, so good"))
+    assert (view.job.status, view.position, view.place, view.partial) == ("processing", 0, 1, "so f")
+    view = bench.service.poll(caller, second.id)
+    assert (view.job.status, view.position, view.place, view.partial) == ("queued", 1, 2, None)
+    bench.end(running, "so far, so good")
     view = bench.service.poll(caller, first.id)
-    assert (view.job.status, view.job.response, view.partial) == ("completed", "so far, so good", None)
+    assert (view.job.status, view.job.response, view.position, view.partial) == ("completed", "so far, so good", 0, None)
+
+
+def test_a_poll_says_what_a_job_waits_for_besides_its_turn(bench: Bench) -> None:
+    caller = bench.caller()
+    first, second = bench.ask(caller), bench.ask(caller)
+    bench.rest = cab.Rest("usage_limit", bench.clock.now() + 60)
+    assert [bench.service.poll(caller, job.id).rest for job in (first, second)] == [bench.rest] * 2
+    _, live = bench.begin()
+    bench.rest = None
+    live.pause(cab.Rest("overloaded", bench.clock.now() + 2))
+    assert [bench.service.poll(caller, job.id).rest for job in (first, second)] == [live.rest, None]
+    live.begin("model-1")
+    assert bench.service.poll(caller, first.id).rest is None
 
 
 def test_a_poll_of_a_finished_job_never_waits(bench: Bench) -> None:
@@ -229,6 +261,239 @@ def test_only_one_s_own_unfinished_job_is_that(bench: Bench) -> None:
     bench.run()
     assert [bench.service.is_own_unfinished(owner, each) for each in (done.id, waits.id, "none")] == [False, True, False]
     assert not bench.service.is_own_unfinished(admin, waits.id)
+
+
+# --- the choices of a token ---
+
+
+@pytest.mark.parametrize("models, given, stored", [
+    (None, None, None), (None, "opus", "opus"), (("haiku", "opus"), None, "haiku"), (("haiku", "opus"), "opus", "opus"),
+    (("default", "haiku"), None, None)])
+def test_the_first_of_a_token_s_models_is_its_default(bench: Bench, models: Any, given: Optional[str], stored: Optional[str]) -> None:
+    job = bench.ask(bench.caller(models=models), model=given)
+    assert (bench.store.job(job.id) or job).model == stored
+
+
+def test_another_model_is_refused_with_those_that_would_do_and_nothing_is_queued(bench: Bench) -> None:
+    caller = bench.caller(models=("haiku", "opus"))
+    with pytest.raises(cab.ModelNotAllowed, match="may not use the model sonnet. Use: haiku, opus") as refused:
+        bench.ask(caller, model="sonnet")
+    assert refused.value.extra == {"field": "model"} and bench.service.counts() == {"tokens": 1}
+
+
+def test_the_same_key_leads_to_the_same_job_which_wakes_nobody_twice(bench: Bench) -> None:
+    caller, other = bench.caller(), bench.caller()
+    first = bench.service.ask(caller, cab.Ask("hi"), "key")
+    again = bench.service.ask(caller, cab.Ask("hi", wait=5, stream=True), "key")      # how the answer is wanted is no other question
+    assert (again.job, again.position, again.is_new) == (first.job, 1, False)
+    assert bench.service.ask(other, cab.Ask("hi"), "key").job.id != first.job.id
+    for differs in (cab.Ask("ho"), cab.Ask("hi", model="haiku"), cab.Ask("hi", system_prompt="x"), cab.Ask("hi", effort="low")):
+        with pytest.raises(cab.IdempotencyConflict):
+            bench.service.ask(caller, differs, "key")
+    bench.run()
+    assert bench.service.ask(caller, cab.Ask("hi"), "key")[1:] == (0, False)
+    assert bench.service.counts() == {"tokens": 2, "completed": 1, "queued": 1}
+
+
+def test_a_full_queue_says_when_the_plan_gives_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise cab.too_many(cab.QueueFull, "", 10)
+
+    caller = bench.caller()
+    monkeypatch.setattr(cab.Store, "enqueue", refuse)
+    resting = "Queue is full: the plan's limit is used up until 2027-01-15T08:01:30.500Z."
+    for rest, text, seconds in ((None, "Queue is full. Please try again later.", 10),
+                                (cab.Rest("usage_limit", bench.clock.now() + 90.5), resting, 91)):
+        bench.rest = rest
+        with pytest.raises(cab.QueueFull) as full:
+            bench.ask(caller)
+        assert (str(full.value), full.value.headers, full.value.extra) == (text, (("Retry-After", str(seconds)),), {"retryAfter": seconds})
+
+
+# --- follow ---
+
+
+class Reader:
+    """Follows a job in a thread of its own, until the stream ends or `left` is set. told: (kind, offset, text) of each step."""
+
+    def __init__(self, bench: Bench, caller: cab.Caller, job_id: str, after: int = 0, place: int = 0) -> None:
+        self.told: List[Tuple[str, int, str]] = []
+        self.views: List[Optional[cab.JobView]] = []
+        self.left = threading.Event()
+        self._events = bench.service.follow(caller, job_id, after, place, self.left.is_set)
+        self._end = in_thread(self._read)
+
+    def _read(self) -> None:
+        for event, view in self._events:
+            self.views.append(view)
+            self.told.append((event.kind, event.offset, event.text))
+
+    def saw(self, *told: Tuple[str, int, str]) -> None:
+        """Waits until exactly this was told so far."""
+        wait_until(lambda: self.told == list(told) or len(self.told) > len(told), 5)
+        assert self.told == list(told)
+
+    def end(self) -> Any:
+        """Waits for the end. -> the error that ended it, or None."""
+        return self._end()
+
+
+def test_a_reader_is_told_each_step_as_it_comes(bench: Bench) -> None:
+    caller = bench.caller()
+    job = bench.ask(caller)
+    reader = Reader(bench, caller, job.id)
+    told: List[Tuple[str, int, str]] = [("queued", 0, "")]
+    reader.saw(*told)
+    running, live = bench.begin()
+    told.append(("started", 0, ""))
+    reader.saw(*told)
+    for text, offset in (("one ", 4), ("two", 7)):
+        live.add(text)
+        told.append(("delta", offset, text))
+        reader.saw(*told)
+    bench.end(running, "one two!")
+    assert reader.end() is None
+    assert reader.told == [*told, ("delta", 8, "!"), ("completed", 8, "")]
+    assert reader.views[-1] and reader.views[-1].job.response == "one two!" and reader.views[0] and reader.views[0].place == 1
+    assert bench.hub._bells == {}
+
+
+def test_a_place_that_the_caller_knows_is_not_told_again(bench: Bench) -> None:
+    caller = bench.caller()
+    first, second = bench.ask(caller), bench.ask(caller)
+    reader = Reader(bench, caller, second.id, place=2)
+    wait_until(lambda: bench.hub._bells)
+    bench.service.cancel(caller, first.id)
+    bench.hub.wake(second.id)
+    reader.saw(("queued", 0, ""))
+    assert reader.views[0] and reader.views[0].place == 1
+    reader.left.set()
+    bench.hub.wake(second.id)
+    assert reader.end() is None
+
+
+def test_a_job_that_waits_again_begins_anew_for_its_readers(bench: Bench) -> None:
+    caller = bench.caller()
+    job = bench.ask(caller)
+    running, live = bench.begin()
+    live.add("half an ans")
+    reader = Reader(bench, caller, job.id)
+    reader.saw(("started", 0, ""), ("delta", 11, "half an ans"))
+    bench.rest = cab.Rest("usage_limit", bench.clock.now() + 60)
+    live.restart()
+    bench.store.requeue(running, live.restarts)
+    del bench.live[job.id]
+    bench.hub.wake(job.id)
+    told = [("started", 0, ""), ("delta", 11, "half an ans"), ("queued", 0, "")]
+    reader.saw(*told)
+    assert reader.views[-1] and reader.views[-1].rest == bench.rest
+    again, live = bench.begin()
+    assert live.restarts == 1
+    bench.end(again, "whole")
+    assert reader.end() is None and reader.told == [*told, ("started", 0, ""), ("delta", 5, "whole"), ("completed", 5, "")]
+
+
+def test_following_what_is_not_there_or_not_ones_own_is_refused_at_once(bench: Bench) -> None:
+    owner, other = bench.caller(), bench.caller()
+    job = bench.ask(owner)
+    for caller, job_id in ((other, job.id), (owner, "none"), (owner, "")):
+        with pytest.raises(cab.NotFound):
+            bench.service.follow(caller, job_id)                             # and not when the first event is wanted
+
+
+def test_a_reader_is_sent_away_when_its_token_is_revoked_or_expires(bench: Bench) -> None:
+    caller, brief = bench.caller(), bench.caller(admin=True, expires_in_days=1)
+    job = bench.ask(caller)
+    readers = [Reader(bench, each, job.id) for each in (brief, caller)]
+    for reader in readers:
+        reader.saw(("queued", 0, ""))
+    bench.clock.advance(86_400)
+    bench.hub.wake(job.id)
+    assert isinstance(readers[0].end(), cab.InvalidToken)
+    bench.service.revoke_token(caller.token.id)
+    assert isinstance(readers[1].end(), (cab.InvalidToken, cab.NotFound))    # the job goes with its token, perhaps during a look
+    assert bench.hub._bells == {}
+
+
+def test_closing_ends_every_stream(bench: Bench) -> None:
+    caller = bench.caller()
+    readers = [Reader(bench, caller, bench.ask(caller).id) for _ in range(3)]
+    for reader in readers:
+        reader.saw(("queued", 0, ""))
+    bench.hub.close()
+    assert [reader.end() for reader in readers] == [None] * 3 and [len(reader.told) for reader in readers] == [1] * 3
+
+
+# --- cancel, lists, conversations, usage ---
+
+
+def test_a_job_that_waits_or_runs_is_cancelled_once(bench: Bench) -> None:
+    owner, other, admin = bench.caller(), bench.caller(), bench.caller(admin=True)
+    running, waiting, done = (bench.ask(owner) for _ in range(3))
+    bench.store.claim()
+    for job, caller in ((running, owner), (waiting, admin)):
+        with pytest.raises(cab.NotFound):
+            bench.service.cancel(other, job.id)
+        with bench.hub.watch(job.id) as bell:
+            view = bench.service.cancel(caller, job.id)
+            assert bell.is_set()
+        assert (view.job.status, view.job.error_code, view.job.completed_at) == ("error", "cancelled", bench.clock.now())
+        with pytest.raises(cab.AlreadyFinished):
+            bench.service.cancel(caller, job.id)
+    assert not bench.store.complete(running, cab.Answer("too late"))
+    bench.run()
+    with pytest.raises(cab.AlreadyFinished):
+        bench.service.cancel(owner, done.id)
+    assert bench.service.counts() == {"tokens": 3, "error": 2, "completed": 1}
+
+
+def test_a_list_holds_one_s_own_jobs_and_for_an_admin_all(bench: Bench) -> None:
+    one, two, admin = bench.caller(), bench.caller(), bench.caller(admin=True)
+    jobs = [bench.ask(caller).id for caller in (one, two, one, admin, one)]
+    bench.run()
+    bench.store.claim()
+
+    def listed(caller: cab.Caller, *choices: Any) -> Tuple[List[int], Optional[int]]:
+        views, following = bench.service.jobs(caller, *choices)
+        return [jobs.index(view.job.id) for view in views], following
+
+    assert [listed(caller)[0] for caller in (one, two, admin)] == [[4, 2, 0], [1], [4, 3, 2, 1, 0]]
+    assert listed(admin, ("queued",)) == ([4, 3, 2], None) and listed(admin, ("processing", "completed"))[0] == [1, 0]
+    found, following = listed(admin, (), None, 2)
+    assert found == [4, 3] and listed(admin, (), following, 2)[0] == [2, 1]
+    assert [(view.position, view.place) for view in bench.service.jobs(admin)[0]] == [(3, 4), (2, 3), (1, 2), (0, 1), (0, 0)]
+
+
+def test_conversations_are_one_s_own_and_a_deleted_one_begins_afresh(bench: Bench) -> None:
+    caller, other = bench.caller(session_mode="stateful"), bench.caller(session_mode="stateful")
+    for name, message in (("a", "first"), ("b", "second"), ("a", "third")):
+        bench.clock.advance(1)
+        bench.ask(caller, message, conversation=name)
+        bench.run()
+    assert [(each.name, each.turns) for each in bench.service.conversations(caller)] == [("a", 2), ("b", 1)]
+    assert bench.service.conversations(other) == []
+    for each, name in ((other, "a"), (caller, "c"), (caller, "\ud800")):
+        with pytest.raises(cab.NotFound, match="Conversation not found"):
+            bench.service.delete_conversation(each, name)
+    bench.service.delete_conversation(caller, "a")
+    assert [each.name for each in bench.service.conversations(caller)] == ["b"]
+    job = bench.ask(caller, "fourth", conversation="a")
+    assert bench.store.history(job) == [] and len(bench.service.jobs(caller)[0]) == 4
+
+
+def test_usage_is_summed_by_day_and_token_and_shows_the_plan(bench: Bench) -> None:
+    caller, admin = bench.caller("app"), bench.caller("boss", admin=True)
+    bench.ask(caller)
+    bench.run()
+    bench.clock.advance(86_400)
+    bench.ask(admin)
+    bench.store.note_windows([cab.PlanWindow("five_hour", "allowed", 0.5, None, bench.clock.now())])
+    bench.rest = cab.Rest("usage_limit", bench.clock.now() + 60)
+    for asker, days, tokens in ((caller, 30, ["app"]), (caller, 1, []), (admin, 2, ["app", "boss"]), (admin, 1, ["boss"])):
+        report = bench.service.usage(asker, days)
+        assert [report.names[row.token_id] for row in report.rows] == tokens
+        assert report.since == cab.day_of(bench.clock.now() - (days - 1) * 86_400)
+        assert ([window.kind for window in report.windows], report.rest) == (["five_hour"], bench.rest)
 
 
 # --- tokens ---

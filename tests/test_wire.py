@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
 import claude_api_bridge as cab
-from conftest import Answer, Api, FakeClaude, FakeClock, RunningBridge, missing, wait_until
+from conftest import Answer, Api, FakeClaude, FakeClock, RunningBridge, is_running, missing, wait_until
+from test_stream import OVERLOADED, Skipped, once, refused_once, script
 
 Start = Callable[..., RunningBridge]
+Fakes = Callable[..., FakeClaude]
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 ISO = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 DAY = 86_400
@@ -97,7 +101,8 @@ def test_token_routes_are_for_admins_whatever_is_sent(admin: Api) -> None:
 def test_paths_match_in_any_case_with_one_slash_behind_and_any_query(admin: Api) -> None:
     expected = {"/api/status": 200, "/API/Status": 200, "/api/status/": 200, "/api/status?x=%zz&&=": 200, "/api/%73tatus": 200, "/dashboard/": 200,
                 "/": 200, "/?x": 200, "//api/status": 404, "/api//status": 404, "/api/status//": 404, "/api": 404, "/api/status/x": 404,
-                "/api%2Fstatus": 404, "/api/ask/x/y": 404, "/favicon.ico": 404, "/../api/status": 404}
+                "/api%2Fstatus": 404, "/api/ask/x/y": 404, "/api/ask//events": 404, "/api/ask/x/events/y": 404, "/api/conversations/": 200,
+                "/API/Requests/": 200, "/api/usage/x": 404, "/favicon.ico": 404, "/../api/status": 404}
     answers = {path: admin.get(path) for path in expected}
     assert {path: answer.status for path, answer in answers.items()} == expected
     assert {said(answer) for answer in answers.values() if answer.status == 404} == {(404, "Not found")}
@@ -106,6 +111,9 @@ def test_paths_match_in_any_case_with_one_slash_behind_and_any_query(admin: Api)
 def test_a_wrong_method_is_405_and_allow_says_what_works(admin: Api) -> None:
     expected = {("GET", "/api/ask"): "OPTIONS, POST", ("PUT", "/api/ask/"): "OPTIONS, POST", ("PATCH", "/api/tokens"): "GET, HEAD, OPTIONS, POST",
                 ("DELETE", "/api/tokens"): "GET, HEAD, OPTIONS, POST", ("GET", "/api/tokens/x"): "DELETE, OPTIONS",
+                ("PUT", "/api/ask/x"): "DELETE, GET, HEAD, OPTIONS", ("DELETE", "/api/ask/x/events"): "GET, HEAD, OPTIONS, POST",
+                ("POST", "/api/requests"): "GET, HEAD, OPTIONS", ("DELETE", "/api/conversations"): "GET, HEAD, OPTIONS",
+                ("GET", "/api/conversations/x"): "DELETE, OPTIONS", ("POST", "/api/usage"): "GET, HEAD, OPTIONS",
                 ("DELETE", "/api/status"): "GET, HEAD, OPTIONS", ("POST", "/"): "GET, HEAD, OPTIONS", ("HEAD", "/api/ask"): "OPTIONS, POST"}
     answers = {sent: admin.call(*sent) for sent in expected}
     assert {sent: (answer.status, answer.headers["allow"]) for sent, answer in answers.items()} == {
@@ -130,7 +138,8 @@ def test_options_is_204_on_any_path_and_names_our_headers(admin: Api) -> None:
         answer = nobody.call("OPTIONS", path, headers={"Origin": "https://example.com"})
         assert (answer.status, answer.data, answer.headers["access-control-allow-origin"]) == (204, b"", "*"), path
         assert set(answer.headers["access-control-allow-methods"].split(",")) >= {"GET", "POST", "DELETE"}
-        assert set(answer.headers["access-control-allow-headers"].lower().split(",")) >= {"content-type", "authorization", "x-api-key"}
+        assert set(answer.headers["access-control-allow-headers"].lower().split(",")) >= {
+            "content-type", "authorization", "x-api-key", "idempotency-key", "last-event-id"}
 
 
 def test_the_root_is_json_for_programs_and_the_page_for_browsers(admin: Api) -> None:
@@ -165,7 +174,8 @@ ASKS: Tuple[Tuple[Any, int, str, str], ...] = (
     *(({"message": "hi", field: value}, 400, field + " ", "invalid_request") for field, value in (
         ("model", ""), ("model", "-p"), ("model", 5), ("model", "a b"), ("model", "m" * 129), ("systemPrompt", 5), ("systemPrompt", "x" * 32_769),
         ("jsonSchema", "{}"), ("jsonSchema", []), ("effort", "huge"), ("effort", 1), ("conversation", "a b"), ("conversation", "mine"),
-        ("wait", 91), ("wait", -1), ("wait", "soon"), ("wait", True), ("wait", []))),
+        ("wait", 91), ("wait", -1), ("wait", "soon"), ("wait", True), ("wait", []),
+        ("stream", "true"), ("stream", 1), ("stream", []))),
 )
 
 
@@ -323,6 +333,448 @@ def test_an_ask_that_waits_is_answered_with_the_finished_poll_body(bridge: Start
         assert answer.json == api.poll(answer.json["requestId"])
 
 
+# --- cancelling ---
+
+def test_a_request_that_waits_is_gone_at_once_and_the_next_move_up(bridge: Start, fake_claude: Fakes, gate: Path) -> None:
+    claude = fake_claude()
+    api = bridge(claude, spare=0).admin
+    held = processing(api, gate)
+    gone, second, third = (api.ask("say %s" % name) for name in ("gone", "second", "third"))
+    answer = api.delete("/api/ask/" + gone)
+    assert (answer.status, list(answer.json)[:5]) == (200, ["ok", "status", "requestId", "error", "errorCode"])
+    assert answer.json == {"ok": True, **api.poll(gone)} and "startedAt" not in answer.json
+    assert (answer.json["status"], answer.json["errorCode"], answer.json["requestId"]) == ("error", "cancelled", gone)
+    assert [api.poll(job_id)["queuePosition"] for job_id in (second, third)] == [1, 2]
+    assert api.post("/api/ask", {"message": "say fourth"}).json["position"] == 4
+    gate.touch()
+    assert [api.done(job_id)["response"] for job_id in (held, second, third)] == ["held", "second", "third"]
+    assert claude.prompts()[:3] == ["hold %s" % gate, "say second", "say third"]
+
+
+def test_a_running_request_is_cancelled_at_once_and_its_process_goes(bridge: Start, fake_claude: Fakes, gate: Path) -> None:
+    claude = fake_claude()
+    api = bridge(claude, spare=0).admin
+    running, after = processing(api, gate), api.ask("say next")
+    child = claude.children()[-1]["pid"]
+    assert api.delete("/api/ask/" + running).json["errorCode"] == "cancelled"
+    assert (api.poll(running)["status"], api.poll(running)["errorCode"]) == ("error", "cancelled")
+    body = api.done(after)
+    assert body["response"] == "next"
+    assert epoch(body["startedAt"]) - epoch(api.poll(running)["completedAt"]) < 0.5
+    wait_until(lambda: not is_running(child))                              # it does not answer, and is ended
+    stats = api.get("/api/status").json["stats"]
+    assert (stats["completedRequests"], stats["errorRequests"]) == (1, 1)
+
+
+def test_a_cancelled_run_is_interrupted(bridge: Start, fake_claude: Fakes, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "LEAVE_SECONDS", 20.0)                        # the fake reads what it was told when the gate is open
+    claude = fake_claude()
+    api = bridge(claude, spare=0).admin
+    running = processing(api, gate)
+    api.delete("/api/ask/" + running)
+    wait_until(lambda: api.get("/api/status").json["worker"]["requestId"] is None)
+    gate.touch()
+    wait_until(lambda: not is_running(claude.children()[-1]["pid"]))
+    assert [line["request"]["subtype"] for line in claude.lines() if line["type"] == "control_request"][-1] == "interrupt"
+    body = api.poll(running)
+    assert (body["status"], body["errorCode"], "response" in body) == ("error", "cancelled", False)      # its late answer is not wanted
+
+
+def epoch(moment: str) -> float:
+    return datetime.fromisoformat(moment[:-1] + "+00:00").timestamp()
+
+
+def test_what_is_finished_unknown_or_anothers_cannot_be_cancelled(bridge: Start, gate: Path) -> None:
+    admin = bridge(spare=0).admin
+    mine, other = admin.new_token("mine"), admin.new_token("other")
+    done, failed, running = mine.ask("hi"), mine.ask("die 3"), mine.ask("hold %s" % gate)
+    mine.done(failed)
+    before = [mine.poll(job_id) for job_id in (done, failed)]
+    for job_id in (done, failed):
+        answer = mine.delete("/api/ask/" + job_id)
+        assert (answer.status, answer.json) == (409, {"error": "The request is already finished", "code": "already_finished"})
+    assert [mine.poll(job_id) for job_id in (done, failed)] == before
+    unknown = mine.delete("/api/ask/none")
+    assert said(unknown) == (404, "Request not found")
+    for job_id in (done, running):
+        assert (other.delete("/api/ask/" + job_id).status, other.delete("/api/ask/" + job_id).data) == (404, unknown.data)
+    assert admin.with_token(None).delete("/api/ask/" + running).status == 401
+    assert mine.poll(running)["status"] == "processing" and admin.delete("/api/ask/" + running).status == 200
+    assert said(mine.delete("/api/ask/" + running))[0] == 409
+
+
+def test_a_cancelled_turn_is_no_part_of_its_conversation(bridge: Start, gate: Path) -> None:
+    talk = bridge(spare=0).admin.new_token(sessionMode="stateful")
+    talk.answer("I am Ann")
+    cancelled = processing(talk, gate)
+    talk.delete("/api/ask/" + cancelled)
+    assert json.loads(talk.answer("turns")["response"]) == [["user", "I am Ann"], ["assistant", "Echo: I am Ann"]]
+
+
+# --- the same request again ---
+
+def with_key(api: Api, body: Any, key: str) -> Answer:
+    return api.post("/api/ask", body, headers={"Idempotency-Key": key})
+
+
+def test_the_same_key_and_body_give_the_first_request_again(bridge: Start, fake_claude: Callable[..., FakeClaude], gate: Path) -> None:
+    claude = fake_claude()
+    api = bridge(claude).admin
+    processing(api, gate)
+    key = "x" * 200
+    first, again = with_key(api, {"message": "say it"}, key), with_key(api, {"message": "say it", "model": None}, key)
+    assert first.status == again.status == 202 and first.json == again.json and first.json["position"] == 2
+    assert ("idempotent-replayed" in first.headers, again.headers["idempotent-replayed"]) == (False, "true")
+    assert "Idempotent-Replayed" in again.headers["access-control-expose-headers"]
+    gate.touch()
+    body = api.done(first.json["requestId"])
+    waited = with_key(api, {"message": "say it", "wait": 60}, key)
+    assert (waited.status, waited.json, waited.headers["idempotent-replayed"]) == (200, body, "true")
+    assert with_key(api, {"message": "say it"}, key).json == {**first.json, "position": 0}
+    stream = api.stream("POST", "/api/ask", {"message": "say it", "stream": True}, {"Idempotency-Key": key})
+    assert [event.kind for event in stream.rest()] == ["queued", "started", "delta", "completed"]
+    assert stream.headers["idempotent-replayed"] == "true" and stream.events[-1].data == body
+    assert stream.events[0].data == {"requestId": first.json["requestId"], "position": 0}
+    assert claude.prompts() == ["hold %s" % gate, "say it"]
+
+
+def test_a_key_belongs_to_one_body_and_one_token(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    user = admin.new_token()
+    first = with_key(user, {"message": "say it"}, "key").json["requestId"]
+    for body in ({"message": "say that"}, {"message": "say it", "model": "haiku"}, {"message": "say it", "systemPrompt": "x"}):
+        refused = with_key(user, body, "key")
+        assert (refused.status, refused.json["code"], "idempotent-replayed" in refused.headers) == (409, "idempotency_conflict", False)
+    assert with_key(admin, {"message": "say that"}, "key").status == 202
+    assert with_key(user, {"message": "say it"}, "KEY").json["requestId"] != first
+    assert admin.get("/api/status").json["stats"]["totalRequests"] == 3
+
+
+def test_a_key_of_no_or_too_many_characters_is_400(admin: Api) -> None:
+    for key in ("", "x" * 201):
+        answer = with_key(admin, {"message": "hi"}, key)
+        assert said(answer) == (400, "Idempotency-Key must have 1 to 200 characters") and answer.json["field"] == "Idempotency-Key"
+
+
+def test_a_hundred_posts_with_ten_keys_are_ten_runs_also_after_a_restart(bridge: Start, fake_claude: Callable[..., FakeClaude]) -> None:
+    claude = fake_claude()
+    running = bridge(claude, spare=0)
+    api = running.admin.new_token()
+
+    def send(number: int) -> Tuple[str, Optional[str]]:
+        answer = with_key(api, {"message": "say %d" % (number % 10)}, "key %d" % (number % 10))
+        return answer.json["requestId"], answer.headers.get("idempotent-replayed")
+
+    with ThreadPoolExecutor(20) as callers:
+        sent = list(callers.map(send, range(100)))
+    assert [len({job_id for job_id, _ in sent[number::10]}) for number in range(10)] == [1] * 10
+    assert [replayed for _, replayed in sent].count(None) == 10
+    bodies = [api.done(job_id) for job_id, _ in sent[:10]]
+    running.bridge.__exit__(None, None, None)
+    api = Api(bridge(claude, spare=0).port, api.token)
+    assert {send(number) for number in range(10)} == {(job_id, "true") for job_id, _ in sent}
+    assert [api.poll(job_id) for job_id, _ in sent[:10]] == bodies
+    assert sorted(claude.prompts()) == ["say %d" % number for number in range(10)]
+
+
+# --- lists ---
+
+def test_a_list_shows_one_s_own_requests_newest_first(bridge: Start, gate: Path) -> None:
+    admin = bridge(spare=0).admin
+    user = admin.new_token("user")
+    done, failed, own = user.ask("say done"), user.ask("die 3"), admin.ask("say admin's")
+    admin.done(own)
+    running, queued = processing(user, gate), user.ask("say later")
+    ids = {token["name"]: token["id"] for token in admin.get("/api/tokens").json["tokens"]}
+    answer = user.get("/api/requests")
+    assert (answer.status, list(answer.json), answer.json["next"]) == (200, ["requests", "next"], None)
+    assert [each["requestId"] for each in answer.json["requests"]] == [queued, running, failed, done]
+    polls = {job_id: admin.poll(job_id) for job_id in (queued, running, failed, done, own)}
+    assert polls[running].pop("partial") == "he"                                # a list of long texts would be long
+    messages = {queued: "say later", running: "hold %s" % gate, failed: "die 3", done: "say done", own: "say admin's"}
+    assert answer.json["requests"] == [{**polls[job_id], "message": messages[job_id], "tokenId": ids["user"]}
+                                       for job_id in (queued, running, failed, done)]
+    assert [(each["requestId"], each["tokenId"]) for each in admin.get("/api/requests").json["requests"]] == [
+        (job_id, ids["admin" if job_id == own else "user"]) for job_id in (queued, running, own, failed, done)]
+    for status, wanted in (("queued", [queued]), ("processing", [running]), ("completed", [done]), ("error", [failed]),
+                           ("completed,error", [failed, done]), ("queued,processing,completed,error", [queued, running, failed, done]),
+                           ("", [queued, running, failed, done])):
+        assert [each["requestId"] for each in user.get("/api/requests?status=" + status).json["requests"]] == wanted, status
+
+
+def test_a_cursor_leads_through_the_whole_list_also_while_it_grows(bridge: Start, gate: Path) -> None:
+    admin = bridge(spare=0).admin
+    user = admin.new_token()
+    processing(admin, gate)
+    ids = [user.ask("hi") for _ in range(23)]
+    first = user.get("/api/requests").json
+    assert [each["requestId"] for each in first["requests"]] == ids[:2:-1] and isinstance(first["next"], str)
+    user.ask("hi"), admin.ask("hi")
+    found, following = [], first["next"]
+    while following:
+        page = user.get("/api/requests?limit=2&before=%s" % following).json
+        assert 0 < len(page["requests"]) <= 2
+        found += [each["requestId"] for each in page["requests"]]
+        following = page["next"]
+    assert found == ids[2::-1]
+    assert user.get("/api/requests?limit=3&before=1").json == {"requests": [], "next": None}
+    assert len(user.get("/api/requests?limit=100").json["requests"]) == 24
+    assert user.get("/api/requests?limit=24").json["next"] is None
+
+
+def test_a_page_of_long_answers_ends_early_and_the_next_goes_on(bridge: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "PAGE_CHARACTERS", 4_000)
+    api = bridge(spare=0).admin
+    ids = [api.ask("big 4") for _ in range(5)]
+    api.done(ids[-1])
+    pages, path = [], "/api/requests"
+    while path:
+        page = api.get(path).json
+        pages.append([each["requestId"] for each in page["requests"]])
+        path = page["next"] and "/api/requests?before=" + page["next"]
+    assert pages == [ids[:2:-1], ids[2:0:-1], ids[:1]]
+
+
+@pytest.mark.parametrize("query, field", [
+    *(("limit=" + value, "limit") for value in ("0", "101", "-1", "x", "", "1.5", "1e1", "%D9%A3")),
+    *(("before=" + value, "before") for value in ("0", "-1", "x", "", "1.5", "1000000000")),
+    *(("status=" + value, "status") for value in ("done", "Queued", "queued,", ",", "queued;error", "queued%20"))])
+def test_a_list_that_cannot_be_is_400_and_names_the_field(admin: Api, query: str, field: str) -> None:
+    answer = admin.get("/api/requests?" + query)
+    assert (answer.status, answer.json["code"], answer.json["field"]) == (400, "invalid_request", field)
+    assert answer.json["error"].startswith(field + " must be ")
+
+
+# --- conversations ---
+
+def test_conversations_are_listed_and_a_deleted_one_begins_afresh(bridge: Start, fake_claude: Callable[..., FakeClaude]) -> None:
+    claude = fake_claude()
+    admin = bridge(claude, spare=0).admin
+    talk, other = admin.new_token(sessionMode="stateful"), admin.new_token(sessionMode="stateful")
+    assert talk.get("/api/conversations").json == {"conversations": []} == admin.get("/api/conversations").json
+    talk.answer("I am Ann", conversation="ann")
+    talk.answer("I am Bob")
+    talk.answer("die 3", conversation="ann")
+    listed = talk.get("/api/conversations").json["conversations"]
+    assert [(each["name"], each["turns"], sorted(each)) for each in listed] == [
+        (name, 1, ["createdAt", "lastUsedAt", "name", "turns"]) for name in ("ann", "default")]
+    assert all(ISO.fullmatch(each["createdAt"]) and each["createdAt"] <= each["lastUsedAt"] for each in listed)
+    other.answer("I am Cid", conversation="ann")
+    warm = claude.children()[1]["pid"]
+    assert is_running(warm)                                                # of the conversation `default`, with all that was said
+    for name in ("ann", "default"):
+        answer = talk.delete("/api/conversations/" + name)
+        assert (answer.status, answer.json) == (200, {"ok": True, "message": "Conversation deleted"})
+        assert said(talk.delete("/api/conversations/" + name)) == (404, "Conversation not found")
+        assert json.loads(talk.answer("turns", conversation=name)["response"]) == []
+    wait_until(lambda: not is_running(warm))
+    assert json.loads(other.answer("turns", conversation="ann")["response"])[0] == ["user", "I am Cid"]
+    assert len(talk.get("/api/requests").json["requests"]) == 5                 # what was asked is not lost with it
+
+
+def test_a_conversation_deleted_while_it_runs_begins_afresh(bridge: Start, gate: Path) -> None:
+    talk = bridge(spare=0).admin.new_token(sessionMode="stateful")
+    talk.answer("I am Ann")
+    running, waiting = processing(talk, gate), talk.ask("turns")
+    assert talk.delete("/api/conversations/default").status == 200
+    assert [(each["name"], each["turns"]) for each in talk.get("/api/conversations").json["conversations"]] == [("default", 0)]
+    gate.touch()
+    assert talk.done(running)["response"] == "held" and json.loads(talk.done(waiting)["response"]) == []
+
+
+def test_only_one_s_own_conversations_can_be_deleted(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    talk = admin.new_token(sessionMode="stateful")
+    talk.answer("I am Ann")
+    other = admin.new_token(sessionMode="stateful")
+    for api, name in ((admin, "default"), (other, "default"), (talk, "other"), (talk, "Default"), (talk, "%00"), (talk, "%ED%A0%80")):
+        assert said(api.delete("/api/conversations/" + name)) == (404, "Conversation not found")
+    assert json.loads(talk.answer("turns")["response"])[0] == ["user", "I am Ann"]
+
+
+# --- usage ---
+
+ONE = {"inputTokens": 10, "outputTokens": 7, "cacheReadTokens": 5, "cacheCreationTokens": 3}
+
+
+def used(requests: int, completed: int, errors: int) -> Dict[str, Any]:
+    """The figures of so many answers of the fake, but for the cost."""
+    return {"requests": requests, "completed": completed, "errors": errors, **{name: completed * count for name, count in ONE.items()}}
+
+
+def without_cost(sums: Dict[str, Any]) -> Dict[str, Any]:
+    return {name: value for name, value in sums.items() if name not in ("costUsd", "day", "tokenId", "name")}
+
+
+def test_usage_is_told_per_day_and_token(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    user, gone = admin.new_token("user"), admin.new_token("gone")
+    user.answer("one"), user.answer("die 3"), gone.answer("two")
+    clock.advance(DAY)
+    user.answer("three"), admin.answer("four")
+    ids = {token["name"]: token["id"] for token in admin.get("/api/tokens").json["tokens"]}
+    admin.delete("/api/tokens/" + ids["gone"])
+    body = admin.get("/api/usage").json
+    assert list(body) == ["since", "total", "days", "tokens", "plan"] and body["since"] == "2026-12-18"
+    assert without_cost(body["total"]) == used(5, 4, 1) and body["total"]["costUsd"] == 0.008
+    assert [(each["day"], without_cost(each)) for each in body["days"]] == [("2027-01-15", used(3, 2, 1)), ("2027-01-16", used(2, 2, 0))]
+    assert {each["tokenId"]: (each["name"], without_cost(each)) for each in body["tokens"]} == {
+        ids["user"]: ("user", used(3, 2, 1)), ids["admin"]: ("admin", used(1, 1, 0)), ids["gone"]: (None, used(1, 1, 0))}
+    own = user.get("/api/usage").json
+    assert without_cost(own["total"]) == used(3, 2, 1) and [each["name"] for each in own["tokens"]] == ["user"] and len(own["days"]) == 2
+    today = admin.get("/api/usage?days=1").json
+    assert (today["since"], without_cost(today["total"])) == ("2027-01-16", used(2, 2, 0))
+    assert admin.new_token().get("/api/usage").json["total"] == {**used(0, 0, 0), "costUsd": 0}
+
+
+def test_days_that_are_none_are_400(admin: Api) -> None:
+    for days in ("0", "401", "-1", "x", "", "1.5"):
+        answer = admin.get("/api/usage?days=" + days)
+        assert said(answer) == (400, "days must be a whole number from 1 to 400") and answer.json["field"] == "days"
+
+
+def test_usage_and_the_admins_status_show_the_windows_of_the_plan(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    nothing = {"windows": [], "isUsingOverage": False, "waitingFor": None, "resumesAt": None}
+    assert admin.get("/api/usage").json["plan"] == nothing == admin.get("/api/status").json["plan"]
+    soon, later = clock.now() + 600, clock.now() + 6 * DAY
+    told = {"five_hour": {"utilization": 0.5, "resetsAt": soon, "status": "allowed"},
+            "seven_day": {"utilization": 0.25, "resetsAt": later, "status": "allowed_warning"}}
+    admin.answer(script({"limits": {"rateLimitType": "five_hour", **told["five_hour"], "unifiedWindows": told}}, {"result": "hi"}))
+    windows = [{**window, "type": kind, "resetsAt": cab.iso_time(float(str(window["resetsAt"]))), "seenAt": cab.iso_time(clock.now())}
+               for kind, window in told.items()]
+    user = admin.new_token()
+    assert admin.get("/api/status").json["plan"] == user.get("/api/usage").json["plan"] == {**nothing, "windows": windows}
+    clock.advance(601)
+    windows[0].update(status=None, utilization=None)                       # it was reset: nothing is known of the new one
+    assert user.get("/api/usage").json["plan"] == {**nothing, "windows": windows}
+    assert "plan" not in user.get("/api/status").json
+
+
+# --- limits of a token ---
+
+def test_a_token_may_ask_so_often_a_minute(bridge: Start, clock: FakeClock) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    user = admin.new_token(requestsPerMinute=2)
+    first = user.ask("hi")
+    clock.advance(20)
+    user.ask("hi")
+    clock.advance(10.5)
+    refused = user.post("/api/ask", {"message": "hi"})
+    assert (refused.status, refused.headers["retry-after"]) == (429, "30") and refused.json == {
+        "error": "This token may send 2 requests a minute.", "code": "rate_limited", "retryAfter": 30}
+    assert user.done(first)["status"] == "completed" and user.get("/api/requests").status == 200      # asks alone are counted
+    assert admin.post("/api/ask", {"message": "hi"}).status == 202
+    clock.advance(29)
+    assert user.post("/api/ask", {"message": "hi"}).headers["retry-after"] == "1"
+    clock.advance(0.5)
+    assert statuses(2, lambda: user.post("/api/ask", {"message": "hi"})) == [202, 429]
+    clock.advance(3600)
+    assert statuses(3, lambda: user.post("/api/ask", {"message": "hi"})) == [202, 202, 429]
+
+
+def test_a_token_may_ask_so_often_a_day(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(spare=0, clock=clock)
+    user = running.admin.new_token(requestsPerDay=2)
+    user.delete("/api/ask/" + user.ask("hi"))                              # a cancelled one counts, too
+    assert with_key(user, {"message": "hi"}, "key").status == 202
+    refused = user.post("/api/ask", {"message": "hi", "stream": True})
+    assert (refused.status, refused.headers["retry-after"]) == (429, "57600") and refused.json == {
+        "error": "This token may send 2 requests a day. It works again at 2027-01-16T00:00:00.000Z.", "code": "daily_limit",
+        "resetsAt": "2027-01-16T00:00:00.000Z", "retryAfter": 57_600}
+    assert with_key(user, {"message": "hi"}, "key").status == 202          # the same again is none more
+    assert running.admin.post("/api/ask", {"message": "hi"}).status == 202
+    clock.advance(57_599)
+    assert user.post("/api/ask", {"message": "hi"}).status == 429
+    clock.advance(1)
+    assert statuses(3, lambda: user.post("/api/ask", {"message": "hi"})) == [202, 202, 429]
+    assert user.get("/api/usage").json["total"]["requests"] == 4
+
+
+def test_a_token_may_use_some_models_only(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    user = admin.new_token(models=["haiku", "claude-opus-4"])
+    assert [user.answer("hi", model=model)["model"] for model in (None, "default", "haiku", "claude-opus-4")] == [
+        "resolved-haiku", "resolved-haiku", "resolved-haiku", "resolved-claude-opus-4"]
+    for model in ("sonnet", "Haiku", "opus"):
+        refused = user.post("/api/ask", {"message": "hi", "model": model})
+        assert said(refused) == (403, "This token may not use the model %s. Use: haiku, claude-opus-4" % model)
+        assert (refused.json["code"], refused.json["field"]) == ("model_not_allowed", "model")
+    assert user.post("/api/ask", {"message": "hi", "model": "a b"}).status == 400
+    assert admin.answer("hi", model="sonnet")["model"] == "resolved-sonnet"
+
+
+# --- while the plan or the service rests ---
+
+def resting(api: Api, job_id: str) -> Dict[str, Any]:
+    """The poll body, once it says what the request waits for."""
+    wait_until(lambda: "waitingFor" in api.poll(job_id))
+    return api.poll(job_id)
+
+
+def test_a_request_that_the_plan_refuses_waits_until_it_gives_again_and_those_behind_follow(
+        bridge: Start, tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> None:
+    clock, claude = Skipped(), fake_claude()
+    running = bridge(claude, spare=0, clock=clock)
+    api, resets_at = running.admin, int(clock.now()) + 500
+    prompt = script(refused_once(resets_at, tmp_path / "mark"), {"delta": "at last"})
+    first, others = api.ask(prompt), [api.ask("say %d" % number) for number in range(3)]
+    body = resting(api, first)
+    told = {"waitingFor": "usage_limit", "resumesAt": cab.iso_time(resets_at)}
+    assert body == {"status": "queued", "requestId": first, "queuePosition": 1, "createdAt": body["createdAt"], "attempts": 0, **told}
+    assert [api.poll(job_id)["queuePosition"] for job_id in others] == [2, 3, 4]
+    assert {name: api.poll(others[0])[name] for name in told} == told
+    assert [each["resumesAt"] for each in api.get("/api/requests").json["requests"]] == [told["resumesAt"]] * 4
+    plan = api.get("/api/usage").json["plan"]
+    assert {name: plan[name] for name in told} == told == {name: api.get("/api/status").json["plan"][name] for name in told}
+    assert [(window["type"], window["status"], window["utilization"]) for window in plan["windows"]] == [("five_hour", "rejected", 1)]
+    assert claude.prompts() == [prompt]
+    clock.ahead = 501
+    assert [api.done(job_id)["response"] for job_id in (first, *others)] == ["at last", "0", "1", "2"]
+    assert claude.prompts() == [prompt, prompt, "say 0", "say 1", "say 2"]
+    done = api.poll(first)
+    assert done["attempts"] == 1 and not set(told) & set(done)
+    assert api.get("/api/usage").json["plan"]["waitingFor"] is None
+
+
+def test_a_queue_that_is_full_while_the_plan_rests_says_when_it_goes_on(bridge: Start, tmp_path: Path) -> None:
+    clock = Skipped()
+    api = bridge(spare=0, clock=clock).admin
+    resets_at = int(clock.now()) + 500
+    first = api.ask(script(refused_once(resets_at, tmp_path / "mark")))
+    resting(api, first)
+    for _ in range(49):
+        api.ask("hi")
+    full = api.post("/api/ask", {"message": "hi"})
+    assert said(full) == (429, "Queue is full: the plan's limit is used up until %s." % cab.iso_time(resets_at))
+    assert full.json["code"] == "queue_full" and int(full.headers["retry-after"]) == full.json["retryAfter"]
+    assert 490 < full.json["retryAfter"] <= 500
+    api.delete("/api/ask/" + first)                                        # who waits may be cancelled, and makes room
+    assert api.post("/api/ask", {"message": "hi"}).json["position"] == 50
+
+
+def test_a_request_waits_while_the_service_is_overloaded_and_is_tried_again(bridge: Start, fake_claude: Callable[..., FakeClaude],
+                                                                           tmp_path: Path) -> None:
+    clock, claude = Skipped(), fake_claude()
+    api = bridge(claude, spare=0, clock=clock).admin
+    job_id = api.ask(script(once(tmp_path / "mark", {"delta": "half"}, OVERLOADED), {"delta": "whole"}))
+    body = resting(api, job_id)
+    assert (body["status"], body["waitingFor"], body["partial"]) == ("processing", "overloaded", "")
+    assert 0 < epoch(body["resumesAt"]) - clock.now() <= 2
+    clock.ahead = 3
+    done = api.done(job_id)
+    assert (done["response"], done["attempts"], "waitingFor" in done, len(claude.prompts())) == ("whole", 1, False, 2)
+
+
+def test_an_overload_that_lasts_ends_the_request_with_its_run(bridge: Start, monkeypatch: pytest.MonkeyPatch,
+                                                             fake_claude: Callable[..., FakeClaude]) -> None:
+    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.05, 300))
+    claude = fake_claude()
+    body = bridge(claude, spare=0, run_seconds=300).admin.answer(script(OVERLOADED))
+    assert (body["status"], body["errorCode"], body["error"]) == ("error", "overloaded", "API Error: 529 Overloaded")
+    assert len(claude.prompts()) == 2                                      # a third try would come too late
+
+
 # --- tokens ---
 
 NAME_REQUIRED = "Token name is required"
@@ -330,6 +782,8 @@ MODES = 'sessionMode must be "stateful" or "stateless"'
 EXPIRY = "expiresInDays must be 1, 7, 30, 90, or null (never)"
 NO_NAMES: Tuple[Any, ...] = (None, {}, [], b"null", b'"x"', {"name": ""}, {"name": "  "}, {"name": 5}, {"name": None}, {"name": ["x"]})
 NO_FLAGS: Tuple[Any, ...] = ("true", 1, 0, [])
+NO_NUMBERS: Tuple[Any, ...] = (0, -1, 1.5, 1e300, "", "many", True, [1], {})
+NO_MODELS: Tuple[Any, ...] = ("haiku", [], {}, True, [""], [None], [1], ["a b"], ["-p"], ["m" * 129], ["haiku"] * 21)
 NO_TOOLS: Tuple[Any, ...] = ("", "every", [], [""], ["Bash(a\nb)"], ["--flag"], [1], {}, True, ["R"] * 51)
 WRONG_TOKENS: Tuple[Tuple[Any, str, Optional[str]], ...] = (
     *((body, NAME_REQUIRED, "name") for body in NO_NAMES),
@@ -338,6 +792,10 @@ WRONG_TOKENS: Tuple[Tuple[Any, str, Optional[str]], ...] = (
     *(({"name": "x", "expiresInDays": days}, EXPIRY, "expiresInDays") for days in (0, 2, "7", -1, True, 7.5, [7], "")),
     *(({"name": "x", "admin": admin}, "admin must be true or false", "admin") for admin in NO_FLAGS),
     *(({"name": "x", "tools": tools}, "tools must be", "tools") for tools in NO_TOOLS),
+    *(({"name": "x", field: number}, "%s must be a whole number from 1 to %d" % (field, most), field)
+      for field, most in (("requestsPerMinute", 10_000), ("requestsPerDay", 1_000_000))
+      for number in (*NO_NUMBERS, most + 1)),
+    *(({"name": "x", "models": models}, "model", "models") for models in NO_MODELS),
     (b"{", "Body is not valid JSON", None),
 )
 
@@ -390,6 +848,14 @@ def test_the_list_of_tokens_has_the_original_shape_newest_first(bridge: Start, c
     now = cab.iso_time(clock.now())
     assert [token["lastUsedAt"] for token in tokens] == [now, None, now] and tokens[1]["createdAt"] == now
     assert str(unused.token).encode() not in answer.data and cab.digest(str(unused.token)).encode() not in answer.data
+
+
+def test_the_limits_of_a_token_are_kept_and_listed(admin: Api) -> None:
+    choices = {"requestsPerMinute": 10, "requestsPerDay": 200.0, "models": ["haiku", "claude-opus-4"]}
+    limited, free = admin.post("/api/tokens", {"name": "x", **choices}), admin.post("/api/tokens", {"name": "y", **dict.fromkeys(choices)})
+    assert "warnings" not in limited.json
+    listed = {token["id"]: {name: token[name] for name in choices} for token in admin.get("/api/tokens").json["tokens"]}
+    assert listed[limited.json["tokenId"]] == choices and listed[free.json["tokenId"]] == dict.fromkeys(choices)
 
 
 def test_a_token_is_revoked_once(admin: Api) -> None:

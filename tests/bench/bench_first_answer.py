@@ -106,14 +106,25 @@ def start_bridge(claude: str, environ: Dict[str, str], folder: Path) -> Tuple["s
     raise SystemExit("the bridge did not start (status %s)" % program.wait())
 
 
+def end_bridge(program: "subprocess.Popen[bytes]") -> None:
+    program.send_signal(signal.SIGTERM)
+    program.wait(30)
+    assert program.stdout is not None
+    program.stdout.close()
+
+
+def environment(api: MessagesApi) -> Dict[str, str]:
+    """What both sides run with, but HOME: nothing of this machine's own, and no other way out than the stand-in."""
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
+            "HTTPS_PROXY": api.url, "NO_PROXY": "127.0.0.1"}
+
+
 def measure(claude: str, asks: int, folder: Path) -> Dict[str, Any]:
     """-> the times in seconds, the sizes in bytes and the ratios."""
     times: Dict[str, List[float]] = {"cold": [], "bridge": []}
     sizes: Dict[str, List[int]] = {"cold": [], "bridge": []}
     with MessagesApi() as api:
-        environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "ANTHROPIC_BASE_URL": api.url,
-                   "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
-                   "HTTPS_PROXY": api.url, "NO_PROXY": "127.0.0.1"}                  # the only other way out, refused at once
+        environ = environment(api)
 
         def noted(what: str, seconds: float) -> None:
             times[what].append(seconds)
@@ -137,10 +148,7 @@ def measure(claude: str, asks: int, folder: Path) -> Dict[str, Any]:
                 for n in range(asks if start == STARTS - 1 else 0):
                     spare = compared(STARTS + n, spare)
             finally:
-                program.send_signal(signal.SIGTERM)
-                program.wait(30)
-                assert program.stdout is not None
-                program.stdout.close()
+                end_bridge(program)
     firsts, paced = times["bridge"][:STARTS], times["bridge"][STARTS:]
     middle = statistics.median(times["cold"])
     return {"cold_seconds": times["cold"], "first_seconds": firsts, "paced_seconds": paced,
@@ -161,21 +169,37 @@ def table(version: str, found: Dict[str, Any]) -> str:
     return "\n".join([version, *lines])
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description="Times a cold `claude -p` against the bridge, on a stand-in of the Messages API.")
+def options_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--claude", default=os.environ.get("CAB_TEST_CLAUDE") or "claude",
                         help="the real CLI (default: $CAB_TEST_CLAUDE, or found in PATH)")
-    parser.add_argument("--asks", type=int, default=10, help="paced requests (default: 10)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    options = parser.parse_args(argv)
-    claude = shutil.which(options.claude)
+    return parser
+
+
+def found_claude(named: str) -> Optional[str]:
+    """The path of the real CLI; None, and a word about it, where this cannot run."""
+    claude = shutil.which(named)
     if not claude or sys.platform != "linux":
         print("error: this needs Linux and a real claude; name it with --claude PATH", file=sys.stderr)
+        return None
+    return str(Path(claude).absolute())
+
+
+def version_of(claude: str, home: str) -> str:
+    return subprocess.run([claude, "--version"], env={"PATH": os.environ["PATH"], "HOME": home}, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE).stdout.decode().strip()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = options_parser("Times a cold `claude -p` against the bridge, on a stand-in of the Messages API.")
+    parser.add_argument("--asks", type=int, default=10, help="paced requests (default: 10)")
+    options = parser.parse_args(argv)
+    claude = found_claude(options.claude)
+    if not claude:
         return 2
-    claude = str(Path(claude).absolute())
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        version = subprocess.run([claude, "--version"], env={"PATH": os.environ["PATH"], "HOME": folder}, stdin=subprocess.DEVNULL,
-                                 stdout=subprocess.PIPE).stdout.decode().strip()
+        version = version_of(claude, folder)
         found = measure(claude, max(1, options.asks), Path(folder))
     print(json.dumps({"version": version, **found}) if options.json else table(version, found))
     return 0

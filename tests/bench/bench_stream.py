@@ -1,0 +1,271 @@
+"""How live an answer is: the time to its first words, and how far 50 readers are behind what `claude` writes.
+
+    python tests/bench/bench_stream.py [--claude PATH] [--asks 7] [--rounds 3] [--readers 50] [--json]
+
+Both drive the same real CLI against a stand-in of the Messages API on loopback that sends a word every 50 ms.
+1. A cold `claude -p` that streams, up to its first text, against a POST with "stream": true up to its first `delta`, the
+   spare being ready. Both take turns, so that a busy machine disturbs both alike.
+2. All readers follow one request, from one loop in a process of its own. A program in front of the CLI notes when each
+   piece of text came out of it; the lag is from there to the moment at which a reader has the text up to its end. The words
+   begin once the next spare has started, as with a model that thinks for a second.
+Linux (it looks into /proc).
+"""
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import re
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import bench_first_answer as first                      # beside this file; it also makes tests/ importable
+from messages_api import MessagesApi, NotingClaude, Reply
+
+WORDS = " ".join("word-%d" % n for n in range(60))
+WORD_SECONDS = 0.05
+TARGET_RATIO = 0.35
+TARGET_LAG_SECONDS = 0.020
+ROUND_SECONDS = 60                                      # the longest that one round may take
+
+
+# --- 1. the first words ---
+
+
+def cold(claude: str, environ: Dict[str, str], home: Path) -> float:
+    """The time until a `claude -p` writes its first text, in seconds; it is ended then."""
+    began = time.perf_counter()
+    child = subprocess.Popen([claude, "-p", "--output-format", "stream-json", "--verbose", "--include-partial-messages", first.PROMPT],
+                             env={**environ, "HOME": str(home)}, cwd=str(home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)
+    assert child.stdout is not None
+    with child.stdout:
+        came = next((time.perf_counter() for line in child.stdout if b'"text_delta"' in line), None)
+        child.kill()
+    child.wait(30)
+    if came is None:
+        raise SystemExit("claude -p ended without a text")
+    return came - began
+
+
+def bridged(port: int, token: str) -> float:
+    """The time until the first `delta` of a request, connection included, in seconds; it is cancelled then."""
+    began = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/api/ask", json.dumps({"message": first.PROMPT, "stream": True}), {"Authorization": "Bearer " + token})
+    response, request = connection.getresponse(), ""
+    for line in response:
+        if line.startswith(b"data: ") and not request:
+            request = json.loads(line[6:])["requestId"]
+        if line == b"event: delta\n":
+            took = time.perf_counter() - began
+            break
+    else:
+        raise SystemExit("the stream ended without a delta")
+    assert call(port, token, "DELETE", "/api/ask/" + request)["errorCode"] == "cancelled"
+    response.close()
+    connection.close()
+    return took
+
+
+def call(port: int, token: str, method: str, path: str, body: Any = None) -> Dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, None if body is None else json.dumps(body), {"Authorization": "Bearer " + token})
+    answer = json.loads(connection.getresponse().read())
+    connection.close()
+    return dict(answer)
+
+
+def first_words(claude: str, api: MessagesApi, asks: int, folder: Path) -> Tuple[List[float], List[float]]:
+    """-> (the times of the cold starts, those of the bridge)."""
+    environ = first.environment(api)
+    times: Tuple[List[float], List[float]] = ([], [])
+    (folder / "bridge").mkdir()
+    program, token, port = first.start_bridge(claude, environ, folder / "bridge")
+    try:
+        spare = None
+        for n in range(asks):
+            spare = first.wait_for_spare(program.pid, spare)
+            home = folder / ("home-%d" % n)
+            home.mkdir()
+            times[0].append(cold(claude, environ, home))
+            times[1].append(bridged(port, token))
+    finally:
+        first.end_bridge(program)
+    return times
+
+
+# --- 2. the lag of many readers ---
+
+
+def read_all(count: int, port: int, request: str, token: str) -> None:
+    """The process of the readers. Says `ready` when each has the head of its stream; at the end prints, for each, a list of
+    [the text's length, epoch seconds at which it had so much]."""
+    ask = ("GET /api/ask/%s/events HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\n\r\n" % (request, token)).encode()
+    chunks: Dict[int, List[Tuple[float, bytes]]] = {}
+    chooser, begun, is_ready = selectors.DefaultSelector(), set(), False
+    for n in range(count):
+        connection = socket.create_connection(("127.0.0.1", port), 30)
+        connection.sendall(ask)
+        connection.setblocking(False)
+        chunks[n] = []
+        chooser.register(connection, selectors.EVENT_READ, n)
+    until = time.monotonic() + ROUND_SECONDS
+    while chooser.get_map() and time.monotonic() < until:
+        for key, _ in chooser.select(1):
+            data, at = key.fileobj.recv(1 << 16), time.time()                # type: ignore[union-attr]
+            chunks[key.data].append((at, data))
+            begun.add(key.data)
+            if not data:
+                chooser.unregister(key.fileobj)
+                key.fileobj.close()                                        # type: ignore[union-attr]
+        if len(begun) == count and not is_ready:
+            is_ready = True
+            print("ready", flush=True)
+    print(json.dumps([lengths(chunks[n]) for n in range(count)]))
+
+
+def lengths(chunks: Sequence[Tuple[float, bytes]]) -> List[Tuple[int, float]]:
+    """(length of the text, moment) after each delta in what one reader received."""
+    ends, moments, size = [], [], 0
+    for at, data in chunks:
+        size += len(data)
+        ends.append(size)
+        moments.append(at)
+    found = []
+    for event in re.finditer(rb"id: (\d+)\nevent: delta\n.*?\n\n", b"".join(data for _, data in chunks)):
+        chunk = next(n for n, end in enumerate(ends) if end >= event.end())
+        found.append((int(event.group(1)), moments[chunk]))
+    return found
+
+
+def settle(bridge: int) -> None:
+    """Waits until the bridge and all below it used no CPU for a while."""
+    until, last, since = time.monotonic() + 20, -1, time.monotonic()
+    while time.monotonic() < until and time.monotonic() - since < first.READY_SECONDS:
+        found = {}
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                found[int(entry)] = first.cpu_ticks(int(entry))[:2]
+            except OSError:
+                continue
+        family = {bridge}
+        for _ in range(4):
+            family |= {pid for pid, (parent, _) in found.items() if parent in family}
+        ticks = sum(found[pid][1] for pid in family if pid in found)
+        if abs(ticks - last) > 1:                                          # one tick may be a timer of its own
+            last, since = ticks, time.monotonic()
+        time.sleep(0.02)
+
+
+def one_round(port: int, token: str, bridge: int, claude: NotingClaude, readers: int, gate: threading.Event) -> List[float]:
+    """One request with many readers. -> the lags in seconds, of each piece at each reader."""
+    before = len(claude.lines())
+    gate.clear()
+    request = call(port, token, "POST", "/api/ask", {"message": first.PROMPT})["requestId"]
+    crowd = subprocess.Popen([sys.executable, __file__, "--read", request, "--port", str(port), "--readers", str(readers)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert crowd.stdin is not None and crowd.stdout is not None
+        crowd.stdin.write(token.encode() + b"\n")
+        crowd.stdin.close()
+        if crowd.stdout.readline() != b"ready\n":
+            raise SystemExit("the readers did not get their streams")
+        settle(bridge)
+        gate.set()
+        told = json.loads(crowd.stdout.readline())
+    finally:
+        gate.set()
+        crowd.kill()
+        crowd.wait(10)
+        assert crowd.stdout is not None
+        crowd.stdout.close()
+    length, lags = 0, []
+    for at, line in claude.lines()[before:]:
+        length += len(line["event"]["delta"]["text"])
+        lags += [next(moment for has, moment in each if has >= length) - at for each in told]
+    if length != len(WORDS) or len(told) != readers:
+        raise SystemExit("a part of the text is missing")
+    return lags
+
+
+def lag(claude: str, api: MessagesApi, rounds: int, readers: int, folder: Path) -> List[float]:
+    noting, gate = NotingClaude(folder / "noting", Path(claude), b'"text_delta"'), threading.Event()
+    lags: List[float] = []
+    api.reply = lambda body: Reply(WORDS, word_seconds=WORD_SECONDS, hold=gate)
+    (folder / "crowded").mkdir()
+    program, token, port = first.start_bridge(str(noting.path), first.environment(api), folder / "crowded")
+    try:
+        for _ in range(rounds):
+            lags += one_round(port, token, program.pid, noting, readers, gate)
+    finally:
+        gate.set()
+        first.end_bridge(program)
+    return lags
+
+
+# --- both ---
+
+
+def measure(claude: str, asks: int, rounds: int, readers: int, folder: Path) -> Dict[str, Any]:
+    """-> the times in seconds and the ratio."""
+    loads = [os.getloadavg()[0]]
+    with MessagesApi() as api:
+        api.reply = lambda body: Reply(WORDS, word_seconds=WORD_SECONDS)
+        colds, bridges = first_words(claude, api, asks, folder)
+        loads.append(os.getloadavg()[0])
+        lags = sorted(lag(claude, api, rounds, readers, folder))
+        loads.append(os.getloadavg()[0])
+    return {"cold_seconds": colds, "bridge_seconds": bridges, "cold_median": statistics.median(colds),
+            "bridge_median": statistics.median(bridges), "ratio": statistics.median(bridges) / statistics.median(colds),
+            "readers": readers, "lags": len(lags), "lag_median": statistics.median(lags), "lag_p95": lags[int(len(lags) * 0.95)],
+            "lag_max": lags[-1], "load": loads}
+
+
+def table(version: str, found: Dict[str, Any]) -> str:
+    colds, bridges = found["cold_seconds"], found["bridge_seconds"]
+    rows = [("to the first words", "seconds", "fastest", "slowest", "ratio"),
+            ("claude -p, cold (median)", found["cold_median"], min(colds), max(colds), 1.0),
+            ("bridge (median)", found["bridge_median"], min(bridges), max(bridges), found["ratio"])]
+    lines = ["%-26s %8s %8s %8s %7s" % tuple(cell if isinstance(cell, str) else "%.3f" % cell for cell in row) for row in rows]
+    lines += ["", "%-26s %8s %8s %8s" % ("behind claude", "median", "p95", "max"),
+              "%-26s %s" % ("%d readers (ms)" % found["readers"],
+                            " ".join("%8.1f" % (found[name] * 1000) for name in ("lag_median", "lag_p95", "lag_max"))),
+              "", "targets: ratio %.2f (%s), median %.0f ms (%s); load %s" % (
+                  TARGET_RATIO, "met" if found["ratio"] <= TARGET_RATIO else "MISSED", TARGET_LAG_SECONDS * 1000,
+                  "met" if found["lag_median"] < TARGET_LAG_SECONDS else "MISSED", " ".join("%.2f" % load for load in found["load"]))]
+    return "\n".join([version, *lines])
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = first.options_parser("Times the first words of an answer, and how far many readers are behind the CLI.")
+    parser.add_argument("--asks", type=int, default=7, help="first words of each kind (default: 7)")
+    parser.add_argument("--rounds", type=int, default=3, help="requests with many readers (default: 3)")
+    parser.add_argument("--readers", type=int, default=50, help="readers of each (default: 50)")
+    for name in ("--read", "--port"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.read:
+        read_all(options.readers, int(options.port), options.read, sys.stdin.readline().strip())
+        return 0
+    claude = first.found_claude(options.claude)
+    if not claude:
+        return 2
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        version = first.version_of(claude, folder)
+        found = measure(claude, max(1, options.asks), max(1, options.rounds), max(1, options.readers), Path(folder))
+    print(json.dumps({"version": version, **found}) if options.json else table(version, found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

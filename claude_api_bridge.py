@@ -2340,12 +2340,16 @@ class ClaudeCli:
             raise RunFailed("billing_guard", "claude is signed in with %s, which would be billed per token. Sign it in to the"
                             " subscription and restart the bridge, or allow it with --allow-api-key." % self.claude.payer)
         deadline = self._clock.monotonic() + self._config.run_seconds
+        overload: Optional[RunFailed] = None
         for seconds in chain(BACK_OFF_SECONDS, repeat(BACK_OFF_SECONDS[-1])):
             try:
                 return self._try(work, live, deadline, stop_reason, note_limits)
             except RunFailed as failure:
+                if failure.code == "timeout" and overload:
+                    raise overload from None
                 if failure.code != "overloaded" or self._clock.monotonic() + seconds >= deadline:
                     raise
+                overload = failure
             work = replace(work, session_id=None)            # its transcript may hold the failed turn
             live.pause(Rest("overloaded", self._clock.now() + seconds))
             until = self._clock.monotonic() + seconds
@@ -4172,7 +4176,7 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         tools = [rule.strip() for rule in re.split(r",(?![^(]*\))", tools)]
     new, _ = NewToken.parse({"name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires, "tools": tools,
                              "requestsPerMinute": arguments.requests_per_minute, "requestsPerDay": arguments.requests_per_day,
-                             "models": arguments.models.split(",") if arguments.models else None,
+                             "models": None if arguments.models is None else [name.strip() for name in arguments.models.split(",")],
                              "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
     workspace = Path(arguments.workspace).expanduser().absolute() if arguments.workspace else None
     if workspace and not workspace.is_dir():

@@ -54,10 +54,10 @@ class FakeClock(cab.Clock):
     def __init__(self, at: float = 1_800_000_000.0) -> None:
         self.at = at
 
-    def now(self) -> float:  # type: ignore[override]
+    def now(self) -> float:
         return self.at
 
-    def monotonic(self) -> float:  # type: ignore[override]
+    def monotonic(self) -> float:
         return self.at
 
     def advance(self, seconds: float) -> None:

@@ -134,8 +134,8 @@ class Fake:
         """Does what the prompt says: `WORD rest`; any other prompt is echoed."""
         word, _, rest = text.partition(" ")
         action = getattr(self, "act_" + word.replace("-", "_"), None)
-        if word in ("die-early",):
-            return action(rest)
+        if word == "die-early":
+            return self.act_die_early(rest)
         self.said = []
         self.begin("ANTHROPIC_API_KEY" if word == "apikey" else "none")
         if action:

@@ -1620,6 +1620,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
     ),
 )
 
+SQLITE_VERSION = sqlite3.sqlite_version
 JOB_COLUMNS = tuple(row.name for row in fields(Job))
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
                  " requests_per_minute, requests_per_day, models")
@@ -2965,6 +2966,7 @@ class Tunnel:
         self._note_child, self._announce, self._report, self._remember = note_child, announce, report, remember
         self._child: Optional[Cloudflared] = None
         self._program: Optional[Path] = None
+        self._failure = Sight()                          # why there is no child
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tunnel", daemon=True)
         self._port = 0
@@ -3008,21 +3010,19 @@ class Tunnel:
                 if policy.state == TunnelState.BACKOFF else None}
 
     def _loop(self) -> None:
+        action, look_at = self._policy.start(self._clock.monotonic()), 0.0
         try:
-            action, look_at = self._policy.start(self._clock.monotonic()), 0.0
-            while True:
+            while not self._stopping.is_set():
                 try:
                     self._act(action)
+                    self._stopping.wait(0.1 if self._policy.state == TunnelState.STARTING else 0.5)
+                    now, action = self._clock.monotonic(), ""
+                    has_ended = not self._child or self._child.process.poll() is not None
+                    if now >= look_at or has_ended or self._policy.state != TunnelState.RUNNING:
+                        action, look_at = self._policy.step(now, self._look()), now + READY_SECONDS
                 except Exception:
                     self._report("The tunnel met an error:\n" + redact(traceback.format_exc()))
-                if self._stopping.wait(0.1 if self._policy.state == TunnelState.STARTING else 0.5):
-                    break
-                now = self._clock.monotonic()
-                has_ended = not self._child or self._child.process.poll() is not None
-                if now < look_at and self._policy.state == TunnelState.RUNNING and not has_ended:
-                    action = ""
-                    continue
-                action, look_at = self._policy.step(now, self._look()), now + READY_SECONDS
+                    self._stopping.wait(READY_SECONDS)
         finally:
             self._end(CLOSE_SECONDS)
 
@@ -3036,8 +3036,6 @@ class Tunnel:
             self.is_ready = False
             self._report("The tunnel has lost its connection; cloudflared tries to get it back.")
         return sight
-
-    _failure = Sight()                                   # why there is no child
 
     def _act(self, action: str) -> None:
         if not action:
@@ -4831,6 +4829,7 @@ def tell_payer(config: Config, claude: Claude, console: Console) -> None:
 
 
 def tell_addresses(bridge: Bridge, console: Console) -> None:
+    """Where the bridge is reached on this machine and in its network; the tunnel announces itself."""
     lan = lan_address() if bridge.config.listen_host in ("0.0.0.0", "::") else None
     if not bridge.config.no_tunnel:
         console.say("🌐", "Connecting the tunnel...")
@@ -4919,7 +4918,7 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
 
 
 def check_python(config: Config, environ: Mapping[str, str]) -> List[Check]:
-    return [Check("python", True, "%d.%d.%d" % sys.version_info[:3]), Check("sqlite", True, sqlite3.sqlite_version)]
+    return [Check("python", True, "%d.%d.%d" % sys.version_info[:3]), Check("sqlite", True, SQLITE_VERSION)]
 
 
 def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:

@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: MIT
 """claude_api_bridge: a REST API for the `claude` command line tool you already pay for.
 
+    python3 claude_api_bridge.py start                  serve at a public HTTPS address
     python3 claude_api_bridge.py start --no-tunnel      serve on this machine and its network
     python3 claude_api_bridge.py start --demo           the same without Claude: every answer is an echo
     python3 claude_api_bridge.py token create NAME      make a token (also: token list, token revoke ID)
+    python3 claude_api_bridge.py doctor                 check all that a start needs
 
 One request's way, and the rooms it passes:
 
@@ -30,13 +32,18 @@ if sys.version_info < (3, 9):
     sys.exit("claude_api_bridge needs Python 3.9 or newer; this is Python %d.%d." % sys.version_info[:2])
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import errno
 import hashlib
+import http.client
+import ipaddress
 import json
 import os
+import platform
 import queue
+import random
 import re
 import secrets
 import shutil
@@ -44,9 +51,13 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import tarfile
+import tempfile
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 import uuid
 from bisect import bisect_right
 from collections import OrderedDict, deque
@@ -59,7 +70,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
                     Set, Tuple, Type, Union)
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 __version__ = "0.2.0"
 
@@ -99,6 +110,16 @@ class Tools:
     LEVELS = (NONE, READ, WEB, ALL)
 
 
+class TunnelState:
+    """How the public address fares. STARTING and BACKOFF pass by themselves, FATAL does not."""
+    STARTING = "starting"
+    RUNNING = "running"
+    BACKOFF = "backoff"
+    FATAL = "fatal"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 EXPIRY_DAYS = (1, 7, 30, 90)
 
@@ -111,6 +132,8 @@ LINE_BYTES = 4 * OUTPUT_BYTES        # one line of the CLI holds a whole answer,
 HISTORY_BYTES = 256 << 10            # what is told again of a conversation whose session is gone
 HISTORY_TURNS = 200
 STDERR_BYTES = 4_096
+LOG_LINES = 200                      # of cloudflared's log, kept to say why it failed
+UNPACKED_BYTES = 200 << 20
 DRAIN_BYTES = 8 << 20
 
 JSON_LEVELS = 100
@@ -144,6 +167,14 @@ LOOK_SECONDS = 1.0                   # how often a stream looks at the store tho
 REST_SECONDS = 900.0                 # for a used-up limit whose reset is not told
 LONGEST_REST_SECONDS = 8 * 86_400.0
 BACK_OFF_SECONDS = (2, 4, 8, 16, 30)  # between tries while the service is overloaded; the last one repeats
+ADDRESS_SECONDS = 30.0               # for cloudflared to get an address
+CONNECT_SECONDS = 30.0               # and to connect it by one protocol; the last one gets longer
+LAST_CONNECT_SECONDS = 90.0
+NAMED_CONNECT_SECONDS = 180.0        # a named tunnel changes the protocol by itself, after 125 s
+DOWN_SECONDS = 120.0                 # after so long without a connection a tunnel is given up
+TUNNEL_BACK_OFF_SECONDS = (5.0, 15.0, 60.0, 300.0, 900.0)
+READY_SECONDS = 5.0                  # how often a running tunnel is looked at
+DOWNLOAD_SECONDS = 900.0
 LOGINS_PER_MINUTE = 10
 POLLS_PER_REQUEST = 5                # the bucket for polls is this many times the size of the others
 
@@ -169,6 +200,16 @@ SETTINGS = (
     Setting("host", "", "text", "--host", ("CAB_HOST",),
             "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)"),
     Setting("no_tunnel", False, "switch", "--no-tunnel", ("CAB_NO_TUNNEL",), "serve this machine and its network only"),
+    Setting("public_url", "", "text", "--public-url", ("CAB_PUBLIC_URL",),
+            "the address of a named tunnel or of your own proxy, such as https://bridge.example.com"),
+    Setting("tunnel_token_file", "", "text", "--tunnel-token-file", ("CAB_TUNNEL_TOKEN_FILE",),
+            "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)"),
+    Setting("tunnel_protocol", "auto", "text", "--tunnel-protocol", ("CAB_TUNNEL_PROTOCOL",),
+            "quic, http2, or auto: the one that worked last, then the other"),
+    Setting("cloudflared", "", "text", "--cloudflared", ("CAB_CLOUDFLARED",),
+            "the cloudflared program (default: found in PATH, else downloaded once and checked)"),
+    Setting("cloudflared_url", "https://github.com/cloudflare/cloudflared/releases/download", "text", "--cloudflared-url",
+            ("CAB_CLOUDFLARED_URL",), "where cloudflared is downloaded from"),
     Setting("data_dir", "~/.claude-api-bridge", "path", "--data-dir", ("CAB_DATA_DIR",), "folder of the database and the workspaces"),
     Setting("claude", "", "text", "--claude", ("CAB_CLAUDE",), "the claude program (default: found in PATH and the usual places)"),
     Setting("demo", False, "switch", "--demo", ("CAB_DEMO",), "answer with an echo: no Claude and no subscription needed"),
@@ -194,6 +235,11 @@ class Config:
     port: int = 3456
     host: str = ""
     no_tunnel: bool = False
+    public_url: str = ""
+    tunnel_token_file: str = ""
+    tunnel_protocol: str = "auto"
+    cloudflared: str = ""
+    cloudflared_url: str = "https://github.com/cloudflare/cloudflared/releases/download"
     data_dir: Path = Path("~/.claude-api-bridge")
     claude: str = ""
     demo: bool = False
@@ -211,6 +257,10 @@ class Config:
         return self.host or ("0.0.0.0" if self.no_tunnel else "127.0.0.1")
 
 
+SETTING_PATTERNS = {"public_url": r"|https?://[A-Za-z0-9.-]+(:\d+)?/?", "tunnel_protocol": "auto|quic|http2",
+                    "cloudflared_url": r"https?://\S+"}
+
+
 class WrongSetting(Exception):
     """A value that cannot be used; the sentence says which one, and what would do."""
 
@@ -224,6 +274,8 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
             if value is None and environ.get(variable):
                 value, source = environ[variable], variable
         values[row.name] = read_setting(row, row.default if value is None else value, source)
+        if row.name in SETTING_PATTERNS and not re.fullmatch(SETTING_PATTERNS[row.name], values[row.name]):
+            raise WrongSetting("%s cannot be %r. It is: %s." % (source, values[row.name], row.help))
     return Config(**values)
 
 
@@ -338,6 +390,11 @@ class BodyTooLarge(BridgeError):
     status, code, text = 413, "body_too_large", "Body exceeds %d byte limit" % BODY_BYTES
 
 
+class UnknownHost(BridgeError):
+    """The Host header names none of this bridge's names (a page of a stranger may have sent the browser here); --public-url adds one."""
+    status, code, text = 421, "unknown_host", "This bridge does not answer by that name"
+
+
 class UnsupportedEncoding(BridgeError):
     """The body is compressed; send it as it is."""
     status, code, text = 415, "unsupported_encoding", "Content-Encoding is not supported. Send the body uncompressed"
@@ -411,6 +468,14 @@ class RunFailed(Exception):
 
 class CannotStart(Exception):
     """Why the bridge does not start, in one sentence, and what to do about it."""
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
+
+
+class CannotTunnel(Exception):
+    """Why there will be no public address however often it is tried, in one sentence, and what to do about it."""
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
@@ -1200,6 +1265,178 @@ def payer_of(status: Mapping[str, Any]) -> Login:
     return Login(True, "the login of claude (%s)" % (status.get("authMethod") or "unknown method"))
 
 
+# --- cloudflared's words ---
+
+CLOUDFLARED_VERSION = "2026.8.2"
+
+
+class Asset(NamedTuple):
+    """A file of cloudflared's release. sha256: of the file; program_sha256: of the program in it, where it is an archive."""
+    name: str
+    size: int
+    sha256: str
+    program_sha256: str = ""
+
+
+# Source: three independent lists of hashes made by other projects' automation; linux-386 and linux-arm by one.
+ASSETS = {
+    "linux-amd64": Asset("cloudflared-linux-amd64", 39_799_316, "fcfb02b575a52ca1af2e3267af4e1517bcdeb30ac48c834c69abaed3c0576ad2"),
+    "linux-arm64": Asset("cloudflared-linux-arm64", 37_404_344, "7747d94570fb390cf47dcb4f9555c193c6355cda9793f0d878d9049e5d6a7790"),
+    "linux-386": Asset("cloudflared-linux-386", 37_102_345, "39845d980a4b74b9c84530a28d8fea1fe6c476de26460275602162b349f1cbef"),
+    "linux-arm": Asset("cloudflared-linux-arm", 36_288_720, "19809425f60a6261241dfa66a42b4115bab07c295396a3c4d5d7c247fc4e1412"),
+    "darwin-amd64": Asset("cloudflared-darwin-amd64.tgz", 21_116_242, "f1727723c586500e2092368ae21871b3df7ddfd2cb097f22d81bee4a9c458bb4",
+                          "b0f770e1e0b281399a57219b840fd8eef1cc25387a404124248157ea2073727a"),
+    "darwin-arm64": Asset("cloudflared-darwin-arm64.tgz", 19_214_189, "9042c2c5d8b2de78e60f313d5fb31b6c5c1cebde787a3caf1f2c9588084ac442",
+                          "b61054d3d6326ea558cb49826eebf5676e0d0a36d51b546975096ca3e0e3c89d"),
+    "windows-amd64": Asset("cloudflared-windows-amd64.exe", 54_893_480, "c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5"),
+    "windows-386": Asset("cloudflared-windows-386.exe", 37_369_480, "6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43"),
+}
+PROCESSORS = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "i386": "386", "i486": "386", "i586": "386",
+              "i686": "386", "x86": "386", "armv6l": "arm", "armv7l": "arm", "armv8l": "arm"}
+
+
+def cloudflared_asset(system: str, machine: str) -> Optional[Asset]:
+    """The file for this system and processor, as `platform` names them; None where there is none. Windows on ARM emulates."""
+    processor = PROCESSORS.get(machine.lower(), "")
+    if system.lower() == "windows" and processor == "arm64":
+        processor = "amd64"
+    return ASSETS.get("%s-%s" % (system.lower(), processor))
+
+
+def tunnel_argv(program: str, config_file: str, port: int, protocol: str, is_named: bool) -> List[str]:
+    """The command line of cloudflared. config_file: an empty one, else the owner's would answer in our place; protocol: quic,
+    http2, or auto for a named tunnel, which changes it by itself.
+
+    Source: every flag run on 2026.8.2; a flag that an older one does not know would end it with status 0.
+    """
+    argv = [program, "tunnel", "--config", config_file, "--no-autoupdate", "--metrics", "127.0.0.1:0", "--grace-period", "5s"]
+    if protocol != "auto":
+        argv += ["--protocol", protocol]
+    return argv + (["run"] if is_named else ["--url", "http://127.0.0.1:%d" % port])
+
+
+def tunnel_environment(environ: Mapping[str, str], token: str) -> Dict[str, str]:
+    """The environment of cloudflared: ours without its own settings and without anybody's secrets."""
+    secret = re.compile(r".*(TUNNEL|KEY|TOKEN|SECRET|PASSWORD).*|CAB_.*|NO_AUTOUPDATE|NO_TLS_VERIFY|NOTIFY_SOCKET", re.IGNORECASE)
+    kept = {name: value for name, value in environ.items() if not secret.fullmatch(name)}
+    return {**kept, "TUNNEL_TOKEN": token} if token else kept
+
+
+def check_tunnel_token(text: str) -> str:
+    """The token of a named tunnel. Raises WrongSetting, without repeating it."""
+    try:
+        parts = json.loads(base64.b64decode(text.strip(), validate=True))
+        if all(isinstance(parts[name], str) for name in "ats"):
+            return text.strip()
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise WrongSetting("The tunnel token is not one: copy the long text that starts with eyJ from the tunnel's page, all of it.")
+
+
+QUICK_HOST = re.compile(r"(?!api\.)[a-z0-9-]+\.trycloudflare\.com")
+
+
+def read_tunnel_line(line: str) -> Tuple[str, str]:
+    """What a line of cloudflared's log tells: ("host", name), ("metrics", "127.0.0.1:39911") or ("", "").
+
+    Source: the log of 2026.8.2. Other addresses stand in it, api.trycloudflare.com in its error lines, and healthy starts have ERR lines.
+    """
+    found = re.search(r"\|\s+https://(%s)\s+\|" % QUICK_HOST.pattern, line)
+    if found:
+        return "host", found.group(1)
+    found = re.search(r"Starting metrics server on (127\.0\.0\.1:\d+)/metrics", line)
+    return ("metrics", found.group(1)) if found else ("", "")
+
+
+def host_in_ingress(config: Any, port: int) -> Tuple[Optional[str], List[str]]:
+    """What a named tunnel's configuration sends to our port. -> (its host name or None, all rules as "host -> service")."""
+    body = config.get("config") if isinstance(config, dict) else None
+    listed = body.get("ingress") if isinstance(body, dict) else None
+    rules = [(str(rule.get("hostname") or ""), str(rule.get("service") or "")) for rule in listed if isinstance(rule, dict)] if isinstance(
+        listed, list) else []
+    ours = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\]):%d/?" % port)
+    found = [host for host, service in rules if host and ours.fullmatch(service)]
+    return (found[0] if found else None), ["%s -> %s" % rule for rule in rules]
+
+
+class Sight(NamedTuple):
+    """What was seen of cloudflared. is_ended: it exited, with these words; is_hopeless: trying again will not help;
+    has_host: the address is known; is_ready: it is connected."""
+    is_ended: bool = False
+    is_hopeless: bool = False
+    has_host: bool = False
+    is_ready: bool = False
+    words: str = ""
+
+
+class TunnelPolicy:
+    """When cloudflared is started, given up and tried again. Pure: it is told the time, and what was seen.
+
+    protocols: to try in turn, the best first. jitter: 0 to 1, so that many bridges do not come back at once.
+    """
+
+    def __init__(self, protocols: Sequence[str], is_named: bool = False, jitter: Callable[[], float] = random.random) -> None:
+        self._protocols, self._is_named, self._jitter = list(protocols), is_named, jitter
+        self._at = self._seen_at = 0.0           # when the state began, when the tunnel was last seen connected
+        self._tries = 0                          # protocols tried in this round
+        self._failures = 0
+        self.state = TunnelState.STOPPED
+        self.retry_at = 0.0
+        self.why = ""                            # the last failure
+        self.protocol = self._protocols[0]
+
+    def start(self, now: float) -> str:
+        self._tries = 0
+        return self._begin(now)
+
+    def _begin(self, now: float) -> str:
+        self.protocol = self._protocols[self._tries % len(self._protocols)]
+        self._tries += 1
+        self.state, self._at = TunnelState.STARTING, now
+        return "start"
+
+    def step(self, now: float, sight: Sight) -> str:
+        """-> what to do: "start", "stop" (cloudflared, perhaps to start it anew later) or nothing."""
+        if self.state == TunnelState.BACKOFF and now >= self.retry_at:
+            return self.start(now)
+        if self.state not in (TunnelState.STARTING, TunnelState.RUNNING):
+            return ""
+        if sight.is_hopeless:
+            self.state, self.why = TunnelState.FATAL, sight.words
+            return "stop"
+        if sight.is_ended:
+            return self._rest(now, sight.words)
+        if sight.is_ready and sight.has_host:
+            if self.state == TunnelState.STARTING:
+                self._protocols.sort(key=lambda each: each != self.protocol)
+                self._at = now
+            self.state, self._seen_at, self._failures = TunnelState.RUNNING, now, 0
+            return ""
+        if self.state == TunnelState.RUNNING:
+            return "" if now - self._seen_at < DOWN_SECONDS else self._rest(now, "the connection was lost for %d s" % DOWN_SECONDS)
+        return self._wait(now, sight)
+
+    def _wait(self, now: float, sight: Sight) -> str:
+        """Not connected yet: how long is it given?"""
+        is_last = self._tries >= len(self._protocols)
+        limit = NAMED_CONNECT_SECONDS if self._is_named else LAST_CONNECT_SECONDS if is_last else CONNECT_SECONDS
+        if not sight.has_host:
+            return "" if now - self._at < ADDRESS_SECONDS else self._rest(now, "no address within %d s" % ADDRESS_SECONDS)
+        if now - self._at < limit:
+            return ""
+        self.why = "no connection by %s within %d s; outbound TCP or UDP to port 7844 is needed" % (self.protocol, limit)
+        return self._begin(now) if not is_last and not self._is_named else self._rest(now, self.why)
+
+    def _rest(self, now: float, why: str) -> str:
+        """Back off: longer after each failure, and long at once where Cloudflare said that it was too often."""
+        if re.search(r"\b429\b|\b1015\b", why):
+            self._failures = max(self._failures, 3)
+        seconds = TUNNEL_BACK_OFF_SECONDS[min(self._failures, len(TUNNEL_BACK_OFF_SECONDS) - 1)]
+        self._failures += 1
+        self.state, self.why, self.retry_at = TunnelState.BACKOFF, why, now + seconds * (0.8 + 0.4 * self._jitter())
+        return "stop"
+
+
 # --- the words of a stream ---
 
 class JobEvent(NamedTuple):
@@ -1380,8 +1617,13 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         " sum(status = 'completed'), sum(status = 'error') FROM jobs GROUP BY 1, 2",
         "CREATE TABLE plan (kind TEXT PRIMARY KEY, status TEXT, utilization REAL, resets_at REAL, seen_at REAL NOT NULL)",
     ),
+    (
+        "ALTER TABLE children ADD COLUMN program TEXT",
+        "CREATE TABLE remembered (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    ),
 )
 
+SQLITE_VERSION = sqlite3.sqlite_version
 JOB_COLUMNS = tuple(row.name for row in fields(Job))
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
                  " requests_per_minute, requests_per_day, models")
@@ -1397,6 +1639,18 @@ def private_directory(path: Path) -> Path:
         raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
                           "make it writable, or choose another one with --data-dir") from None
     return path
+
+
+def database_fault(path: Path) -> Optional[str]:
+    """What is wrong with a database, without changing it; None for a good one, or none."""
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect("file:%s?mode=ro" % quote(str(path)), uri=True)) as db:
+            found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.Error as error:
+        found = str(error)
+    return None if found == "ok" else "The database %s is damaged: %s" % (path, found)
 
 
 class Store:
@@ -1796,16 +2050,26 @@ class Store:
 
     # --- children ---
 
-    def note_child(self, pid: int, started: Optional[str]) -> None:
+    def note_child(self, pid: int, started: Optional[str], program: Optional[str] = None) -> None:
         """Remembers a process of ours (or, with started None, forgets it), for the next start to end it; on Linux its tag
-        finds it, too, so that a full disk does no harm."""
+        finds it, too, so that a full disk does no harm. program: its file, where a process cannot change what is told of it."""
         with contextlib.suppress(Unavailable), self._write() as db:
             db.execute("DELETE FROM children WHERE pid = ?", (pid,))
             if started:
-                db.execute("INSERT INTO children (pid, started) VALUES (?, ?)", (pid, started))
+                db.execute("INSERT INTO children (pid, started, program) VALUES (?, ?, ?)", (pid, started, program))
 
-    def children(self) -> List[Tuple[int, str]]:
-        return [(int(pid), str(started)) for pid, started in self._read("SELECT pid, started FROM children")]
+    def children(self) -> List[Tuple[int, str, Optional[str]]]:
+        return [(int(pid), str(started), program) for pid, started, program in self._read("SELECT pid, started, program FROM children")]
+
+    # --- what the next start should know ---
+
+    def remember(self, name: str, value: str) -> None:
+        with contextlib.suppress(Unavailable), self._write() as db:
+            db.execute("INSERT OR REPLACE INTO remembered (name, value) VALUES (?, ?)", (name, value))
+
+    def remembered(self, name: str) -> Optional[str]:
+        rows = self._read("SELECT value FROM remembered WHERE name = ?", name)
+        return str(rows[0][0]) if rows else None
 
 # === 6 Processes ==============================================================================================
 # The only `subprocess`. A Child is one `claude` and its pipes; ClaudeCli owns all children and answers jobs by
@@ -1816,8 +2080,8 @@ TAG = "CAB_CHILD"                     # in the environment of every child, and s
 PR_SET_PDEATHSIG = 1                  # <linux/prctl.h>
 
 
-def group_options() -> Dict[str, Any]:
-    """Popen options: own session or group (Ctrl-C is for the bridge alone), and on Linux an end with the bridge:
+def group_options(last_signal: int = signal.SIGINT) -> Dict[str, Any]:
+    """Popen options: own session or group (Ctrl-C is for the bridge alone), and on Linux an end with the bridge: by default
     SIGINT, at which the CLI also ends the command that a tool is running."""
     if os.name == "nt":
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
@@ -1827,7 +2091,7 @@ def group_options() -> Dict[str, Any]:
 
     def die_with_bridge() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+        prctl(PR_SET_PDEATHSIG, last_signal)
         if os.getppid() != parent:
             os._exit(1)
 
@@ -1850,6 +2114,23 @@ def started_at(pid: int) -> Optional[str]:
             return str(times[0]) if found else None
         return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5).stdout.decode().strip() or None
     except (OSError, IndexError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def program_of(pid: int) -> Optional[str]:
+    """The file that a process runs; None where the system does not tell."""
+    try:
+        if sys.platform == "linux":
+            return os.readlink("/proc/%d/exe" % pid)
+        if os.name == "nt":
+            kernel, name, size = ctypes.windll.kernel32, ctypes.create_unicode_buffer(32_768), ctypes.c_ulong(32_768)
+            kernel.OpenProcess.restype = ctypes.c_void_p
+            handle = ctypes.c_void_p(kernel.OpenProcess(0x1000, False, pid))    # PROCESS_QUERY_LIMITED_INFORMATION
+            found = kernel.QueryFullProcessImageNameW(handle, 0, name, ctypes.byref(size))
+            kernel.CloseHandle(handle)
+            return name.value if found else None
+        return subprocess.run(["ps", "-o", "comm=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5).stdout.decode().strip() or None
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
@@ -1901,9 +2182,10 @@ def kill_process(pid: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(pid, signal.SIGKILL)
 
 
-def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str]]) -> List[int]:
-    """Ends what a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid and start time. -> pids, gone."""
-    mine = {pid for pid, started in recorded if started_at(pid) == started}
+def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> List[int]:
+    """Ends what a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid, start time and, where it was
+    noted, program. -> pids, gone."""
+    mine = {pid for pid, started, program in recorded if started_at(pid) == started and program in (None, program_of(pid))}
     found = {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()}}
     for pid in found:
         kill_process(pid)
@@ -2499,6 +2781,336 @@ class ClaudeCli:
             kill_process(pid)
         self._spare = None
         self._warm.clear()
+
+class CloudflaredInstall:
+    """Finds cloudflared, or downloads it. say: a line for the terminal, where True means that the next one may replace it."""
+
+    def __init__(self, config: Config, environ: Mapping[str, str], clock: Clock, say: Callable[[str, bool], None]) -> None:
+        self._config, self._environ, self._clock, self._say = config, environ, clock, say
+        self._asset = cloudflared_asset(platform.system(), platform.machine())
+        self._folder = config.data_dir / "bin"
+
+    def owners(self) -> Optional[Path]:
+        """The one that the owner named or installed; it is the owner's choice, and not checked. Raises CannotTunnel."""
+        found = shutil.which(self._config.cloudflared or "cloudflared", path=self._environ.get("PATH", os.defpath))
+        if self._config.cloudflared and not found:
+            raise CannotTunnel("There is no program %s." % self._config.cloudflared, "name the right one with --cloudflared PATH")
+        return Path(found).absolute() if found else None
+
+    def ours(self) -> Optional[Path]:
+        """The one that was downloaded, if it still is what it was."""
+        asset, path = self._asset, self._path()
+        return path if asset and path.is_file() and sha256_of(path) == (asset.program_sha256 or asset.sha256) else None
+
+    def _path(self) -> Path:
+        return self._folder / ("cloudflared.exe" if os.name == "nt" else "cloudflared")
+
+    def get(self, is_stopping: Callable[[], bool]) -> Path:
+        """The program, downloaded if need be. Raises CannotTunnel; OSError, which may pass."""
+        return self.owners() or self.ours() or self.download(is_stopping)
+
+    def download(self, is_stopping: Callable[[], bool]) -> Path:
+        """Into place only when size and sum are right; whatever goes wrong, nothing stays. Raises CannotTunnel; OSError."""
+        asset = self._asset
+        if not asset:
+            raise CannotTunnel("There is no cloudflared for this system (%s, %s)." % (platform.system(), platform.machine()),
+                               "install it yourself and name it with --cloudflared PATH, or start with --no-tunnel")
+        url = "%s/%s/%s" % (self._config.cloudflared_url.rstrip("/"), CLOUDFLARED_VERSION, asset.name)
+        self._say("Downloading cloudflared %s (%d MB)..." % (CLOUDFLARED_VERSION, asset.size >> 20), False)
+        try:
+            private_directory(self._folder)
+        except CannotStart as error:
+            raise CannotTunnel(str(error), error.hint) from None
+        for old in self._folder.glob("*.part"):            # of a bridge that was killed meanwhile
+            shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=str(self._folder), suffix=".part") as part:
+            packed, program = Path(part, "download"), Path(part, "cloudflared")
+            self._fetch(url, asset, packed, is_stopping)
+            if sha256_of(packed) != asset.sha256:
+                raise CannotTunnel("The file from %s is not the cloudflared that is expected (its SHA-256 differs); it was not run." % url,
+                                   "somebody may have changed it on the way: try another network, or install cloudflared yourself and"
+                                   " name it with --cloudflared PATH")
+            if asset.program_sha256:
+                unpack_program(packed, program)
+                if sha256_of(program) != asset.program_sha256:
+                    raise CannotTunnel("The program in %s is not the cloudflared that is expected; it was not run." % asset.name,
+                                       "install cloudflared yourself and name it with --cloudflared PATH")
+            else:
+                os.replace(packed, program)
+            program.chmod(0o755)
+            os.replace(program, self._path())
+        self._say("cloudflared is installed in %s" % self._folder, False)
+        return self._path()
+
+    def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
+        """Raises OSError for what may pass: no network, a broken-off or endless file, too slow, or the bridge ends."""
+        until, got, told = self._clock.monotonic() + DOWNLOAD_SECONDS, 0, -1
+        with urllib.request.urlopen(url, timeout=10) as source, open(target, "xb") as file:
+            for data in iter(lambda: source.read1(1 << 16), b""):
+                got += len(data)
+                if got > asset.size:
+                    raise OSError("the file is larger than the %d bytes expected" % asset.size)
+                if is_stopping() or self._clock.monotonic() > until:
+                    raise OSError("the download was stopped after %d bytes" % got)
+                file.write(data)
+                if got * 100 // asset.size > told:
+                    told = got * 100 // asset.size
+                    self._say("Downloading cloudflared: %d %%" % told, True)
+        if got < asset.size:
+            raise OSError("the file broke off after %d of %d bytes" % (got, asset.size))
+
+
+def sha256_of(path: Path) -> str:
+    summed = hashlib.sha256()
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(1 << 20), b""):
+            summed.update(data)
+    return summed.hexdigest()
+
+
+def unpack_program(archive: Path, target: Path) -> None:
+    """Takes the one regular file `cloudflared` out of a .tgz, whatever else it claims to hold. Raises CannotTunnel."""
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                if member.name == "cloudflared" and member.isreg() and member.size <= UNPACKED_BYTES:
+                    source = tar.extractfile(member)
+                    if source:
+                        with source, open(target, "xb") as file:
+                            shutil.copyfileobj(source, file)
+                        return
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise CannotTunnel("The archive of cloudflared cannot be read: %s." % error, "install cloudflared yourself") from None
+    raise CannotTunnel("The archive of cloudflared does not hold the program.",
+                       "install cloudflared yourself, and name it with --cloudflared PATH")
+
+
+class Cloudflared:
+    """One process of cloudflared, and what it tells in its log and at its metrics address. Owns the thread "cloudflared-log",
+    which reads the log for as long as the process lives: it would die of a closed pipe, and stop serving at a full one."""
+    _plain = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], tag: str) -> None:
+        """Raises OSError."""
+        self.metrics = self.host = ""
+        self._tail: Deque[str] = deque(maxlen=LOG_LINES)
+        self.process = subprocess.Popen(list(argv), env={**environment, TAG: tag}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, bufsize=0, **group_options(getattr(signal, "SIGKILL", 9)))
+        self.pid = self.process.pid
+        self._pump = threading.Thread(target=self._read_log, name="cloudflared-log-%d" % self.pid, daemon=True)
+        self._pump.start()
+
+    def _read_log(self) -> None:
+        pipe, rest = self.process.stdout, b""
+        assert pipe is not None
+        with pipe:
+            for data in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
+                *lines, rest = (rest + data).split(b"\n")
+                rest = rest[:STDERR_BYTES]                  # what a line has beyond that is cut
+                for line in lines:
+                    self._note(line[:STDERR_BYTES].decode("utf-8", "replace").rstrip())
+
+    def _note(self, line: str) -> None:
+        kind, value = read_tunnel_line(line)
+        if kind == "host":
+            self.host = value
+        elif kind == "metrics":
+            self.metrics = value
+        if line:
+            self._tail.append(line)
+
+    def ask(self, path: str) -> Tuple[int, Any]:
+        """A GET at the metrics address. -> (status, the JSON), or (0, None) while nobody answers."""
+        if not self.metrics:
+            return 0, None
+        try:
+            with self._plain.open("http://%s%s" % (self.metrics, path), timeout=2) as answer:
+                return answer.status, json.loads(answer.read(1 << 20))
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, None
+        except (OSError, ValueError, http.client.HTTPException):
+            return 0, None
+
+    def look(self, is_named: bool) -> Sight:
+        """What can be seen now. The public address itself is never asked: a look-up that comes too soon is remembered
+        as a failure, here and by everybody behind the same resolver."""
+        code = self.process.poll()
+        if code is not None:
+            self._pump.join(1)
+            words = self.last_words()
+            is_usage = bool(re.match("Incorrect Usage|Provided Tunnel token is not valid", words))
+            return Sight(True, is_usage, words="cloudflared ended (exit code %d)%s" % (code, ": " + words if words else ""))
+        if not is_named:
+            body = self.ask("/quicktunnel")[1]
+            told = body.get("hostname") if isinstance(body, dict) else None
+            self.host = told if isinstance(told, str) and QUICK_HOST.fullmatch(told) else self.host
+        return Sight(has_host=is_named or bool(self.host), is_ready=self.ask("/ready")[0] == 200)
+
+    def last_words(self) -> str:
+        """The line that says why it ended: of a wrong flag the first, else the last."""
+        lines = list(self._tail)
+        wrong = [line for line in lines if "Incorrect Usage" in line or "token is not valid" in line]
+        return redact((wrong or lines[-1:] or [""])[0])[:300]
+
+    def stop(self, grace: float) -> None:
+        """SIGTERM, and what is left after `grace` seconds is killed; gone on return."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                pass
+        if os.name != "nt" or self.process.poll() is None:
+            kill_process(self.pid, group=True)
+        self.process.wait()
+        self._pump.join(1)
+
+
+class Tunnel:
+    """The public address: starts cloudflared, watches it and starts it again. Owns the thread "tunnel" and its child.
+
+    announce: is told each new address; remember: keeps (name, value) for the next start.
+    """
+
+    def __init__(self, config: Config, install: CloudflaredInstall, policy: TunnelPolicy, token: str, clock: Clock, tag: str,
+                 note_child: Callable[..., None], announce: Callable[[str], None], report: Callable[[str], None],
+                 remember: Callable[[str, str], None]) -> None:
+        self._config, self._install, self._policy, self._token, self._clock, self._tag = config, install, policy, token, clock, tag
+        self._note_child, self._announce, self._report, self._remember = note_child, announce, report, remember
+        self._child: Optional[Cloudflared] = None
+        self._program: Optional[Path] = None
+        self._failure = Sight()                          # why there is no child
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="tunnel", daemon=True)
+        self._port = 0
+        self.url: Optional[str] = None                   # the last one that worked
+        self.since: Optional[float] = None
+        self.starts = 0
+        self.is_ready = False
+
+    def start(self, port: int) -> None:
+        self._port = port
+        self._thread.start()
+
+    def retire(self) -> None:
+        """Begins the end: no new requests come, those in flight get 5 seconds. Returns at once."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """cloudflared is gone on return. Idempotent."""
+        self._stopping.set()
+        if self._thread.ident:
+            self._thread.join(CLOSE_SECONDS + 2)
+
+    @property
+    def state(self) -> str:
+        if not self._thread.is_alive():
+            return TunnelState.STOPPED
+        return TunnelState.STOPPING if self._stopping.is_set() else self._policy.state
+
+    @property
+    def hosts(self) -> FrozenSet[str]:
+        """The names by which the world reaches us through cloudflared now; none while it does not run."""
+        url = self.url if self._child else None
+        return frozenset(host_of(each) for each in (url, self._config.public_url if self._token else "") if each and self._child)
+
+    def details(self) -> Dict[str, Any]:
+        """For /api/status: {"state": "running", "url": "https://...", "since": "...", "protocol": "quic", "starts": 1, ...}."""
+        policy = self._policy
+        return {"state": self.state, "url": self.url if self.is_ready else None, "since": iso_time(self.since) if self.is_ready else None,
+                "protocol": policy.protocol, "starts": self.starts, "error": policy.why or None if not self.is_ready else None,
+                "retryInSeconds": max(0, whole_seconds(policy.retry_at - self._clock.monotonic()))
+                if policy.state == TunnelState.BACKOFF else None}
+
+    def _loop(self) -> None:
+        action, look_at = self._policy.start(self._clock.monotonic()), 0.0
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._act(action)
+                    self._stopping.wait(0.1 if self._policy.state == TunnelState.STARTING else 0.5)
+                    now, action = self._clock.monotonic(), ""
+                    has_ended = not self._child or self._child.process.poll() is not None
+                    if now >= look_at or has_ended or self._policy.state != TunnelState.RUNNING:
+                        action, look_at = self._policy.step(now, self._look()), now + READY_SECONDS
+                except Exception:
+                    self._report("The tunnel met an error:\n" + redact(traceback.format_exc()))
+                    self._stopping.wait(READY_SECONDS)
+        finally:
+            self._end(CLOSE_SECONDS)
+
+    def _look(self) -> Sight:
+        if not self._child:
+            return self._failure
+        sight = self._child.look(bool(self._token))
+        if sight.is_ready and sight.has_host and not self.is_ready:
+            self._begin(self._child)
+        elif not sight.is_ready and self.is_ready and not sight.is_ended:
+            self.is_ready = False
+            self._report("The tunnel has lost its connection; cloudflared tries to get it back.")
+        return sight
+
+    def _act(self, action: str) -> None:
+        if not action:
+            return
+        self._end(1.0)
+        if action == "start":
+            self._failure = self._spawn()
+            return
+        policy = self._policy
+        self._report("The tunnel failed: %s. The bridge serves locally; %s" % (policy.why.rstrip("."), (
+            "the tunnel is given up." if policy.state == TunnelState.FATAL else "next try in %d s." % whole_seconds(
+                policy.retry_at - self._clock.monotonic()))))
+
+    def _spawn(self) -> Sight:
+        """-> what stands in the way of a start, or nothing."""
+        try:
+            program = self._program or self._install.get(self._stopping.is_set)
+            empty = self._config.data_dir / "cloudflared.yml"
+            empty.write_text("{}\n", "utf-8")
+            argv = tunnel_argv(str(program), str(empty), self._port, self._policy.protocol, bool(self._token))
+            self._child = Cloudflared(argv, tunnel_environment(os.environ, self._token), self._tag + ".tunnel")
+        except CannotTunnel as error:
+            return Sight(True, True, words="%s (%s)" % (error, error.hint))
+        except PermissionError as error:
+            return Sight(True, True, words="cloudflared cannot be run: %s" % error)
+        except OSError as error:
+            return Sight(True, words="cloudflared could not be got or started: %s" % error)
+        self.starts += 1
+        self._program = program
+        self._note_child(self._child.pid, started_at(self._child.pid), program_of(self._child.pid))
+        return Sight()
+
+    def _begin(self, child: Cloudflared) -> None:
+        """It is connected: tells by which address."""
+        url = "https://" + child.host if child.host else self._config.public_url.rstrip("/")
+        if self._token:
+            found, rules = host_in_ingress(child.ask("/config")[1], self._port)
+            url = url or ("https://" + found if found else "")
+            if not found:
+                self._report("The tunnel is connected, but its configuration sends nothing to http://localhost:%d (it has: %s). Add that"
+                             " service to its public hostname." % (self._port, "; ".join(rules)[:300] or "nothing"))
+        self.is_ready, self.since = True, self._clock.now()
+        self._remember("tunnel_protocol", self._policy.protocol)
+        if url and url != self.url:
+            self._announce(url)
+        else:
+            self._report("The tunnel is connected: %s" % (url or "at the address in its configuration (--public-url tells it)"))
+        self.url = url or None
+
+    def _end(self, grace: float) -> None:
+        self.is_ready = False
+        if self._child:
+            self._child.stop(grace)
+            self._note_child(self._child.pid, None)
+            self._child = None
+
+
+def host_of(url: str) -> str:
+    """The host name of an address, in small letters, without the port."""
+    return (urlsplit(url).hostname or "").lower()
+
 
 # === 7 Queue ==================================================================================================
 # The worker takes jobs from the store, one after the other; the hub wakes those who wait for one.
@@ -3359,17 +3971,58 @@ def charged(bucket: TokenBucket) -> Iterator[TokenBucket]:
         raise
 
 
-class Dispatcher:
-    """Request -> Response: route, caller, limits, answer; the only `except Exception` on this path. Any thread."""
+class Names:
+    """By which names this bridge is called. own: host names besides those of this machine; through_tunnel: those by which
+    the world comes in through our tunnel, while it runs."""
 
-    def __init__(self, service: Service, backstage: Backstage, buckets: Buckets, report: Callable[[str], None]) -> None:
+    def __init__(self, own: Iterable[str] = (), through_tunnel: Callable[[], FrozenSet[str]] = frozenset) -> None:
+        machine = socket.gethostname().lower()
+        first = machine.partition(".")[0]
+        self._own = frozenset(name.lower() for name in (*own, "localhost", machine, first, first + ".local") if name)
+        self._through_tunnel = through_tunnel
+
+    def check(self, request: Request) -> None:
+        """Raises UnknownHost for a name that is not ours: a stranger's page can lead a browser here under a name of its own,
+        and would read the answers. An address in figures cannot be such a name."""
+        host = self._host(request)
+        if host and host not in self._own and not is_address(host) and host not in self._through_tunnel():
+            raise UnknownHost("This bridge does not answer by the name %s. If it is its name, start with --public-url https://%s"
+                              % (host[:100], host[:100]))
+
+    def address(self, request: Request) -> str:
+        """Who is on the other side: for what came through our tunnel, whom Cloudflare names."""
+        told = request.headers.get("cf-connecting-ip", "")
+        is_local = request.address in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+        return told if is_local and is_address(told) and self._host(request) in self._through_tunnel() else request.address
+
+    @staticmethod
+    def _host(request: Request) -> str:
+        return re.sub(r":\d*$", "", request.headers.get("host", "")).rstrip(".").lower()
+
+
+def is_address(text: str) -> bool:
+    """Whether it is an IP address; a version 6 one may stand in brackets."""
+    try:
+        ipaddress.ip_address(text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text)
+        return True
+    except ValueError:
+        return False
+
+
+class Dispatcher:
+    """Request -> Response: name, route, caller, limits, answer; the only `except Exception` on this path. Any thread."""
+
+    def __init__(self, service: Service, backstage: Backstage, buckets: Buckets, report: Callable[[str], None],
+                 names: Optional[Names] = None) -> None:
         self._service, self._backstage, self._buckets, self._report = service, backstage, buckets, report
+        self._names = names or Names()
 
     def dispatch(self, request: Request) -> Response:
-        if request.method == "OPTIONS":
-            return Response(204, headers=PREFLIGHT_HEADERS)
         try:
-            return self._answer(request)
+            self._names.check(request)
+            if request.method == "OPTIONS":
+                return Response(204, headers=PREFLIGHT_HEADERS)
+            return self._answer(replace(request, address=self._names.address(request)))
         except BridgeError as error:
             return self.refusal(error)
         except (ConnectionError, socket.timeout):
@@ -3926,8 +4579,13 @@ class DataLock:
 class Bridge:
     """The whole, as a context manager: everything is started on entry, and gone on exit. Raises CannotStart."""
 
-    def __init__(self, config: Config, claude: Claude, clock: Clock, report: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, claude: Claude, clock: Clock, report: Callable[[str], None], tunnel_token: str = "",
+                 announce: Callable[[str, Optional[str]], None] = lambda url, before: None,
+                 progress: Callable[[str, bool], None] = lambda text, passes: None) -> None:
+        """announce: is told the public address, and the one before; progress: see CloudflaredInstall."""
         self.config, self._claude, self._clock, self._report = config, claude, clock, report
+        self._tunnel_token, self._announce, self._progress = tunnel_token, announce, progress
+        self.tunnel: Optional[Tunnel] = None
         self.new_admin_token: Optional[str] = None       # made when there was none; to be shown once, or withdrawn
         self.withdraw_admin_token: Callable[[], None] = lambda: None
         self._parts = contextlib.ExitStack()
@@ -3942,7 +4600,8 @@ class Bridge:
         self._parts.close()
 
     def _open(self) -> None:
-        """Lock, port, store, leftovers, recovery, worker; closed in this order: accept no more, worker, waiters, server, store."""
+        """Lock, port, store, leftovers, recovery, worker; closed in this order: accept no more, worker, waiters, server,
+        tunnel (which begins to leave at once), store."""
         data_dir = private_directory(self.config.data_dir)
         lock = DataLock(data_dir / "bridge.lock")
         self._parts.callback(lock.close)
@@ -3950,16 +4609,20 @@ class Bridge:
         self._parts.callback(self._server.server_close)
         store = Store(data_dir / "bridge.db", self._clock)
         self._parts.callback(store.close)
+        tag = digest(str(data_dir.resolve()))[:16]
+        tunnel = self.tunnel = None if self.config.no_tunnel else self._make_tunnel(store, tag)
+        if tunnel:
+            self._parts.callback(tunnel.close)
         self._parts.callback(self._server.close)
         hub = Hub()
-        tag = digest(str(data_dir.resolve()))[:16]
-        claude = ClaudeCli(self._claude, self.config, self._clock, tag, store.note_child)
+        claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child)
         worker = Worker(store, claude, hub, self._clock, self._report, self.config)
         service = Service(store, hub, self._clock, data_dir, worker.live, lambda: worker.rest)
         backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker))
-        self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report)
+        names = Names((host_of(self.config.public_url), self.config.host), (lambda: tunnel.hosts) if tunnel else frozenset)
+        self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report, names)
         left = end_leftovers(tag + ".", store.children())
-        for pid, _ in store.children():
+        for pid, *_ in store.children():
             store.note_child(pid, None)
         again, lost = store.recover()
         if left or again or lost:
@@ -3971,11 +4634,30 @@ class Bridge:
         self._parts.callback(hub.close)
         self._parts.callback(worker.close)
         self._parts.callback(self._server.stop_accepting)
+        if tunnel:
+            self._parts.callback(tunnel.retire)
         worker.start()
 
     def serve(self) -> None:
         """Begins to answer; before this the port is bound, but nothing is read."""
         self._server.start()
+        if self.tunnel:
+            self.tunnel.start(self.port)
+
+    def _make_tunnel(self, store: Store, tag: str) -> Tunnel:
+        chosen = self.config.tunnel_protocol
+        worked = store.remembered("tunnel_protocol")
+        in_turn = ("auto",) if self._tunnel_token else sorted(("quic", "http2"), key=lambda each: each != worked)
+        policy = TunnelPolicy(in_turn if chosen == "auto" else (chosen,), bool(self._tunnel_token))
+
+        def announce(url: str) -> None:
+            before = store.remembered("tunnel_url")
+            store.remember("tunnel_url", url)
+            self._announce(url, before if before != url else None)
+
+        install = CloudflaredInstall(self.config, os.environ, self._clock, self._progress)
+        return Tunnel(self.config, install, policy, self._tunnel_token, self._clock, tag, store.note_child, announce, self._report,
+                      store.remember)
 
     def _listen(self) -> BridgeServer:
         host, port = self.config.listen_host, self.config.port
@@ -4006,6 +4688,7 @@ class Bridge:
         return {"worker": {"alive": worker.is_alive, "requestId": running[0] if running else None,
                            "since": iso_time(running[1]) if running else None, "spareReady": worker.has_spare},
                 "plan": plan_body(store.windows(), worker.rest, self._clock.now()),
+                "tunnel": self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": self.config.public_url or None},
                 "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
 
     @staticmethod
@@ -4064,6 +4747,24 @@ class Console:
         """What happens while the bridge runs, with the time of day."""
         self.say("·", "%s %s" % (time.strftime("%H:%M:%S"), printable(text)))
 
+    def progress(self, text: str, passes: bool) -> None:
+        """How a download goes. passes: the next line takes its place; where that cannot be shown, every tenth does."""
+        if not passes:
+            self._tell(("\r" if self._is_rich else "") + ("  📥  " if self._is_rich else "") + text)
+        elif self._is_rich:
+            with contextlib.suppress(OSError, ValueError):
+                print("\r  📥  " + text, end="", file=sys.stderr, flush=True)
+        elif re.search(r"\b\d*0 %", text):
+            self._tell(text)
+
+    def announce(self, url: str, before: Optional[str]) -> None:
+        """A public address, on stdout, too, for whoever reads our lines."""
+        self.blank()
+        self.say("🌐", "Public URL: %s%s" % (url, " (it was %s before; tell your clients)" % before if before else ""))
+        self.say("📖", "Dashboard: %s/dashboard (a new address may take some seconds to be known everywhere)" % url)
+        self.blank()
+        self.data(url)
+
     def fail(self, text: str, hint: str = "") -> None:
         self._tell(("  ❌  " if self._is_rich else "error: ") + text)
         if hint:
@@ -4103,8 +4804,9 @@ def command_start(config: Config, console: Console) -> int:
     claude = find_claude(config, os.environ)
     tell_payer(config, claude, console)
     console.say("✅", "Data directory: %s" % config.data_dir)
+    token = find_tunnel_token(config, os.environ)
     arrived = signals_queue()
-    with Bridge(config, claude, Clock(), console.log) as bridge:
+    with Bridge(config, claude, Clock(), console.log, token, console.announce, console.progress) as bridge:
         if bridge.new_admin_token:
             console.blank()
             console.say("🔑", "Admin token (save this, it is shown only once):")
@@ -4121,6 +4823,19 @@ def command_start(config: Config, console: Console) -> int:
                 break
         console.say("👋", "Shutting down...")
     return 0
+
+
+def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
+    """The token of a named tunnel, from its file or CAB_TUNNEL_TOKEN; empty for a quick tunnel. Raises WrongSetting, CannotStart."""
+    if config.no_tunnel:
+        return ""
+    text = environ.get("CAB_TUNNEL_TOKEN", "")
+    if config.tunnel_token_file:
+        try:
+            text = Path(config.tunnel_token_file).expanduser().read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise CannotStart("The tunnel token cannot be read: %s." % error, "check --tunnel-token-file") from None
+    return check_tunnel_token(text) if text.strip() else ""
 
 
 def tell_payer(config: Config, claude: Claude, console: Console) -> None:
@@ -4145,9 +4860,12 @@ def tell_payer(config: Config, claude: Claude, console: Console) -> None:
 
 
 def tell_addresses(bridge: Bridge, console: Console) -> None:
+    """Where the bridge is reached on this machine and in its network; the tunnel announces itself."""
     lan = lan_address() if bridge.config.listen_host in ("0.0.0.0", "::") else None
     if not bridge.config.no_tunnel:
-        console.say("ℹ️", "This version opens no tunnel: only this machine can call. --no-tunnel serves your network too.")
+        console.say("🌐", "Connecting the tunnel...")
+    elif bridge.config.public_url:
+        console.say("🌐", "Public URL: %s" % bridge.config.public_url)
     console.say("📖", "Dashboard: %s/dashboard" % bridge.local_url)
     if lan:
         console.say("🏠", "In your network: http://%s:%d" % (lan, bridge.port))
@@ -4206,6 +4924,103 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
     return 0
 
 
+class Check(NamedTuple):
+    """One line of the doctor. is_good: None where something is worth knowing, but nothing is broken; advice: what to do."""
+    name: str
+    is_good: Optional[bool]
+    text: str
+    advice: str = ""
+
+
+def command_doctor(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """Looks at all that a start needs. -> 0, or 1 when something is broken."""
+    checks: List[Check] = []
+    for each in (check_python, check_data, check_port, check_claude, check_tunnel):
+        checks += each(config, os.environ)
+    marks = {True: "ok", None: "--", False: "!!"}
+    if arguments.json:
+        console.data(json.dumps({"ok": all(check.is_good is not False for check in checks), "checks": [
+            {"name": check.name, "ok": check.is_good, "text": check.text, "advice": check.advice or None} for check in checks]}, indent=2))
+    else:
+        for check in checks:
+            console.data("%s  %-12s %s%s" % (marks[check.is_good], check.name, printable(check.text),
+                                             "\n                 -> " + check.advice if check.advice else ""))
+    return 1 if any(check.is_good is False for check in checks) else 0
+
+
+def check_python(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    return [Check("python", True, "%d.%d.%d" % sys.version_info[:3]), Check("sqlite", True, SQLITE_VERSION)]
+
+
+def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """The data folder: its rights, its disk and its database."""
+    try:
+        folder = private_directory(config.data_dir)
+        fault, free = database_fault(folder / "bridge.db"), shutil.disk_usage(folder).free >> 20
+    except (CannotStart, OSError) as error:
+        return [Check("data", False, str(error), "make %s writable, or choose another one with --data-dir" % config.data_dir)]
+    return [Check("data", not fault, fault or str(folder), "move bridge.db away to start with an empty one" if fault else ""),
+            Check("disk", free > 100, "%d MB free" % free, "" if free > 100 else "make room: requests are kept on disk")]
+
+
+def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """The port: free, or held by a bridge of this data folder."""
+    try:
+        lock = DataLock(config.data_dir / "bridge.lock")
+        lock.close()
+    except CannotStart as error:
+        return [Check("port", None, str(error))]
+    try:
+        BridgeServer(config.listen_host, config.port, Clock(), lambda text: None).server_close()
+    except (OSError, OverflowError, TypeError, ValueError) as error:
+        return [Check("port", False, "%d on %s cannot be used: %s" % (config.port, config.listen_host, error),
+                      "choose another one with --port")]
+    return [Check("port", True, "%d on %s is free" % (config.port, config.listen_host))]
+
+
+def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """The program, its login and who pays."""
+    try:
+        claude = find_claude(config, environ)
+    except CannotStart as error:
+        return [Check("claude", False, str(error), error.hint)]
+    checks = [Check("claude", True, "%s (%s)" % (claude.features.version_text, claude.command[-1])),
+              *(Check("claude", None, note) for note in claude.notes)]
+    if not claude.is_billed:
+        return checks + [Check("payer", True, claude.payer)]
+    advice = "" if config.allow_api_key else "sign claude in to the subscription, or allow the bill with --allow-api-key"
+    return checks + [Check("payer", config.allow_api_key, claude.payer + ", billed per token", advice)]
+
+
+def check_tunnel(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """cloudflared, its sum, and the token of a named tunnel."""
+    if config.no_tunnel:
+        return [Check("tunnel", None, "off (--no-tunnel)")]
+    install = CloudflaredInstall(config, environ, Clock(), lambda text, passes: None)
+    try:
+        token = find_tunnel_token(config, environ)
+        owners = install.owners()
+        if owners:
+            version = probe([str(owners), "version", "--short"], tunnel_environment(environ, "")).strip().splitlines()
+            found = Check("cloudflared", bool(version), "%s (%s), your own, so its sum is not checked" % (
+                owners, version[0][:40] if version else "it does not tell its version"),
+                "" if version else "install it again, or name another one with --cloudflared PATH")
+        elif install.ours():
+            found = Check("cloudflared", True, "%s (%s, SHA-256 as expected)" % (install.ours(), CLOUDFLARED_VERSION))
+        elif cloudflared_asset(platform.system(), platform.machine()):
+            found = Check("cloudflared", None, "not here yet: start downloads %s from %s and checks its SHA-256" % (
+                CLOUDFLARED_VERSION, config.cloudflared_url))
+        else:
+            found = Check("cloudflared", False, "there is none for this system", "install it yourself and name it with --cloudflared PATH")
+    except (CannotTunnel, CannotStart) as error:
+        return [Check("cloudflared", False, str(error), error.hint)]
+    except WrongSetting as error:
+        return [Check("tunnel", False, str(error))]
+    kind = "named, %s" % (config.public_url or "--public-url is not set: its address cannot be announced") if token else \
+        "quick: a new address at each start"
+    return [found, Check("tunnel", None if token and not config.public_url else True, kind)]
+
+
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """The flags of the settings; without a default, so that a variable can stand in."""
     for row in SETTINGS:
@@ -4225,6 +5040,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", "-v", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_settings(commands.add_parser("start", help="run the bridge", allow_abbrev=False))
+    doctor = commands.add_parser("doctor", help="check all that a start needs, and say what to do", allow_abbrev=False)
+    add_settings(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     token = commands.add_parser("token", help="create, list and revoke tokens, while the bridge runs or not", allow_abbrev=False)
     actions = token.add_subparsers(dest="action", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a token and print it", allow_abbrev=False)
@@ -4259,7 +5077,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     console = Console()
     try:
         config = load_config(vars(arguments), os.environ)
-        return command_start(config, console) if arguments.command == "start" else command_token(arguments, config, console)
+        if arguments.command == "start":
+            return command_start(config, console)
+        return (command_doctor if arguments.command == "doctor" else command_token)(arguments, config, console)
     except (WrongSetting, InvalidRequest) as error:
         console.fail(str(error))
         return 2

@@ -1141,7 +1141,7 @@ class LineFramer:
 
 
 class CliEvent(NamedTuple):
-    """One line of the CLI. kind: init, delta, message, assistant, told, limits, result, control, asks or noise (a sign of life).
+    """One line of the CLI. kind: init, delta, message, assistant, told, limits, retry, result, control, asks or noise.
     tools: the ids of the tool calls that begin (assistant) or end (told) with it."""
     kind: str
     body: Mapping[str, Any] = {}
@@ -1162,7 +1162,7 @@ def read_cli_event(line: bytes) -> CliEvent:
             return CliEvent("delta", body, str(delta.get("text") or ""))
         return CliEvent("message" if event.get("type") == "message_start" else "noise", body)
     if kind == "system":
-        return CliEvent("init" if body.get("subtype") == "init" else "noise", body)
+        return CliEvent({"init": "init", "api_retry": "retry"}.get(str(body.get("subtype")), "noise"), body)
     if kind in ("assistant", "user"):
         content = (body.get("message") or {}).get("content")
         name, block_type, key = ("assistant", "tool_use", "id") if kind == "assistant" else ("told", "tool_result", "tool_use_id")
@@ -1212,6 +1212,9 @@ def rest_seconds(resets_at: Optional[float], now: float) -> float:
     return min(max(resets_at - now, 5.0), LONGEST_REST_SECONDS)
 
 
+OVERLOADED = (500, 502, 503, 504, 529)
+
+
 def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) -> RunFailed:
     """The outcome behind a `result` line that is an error. said: the `error` word of the last assistant line; limits: the
     last ones the process told.
@@ -1230,7 +1233,7 @@ def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) 
         return RunFailed("model_not_found", text)
     if status == 413 or result.get("terminal_reason") == "prompt_too_long" or text.startswith(("Prompt is too long", "Request too large")):
         return RunFailed("context_too_long", text)
-    if status in (500, 502, 503, 504, 529):
+    if status in OVERLOADED:
         return RunFailed("overloaded", text)
     return RunFailed("cli_error", text)
 
@@ -2486,6 +2489,7 @@ class Turn:
         self._tools: Set[str] = set()    # those that run: a command may be silent for long
         self.heard = False               # the prompt was taken: from now on a lost child is a failed run
         self.over = False                # the result came: the child is idle
+        self._is_overloaded = False      # claude itself waits and tries again
 
     def event(self) -> CliEvent:
         """The next event. Raises RunFailed at a deadline or when the job is no longer wanted; ChildGone."""
@@ -2496,7 +2500,8 @@ class Turn:
                 self._look_at = now + TICK_SECONDS
                 check_wanted(self._stop_reason())
             if now >= self._deadline:
-                raise RunFailed("timeout", "The run took longer than %g seconds." % self._config.run_seconds)
+                raise RunFailed("overloaded" if self._is_overloaded else "timeout", "The run took longer than %g seconds%s." % (
+                    self._config.run_seconds, ", in which the service was overloaded" if self._is_overloaded else ""))
             if now >= silent_at and not self._tools:
                 raise RunFailed("timeout", "claude gave no sign of life for %g seconds." % self._config.silence_seconds)
             event = self._child.next_event(min(TICK_SECONDS, self._deadline - now))
@@ -2544,6 +2549,11 @@ class Turn:
                     raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
             elif event.kind == "message":
                 live.restart()
+                live.rest, self._is_overloaded = None, False
+            elif event.kind == "retry":
+                self._is_overloaded = event.body.get("error_status") in (429, *OVERLOADED)
+                seconds = number_or_none(event.body.get("retry_delay_ms")) or 0
+                live.rest = Rest("overloaded", self._clock.now() + seconds / 1000) if self._is_overloaded else None
             elif event.kind == "init":
                 self.heard, model = True, event.body.get("model")
                 self._guard_billing(event.body.get("apiKeySource"))

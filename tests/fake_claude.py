@@ -252,8 +252,8 @@ class Fake:
 
     def act_script(self, rest: str) -> None:
         """script JSON: does the steps of a list, to its end or to the first `result` or `fail`:
-        {"delta": TEXT} {"message": true} {"wait": FILE} {"pause": SECONDS} {"limits": rate_limit_info} {"result": TEXT}
-        {"fail": fields of a result, and `said`} {"first": FILE, "do": steps}, which is done once: it makes the file.
+        {"delta": TEXT} {"message": true} {"wait": FILE} {"pause": SECONDS} {"limits": rate_limit_info} {"retry": error_status}
+        {"result": TEXT} {"fail": fields of a result, and `said`} {"first": FILE, "do": steps}, which is done once: it makes the file.
         Without a result at the end, the deltas since the last `message` are the answer."""
         if not self.steps(json.loads(rest)):
             self.result("".join(self.said))
@@ -271,6 +271,9 @@ class Fake:
                 wait_for_file(step["wait"])
             elif "pause" in step:
                 time.sleep(step["pause"])
+            elif "retry" in step:
+                self.say(type="system", subtype="api_retry", attempt=1, max_retries=4, retry_delay_ms=545.5, error_status=step["retry"],
+                         error="rate_limit" if step["retry"] == 429 else "server_error")
             elif "limits" in step:
                 self.say(type="rate_limit_event", rate_limit_info=step["limits"])
             elif "first" in step:

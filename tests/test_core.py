@@ -495,7 +495,7 @@ TEXT_DELTA = {"type": "content_block_delta", "index": 0, "delta": {"type": "text
 @pytest.mark.parametrize("message, kind, text", [
     ({"type": "system", "subtype": "init", "apiKeySource": "none"}, "init", ""),
     ({"type": "system", "subtype": "status"}, "noise", ""),
-    ({"type": "system", "subtype": "api_retry", "attempt": 1}, "noise", ""),
+    ({"type": "system", "subtype": "api_retry", "attempt": 1}, "retry", ""),
     (stream(TEXT_DELTA), "delta", "Héllo"),
     (stream({"type": "content_block_delta", "delta": {"type": "input_json_delta", "partial_json": "{"}}), "noise", ""),
     (stream({"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "hm"}}), "noise", ""),

@@ -512,6 +512,20 @@ def test_a_cancel_between_two_tries_ends_the_run_at_once(direct: Directs, monkey
     assert (live.read(), live.restarts) == ("", 1)                           # what came of the first try is void already
 
 
+@pytest.mark.parametrize("status, code", [(529, "overloaded"), (503, "overloaded"), (429, "overloaded"), (401, "timeout"), (None, "timeout")])
+def test_a_run_that_ends_while_claude_itself_tries_again_was_overloaded(direct: Directs, gate: Path, status: Any, code: str) -> None:
+    d, live, reasons = direct(run_seconds=0.5), cab.LiveText(), []
+    prompt = script({"retry": status}, {"wait": str(gate)})
+    assert d.failure(prompt, live=live, stop_reason=lambda: reasons.append(live.rest and live.rest.reason))[0] == code
+    assert set(reasons[1:]) <= {None, "overloaded"} and ("overloaded" in reasons) == (code == "overloaded")
+
+
+def test_once_claude_answers_again_it_is_overloaded_no_more(direct: Directs, gate: Path) -> None:
+    d, live = direct(run_seconds=0.5), cab.LiveText()
+    assert d.failure(script({"retry": 529}, {"message": True}, {"delta": "x"}, {"wait": str(gate)}), live=live)[0] == "timeout"
+    assert live.rest is None
+
+
 # --- who pays ---
 
 def test_a_run_that_an_api_key_would_pay_is_stopped(bridge: Bridges, fake_claude: Fakes) -> None:

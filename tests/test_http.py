@@ -77,7 +77,7 @@ class Wire:
 
 def request(line: str = "GET /health HTTP/1.1", *headers: str, body: bytes = b"", host: bool = True) -> bytes:
     """A request with exactly these lines; no length is added."""
-    return "\r\n".join([line, *(["Host: bridge"] if host else []), *headers, "", ""]).encode("latin-1") + body
+    return "\r\n".join([line, *(["Host: localhost"] if host else []), *headers, "", ""]).encode("latin-1") + body
 
 
 def post(api: Any, path: str, body: bytes, *headers: str) -> bytes:
@@ -248,7 +248,7 @@ REFUSED: Tuple[Tuple[str, int, Union[bytes, str]], ...] = (
     ("a blank before the colon", 400, smuggled("Content-Length : %d" % len(HIDDEN))),
     ("a tab before the colon", 400, smuggled("Transfer-Encoding\t: chunked")),
     ("a folded line", 400, smuggled("X: a", " Content-Length: %d" % len(HIDDEN))),
-    ("a folded first line", 400, request("GET /health HTTP/1.1", host=False).replace(b"\r\n", b"\r\n Host: bridge\r\n", 1)),
+    ("a folded first line", 400, request("GET /health HTTP/1.1", host=False).replace(b"\r\n", b"\r\n Host: localhost\r\n", 1)),
     ("a bare CR in a value", 400, smuggled("X: a\rContent-Length: %d" % len(HIDDEN))),
     ("a bare CR at the end of a value", 400, smuggled("X: a\r")),
     ("NUL in a value", 400, smuggled("X: a\0b")),
@@ -443,7 +443,7 @@ def test_100_continue_is_not_sent_where_there_is_no_body_or_no_such_thing(served
 @pytest.mark.parametrize("phase, start", [
     pytest.param(cab.Phase.HEAD, b"G", id="in the request line"),
     pytest.param(cab.Phase.HEAD, b"GET / HTTP/1.1\r\nX: ", id="in a header"),
-    pytest.param(cab.Phase.BODY, b"POST /api/ask HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 900\r\n\r\n", id="in a body"),
+    pytest.param(cab.Phase.BODY, b"POST /api/ask HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer TOKEN\r\nContent-Length: 900\r\n\r\n", id="in a body"),
 ])
 def test_a_client_that_drips_is_closed_at_the_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, phase: str, start: bytes) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.2)
@@ -455,7 +455,7 @@ def test_a_client_that_drips_is_closed_at_the_deadline(served: RunningBridge, mo
 def test_a_body_that_nobody_wants_holds_no_answer_back_and_no_place(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.BODY, 0.2)
     with Wire(served.port) as wire:
-        assert wire.send(b"POST /api/ask HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n").answer().status == 401
+        assert wire.send(b"POST /api/ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n").answer().status == 401
         assert wire.drip() == b""
         wait_until(lambda: not connection_threads())
 

@@ -184,7 +184,8 @@ POLLS_PER_REQUEST = 5                # the bucket for polls is this many times t
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing the owner can choose. kind: "number", "text", "path" or "switch" (a switch has no value)."""
+    """One thing the owner can choose. kind: "number" (least to most), "text" (that matches the pattern), "path", or "switch",
+    which has no value."""
     name: str
     default: Any
     kind: str
@@ -193,6 +194,7 @@ class Setting:
     help: str
     least: int = 0
     most: int = 0
+    pattern: str = ""
 
 
 SETTINGS = (
@@ -201,15 +203,16 @@ SETTINGS = (
             "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)"),
     Setting("no_tunnel", False, "switch", "--no-tunnel", ("CAB_NO_TUNNEL",), "serve this machine and its network only"),
     Setting("public_url", "", "text", "--public-url", ("CAB_PUBLIC_URL",),
-            "the address of a named tunnel or of your own proxy, such as https://bridge.example.com"),
+            "the address of a named tunnel or of your own proxy, such as https://bridge.example.com",
+            pattern=r"|https?://[A-Za-z0-9.-]+(:\d+)?/?"),
     Setting("tunnel_token_file", "", "text", "--tunnel-token-file", ("CAB_TUNNEL_TOKEN_FILE",),
             "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)"),
     Setting("tunnel_protocol", "auto", "text", "--tunnel-protocol", ("CAB_TUNNEL_PROTOCOL",),
-            "quic, http2, or auto: the one that worked last, then the other"),
+            "quic, http2, or auto: the one that worked last, then the other", pattern="auto|quic|http2"),
     Setting("cloudflared", "", "text", "--cloudflared", ("CAB_CLOUDFLARED",),
             "the cloudflared program (default: found in PATH, else downloaded once and checked)"),
     Setting("cloudflared_url", "https://github.com/cloudflare/cloudflared/releases/download", "text", "--cloudflared-url",
-            ("CAB_CLOUDFLARED_URL",), "where cloudflared is downloaded from"),
+            ("CAB_CLOUDFLARED_URL",), "where cloudflared is downloaded from", pattern=r"https?://\S+"),
     Setting("data_dir", "~/.claude-api-bridge", "path", "--data-dir", ("CAB_DATA_DIR",), "folder of the database and the workspaces"),
     Setting("claude", "", "text", "--claude", ("CAB_CLAUDE",), "the claude program (default: found in PATH and the usual places)"),
     Setting("demo", False, "switch", "--demo", ("CAB_DEMO",), "answer with an echo: no Claude and no subscription needed"),
@@ -257,10 +260,6 @@ class Config:
         return self.host or ("0.0.0.0" if self.no_tunnel else "127.0.0.1")
 
 
-SETTING_PATTERNS = {"public_url": r"|https?://[A-Za-z0-9.-]+(:\d+)?/?", "tunnel_protocol": "auto|quic|http2",
-                    "cloudflared_url": r"https?://\S+"}
-
-
 class WrongSetting(Exception):
     """A value that cannot be used; the sentence says which one, and what would do."""
 
@@ -274,8 +273,6 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
             if value is None and environ.get(variable):
                 value, source = environ[variable], variable
         values[row.name] = read_setting(row, row.default if value is None else value, source)
-        if row.name in SETTING_PATTERNS and not re.fullmatch(SETTING_PATTERNS[row.name], values[row.name]):
-            raise WrongSetting("%s cannot be %r. It is: %s." % (source, values[row.name], row.help))
     return Config(**values)
 
 
@@ -289,6 +286,8 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
         if not re.fullmatch(r"[0-9]{1,9}", str(value)) or not row.least <= int(value) <= row.most:
             raise WrongSetting("%s must be a whole number from %d to %d, not %r." % (source, row.least, row.most, str(value)))
         return int(value)
+    if row.pattern and not re.fullmatch(row.pattern, str(value)):
+        raise WrongSetting("%s cannot be %r. It is: %s." % (source, str(value), row.help))
     try:
         if "\0" in str(value) or not str(value).strip() and row.kind == "path":
             raise RuntimeError

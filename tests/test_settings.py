@@ -115,11 +115,12 @@ def test_help_names_every_flag_and_every_variable(capsys: pytest.CaptureFixture[
 
 
 def test_every_flag_reaches_the_config(tmp_path: Path) -> None:
-    values = {"number": "1", "text": "word", "path": str(tmp_path)}
-    words = [word for row in cab.SETTINGS for word in ([row.flag] if row.kind == "switch" else [row.flag, values[row.kind]])]
+    shaped = {"public_url": "https://bridge.example.com", "tunnel_protocol": "http2", "cloudflared_url": "http://127.0.0.1:1/x"}
+    values = {row.name: {"number": "1", "text": shaped.get(row.name, "word"), "path": str(tmp_path)}.get(row.kind) for row in cab.SETTINGS}
+    words = [word for row in cab.SETTINGS for word in (row.flag, values[row.name]) if word]
     config = load(vars(cab.build_parser().parse_args(["start", *words])))
     assert {row.name: getattr(config, row.name) for row in cab.SETTINGS} == {
-        row.name: {"number": 1, "text": "word", "path": tmp_path, "switch": True}[row.kind] for row in cab.SETTINGS}
+        row.name: {"number": 1, "text": values[row.name], "path": tmp_path, "switch": True}[row.kind] for row in cab.SETTINGS}
 
 
 @pytest.mark.parametrize("words", [["start", "--prot", "1"], ["start", "--por", "1"], ["start", "--port"], ["start", "extra"],
@@ -130,7 +131,9 @@ def test_words_that_are_no_setting_are_refused_with_status_2(words: List[str], c
     assert end.value.code == 2 and words[-1].split("=")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["start", "--port", "abc"], ["start", "--data-dir", "~no-such-user/data"], ["token", "list", "--data-dir", ""]])
+@pytest.mark.parametrize("words", [["start", "--port", "abc"], ["start", "--data-dir", "~no-such-user/data"], ["token", "list", "--data-dir", ""],
+                                   ["start", "--public-url", "bridge.example.com"], ["start", "--tunnel-protocol", "tcp"],
+                                   ["doctor", "--cloudflared-url", "ftp://x"]])
 def test_a_wrong_value_ends_the_program_with_status_2_and_one_line(words: List[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cab.main(words) == 2
     shown = capsys.readouterr()

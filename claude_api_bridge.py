@@ -59,6 +59,7 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
@@ -172,6 +173,7 @@ CONNECT_SECONDS = 30.0               # and to connect it by one protocol; the la
 LAST_CONNECT_SECONDS = 90.0
 NAMED_CONNECT_SECONDS = 180.0        # a named tunnel changes the protocol by itself, after 125 s
 DOWN_SECONDS = 120.0                 # after so long without a connection a tunnel is given up
+STEADY_SECONDS = 300.0               # after so long with a connection its failures are forgotten
 TUNNEL_BACK_OFF_SECONDS = (5.0, 15.0, 60.0, 300.0, 900.0)
 READY_SECONDS = 5.0                  # how often a running tunnel is looked at
 DOWNLOAD_SECONDS = 900.0
@@ -1350,15 +1352,16 @@ def read_tunnel_line(line: str) -> Tuple[str, str]:
     return ("metrics", found.group(1)) if found else ("", "")
 
 
-def host_in_ingress(config: Any, port: int) -> Tuple[Optional[str], List[str]]:
-    """What a named tunnel's configuration sends to our port. -> (its host name or None, all rules as "host -> service")."""
+def hosts_in_ingress(config: Any, port: int) -> Tuple[List[str], List[str]]:
+    """What a named tunnel's configuration sends to our port. -> (host names, all rules as "host -> service"); nothing yet
+    while it waits for the one from Cloudflare (version -1)."""
     body = config.get("config") if isinstance(config, dict) else None
-    listed = body.get("ingress") if isinstance(body, dict) else None
+    is_told = isinstance(config, dict) and isinstance(config.get("version"), int) and config["version"] >= 0
+    listed = body.get("ingress") if is_told and isinstance(body, dict) else None
     rules = [(str(rule.get("hostname") or ""), str(rule.get("service") or "")) for rule in listed if isinstance(rule, dict)] if isinstance(
         listed, list) else []
     ours = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\]):%d/?" % port)
-    found = [host for host, service in rules if host and ours.fullmatch(service)]
-    return (found[0] if found else None), ["%s -> %s" % rule for rule in rules]
+    return [host for host, service in rules if host and ours.fullmatch(service)], ["%s -> %s" % rule for rule in rules]
 
 
 class Sight(NamedTuple):
@@ -1379,7 +1382,8 @@ class TunnelPolicy:
 
     def __init__(self, protocols: Sequence[str], is_named: bool = False, jitter: Callable[[], float] = random.random) -> None:
         self._protocols, self._is_named, self._jitter = list(protocols), is_named, jitter
-        self._at = self._seen_at = 0.0           # when the state began, when the tunnel was last seen connected
+        self._at = 0.0                           # when the state began
+        self._down_at: Optional[float] = None    # since when a running tunnel has no connection
         self._tries = 0                          # protocols tried in this round
         self._failures = 0
         self.state = TunnelState.STOPPED
@@ -1394,7 +1398,7 @@ class TunnelPolicy:
     def _begin(self, now: float) -> str:
         self.protocol = self._protocols[self._tries % len(self._protocols)]
         self._tries += 1
-        self.state, self._at = TunnelState.STARTING, now
+        self.state, self._at, self._down_at = TunnelState.STARTING, now, None
         return "start"
 
     def step(self, now: float, sight: Sight) -> str:
@@ -1411,12 +1415,13 @@ class TunnelPolicy:
         if sight.is_ready and sight.has_host:
             if self.state == TunnelState.STARTING:
                 self._protocols.sort(key=lambda each: each != self.protocol)
-                self._at = now
-            self.state, self._seen_at, self._failures = TunnelState.RUNNING, now, 0
+                self.state, self._at, self.why = TunnelState.RUNNING, now, ""
+            self._down_at = None
             return ""
-        if self.state == TunnelState.RUNNING:
-            return "" if now - self._seen_at < DOWN_SECONDS else self._rest(now, "the connection was lost for %d s" % DOWN_SECONDS)
-        return self._wait(now, sight)
+        if self.state == TunnelState.STARTING:
+            return self._wait(now, sight)
+        self._down_at = now if self._down_at is None else self._down_at
+        return "" if now - self._down_at < DOWN_SECONDS else self._rest(now, "the connection was lost for %d s" % DOWN_SECONDS)
 
     def _wait(self, now: float, sight: Sight) -> str:
         """Not connected yet: how long is it given?"""
@@ -1431,6 +1436,8 @@ class TunnelPolicy:
 
     def _rest(self, now: float, why: str) -> str:
         """Back off: longer after each failure, and long at once where Cloudflare said that it was too often."""
+        if self.state == TunnelState.RUNNING and now - self._at >= STEADY_SECONDS:
+            self._failures = 0
         if re.search(r"\b429\b|\b1015\b", why):
             self._failures = max(self._failures, 3)
         seconds = TUNNEL_BACK_OFF_SECONDS[min(self._failures, len(TUNNEL_BACK_OFF_SECONDS) - 1)]
@@ -1650,9 +1657,11 @@ def database_fault(path: Path) -> Optional[str]:
     try:
         with contextlib.closing(sqlite3.connect("file:%s?mode=ro" % quote(str(path)), uri=True)) as db:
             found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+            if int(db.execute("PRAGMA user_version").fetchone()[0]) > len(MIGRATIONS):
+                found = "it was written by a newer version of this program"
     except sqlite3.Error as error:
         found = str(error)
-    return None if found == "ok" else "The database %s is damaged: %s" % (path, found)
+    return None if found == "ok" else "The database %s cannot be used: %s" % (path, found)
 
 
 class Store:
@@ -2853,6 +2862,12 @@ class CloudflaredInstall:
 
     def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
         """Raises OSError for what may pass: no network, a broken-off or endless file, too slow, or the bridge ends."""
+        try:
+            self._read(url, asset, target, is_stopping)
+        except http.client.HTTPException as error:
+            raise OSError("the server broke off: %r" % error) from None
+
+    def _read(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
         until, got, told = self._clock.monotonic() + DOWNLOAD_SECONDS, 0, -1
         with urllib.request.urlopen(url, timeout=10) as source, open(target, "xb") as file:
             for data in iter(lambda: source.read1(1 << 16), b""):
@@ -2888,7 +2903,7 @@ def unpack_program(archive: Path, target: Path) -> None:
                         with source, open(target, "xb") as file:
                             shutil.copyfileobj(source, file)
                         return
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise CannotTunnel("The archive of cloudflared cannot be read: %s." % error, "install cloudflared yourself") from None
     raise CannotTunnel("The archive of cloudflared does not hold the program.",
                        "install cloudflared yourself, and name it with --cloudflared PATH")
@@ -2917,9 +2932,11 @@ class Cloudflared:
                 *lines, rest = (rest + data).split(b"\n")
                 rest = rest[:STDERR_BYTES]                  # what a line has beyond that is cut
                 for line in lines:
-                    self._note(line[:STDERR_BYTES].decode("utf-8", "replace").rstrip())
+                    self._note(line[:STDERR_BYTES])
+        self._note(rest)
 
-    def _note(self, line: str) -> None:
+    def _note(self, data: bytes) -> None:
+        line = data.decode("utf-8", "replace").rstrip()
         kind, value = read_tunnel_line(line)
         if kind == "host":
             self.host = value
@@ -2957,9 +2974,9 @@ class Cloudflared:
         return Sight(has_host=is_named or bool(self.host), is_ready=self.ask("/ready")[0] == 200)
 
     def last_words(self) -> str:
-        """The line that says why it ended: of a wrong flag the first, else the last."""
+        """The line that says why it ended: the last, but for a wrong flag or token, or a refusal, which have one of their own."""
         lines = list(self._tail)
-        wrong = [line for line in lines if "Incorrect Usage" in line or "token is not valid" in line]
+        wrong = [line for line in lines if re.search("Incorrect Usage|token is not valid|429 Too Many Requests|error code: 1015", line)]
         return redact((wrong or lines[-1:] or [""])[0])[:300]
 
     def stop(self, grace: float) -> None:
@@ -2988,15 +3005,16 @@ class Tunnel:
         self._config, self._install, self._policy, self._token, self._clock, self._tag = config, install, policy, token, clock, tag
         self._note_child, self._announce, self._report, self._remember = note_child, announce, report, remember
         self._child: Optional[Cloudflared] = None
-        self._program: Optional[Path] = None
         self._failure = Sight()                          # why there is no child
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tunnel", daemon=True)
         self._port = 0
         self.url: Optional[str] = None                   # the last one that worked
+        self.hosts: FrozenSet[str] = frozenset()         # the names by which the world reaches us through cloudflared now
         self.since: Optional[float] = None
         self.starts = 0
         self.is_ready = False
+        self._has_warned = False
 
     def start(self, port: int) -> None:
         self._port = port
@@ -3010,19 +3028,13 @@ class Tunnel:
         """cloudflared is gone on return. Idempotent."""
         self._stopping.set()
         if self._thread.ident:
-            self._thread.join(CLOSE_SECONDS + 2)
+            self._thread.join(CLOSE_SECONDS + 3)
 
     @property
     def state(self) -> str:
         if not self._thread.is_alive():
             return TunnelState.STOPPED
         return TunnelState.STOPPING if self._stopping.is_set() else self._policy.state
-
-    @property
-    def hosts(self) -> FrozenSet[str]:
-        """The names by which the world reaches us through cloudflared now; none while it does not run."""
-        url = self.url if self._child else None
-        return frozenset(host_of(each) for each in (url, self._config.public_url if self._token else "") if each and self._child)
 
     def details(self) -> Dict[str, Any]:
         """For /api/status: {"state": "running", "url": "https://...", "since": "...", "protocol": "quic", "starts": 1, ...}."""
@@ -3047,18 +3059,37 @@ class Tunnel:
                     self._report("The tunnel met an error:\n" + redact(traceback.format_exc()))
                     self._stopping.wait(READY_SECONDS)
         finally:
-            self._end(CLOSE_SECONDS)
+            self._end(CLOSE_SECONDS + 1)                 # cloudflared's own grace is 5 seconds
 
     def _look(self) -> Sight:
         if not self._child:
             return self._failure
         sight = self._child.look(bool(self._token))
-        if sight.is_ready and sight.has_host and not self.is_ready:
-            self._begin(self._child)
-        elif not sight.is_ready and self.is_ready and not sight.is_ended:
+        if sight.is_ready and sight.has_host:
+            self._greet(self._child)
+        elif self.is_ready and not sight.is_ended:
             self.is_ready = False
             self._report("The tunnel has lost its connection; cloudflared tries to get it back.")
         return sight
+
+    def _greet(self, child: Cloudflared) -> None:
+        """It is connected: tells by which address, once that is known (a named tunnel is told its own by Cloudflare, a little later)."""
+        found, rules = hosts_in_ingress(child.ask("/config")[1], self._port) if self._token else ([child.host], [])
+        url = self._config.public_url.rstrip("/") if self._token else ""
+        url = url or ("https://" + found[0] if found else "")
+        self.hosts = frozenset(each.lower() for each in (*found, host_of(url)) if each)
+        if rules and not found and not self._has_warned:
+            self._has_warned = True
+            self._report("The tunnel is connected, but its configuration sends nothing to http://localhost:%d (it has: %s). Add that"
+                         " service to its public hostname." % (self._port, "; ".join(rules)[:300]))
+        if self.is_ready and (url or None) == self.url:
+            return
+        if url and url != self.url:
+            self._announce(url)
+        else:
+            self._report("The tunnel is connected: %s" % (url or "--public-url or its configuration will tell the address"))
+        self.is_ready, self.since, self.url = True, self._clock.now(), url or None
+        self._remember("tunnel_protocol", self._policy.protocol)
 
     def _act(self, action: str) -> None:
         if not action:
@@ -3075,7 +3106,7 @@ class Tunnel:
     def _spawn(self) -> Sight:
         """-> what stands in the way of a start, or nothing."""
         try:
-            program = self._program or self._install.get(self._stopping.is_set)
+            program = self._install.get(self._stopping.is_set)
             empty = self._config.data_dir / "cloudflared.yml"
             empty.write_text("{}\n", "utf-8")
             argv = tunnel_argv(str(program), str(empty), self._port, self._policy.protocol, bool(self._token))
@@ -3087,29 +3118,11 @@ class Tunnel:
         except OSError as error:
             return Sight(True, words="cloudflared could not be got or started: %s" % error)
         self.starts += 1
-        self._program = program
         self._note_child(self._child.pid, started_at(self._child.pid), program_of(self._child.pid))
         return Sight()
 
-    def _begin(self, child: Cloudflared) -> None:
-        """It is connected: tells by which address."""
-        url = "https://" + child.host if child.host else self._config.public_url.rstrip("/")
-        if self._token:
-            found, rules = host_in_ingress(child.ask("/config")[1], self._port)
-            url = url or ("https://" + found if found else "")
-            if not found:
-                self._report("The tunnel is connected, but its configuration sends nothing to http://localhost:%d (it has: %s). Add that"
-                             " service to its public hostname." % (self._port, "; ".join(rules)[:300] or "nothing"))
-        self.is_ready, self.since = True, self._clock.now()
-        self._remember("tunnel_protocol", self._policy.protocol)
-        if url and url != self.url:
-            self._announce(url)
-        else:
-            self._report("The tunnel is connected: %s" % (url or "at the address in its configuration (--public-url tells it)"))
-        self.url = url or None
-
     def _end(self, grace: float) -> None:
-        self.is_ready = False
+        self.is_ready, self.hosts, self._has_warned = False, frozenset(), False
         if self._child:
             self._child.stop(grace)
             self._note_child(self._child.pid, None)
@@ -4725,6 +4738,7 @@ class Console:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         self._is_rich = bool(getattr(sys.stderr, "isatty", lambda: False)()) and "utf" in (sys.stderr.encoding or "").lower()
+        self._is_in_line = False                              # a line stands there that the next one may replace
 
     def data(self, text: str) -> bool:
         """A line on stdout, at once. -> False when it could not be written: the reader has left, or the disk is full."""
@@ -4739,7 +4753,8 @@ class Console:
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):        # the terminal may be gone; the bridge goes on
-            print(text, file=sys.stderr, flush=True)
+            print("\n" * self._is_in_line + text, file=sys.stderr, flush=True)
+            self._is_in_line = False
 
     def say(self, mark: str, text: str) -> None:
         self._tell("  %s  %s" % (mark, text) if self._is_rich else text)
@@ -4759,10 +4774,11 @@ class Console:
     def progress(self, text: str, passes: bool) -> None:
         """How a download goes. passes: the next line takes its place; where that cannot be shown, every tenth does."""
         if not passes:
-            self._tell(("\r" if self._is_rich else "") + ("  📥  " if self._is_rich else "") + text)
+            self.say("📥", text)
         elif self._is_rich:
             with contextlib.suppress(OSError, ValueError):
                 print("\r  📥  " + text, end="", file=sys.stderr, flush=True)
+                self._is_in_line = True
         elif re.search(r"\b\d*0 %", text):
             self._tell(text)
 
@@ -4962,21 +4978,23 @@ def check_python(config: Config, environ: Mapping[str, str]) -> List[Check]:
 
 
 def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
-    """The data folder: its rights, its disk and its database."""
-    try:
-        folder = private_directory(config.data_dir)
-        fault, free = database_fault(folder / "bridge.db"), shutil.disk_usage(folder).free >> 20
-    except (CannotStart, OSError) as error:
-        return [Check("data", False, str(error), "make %s writable, or choose another one with --data-dir" % config.data_dir)]
-    return [Check("data", not fault, fault or str(folder), "move bridge.db away to start with an empty one" if fault else ""),
+    """The data folder, or the place where it will be made: its rights, its disk and its database."""
+    folder = config.data_dir
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return [Check("data", False, "%s is no folder that can be written" % there,
+                      "make it writable, or choose another one with --data-dir")]
+    fault, free = database_fault(folder / "bridge.db"), shutil.disk_usage(there).free >> 20
+    shown = str(folder) if there == folder else "%s (start makes it)" % folder
+    return [Check("data", not fault, fault or shown, "move bridge.db away to start with an empty one" if fault else ""),
             Check("disk", free > 100, "%d MB free" % free, "" if free > 100 else "make room: requests are kept on disk")]
 
 
 def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """The port: free, or held by a bridge of this data folder."""
     try:
-        lock = DataLock(config.data_dir / "bridge.lock")
-        lock.close()
+        if (config.data_dir / "bridge.lock").exists():
+            DataLock(config.data_dir / "bridge.lock").close()
     except CannotStart as error:
         return [Check("port", None, str(error))]
     try:
@@ -4990,7 +5008,8 @@ def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
 def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """The program, its login and who pays."""
     try:
-        claude = find_claude(config, environ)
+        with tempfile.TemporaryDirectory() as folder:         # what a start would write
+            claude = find_claude(replace(config, data_dir=Path(folder)), environ)
     except CannotStart as error:
         return [Check("claude", False, str(error), error.hint)]
     checks = [Check("claude", True, "%s (%s)" % (claude.features.version_text, claude.command[-1])),
@@ -5005,29 +5024,33 @@ def check_tunnel(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """cloudflared, its sum, and the token of a named tunnel."""
     if config.no_tunnel:
         return [Check("tunnel", None, "off (--no-tunnel)")]
-    install = CloudflaredInstall(config, environ, Clock(), lambda text, passes: None)
     try:
         token = find_tunnel_token(config, environ)
+    except (CannotStart, WrongSetting) as error:
+        return [Check("tunnel", False, str(error), getattr(error, "hint", ""))]
+    kind = "named, %s" % (config.public_url or "--public-url is not set: its configuration will tell the address") if token else \
+        "quick: a new address at each start"
+    return [check_cloudflared(config, environ), Check("tunnel", None if token and not config.public_url else True, kind)]
+
+
+def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
+    """The program: the owner's, the downloaded one, or none yet."""
+    install = CloudflaredInstall(config, environ, Clock(), lambda text, passes: None)
+    try:
         owners = install.owners()
         if owners:
             version = probe([str(owners), "version", "--short"], tunnel_environment(environ, "")).strip().splitlines()
-            found = Check("cloudflared", bool(version), "%s (%s), your own, so its sum is not checked" % (
+            return Check("cloudflared", bool(version), "%s (%s), your own, so its sum is not checked" % (
                 owners, version[0][:40] if version else "it does not tell its version"),
                 "" if version else "install it again, or name another one with --cloudflared PATH")
-        elif install.ours():
-            found = Check("cloudflared", True, "%s (%s, SHA-256 as expected)" % (install.ours(), CLOUDFLARED_VERSION))
-        elif cloudflared_asset(platform.system(), platform.machine()):
-            found = Check("cloudflared", None, "not here yet: start downloads %s from %s and checks its SHA-256" % (
-                CLOUDFLARED_VERSION, config.cloudflared_url))
-        else:
-            found = Check("cloudflared", False, "there is none for this system", "install it yourself and name it with --cloudflared PATH")
     except (CannotTunnel, CannotStart) as error:
-        return [Check("cloudflared", False, str(error), error.hint)]
-    except WrongSetting as error:
-        return [Check("tunnel", False, str(error))]
-    kind = "named, %s" % (config.public_url or "--public-url is not set: its address cannot be announced") if token else \
-        "quick: a new address at each start"
-    return [found, Check("tunnel", None if token and not config.public_url else True, kind)]
+        return Check("cloudflared", False, str(error), "install it again, or name another one with --cloudflared PATH")
+    if install.ours():
+        return Check("cloudflared", True, "%s (%s, SHA-256 as expected)" % (install.ours(), CLOUDFLARED_VERSION))
+    if cloudflared_asset(platform.system(), platform.machine()):
+        return Check("cloudflared", None, "not here yet: start downloads %s from %s and checks its SHA-256" % (
+            CLOUDFLARED_VERSION, config.cloudflared_url))
+    return Check("cloudflared", False, "there is none for this system", "install it yourself and name it with --cloudflared PATH")
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:

@@ -121,6 +121,7 @@ class TunnelState:
     STOPPED = "stopped"
 
 
+ALL_MODELS = "*"                     # no model has this name
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 EXPIRY_DAYS = (1, 7, 30, 90)
 
@@ -215,6 +216,8 @@ SETTINGS = (
             "the cloudflared program (default: found in PATH, else downloaded once and checked)"),
     Setting("cloudflared_url", "https://github.com/cloudflare/cloudflared/releases/download", "text", "--cloudflared-url",
             ("CAB_CLOUDFLARED_URL",), "where cloudflared is downloaded from", pattern=r"https?://\S+"),
+    Setting("names", "", "text", "--names", ("CAB_NAMES",), "more host names by which clients call this bridge, joined by commas",
+            pattern=r"[A-Za-z0-9._, -]*"),
     Setting("data_dir", "~/.claude-api-bridge", "path", "--data-dir", ("CAB_DATA_DIR",), "folder of the database and the workspaces"),
     Setting("claude", "", "text", "--claude", ("CAB_CLAUDE",), "the claude program (default: found in PATH and the usual places)"),
     Setting("demo", False, "switch", "--demo", ("CAB_DEMO",), "answer with an echo: no Claude and no subscription needed"),
@@ -245,6 +248,7 @@ class Config:
     tunnel_protocol: str = "auto"
     cloudflared: str = ""
     cloudflared_url: str = "https://github.com/cloudflare/cloudflared/releases/download"
+    names: str = ""
     data_dir: Path = Path("~/.claude-api-bridge")
     claude: str = ""
     demo: bool = False
@@ -260,6 +264,11 @@ class Config:
     @property
     def listen_host(self) -> str:
         return self.host or ("0.0.0.0" if self.no_tunnel else "127.0.0.1")
+
+    def origin(self, port: int) -> str:
+        """Where a program on this machine finds the bridge."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(self.listen_host, self.listen_host)
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
 
 
 class WrongSetting(Exception):
@@ -392,7 +401,7 @@ class BodyTooLarge(BridgeError):
 
 
 class UnknownHost(BridgeError):
-    """The Host header names none of this bridge's names (a page of a stranger may have sent the browser here); --public-url adds one."""
+    """The Host header names none of this bridge's names (a page of a stranger may have sent the browser here); --names adds one."""
     status, code, text = 421, "unknown_host", "This bridge does not answer by that name"
 
 
@@ -460,11 +469,11 @@ RUN_ERRORS = {
 
 class RunFailed(Exception):
     """The outcome of a run that did not succeed. code: a key of RUN_ERRORS; the text is for the caller; resets_at: when
-    a used-up limit works again (epoch seconds), where it was told."""
+    a used-up limit works again (epoch seconds), where it was told; is_of_model: other models may go on."""
 
-    def __init__(self, code: str, text: str, resets_at: Optional[float] = None) -> None:
+    def __init__(self, code: str, text: str, resets_at: Optional[float] = None, is_of_model: bool = False) -> None:
         super().__init__(text)
-        self.code, self.resets_at = code, resets_at
+        self.code, self.resets_at, self.is_of_model = code, resets_at, is_of_model
 
 
 class CannotStart(Exception):
@@ -879,11 +888,12 @@ class PlanWindow(NamedTuple):
 
 class Limits(NamedTuple):
     """What a `rate_limit_event` says. is_used_up: a limit of the plan refuses requests; is_using_overage: it would, but
-    they go on as paid extra usage; resets_at: when the plan gives again."""
+    they go on as paid extra usage; resets_at: when the plan gives again; is_of_model: it is the limit of one model only."""
     is_used_up: bool = False
     is_using_overage: bool = False
     resets_at: Optional[float] = None
     windows: Tuple[PlanWindow, ...] = ()
+    is_of_model: bool = False
 
 
 class Rest(NamedTuple):
@@ -1197,7 +1207,8 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
     if windows or kind:      # extra usage is drawn on for as long as the plan gives nothing
         overage, until = ("in_use", max(resets)) if is_using else (told.get("overageStatus"), number_or_none(told.get("overageResetsAt")))
         windows.append(PlanWindow("overage", clean_text(str(overage)[:40]) if overage else None, None, until or None, now))
-    return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows))
+    return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows),
+                  str(kind).startswith("seven_day_"))
 
 
 def number_or_none(value: Any) -> Optional[float]:
@@ -1229,7 +1240,7 @@ def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) 
         return RunFailed("auth_required", text)
     if said == "rate_limit" or status == 429:
         is_plan = limits.is_used_up or not text.startswith("API Error")
-        return RunFailed("usage_limit", text, limits.resets_at) if is_plan else RunFailed("overloaded", text)
+        return RunFailed("usage_limit", text, limits.resets_at, limits.is_of_model) if is_plan else RunFailed("overloaded", text)
     if said == "model_not_found" or status == 404 or text.startswith("There's an issue with the selected model"):
         return RunFailed("model_not_found", text)
     if status == 413 or result.get("terminal_reason") == "prompt_too_long" or text.startswith(("Prompt is too long", "Request too large")):
@@ -1307,22 +1318,23 @@ def cloudflared_asset(system: str, machine: str) -> Optional[Asset]:
     return ASSETS.get("%s-%s" % (system.lower(), processor))
 
 
-def tunnel_argv(program: str, config_file: str, port: int, protocol: str, is_named: bool) -> List[str]:
-    """The command line of cloudflared. config_file: an empty one, else the owner's would answer in our place; protocol: quic,
-    http2, or auto for a named tunnel, which changes it by itself.
+def tunnel_argv(program: str, config_file: str, origin: str, protocol: str, is_named: bool) -> List[str]:
+    """The command line of cloudflared. config_file: an empty one, else the owner's would answer in our place; origin: our own
+    address; protocol: quic, http2, or auto for a named tunnel, which changes it by itself.
 
     Source: every flag run on 2026.8.2; a flag that an older one does not know would end it with status 0.
     """
     argv = [program, "tunnel", "--config", config_file, "--no-autoupdate", "--metrics", "127.0.0.1:0", "--grace-period", "5s"]
     if protocol != "auto":
         argv += ["--protocol", protocol]
-    return argv + (["run"] if is_named else ["--url", "http://127.0.0.1:%d" % port])
+    return argv + (["run"] if is_named else ["--url", origin])
 
 
 def tunnel_environment(environ: Mapping[str, str], token: str) -> Dict[str, str]:
-    """The environment of cloudflared: ours without its own settings and without anybody's secrets."""
-    secret = re.compile(r".*(TUNNEL|KEY|TOKEN|SECRET|PASSWORD).*|CAB_.*|NO_AUTOUPDATE|NO_TLS_VERIFY|NOTIFY_SOCKET", re.IGNORECASE)
-    kept = {name: value for name, value in environ.items() if not secret.fullmatch(name)}
+    """The environment of cloudflared: what any program needs of ours, so that nobody's secrets and no settings come along."""
+    needed = re.compile(r"PATH|HOME|USER|USERPROFILE|LANG|LC_\w+|TZ|TMPDIR|TEMP|TMP|SYSTEMROOT|WINDIR|(LOCAL)?APPDATA|SSL_CERT_\w+",
+                        re.IGNORECASE)
+    kept = {name: value for name, value in environ.items() if needed.fullmatch(name)}
     return {**kept, "TUNNEL_TOKEN": token} if token else kept
 
 
@@ -1353,15 +1365,14 @@ def read_tunnel_line(line: str) -> Tuple[str, str]:
 
 
 def hosts_in_ingress(config: Any, port: int) -> Tuple[List[str], List[str]]:
-    """What a named tunnel's configuration sends to our port. -> (host names, all rules as "host -> service"); nothing yet
-    while it waits for the one from Cloudflare (version -1)."""
-    body = config.get("config") if isinstance(config, dict) else None
-    is_told = isinstance(config, dict) and isinstance(config.get("version"), int) and config["version"] >= 0
-    listed = body.get("ingress") if is_told and isinstance(body, dict) else None
-    rules = [(str(rule.get("hostname") or ""), str(rule.get("service") or "")) for rule in listed if isinstance(rule, dict)] if isinstance(
-        listed, list) else []
+    """What a named tunnel's configuration sends to our port. -> (host names, all rules as "host -> service"); nothing while
+    it waits for the one from Cloudflare (version -1)."""
+    try:
+        rules = [(str(rule.get("hostname") or "*"), str(rule["service"])) for rule in config["config"]["ingress"] if config["version"] >= 0]
+    except (KeyError, TypeError, AttributeError):
+        return [], []
     ours = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\]):%d/?" % port)
-    return [host for host, service in rules if host and ours.fullmatch(service)], ["%s -> %s" % rule for rule in rules]
+    return [host for host, service in rules if "*" not in host and ours.fullmatch(service)], ["%s -> %s" % rule for rule in rules]
 
 
 class Sight(NamedTuple):
@@ -1382,7 +1393,8 @@ class TunnelPolicy:
 
     def __init__(self, protocols: Sequence[str], is_named: bool = False, jitter: Callable[[], float] = random.random) -> None:
         self._protocols, self._is_named, self._jitter = list(protocols), is_named, jitter
-        self._at = 0.0                           # when the state began
+        self._at = 0.0                           # since when the present step goes on
+        self._has_host = False
         self._down_at: Optional[float] = None    # since when a running tunnel has no connection
         self._tries = 0                          # protocols tried in this round
         self._failures = 0
@@ -1398,8 +1410,13 @@ class TunnelPolicy:
     def _begin(self, now: float) -> str:
         self.protocol = self._protocols[self._tries % len(self._protocols)]
         self._tries += 1
-        self.state, self._at, self._down_at = TunnelState.STARTING, now, None
+        self.state, self._has_host, self._down_at = TunnelState.STARTING, False, None
+        self.began(now)
         return "start"
+
+    def began(self, now: float) -> None:
+        """cloudflared was started; what went before, as a download, does not count."""
+        self._at = now
 
     def step(self, now: float, sight: Sight) -> str:
         """-> what to do: "start", "stop" (cloudflared, perhaps to start it anew later) or nothing."""
@@ -1427,6 +1444,8 @@ class TunnelPolicy:
         """Not connected yet: how long is it given?"""
         is_last = self._tries >= len(self._protocols)
         limit = NAMED_CONNECT_SECONDS if self._is_named else LAST_CONNECT_SECONDS if is_last else CONNECT_SECONDS
+        if sight.has_host and not self._has_host:
+            self._has_host, self._at = True, now             # from now on it is the connection that is waited for
         if not sight.has_host:
             return "" if now - self._at < ADDRESS_SECONDS else self._rest(now, "no address within %d s" % ADDRESS_SECONDS)
         if now - self._at < limit:
@@ -1648,6 +1667,11 @@ def private_directory(path: Path) -> Path:
         raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
                           "make it writable, or choose another one with --data-dir") from None
     return path
+
+
+def marks(values: Sequence[Any]) -> str:
+    """The place holders of a list in a statement."""
+    return ", ".join("?" * len(values))
 
 
 def database_fault(path: Path) -> Optional[str]:
@@ -1898,7 +1922,7 @@ class Store:
         page ended.  -> (at most `limit` jobs, fewer where they are large; where the next page begins, or None)."""
         wanted = statuses or JobStatus.ALL
         sql = ("SELECT %s FROM jobs WHERE %s AND status IN (%s) AND seq < ? ORDER BY seq DESC LIMIT ?" % (
-            ", ".join(JOB_COLUMNS), "token_id = ?" if token_id else "? IS NULL", ", ".join("?" * len(wanted))))
+            ", ".join(JOB_COLUMNS), "token_id = ?" if token_id else "? IS NULL", marks(wanted)))
         found: List[Job] = []
         size = 0
         with self._guarded() as db:
@@ -1911,18 +1935,22 @@ class Store:
                 size += sum(len(value) for value in row if isinstance(value, str))
         return found, None
 
-    def claim(self) -> Optional[Job]:
-        """Takes the oldest waiting job: it is `processing` on return, and counts as attempted."""
+    def claim(self, but: Sequence[str] = ()) -> Optional[Job]:
+        """Takes the oldest waiting job: it is `processing` on return, and counts as attempted. but: models whose jobs rest, ""
+        for the default one."""
+        sql = "SELECT seq, id FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s) ORDER BY seq LIMIT 1" % marks(but)
         with self._write() as db:
-            found = db.execute("SELECT seq, id FROM jobs WHERE status = 'queued' ORDER BY seq LIMIT 1").fetchone()
+            found = db.execute(sql, tuple(but)).fetchone()
             if not found:
                 return None
             db.execute("UPDATE jobs SET status = 'processing', attempts = attempts + 1, started_at = ? WHERE seq = ? AND status = 'queued'",
                        (self._clock.now(), found[0]))
         return self.job(found[1])
 
-    def has_queued(self) -> bool:
-        return bool(self._read("SELECT 1 FROM jobs WHERE status = 'queued' LIMIT 1"))
+    def has_queued(self, but: Sequence[str] = ()) -> bool:
+        """Whether `claim` would find one."""
+        sql = "SELECT 1 FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s) LIMIT 1" % marks(but)
+        return bool(self._read(sql, *but))
 
     def complete(self, job: Job, answer: Answer, restarts: int = 0) -> bool:
         """Stores the answer, and what continues the conversation. -> False when the job was no longer wanted."""
@@ -2824,11 +2852,11 @@ class CloudflaredInstall:
         return self._folder / ("cloudflared.exe" if os.name == "nt" else "cloudflared")
 
     def get(self, is_stopping: Callable[[], bool]) -> Path:
-        """The program, downloaded if need be. Raises CannotTunnel; OSError, which may pass."""
+        """The program, downloaded if need be. Raises CannotTunnel; OSError, ValueError, HTTPException, which may pass."""
         return self.owners() or self.ours() or self.download(is_stopping)
 
     def download(self, is_stopping: Callable[[], bool]) -> Path:
-        """Into place only when size and sum are right; whatever goes wrong, nothing stays. Raises CannotTunnel; OSError."""
+        """Into place only when size and sum are right; whatever goes wrong, nothing stays. Raises as `get` does."""
         asset = self._asset
         if not asset:
             raise CannotTunnel("There is no cloudflared for this system (%s, %s)." % (platform.system(), platform.machine()),
@@ -2861,13 +2889,7 @@ class CloudflaredInstall:
         return self._path()
 
     def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
-        """Raises OSError for what may pass: no network, a broken-off or endless file, too slow, or the bridge ends."""
-        try:
-            self._read(url, asset, target, is_stopping)
-        except http.client.HTTPException as error:
-            raise OSError("the server broke off: %r" % error) from None
-
-    def _read(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
+        """Raises OSError, HTTPException for what may pass: no network, a broken-off or endless file, too slow, or the bridge ends."""
         until, got, told = self._clock.monotonic() + DOWNLOAD_SECONDS, 0, -1
         with urllib.request.urlopen(url, timeout=10) as source, open(target, "xb") as file:
             for data in iter(lambda: source.read1(1 << 16), b""):
@@ -2893,18 +2915,13 @@ def sha256_of(path: Path) -> str:
 
 
 def unpack_program(archive: Path, target: Path) -> None:
-    """Takes the one regular file `cloudflared` out of a .tgz, whatever else it claims to hold. Raises CannotTunnel."""
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                if member.name == "cloudflared" and member.isreg() and member.size <= UNPACKED_BYTES:
-                    source = tar.extractfile(member)
-                    if source:
-                        with source, open(target, "xb") as file:
-                            shutil.copyfileobj(source, file)
-                        return
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise CannotTunnel("The archive of cloudflared cannot be read: %s." % error, "install cloudflared yourself") from None
+    """Takes the one regular file `cloudflared` out of a .tgz, whatever else it holds. Raises CannotTunnel."""
+    with contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error), tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            source = tar.extractfile(member) if member.name == "cloudflared" and member.isreg() and member.size <= UNPACKED_BYTES else None
+            if source:
+                with source, open(target, "xb") as file:
+                    return shutil.copyfileobj(source, file)
     raise CannotTunnel("The archive of cloudflared does not hold the program.",
                        "install cloudflared yourself, and name it with --cloudflared PATH")
 
@@ -2950,7 +2967,7 @@ class Cloudflared:
         if not self.metrics:
             return 0, None
         try:
-            with self._plain.open("http://%s%s" % (self.metrics, path), timeout=2) as answer:
+            with self._plain.open("http://%s%s" % (self.metrics, path), timeout=1) as answer:
                 return answer.status, json.loads(answer.read(1 << 20))
         except urllib.error.HTTPError as error:
             with error:
@@ -3028,7 +3045,11 @@ class Tunnel:
         """cloudflared is gone on return. Idempotent."""
         self._stopping.set()
         if self._thread.ident:
-            self._thread.join(CLOSE_SECONDS + 3)
+            self._thread.join(CLOSE_SECONDS + 2)
+            child = self._child
+            if self._thread.is_alive() and child:          # held up by a look at a process that does not answer
+                child.process.kill()
+                self._thread.join(CLOSE_SECONDS)
 
     @property
     def state(self) -> str:
@@ -3040,7 +3061,8 @@ class Tunnel:
         """For /api/status: {"state": "running", "url": "https://...", "since": "...", "protocol": "quic", "starts": 1, ...}."""
         policy = self._policy
         return {"state": self.state, "url": self.url if self.is_ready else None, "since": iso_time(self.since) if self.is_ready else None,
-                "protocol": policy.protocol, "starts": self.starts, "error": policy.why or None if not self.is_ready else None,
+                "protocol": policy.protocol, "starts": self.starts,
+                "error": None if self.is_ready else policy.why or ("no connection" if policy.state == TunnelState.RUNNING else None),
                 "retryInSeconds": max(0, whole_seconds(policy.retry_at - self._clock.monotonic()))
                 if policy.state == TunnelState.BACKOFF else None}
 
@@ -3053,7 +3075,8 @@ class Tunnel:
                     self._stopping.wait(0.1 if self._policy.state == TunnelState.STARTING else 0.5)
                     now, action = self._clock.monotonic(), ""
                     has_ended = not self._child or self._child.process.poll() is not None
-                    if now >= look_at or has_ended or self._policy.state != TunnelState.RUNNING:
+                    is_due = now >= look_at or has_ended or self._policy.state != TunnelState.RUNNING or not self.url
+                    if is_due and not self._stopping.is_set():
                         action, look_at = self._policy.step(now, self._look()), now + READY_SECONDS
                 except Exception:
                     self._report("The tunnel met an error:\n" + redact(traceback.format_exc()))
@@ -3080,14 +3103,15 @@ class Tunnel:
         self.hosts = frozenset(each.lower() for each in (*found, host_of(url)) if each)
         if rules and not found and not self._has_warned:
             self._has_warned = True
-            self._report("The tunnel is connected, but its configuration sends nothing to http://localhost:%d (it has: %s). Add that"
-                         " service to its public hostname." % (self._port, "; ".join(rules)[:300]))
+            self._report("The tunnel is connected, but no public hostname in its configuration has the service http://localhost:%d (it has:"
+                         " %s). Add one, or tell the name with --public-url." % (self._port, "; ".join(rules)[:300]))
         if self.is_ready and (url or None) == self.url:
             return
         if url and url != self.url:
             self._announce(url)
         else:
-            self._report("The tunnel is connected: %s" % (url or "--public-url or its configuration will tell the address"))
+            self._report("The tunnel is connected" + (": " + url if url else ", and waits for its configuration. --public-url tells its"
+                                                                         " address at once."))
         self.is_ready, self.since, self.url = True, self._clock.now(), url or None
         self._remember("tunnel_protocol", self._policy.protocol)
 
@@ -3097,6 +3121,7 @@ class Tunnel:
         self._end(1.0)
         if action == "start":
             self._failure = self._spawn()
+            self._policy.began(self._clock.monotonic())
             return
         policy = self._policy
         self._report("The tunnel failed: %s. The bridge serves locally; %s" % (policy.why.rstrip("."), (
@@ -3109,14 +3134,16 @@ class Tunnel:
             program = self._install.get(self._stopping.is_set)
             empty = self._config.data_dir / "cloudflared.yml"
             empty.write_text("{}\n", "utf-8")
-            argv = tunnel_argv(str(program), str(empty), self._port, self._policy.protocol, bool(self._token))
-            self._child = Cloudflared(argv, tunnel_environment(os.environ, self._token), self._tag + ".tunnel")
         except CannotTunnel as error:
             return Sight(True, True, words="%s (%s)" % (error, error.hint))
-        except PermissionError as error:
-            return Sight(True, True, words="cloudflared cannot be run: %s" % error)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            return Sight(True, words="cloudflared could not be downloaded from %s: %s" % (self._config.cloudflared_url,
+                                                                                        getattr(error, "reason", None) or error))
+        argv = tunnel_argv(str(program), str(empty), self._config.origin(self._port), self._policy.protocol, bool(self._token))
+        try:
+            self._child = Cloudflared(argv, tunnel_environment(os.environ, self._token), self._tag + ".tunnel")
         except OSError as error:
-            return Sight(True, words="cloudflared could not be got or started: %s" % error)
+            return Sight(True, isinstance(error, PermissionError), words="cloudflared cannot be run: %s" % error)
         self.starts += 1
         self._note_child(self._child.pid, started_at(self._child.pid), program_of(self._child.pid))
         return Sight()
@@ -3187,7 +3214,7 @@ class Worker:
         self._store, self._claude, self._hub, self._clock, self._report = store, claude, hub, clock, report
         self._config = config
         self._live: Dict[str, LiveText] = {}
-        self._rest: Optional[Tuple[Rest, float]] = None       # and the same end on the other clock: the first of both counts
+        self._rests: Dict[str, Tuple[Rest, float]] = {}       # by model, "" for the default one; the float is the end on the other clock
         self._windows: Dict[str, PlanWindow] = {}
         self._broken_off: Dict[str, int] = {}                 # job -> restarts, of a run whose end could not be stored
         self._stopping = threading.Event()
@@ -3211,11 +3238,13 @@ class Worker:
         """The text of a running answer; None for a job that does not run."""
         return self._live.get(job_id)
 
-    @property
-    def rest(self) -> Optional[Rest]:
-        """Why no job is begun now; None while the worker works."""
-        rest, until = self._rest or (None, 0.0)
-        return rest if rest and self._clock.now() < rest.until and self._clock.monotonic() < until else None
+    def rest(self, model: Optional[str] = ALL_MODELS) -> Optional[Rest]:
+        """Why no job of this model (None: of the default one) is begun now; without one, why none is. The clock that is first ends it."""
+        for key in (ALL_MODELS, model or ""):
+            rest, until = self._rests.get(key, (None, 0.0))
+            if rest and self._clock.now() < rest.until and self._clock.monotonic() < until:
+                return rest
+        return None
 
     def close(self) -> None:
         """Lets a running job finish for a moment, then puts it back; the children are gone on return. Idempotent."""
@@ -3236,7 +3265,7 @@ class Worker:
                             failed = False
                         self._keep_house()
                         if not self.step():
-                            rest = self.rest
+                            rest = self.rest()
                             bell.wait(TICK_SECONDS if self._claude.has_leaving
                                       else min(1.0, max(0.01, rest.until - self._clock.now())) if rest else 1.0)
                     except Exception:
@@ -3249,7 +3278,8 @@ class Worker:
 
     def step(self) -> bool:
         """Claims the oldest job, runs it and stores what came of it. -> False when none waited, or this is no time to run."""
-        job = self._store.claim() if not self.rest and self._store.has_queued() else None
+        but = [model for model in list(self._rests) if self.rest(model)]
+        job = self._store.claim(but) if not self.rest() and self._store.has_queued(but) else None
         token = self._store.token(job.token_id) if job else None
         if not job or not token:
             return False
@@ -3299,7 +3329,7 @@ class Worker:
         """What becomes of a job whose run failed."""
         if failure.code in ("interrupted", "usage_limit"):
             if failure.code == "usage_limit":
-                self._begin_rest(failure.resets_at)
+                self._begin_rest(failure.resets_at, job.model or "" if failure.is_of_model else ALL_MODELS)
             live.restart()
             self._store.requeue(job, live.restarts)
             return self._report("Request %s waits for the %s" % (
@@ -3307,15 +3337,17 @@ class Worker:
         self._store.fail(job, failure.code, redact(str(failure)))
         self._report("Request %s failed: %s: %s" % (job.id[:8], failure.code, redact(str(failure))[:300]))
 
-    def _begin_rest(self, resets_at: Optional[float]) -> None:
+    def _begin_rest(self, resets_at: Optional[float], model: str) -> None:
         seconds = rest_seconds(resets_at, self._clock.now())
-        self._rest = Rest("usage_limit", self._clock.now() + seconds), self._clock.monotonic() + seconds
-        self._report("The plan's limit is used up: the queue rests until %s" % iso_time(self._clock.now() + seconds))
+        self._rests[model] = Rest("usage_limit", self._clock.now() + seconds), self._clock.monotonic() + seconds
+        self._report("The plan's limit is used up: %s until %s" % (
+            "the queue rests" if model == ALL_MODELS else "requests for the model %s rest" % (model or "that is the default"),
+            iso_time(self._clock.now() + seconds)))
 
     def _note_limits(self, limits: Limits) -> None:
         """Keeps what the CLI says of the plan, where it differs; with --plan-only paid usage begins a rest."""
         if limits.is_using_overage and self._config.plan_only:
-            self._begin_rest(limits.resets_at)
+            self._begin_rest(limits.resets_at, ALL_MODELS)
         known = {kind: window._replace(seen_at=0) for kind, window in self._windows.items()}
         if any(known.get(window.kind) != window._replace(seen_at=0) or window.seen_at - self._windows[window.kind].seen_at > 60
                for window in limits.windows):
@@ -3371,11 +3403,11 @@ class UsageReport(NamedTuple):
 
 
 class Service:
-    """The bridge without HTTP. live: the text of a running answer; rest: why the worker begins nothing now."""
+    """The bridge without HTTP. live: the text of a running answer; rest: why the worker begins no job of a model now."""
 
     def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path,
                  live: Callable[[str], Optional[LiveText]] = lambda job_id: None,
-                 rest: Callable[[], Optional[Rest]] = lambda: None) -> None:
+                 rest: Callable[[Optional[str]], Optional[Rest]] = lambda model: None) -> None:
         self._store, self._hub, self._clock, self._data_dir, self._live, self._rest = store, hub, clock, data_dir, live, rest
 
     def authenticate(self, secret: str) -> Caller:
@@ -3402,7 +3434,7 @@ class Service:
         try:
             queued = self._store.enqueue(caller.token.id, ask, key)
         except QueueFull:
-            rest = self._rest()
+            rest = self._rest(ask.model)
             if rest:
                 raise too_many(QueueFull, "Queue is full: the plan's limit is used up until %s." % iso_time(rest.until),
                                rest.until - self._clock.now()) from None
@@ -3428,7 +3460,7 @@ class Service:
 
     def _view(self, job: Job) -> JobView:
         live = self._live(job.id)
-        rest = self._rest() if job.status == JobStatus.QUEUED else live.rest if live and not job.is_finished else None
+        rest = self._rest(job.model) if job.status == JobStatus.QUEUED else live.rest if live and not job.is_finished else None
         return JobView(job, *self._store.places(job), rest=rest)
 
     def follow(self, caller: Caller, job_id: str, after: int = 0, place: int = 0,
@@ -3509,7 +3541,7 @@ class Service:
         """What the caller used today and on the days before, for an admin what all did."""
         since = day_of(self._clock.now() - (days - 1) * 86_400)
         return UsageReport(since, self._store.usage(since, None if caller.is_admin else caller.token.id),
-                           {token.id: token.name for token in self._store.tokens()}, self._store.windows(), self._rest())
+                           {token.id: token.name for token in self._store.tokens()}, self._store.windows(), self._rest(ALL_MODELS))
 
     def _job(self, caller: Caller, job_id: str) -> Job:
         job = self._store.job(job_id)
@@ -3691,11 +3723,13 @@ def stream_response(pieces: Pieces, headers: Sequence[Tuple[str, str]] = ()) -> 
 
 
 def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]], first: bytes = b"") -> Pieces:
-    """The steps of a job as Server-Sent Events; what goes wrong meanwhile is an `error` event, since the status is sent."""
+    """The steps of a job as Server-Sent Events. A reader whose token was revoked gets an `error` without `status`."""
+    offset = 0
     try:
         if first:
             yield first
         for event, view in events:
+            offset = event.offset
             if event.kind == "quiet":
                 yield b": still here\n\n"
             elif event.kind == "delta":
@@ -3706,8 +3740,10 @@ def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]
                 yield sse_event("queued", 0, {"requestId": job_id, "position": view.place, **rest_body(view.rest)})
             elif view:
                 yield sse_event(event.kind, event.offset, job_body(view))
+    except Unavailable:
+        return                                               # as when the line broke: the reader comes back
     except BridgeError as error:
-        yield sse_event("error", 0, {"status": JobStatus.ERROR, "requestId": job_id, **error_body(error)})
+        yield sse_event("error", offset, {"requestId": job_id, **error_body(error)})
 
 
 def answer_cancel(call: Call) -> Response:
@@ -3986,8 +4022,12 @@ def charged(bucket: TokenBucket) -> Iterator[TokenBucket]:
     try:
         seconds = bucket.take()
         if seconds:
-            raise too_many(RateLimited, "", seconds)
+            refusal = too_many(RateLimited, "", seconds)
+            refusal.headers += bucket.headers()
+            raise refusal
         yield bucket
+    except (RateLimited, DailyLimit):                       # of this bucket, or of the token's own limits, which tell when themselves
+        raise
     except BridgeError as error:
         error.headers += bucket.headers()
         raise
@@ -4008,13 +4048,13 @@ class Names:
         and would read the answers. An address in figures cannot be such a name."""
         host = self._host(request)
         if host and host not in self._own and not is_address(host) and host not in self._through_tunnel():
-            raise UnknownHost("This bridge does not answer by the name %s. If it is its name, start with --public-url https://%s"
+            raise UnknownHost("This bridge does not answer by the name %s. If it is its name, start it with --names %s"
                               % (host[:100], host[:100]))
 
     def address(self, request: Request) -> str:
         """Who is on the other side: for what came through our tunnel, whom Cloudflare names."""
         told = request.headers.get("cf-connecting-ip", "")
-        is_local = request.address in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+        is_local = request.address in ("127.0.0.1", "::1", "::ffff:127.0.0.1") or request.address in self._own
         return told if is_local and is_address(told) and self._host(request) in self._through_tunnel() else request.address
 
     @staticmethod
@@ -4639,9 +4679,10 @@ class Bridge:
         hub = Hub()
         claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child)
         worker = Worker(store, claude, hub, self._clock, self._report, self.config)
-        service = Service(store, hub, self._clock, data_dir, worker.live, lambda: worker.rest)
+        service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest)
         backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker))
-        names = Names((host_of(self.config.public_url), self.config.host), (lambda: tunnel.hosts) if tunnel else frozenset)
+        own = (host_of(self.config.public_url), self.config.host, *re.split("[, ]+", self.config.names))
+        names = Names(own, (lambda: tunnel.hosts) if tunnel else frozenset)
         self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report, names)
         left = end_leftovers(tag + ".", store.children())
         for pid, *_ in store.children():
@@ -4709,7 +4750,7 @@ class Bridge:
         running = worker.running
         return {"worker": {"alive": worker.is_alive, "requestId": running[0] if running else None,
                            "since": iso_time(running[1]) if running else None, "spareReady": worker.has_spare},
-                "plan": plan_body(store.windows(), worker.rest, self._clock.now()),
+                "plan": plan_body(store.windows(), worker.rest(), self._clock.now()),
                 "tunnel": self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": self.config.public_url or None},
                 "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
 
@@ -4860,7 +4901,7 @@ def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
             text = Path(config.tunnel_token_file).expanduser().read_text("utf-8")
         except (OSError, ValueError) as error:
             raise CannotStart("The tunnel token cannot be read: %s." % error, "check --tunnel-token-file") from None
-    return check_tunnel_token(text) if text.strip() else ""
+    return check_tunnel_token(text) if text.strip() or config.tunnel_token_file else ""
 
 
 def tell_payer(config: Config, claude: Claude, console: Console) -> None:
@@ -4961,7 +5002,10 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
     """Looks at all that a start needs. -> 0, or 1 when something is broken."""
     checks: List[Check] = []
     for each in (check_python, check_data, check_port, check_claude, check_tunnel):
-        checks += each(config, os.environ)
+        try:
+            checks += each(config, os.environ)
+        except OSError as error:
+            checks.append(Check(each.__name__[6:], False, str(error), "make that readable, or choose another folder with --data-dir"))
     marks = {True: "ok", None: "--", False: "!!"}
     if arguments.json:
         console.data(json.dumps({"ok": all(check.is_good is not False for check in checks), "checks": [
@@ -5045,8 +5089,9 @@ def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
                 "" if version else "install it again, or name another one with --cloudflared PATH")
     except (CannotTunnel, CannotStart) as error:
         return Check("cloudflared", False, str(error), "install it again, or name another one with --cloudflared PATH")
-    if install.ours():
-        return Check("cloudflared", True, "%s (%s, SHA-256 as expected)" % (install.ours(), CLOUDFLARED_VERSION))
+    ours = install.ours()
+    if ours:
+        return Check("cloudflared", True, "%s (%s, SHA-256 as expected)" % (ours, CLOUDFLARED_VERSION))
     if cloudflared_asset(platform.system(), platform.machine()):
         return Check("cloudflared", None, "not here yet: start downloads %s from %s and checks its SHA-256" % (
             CLOUDFLARED_VERSION, config.cloudflared_url))

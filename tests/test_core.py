@@ -1246,3 +1246,11 @@ def test_random_events_are_read_as_they_were_sent(seed: int) -> None:
 def test_half_a_letter_does_not_end_a_stream() -> None:
     [(offset, kind, data)] = read_sse(cab.sse_event("error", 3, {"error": "a\ud800b"}))
     assert (offset, kind) == (3, "error") and re.fullmatch("a.b", data["error"])
+
+
+@pytest.mark.parametrize("kind, is_of_model", [("five_hour", False), ("seven_day", False), ("seven_day_opus", True), ("seven_day_sonnet", True)])
+def test_the_limit_of_a_model_is_known_as_such(kind: str, is_of_model: bool) -> None:
+    told = cab.read_limits({"rate_limit_info": {"status": "rejected", "resetsAt": NOW + 60, "rateLimitType": kind, "isUsingOverage": False}}, NOW)
+    assert told.is_used_up and told.is_of_model == is_of_model
+    failure = cab.failure_of({"is_error": True, "api_error_status": 429, "result": "You've hit your limit"}, "rate_limit", told)
+    assert (failure.code, failure.resets_at, failure.is_of_model) == ("usage_limit", NOW + 60, is_of_model)

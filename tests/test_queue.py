@@ -184,9 +184,9 @@ class Impatient(threading.Event):
         return super().wait(timeout and timeout / 20)
 
 
-def failing(code: str, text: str, resets_at: Optional[float] = None) -> Run:
+def failing(code: str, text: str, resets_at: Optional[float] = None, is_of_model: bool = False) -> Run:
     def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
-        raise cab.RunFailed(code, text, resets_at)
+        raise cab.RunFailed(code, text, resets_at, is_of_model)
     return run
 
 
@@ -547,7 +547,7 @@ def test_a_refused_job_waits_at_the_head_until_the_limit_resets(lines: Callable[
     q = lines(clock)
     q.claude.script["one"] = saying("You've", then=refused(clock.at + 3600))
     jobs = [q.ask(message) for message in ("one", "two", "three")]
-    assert q.run_all() == ["one"] and q.worker.rest == cab.Rest("usage_limit", clock.at + 3600)
+    assert q.run_all() == ["one"] and q.worker.rest() == cab.Rest("usage_limit", clock.at + 3600)
     row = q.job(jobs[0])
     assert (row.status, row.attempts, row.started_at, row.error, row.restarts) == ("queued", 0, None, None, 1)
     assert q.store.places(row) == (1, 1)
@@ -555,7 +555,7 @@ def test_a_refused_job_waits_at_the_head_until_the_limit_resets(lines: Callable[
     assert q.run_all() == [] and [q.job(job).status for job in jobs] == ["queued"] * 3
     q.claude.script.clear()
     clock.advance(1)
-    assert q.worker.rest is None and q.run_all() == ["one", "two", "three"]
+    assert q.worker.rest() is None and q.run_all() == ["one", "two", "three"]
     assert [(q.outcome(job), q.job(job).attempts) for job in jobs] == [
         (("completed", "Echo: " + message), 1) for message in ("one", "two", "three")]
 
@@ -578,7 +578,7 @@ def test_a_rest_is_neither_without_end_nor_none(lines: Callable[..., Queue], clo
     q.claude.script["one"] = refused(None if resets_in is None else clock.at + resets_in)
     q.ask("one")
     q.run_all()
-    assert q.worker.rest == cab.Rest("usage_limit", clock.at + seconds)
+    assert q.worker.rest() == cab.Rest("usage_limit", clock.at + seconds)
     assert any(str(cab.iso_time(clock.at + seconds)) in text for text in q.log)
 
 
@@ -591,7 +591,22 @@ def test_a_rest_ends_with_whichever_clock_says_so_first(lines: Callable[..., Que
     q.run_all()
     for seconds, rests in ((3599, True), (1, False)):
         setattr(clock, which, getattr(clock, which) + seconds)
-        assert bool(q.worker.rest) == rests and bool(q.run_all()) != rests
+        assert bool(q.worker.rest()) == rests and bool(q.run_all()) != rests
+
+
+@pytest.mark.parametrize("model", ["opus", None])
+def test_the_limit_of_one_model_keeps_the_others_going(lines: Callable[..., Queue], clock: FakeClock, model: Optional[str]) -> None:
+    q = lines(clock)
+    q.claude.script["one"] = failing("usage_limit", "You've hit your Opus limit", clock.at + 86_400, True)
+    one, two = q.ask("one", model=model), q.ask("two", model=model)
+    other = q.ask("other", model="haiku")
+    assert q.run_all() == ["one", "other"] and q.outcome(other)[0] == "completed"
+    assert q.worker.rest() is None and q.worker.rest("haiku") is None and q.worker.rest(model) == cab.Rest("usage_limit", clock.at + 86_400)
+    assert [q.job(job).status for job in (one, two)] == ["queued"] * 2 and q.run_all() == []
+    assert any("model %s rest" % (model or "that is the default") in text for text in q.log)
+    q.claude.script.clear()
+    clock.advance(86_400)
+    assert q.run_all() == ["one", "two"]
 
 
 def test_nothing_is_claimed_during_a_rest_and_all_goes_on_by_itself_after_it(lines: Callable[..., Queue], clock: FakeClock) -> None:
@@ -599,7 +614,7 @@ def test_nothing_is_claimed_during_a_rest_and_all_goes_on_by_itself_after_it(lin
     q.claude.script["one"] = refused(clock.at + 3600)
     one = q.ask("one")
     q.worker.start()
-    wait_until(lambda: q.worker.rest and not q.worker.running)
+    wait_until(lambda: q.worker.rest() and not q.worker.running)
     two, rounds = q.ask("two"), q.claude.tended
 
     def looked_again() -> bool:
@@ -619,7 +634,7 @@ def test_a_resting_worker_is_closed_at_once(lines: Callable[..., Queue], clock: 
     q.claude.script["one"] = refused(None)
     job = q.ask("one")
     q.worker.start()
-    wait_until(lambda: q.worker.rest and not q.worker.running)
+    wait_until(lambda: q.worker.rest() and not q.worker.running)
     q.worker.close()
     assert not q.worker.is_alive and q.claude.closed == 1 and q.job(job).status == "queued"
 
@@ -634,7 +649,7 @@ def test_a_refused_job_that_was_cancelled_meanwhile_does_not_come_back(lines: Ca
     q.claude.script["one"] = run
     job = q.ask("one")
     q.run_all()
-    assert q.outcome(job) == ("error", "cancelled") and q.worker.rest
+    assert q.outcome(job) == ("error", "cancelled") and q.worker.rest()
 
 
 @pytest.mark.parametrize("plan_only, ran", [(True, ["one"]), (False, ["one", "two"])])
@@ -650,7 +665,7 @@ def test_with_plan_only_paid_usage_begins_a_rest_after_that_answer(lines: Callab
     q.claude.script["one"] = run
     one, two = q.ask("one"), q.ask("two")
     assert q.run_all() == ran and q.outcome(one) == ("completed", "paid")
-    assert q.worker.rest == (cab.Rest("usage_limit", clock.at + 100) if plan_only else None)
+    assert q.worker.rest() == (cab.Rest("usage_limit", clock.at + 100) if plan_only else None)
     clock.advance(100)
     q.run_all()
     assert q.outcome(two) == ("completed", "Echo: two")
@@ -661,7 +676,7 @@ def test_within_the_plan_nothing_rests_with_plan_only(lines: Callable[..., Queue
     q.ask("one")
     q.run_all()
     q.claude.note_limits(limits(0.9, resets_at=clock.at + 100))
-    assert q.worker.rest is None and len(q.store.windows()) == 2
+    assert q.worker.rest() is None and len(q.store.windows()) == 2
 
 
 def test_the_windows_of_the_plan_are_kept_and_not_written_anew_for_each_run(lines: Callable[..., Queue], clock: FakeClock) -> None:

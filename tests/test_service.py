@@ -21,7 +21,7 @@ class Bench:
         self.store = cab.Store(folder / "bridge.db", clock)
         self.live: Dict[str, cab.LiveText] = {}
         self.rest: Optional[cab.Rest] = None
-        self.service = cab.Service(self.store, self.hub, clock, folder, live=self.live.get, rest=lambda: self.rest)
+        self.service = cab.Service(self.store, self.hub, clock, folder, live=self.live.get, rest=lambda model: self.rest)
 
     def caller(self, name: str = "app", **fields: Any) -> cab.Caller:
         token, secret = self.service.create_token(cab.NewToken(name, **fields))

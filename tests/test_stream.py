@@ -587,7 +587,7 @@ def test_a_revoked_token_ends_its_streams_with_an_error(api: Api, gate: Path, qu
         stream.until(kind)
     ids = {token["name"]: token["id"] for token in api.get("/api/tokens").json["tokens"]}
     assert api.delete("/api/tokens/" + ids["user"]).status == 200
-    gone = {"status": "error", "requestId": own, "error": "Request not found", "code": "not_found"}
+    gone = {"requestId": own, "error": "Request not found", "code": "not_found"}
     ends = [stream.rest()[-1] for stream in streams[:2]]
     assert [end.kind for end in ends] == ["error"] * 2 and ends[1].data == gone
     assert ends[0].data in ({**gone, "error": "Invalid or expired token", "code": "invalid_token"}, gone)      # the latter during a look

@@ -152,6 +152,8 @@ PAGE_CHARACTERS = 1 << 20
 USAGE_DAYS = 400                     # how long the daily figures are kept
 DELTA_CHARACTERS = 16_384            # a longer text is told in pieces, so that a reader who leaves has got some of it
 CONNECTIONS = 256
+WATCHES = 128                        # open streams and waits of one token, so that one cannot take all connections
+OPEN_FILES = 2_048
 ADDRESSES = 10_000                   # client addresses remembered by the limiter
 
 WAIT_SECONDS = 90.0                  # below the 100 s after which tunnels and proxies cut a silent answer
@@ -159,6 +161,7 @@ HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
 IDLE_SECONDS = 15.0
 SEND_SECONDS = 30.0
+STUCK_SECONDS = 0.2                  # an answer that was not taken for so long may have to make room
 DRAIN_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 FINISH_SECONDS = 1.5                 # what a running job gets to finish by itself at an ordered end
@@ -1364,15 +1367,16 @@ def read_tunnel_line(line: str) -> Tuple[str, str]:
     return ("metrics", found.group(1)) if found else ("", "")
 
 
-def hosts_in_ingress(config: Any, port: int) -> Tuple[List[str], List[str]]:
-    """What a named tunnel's configuration sends to our port. -> (host names, all rules as "host -> service"); nothing while
-    it waits for the one from Cloudflare (version -1)."""
+def hosts_in_ingress(config: Any, port: int, origin: str = "") -> Tuple[List[str], List[str]]:
+    """What a named tunnel's configuration sends to our port, or to our address. -> (host names, all rules as "host -> service");
+    nothing while it waits for the one from Cloudflare (version -1)."""
     try:
-        rules = [(str(rule.get("hostname") or "*"), str(rule["service"])) for rule in config["config"]["ingress"] if config["version"] >= 0]
+        ingress = config["config"]["ingress"] if config["version"] >= 0 else ()
+        rules = [(str(rule.get("hostname") or "*"), str(rule.get("service"))) for rule in ingress]
     except (KeyError, TypeError, AttributeError):
         return [], []
-    ours = re.compile(r"http://(localhost|127\.0\.0\.1|\[::1\]):%d/?" % port)
-    return [host for host, service in rules if "*" not in host and ours.fullmatch(service)], ["%s -> %s" % rule for rule in rules]
+    ours = ["http://%s:%d" % (host, port) for host in ("localhost", "127.0.0.1", "[::1]")] + [origin]
+    return [host for host, service in rules if "*" not in host and service.rstrip("/") in ours], ["%s -> %s" % rule for rule in rules]
 
 
 class Sight(NamedTuple):
@@ -2805,6 +2809,8 @@ class ClaudeCli:
     def _dismiss(self, child: Child, setup: Setup, idle: bool = True) -> None:
         """Asks a child to go; nobody waits for it."""
         has_tools = setup.tools != Tools.NONE
+        while len(self._leaving) >= WARM_CHILDREN:            # who asks and cancels in turn shall not gather them
+            self._bury(self._leaving[0])
         child.leave(self._clock.monotonic(), 5.0 if idle and not has_tools else LEAVE_SECONDS, interrupt=not idle, family=has_tools)
         self._leaving.append(child)
 
@@ -2891,7 +2897,7 @@ class CloudflaredInstall:
     def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
         """Raises OSError, HTTPException for what may pass: no network, a broken-off or endless file, too slow, or the bridge ends."""
         until, got, told = self._clock.monotonic() + DOWNLOAD_SECONDS, 0, -1
-        with urllib.request.urlopen(url, timeout=10) as source, open(target, "xb") as file:
+        with urllib.request.urlopen(url, timeout=5) as source, open(target, "xb") as file:
             for data in iter(lambda: source.read1(1 << 16), b""):
                 got += len(data)
                 if got > asset.size:
@@ -3097,7 +3103,9 @@ class Tunnel:
 
     def _greet(self, child: Cloudflared) -> None:
         """It is connected: tells by which address, once that is known (a named tunnel is told its own by Cloudflare, a little later)."""
-        found, rules = hosts_in_ingress(child.ask("/config")[1], self._port) if self._token else ([child.host], [])
+        config = child.ask("/config")[1] if self._token else None
+        found, rules = hosts_in_ingress(config, self._port, self._config.origin(self._port))
+        found = found if self._token else [child.host]
         url = self._config.public_url.rstrip("/") if self._token else ""
         url = url or ("https://" + found[0] if found else "")
         self.hosts = frozenset(each.lower() for each in (*found, host_of(url)) if each)
@@ -3132,15 +3140,18 @@ class Tunnel:
         """-> what stands in the way of a start, or nothing."""
         try:
             program = self._install.get(self._stopping.is_set)
-            empty = self._config.data_dir / "cloudflared.yml"
-            empty.write_text("{}\n", "utf-8")
         except CannotTunnel as error:
             return Sight(True, True, words="%s (%s)" % (error, error.hint))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            return Sight(True, words="cloudflared could not be downloaded from %s: %s" % (self._config.cloudflared_url,
-                                                                                        getattr(error, "reason", None) or error))
+            why = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):
+                why = str(error)
+                error.close()
+            return Sight(True, words="cloudflared could not be downloaded from %s: %s" % (self._config.cloudflared_url, why))
+        empty = self._config.data_dir / "cloudflared.yml"
         argv = tunnel_argv(str(program), str(empty), self._config.origin(self._port), self._policy.protocol, bool(self._token))
         try:
+            empty.write_text("{}\n", "utf-8")
             self._child = Cloudflared(argv, tunnel_environment(os.environ, self._token), self._tag + ".tunnel")
         except OSError as error:
             return Sight(True, isinstance(error, PermissionError), words="cloudflared cannot be run: %s" % error)
@@ -3409,6 +3420,8 @@ class Service:
                  live: Callable[[str], Optional[LiveText]] = lambda job_id: None,
                  rest: Callable[[Optional[str]], Optional[Rest]] = lambda model: None) -> None:
         self._store, self._hub, self._clock, self._data_dir, self._live, self._rest = store, hub, clock, data_dir, live, rest
+        self._lock = threading.Lock()
+        self._watches: Dict[str, int] = {}           # open streams and waits, by token
 
     def authenticate(self, secret: str) -> Caller:
         """Raises InvalidToken. The look-up is by digest, so its time tells nothing about a token."""
@@ -3448,7 +3461,7 @@ class Service:
         Raises NotFound, also for another token's job.
         """
         until = self._clock.monotonic() + wait
-        with self._hub.watch(job_id) as bell:
+        with self._counted(caller) if wait else contextlib.nullcontext(), self._hub.watch(job_id) as bell:
             while True:
                 bell.clear()
                 job = self._job(caller, job_id)
@@ -3457,6 +3470,22 @@ class Service:
                     live = self._live(job_id)
                     return self._view(job)._replace(partial=live.read() if live and not job.is_finished else None)
                 bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
+
+    @contextlib.contextmanager
+    def _counted(self, caller: Caller) -> Iterator[None]:
+        """One stream or wait more of a token; RateLimited for one too many."""
+        key = caller.token.id
+        with self._lock:
+            if self._watches.get(key, 0) >= WATCHES:
+                raise too_many(RateLimited, "This token has %d open streams and waits, which is the most." % WATCHES, 5)
+            self._watches[key] = self._watches.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watches[key] -= 1
+                if not self._watches[key]:
+                    del self._watches[key]
 
     def _view(self, job: Job) -> JobView:
         live = self._live(job.id)
@@ -3468,16 +3497,17 @@ class Service:
         """What happens to a job, as it happens, with the view of it where it is queued or finished.
 
         after: how much of the text the caller has, in code points; place: the one in the queue that the caller knows.
-        Ends after `completed` or `error`, when the caller has left, or with the bridge.  Raises NotFound at once, and
-        InvalidToken or NotFound later, when the token is revoked.
+        Ends after `completed` or `error`, when the caller has left, or with the bridge.  Raises NotFound, RateLimited at once,
+        and InvalidToken or NotFound later, when the token is revoked.
         """
         self._job(caller, job_id)
-        return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
+        with self._counted(caller):                  # the stream counts itself from its first step on
+            return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
 
     def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, known: Tuple[int, Optional[Rest]],
                 has_left: Callable[[], bool]) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
         told_at = self._clock.monotonic()
-        with self._hub.watch(job_id, Hub.TEXT + job_id) as bell:
+        with self._counted(caller), self._hub.watch(job_id, Hub.TEXT + job_id) as bell:
             while True:
                 bell.clear()                                           # 1. the store: what is true, whatever rang
                 self._check_token(caller)
@@ -4052,10 +4082,13 @@ class Names:
                               % (host[:100], host[:100]))
 
     def address(self, request: Request) -> str:
-        """Who is on the other side: for what came through our tunnel, whom Cloudflare names."""
-        told = request.headers.get("cf-connecting-ip", "")
-        is_local = request.address in ("127.0.0.1", "::1", "::ffff:127.0.0.1") or request.address in self._own
-        return told if is_local and is_address(told) and self._host(request) in self._through_tunnel() else request.address
+        """Who is on the other side: for what came through our tunnel, whom Cloudflare names; of version 6 the network."""
+        told, peer = request.headers.get("cf-connecting-ip", ""), request.address
+        is_local = peer in ("127.0.0.1", "::1", "::ffff:127.0.0.1") or peer in self._own
+        address = told if is_local and is_address(told) and self._host(request) in self._through_tunnel() else peer
+        if ":" in address and is_address(address):           # one household has 2^64 of them
+            return str(ipaddress.ip_network((address.strip("[]").partition("%")[0], 64), strict=False))
+        return address
 
     @staticmethod
     def _host(request: Request) -> str:
@@ -4433,7 +4466,7 @@ class BridgeServer(ThreadingHTTPServer):
         now = self._clock.monotonic()
         with self._lock:
             if connection in self._phases:
-                since = now if phase in (Phase.IDLE, Phase.BUSY) else self._phases[connection][2]
+                since = now if phase in (Phase.IDLE, Phase.BUSY, Phase.SEND) else self._phases[connection][2]
                 self._phases[connection] = (phase, now + Phase.SECONDS[phase], since)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -4447,7 +4480,8 @@ class BridgeServer(ThreadingHTTPServer):
         now = self._clock.monotonic()
         with self._lock:
             if len(self._phases) >= CONNECTIONS:
-                waiting = [(since, other) for other, (phase, _, since) in self._phases.items() if phase != Phase.BUSY]
+                waiting = [(since, other) for other, (phase, _, since) in self._phases.items()
+                           if phase != Phase.BUSY and (phase != Phase.SEND or now - since >= STUCK_SECONDS)]
                 if not waiting:
                     return False
                 oldest = min(waiting, key=lambda pair: pair[0])[1]
@@ -4462,8 +4496,9 @@ class BridgeServer(ThreadingHTTPServer):
             request.setblocking(False)                     # this is the accepting thread: what does not go at once does not go
             request.send(response_head(response, True) + response.body)
             request.shutdown(socket.SHUT_WR)
-            while request.recv(1 << 16):                    # unread data would turn the close into a reset, and lose the answer
-                pass
+            for _ in range(16):                             # unread data would turn the close into a reset, and lose the answer
+                if not request.recv(1 << 16):
+                    break
         super().shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
@@ -4865,6 +4900,7 @@ def signals_queue() -> "queue.SimpleQueue[int]":
 def command_start(config: Config, console: Console) -> int:
     """Runs the bridge until a signal; -> 0."""
     os.umask(0o077)
+    allow_files(OPEN_FILES)
     console.banner()
     private_directory(config.data_dir)
     claude = find_claude(config, os.environ)
@@ -4889,6 +4925,16 @@ def command_start(config: Config, console: Console) -> int:
                 break
         console.say("👋", "Shutting down...")
     return 0
+
+
+def allow_files(wanted: int) -> None:
+    """Raises the number of files that may be open at once, where the system keeps it low (macOS: 256) and lets us."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:

@@ -88,10 +88,14 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_rounds() -> Iterator[None]:
-    """The listening thread looks at deadlines, and whether it is to end, more often: hundreds of bridges are closed here."""
+    """The listening thread looks at deadlines, and whether it is to end, more often, and less is waited for what does not end
+    by itself: hundreds of bridges are closed here."""
     serve = cab.BridgeServer.serve_forever
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+        patch.setattr(cab, "LEAVE_SECONDS", 0.4)          # the fake leaves at once, or is made to stay
+        patch.setattr(cab, "FINISH_SECONDS", 0.4)
+        patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})     # forking this large process is slow
         yield
 
 
@@ -305,14 +309,15 @@ class RunningBridge:
 
 @pytest.fixture
 def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[Callable[..., RunningBridge]]:
-    """bridge(claude=..., environ=..., clock=..., **settings) -> a RunningBridge on a free port, over a fake claude."""
+    """bridge(claude=..., environ=..., clock=..., **settings) -> a RunningBridge on a free port, over a fake claude, by default
+    without a spare, which few tests need and each has to pay for."""
     opened: List[cab.Bridge] = []
 
     def start(claude: Optional[FakeClaude] = None, environ: Optional[Mapping[str, str]] = None, clock: Optional[cab.Clock] = None,
               **settings: Any) -> RunningBridge:
         claude = claude or fake_claude()
         config = cab.Config(**{"port": 0, "host": "127.0.0.1", "no_tunnel": True, "data_dir": tmp_path / "data",
-                               "claude": str(claude.path), "rate_limit": 0, **settings})
+                               "claude": str(claude.path), "rate_limit": 0, "spare": 0, **settings})
         log: List[str] = []
         found = cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})})
         opened.append(cab.Bridge(config, found, clock or cab.Clock(), log.append).__enter__())

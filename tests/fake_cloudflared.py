@@ -1,8 +1,9 @@
 """A fake `cloudflared`: writes what the real one was seen to write (2026.8.2), and fails in every way it was seen to fail.
 
 A plan says how each start behaves: a list of steps, of which the last one repeats. A step is made by `quick`, `named` or
-`failing`. Files in its folder are switches that a test can turn while it runs: `ready` (200, 503 or `gone`), `config.json`,
-`die` (an exit code; used up by the one that dies) and `flood` (bytes to write to the log; used up, too).
+`failing`. Files in its folder are switches that a test can turn while it runs: `ready` (200, 503, `gone` or `drip`: an answer
+that never ends), `config.json`, `die` (an exit code; used up by the one that dies) and `flood` (bytes to write to the log; used
+up, too).
 """
 from __future__ import annotations
 
@@ -240,10 +241,21 @@ class Fake:
             connection = listener.accept()[0]
             with connection:
                 path = connection.recv(4096).split(b" ")[1].decode()
+                if self.read("ready") == "drip":
+                    self.drip(connection)
                 status, body = self.answer(path)
                 if status:
                     connection.sendall(b"HTTP/1.1 %d X\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
                                        % (status, len(body), body.encode()))
+
+    def drip(self, connection: socket.socket) -> None:
+        """A line that goes on, so that no reader runs out of patience."""
+        connection.sendall(b"HTTP/1.1 200 X\r\nX-Long: ")
+        with open(os.path.join(self.folder, "dripping"), "w"):
+            pass
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.1)
 
     def answer(self, path: str) -> Tuple[int, str]:
         if self.read("ready") == "gone":

@@ -270,6 +270,28 @@ def test_a_downloaded_cloudflared_is_checked_and_a_damaged_one_is_as_none(doctor
         assert path.read_bytes() == data
 
 
+def test_what_cannot_be_read_is_a_broken_check_and_the_others_are_made(doctor: Typed, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(cab, "sha256_of", fail)
+    (tmp_path / "data" / "bin").mkdir(parents=True)
+    path = tmp_path / "data" / "bin" / "cloudflared"
+    path.write_bytes(b"unreadable")
+    report = doctor()
+    assert (report.status, report.err, report.bad, report.of("claude")[0]) == (1, "", ["tunnel"], True)
+    assert str(path) in report.of("tunnel")[1] and "--data-dir" in str(report.of("tunnel")[2])
+
+
+def test_an_oserror_of_an_earlier_check_does_not_hide_the_later_ones(doctor: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_data(config: cab.Config, environ: Mapping[str, str]) -> List[cab.Check]:
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(cab, "check_data", check_data)
+    report = doctor("--no-tunnel")
+    assert (report.status, report.bad, report.of("data")[1]) == (1, ["data"], "[Errno 5] Input/output error")
+    assert list(report.checks) == ["python", "sqlite", "data", "port", "claude", "payer", "tunnel"]
+
+
 def test_a_system_without_cloudflared_is_told_what_to_do(doctor: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab.platform, "machine", lambda: "riscv64")
     report = doctor()
@@ -282,6 +304,12 @@ def test_a_bad_tunnel_token_is_said_without_repeating_it(doctor: Typed, cloudfla
     for report in (doctor("--cloudflared", str(cloudflared.path), CAB_TUNNEL_TOKEN=text),
                    doctor("--cloudflared", str(cloudflared.path), "--tunnel-token-file", str(tmp_path / "token"))):
         assert (report.status, report.bad) == (1, ["tunnel"]) and text not in (report.out + report.err).replace("eyJ", "").replace("==", "")
+
+
+def test_an_empty_token_file_is_bad(doctor: Typed, cloudflared: FakeCloudflared, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("\n")
+    report = doctor("--cloudflared", str(cloudflared.path), "--tunnel-token-file", str(tmp_path / "token"))
+    assert (report.status, report.bad) == (1, ["tunnel"]) and "token is not one" in report.of("tunnel")[1]
 
 
 def test_a_token_file_that_is_missing_is_said(doctor: Typed, cloudflared: FakeCloudflared) -> None:

@@ -538,6 +538,7 @@ def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served
 
 def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     set_cap(monkeypatch, 1)
+    monkeypatch.setattr(cab, "STUCK_SECONDS", 0)             # how long it is stuck before it may have to make room
     with Wire(served.port) as deaf:
         deaf.socket.settimeout(0.3)
         with pytest.raises(socket.timeout):               # its answers fill the buffers, then the bridge stops reading

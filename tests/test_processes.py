@@ -203,7 +203,7 @@ def test_what_was_said_before_a_tool_call_is_no_part_of_the_text(direct: Directs
 
 def test_a_spare_that_waits_already_answers_and_is_replaced(bridge: Bridges, fake_claude: Fakes) -> None:
     fake = fake_claude()
-    b = bridge(claude=fake)
+    b = bridge(claude=fake, spare=1)
     spare = spare_of(fake)
     b.admin.answer("one")
     second = int(wait_until(lambda: fake.children()[1:])[0]["pid"])
@@ -222,7 +222,7 @@ def test_without_a_spare_every_request_starts_its_own_process(direct: Directs) -
 
 def test_a_spare_that_died_is_not_noticed_by_the_caller(bridge: Bridges, fake_claude: Fakes) -> None:
     fake = fake_claude()
-    b = bridge(claude=fake)
+    b = bridge(claude=fake, spare=1)
     spare = spare_of(fake)
     os.kill(spare, signal.SIGKILL)
     assert b.admin.answer("hello")["response"] == "Echo: hello"
@@ -594,7 +594,7 @@ def test_a_child_without_tools_works_in_an_empty_private_folder(direct: Directs)
 def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: Bridges, fake_claude: Fakes,
                                                                        tools: Any, exist: str, mode: str, allowed: Any) -> None:
     fake = fake_claude()
-    b = bridge(claude=fake)
+    b = bridge(claude=fake, spare=1)
     spare = spare_of(fake)
     b.admin.new_token("tooled", tools=tools).answer("hello")
     child = next(start for start in fake.children() if start["pid"] == pids_of(fake, "hello")[0])

@@ -714,3 +714,25 @@ def test_a_text_begins_anew_after_an_overload(api: Api, tmp_path: Path, monkeypa
     stream = api.stream("POST", "/api/ask", {"message": message, "stream": True})
     assert stream.rest()[-1].data["response"] == stream.text == "a whole answer"
     assert kinds(stream.events)[-3:] == ["started", "delta", "completed"]
+
+
+# --- how many ---
+
+def test_one_token_cannot_take_all_connections(api: Api, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "WATCHES", 3)
+    guest, other = api.new_token("guest"), api.new_token("other")
+    job = processing(guest, held(gate))
+    streams = [guest.follow(job) for _ in range(3)]
+    for stream in streams:
+        stream.until("delta")
+    refused = guest.get("/api/ask/%s/events" % job)
+    assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (429, "rate_limited", "5")
+    assert guest.get("/api/ask/%s?wait=1" % job).status == 429 and guest.get("/api/ask/" + job).status == 202
+    streams.insert(0, api.follow(job))                                       # another's place is not taken
+    assert streams[0].until("delta").data == {"text": "he"}
+    assert other.post("/api/ask", {"message": "x"}).status == 202
+    streams.pop().close()
+    wait_until(lambda: guest.get("/api/ask/%s?wait=0.01" % job).status == 202)
+    gate.touch()
+    assert [stream.rest()[-1].data["response"] for stream in streams] == ["held"] * 3
+    assert guest.follow(job).rest()[-1].kind == "completed"

@@ -2834,6 +2834,7 @@ class ClaudeCli:
         self._spare = None
         self._warm.clear()
 
+
 class CloudflaredInstall:
     """Finds cloudflared, or downloads it. say: a line for the terminal, where True means that the next one may replace it."""
 

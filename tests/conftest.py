@@ -329,6 +329,11 @@ def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
         each.__exit__(None, None, None)
 
 
+# The program without compiling its source at each start, which takes longer than most of what it is started for.
+IMPORTED = (sys.executable, "-c", "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; cab.run()"
+            % (str(MODULE.parent), str(MODULE)))
+
+
 class Program:
     """The bridge as a person starts it: a process of its own, with a clean environment."""
 
@@ -375,7 +380,7 @@ def program(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[
     started: List[Program] = []
 
     def start(*flags: str, environ: Optional[Mapping[str, str]] = None, claude: Optional[Path] = None,
-              command: Tuple[str, ...] = (sys.executable, str(MODULE)), demo: bool = False) -> Program:
+              command: Tuple[str, ...] = IMPORTED, demo: bool = False) -> Program:
         which = ["--demo"] if demo else ["--claude", str(claude or fake_claude().path)]
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANG": "C.UTF-8", **(environ or {})}
         started.append(Program([*command, "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(tmp_path / "data"),
@@ -393,7 +398,7 @@ def program(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[
 def run_cli(*words: str, environ: Optional[Mapping[str, str]] = None, home: Optional[Path] = None) -> "subprocess.CompletedProcess[str]":
     """One command of ours, to its end."""
     environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **({"HOME": str(home)} if home else {}), **(environ or {})}
-    return subprocess.run([sys.executable, str(MODULE), *words], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    return subprocess.run([*IMPORTED, *words], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
 
 

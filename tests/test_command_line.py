@@ -23,7 +23,7 @@ from typing import (
 )
 
 import pytest
-from conftest import MODULE, Api, FakeClaude, Program, run_cli, wait_until
+from conftest import IMPORTED as US, Api, FakeClaude, Program, run_cli, wait_until
 from fake_claude import FLAGS
 
 import claude_api_bridge as cab
@@ -31,7 +31,6 @@ import claude_api_bridge as cab
 Fakes = Callable[..., FakeClaude]                            # what the fixtures give
 Programs = Callable[..., Program]
 Typed = Callable[..., "Said"]
-US = (sys.executable, str(MODULE))
 TOKEN = re.compile(r"cab-[0-9a-f]{64}")
 
 

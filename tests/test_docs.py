@@ -51,7 +51,7 @@ def test_the_quick_start_works_as_written(program):
     if not shutil.which("curl"):
         from conftest import missing
         missing("no curl here")
-    running = program(demo=True)
+    running = program(demo=True, command=(sys.executable, str(ROOT / "claude_api_bridge.py")))      # as a person starts it
     script = block("quick start").replace("http://localhost:3456", "http://127.0.0.1:%d" % running.port).replace("cab-...", running.token)
     done = subprocess.run(["sh", "-euc", script], stdout=subprocess.PIPE, timeout=60)
     assert done.returncode == 0

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
-from conftest import MODULE, Api, FakeClaude, FakeClock, Program, RunningBridge, is_running, run_cli, wait_until
+from conftest import IMPORTED, MODULE, Api, FakeClaude, FakeClock, Program, RunningBridge, is_running, run_cli, wait_until
 from fake_cloudflared import FAILURES, HANGING, HARMLESS, PRE_CHECKS, WELCOME, FakeCloudflared, box, failing, ingress, named, quick
 
 import claude_api_bridge as cab
@@ -1389,7 +1389,7 @@ def start(tmp_path: Path, fake: FakeCloudflared, fake_claude: Callable[..., Fake
     claude = fake_claude()
 
     def make(*flags: str, patch: Optional[str] = "", environ: Optional[Mapping[str, str]] = None) -> TunnelProgram:
-        command = [sys.executable, str(MODULE)] if patch is None else [sys.executable, "-c", PATCHED % patch]
+        command = list(IMPORTED) if patch is None else [sys.executable, "-c", PATCHED % patch]
         environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "LANG": "C.UTF-8",
                        **({} if patch is None else {"PYTHONPATH": str(MODULE.parent)}), **(environ or {})}
         started.append(TunnelProgram([*command, "start", "--port", "0", "--data-dir", str(tmp_path / "data"), "--claude", str(claude.path),

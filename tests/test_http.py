@@ -4,9 +4,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
 
@@ -676,3 +678,19 @@ def test_a_broken_database_is_a_503_that_says_so(bridge: Callable[..., RunningBr
     for answer in (running.admin.get("/health"), running.admin.post("/api/ask", {"message": "hi"})):
         assert (answer.status, answer.json["code"]) == (503, "unavailable")
         check_headers(answer)
+
+
+@pytest.mark.parametrize("address, counted_as", [
+    ("203.0.113.7", "203.0.113.7"), ("2001:db8::1", "2001:db8::/64"), ("2001:db8::ffff:0:0:1", "2001:db8::/64"),
+    ("2001:db8:0:1::1", "2001:db8:0:1::/64"), ("fe80::1%eth0", "fe80::/64")])
+def test_of_an_address_of_version_6_its_network_counts(address: str, counted_as: str) -> None:
+    assert cab.Names().address(cab.Request("GET", "/", {}, {"host": "localhost"}, address, lambda: b"")) == counted_as
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("wanted, allowed", [(300, 300), (200, 256), (10 ** 9, None)])
+def test_more_files_may_be_open_where_the_system_lets_us(wanted: int, allowed: Optional[int]) -> None:
+    code = ("import sys; sys.path.insert(0, %r); import claude_api_bridge as cab; from resource import *; setrlimit(RLIMIT_NOFILE, (256, 400));"
+            " cab.allow_files(%d); print(*getrlimit(RLIMIT_NOFILE))" % (str(Path(cab.__file__).parent), wanted))
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=30, check=True)
+    assert done.stdout.split() == [str(allowed or 400).encode(), b"400"]

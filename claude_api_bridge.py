@@ -2141,6 +2141,12 @@ def group_options(last_signal: int = signal.SIGINT) -> Dict[str, Any]:
     return {"start_new_session": True, "preexec_fn": die_with_bridge}
 
 
+def ps(pid: int, column: str) -> Optional[str]:
+    """What `ps` says of a process, where there is no /proc."""
+    found = subprocess.run(["ps", "-o", column + "=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5)
+    return found.stdout.decode().strip() or None
+
+
 def started_at(pid: int) -> Optional[str]:
     """When a process began, in the system's own words: with the pid it names one process for ever. None: it is gone."""
     try:
@@ -2155,7 +2161,7 @@ def started_at(pid: int) -> Optional[str]:
             found = kernel.GetProcessTimes(handle, *(ctypes.byref(times, 8 * n) for n in range(4)))
             kernel.CloseHandle(handle)
             return str(times[0]) if found else None
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5).stdout.decode().strip() or None
+        return ps(pid, "lstart")
     except (OSError, IndexError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -2172,7 +2178,7 @@ def program_of(pid: int) -> Optional[str]:
             found = kernel.QueryFullProcessImageNameW(handle, 0, name, ctypes.byref(size))
             kernel.CloseHandle(handle)
             return name.value if found else None
-        return subprocess.run(["ps", "-o", "comm=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5).stdout.decode().strip() or None
+        return ps(pid, "comm")
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -3443,6 +3449,8 @@ class Service:
             raise InvalidRequest("conversation needs a token with sessionMode stateful", field="conversation")
         if models and ask.model and ask.model not in models:
             raise ModelNotAllowed("This token may not use the model %s. Use: %s" % (ask.model, ", ".join(models)), field="model")
+        if ask.stream or ask.wait:
+            self._check_watches(caller)              # before it is queued: who is refused may ask again
         ask = replace(ask, model=check_model(ask.model or (models[0] if models else None)),
                       conversation=ask.conversation or "default" if stateful else None)
         try:
@@ -3472,13 +3480,16 @@ class Service:
                     return self._view(job)._replace(partial=live.read() if live and not job.is_finished else None)
                 bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
 
+    def _check_watches(self, caller: Caller) -> None:
+        if self._watches.get(caller.token.id, 0) >= WATCHES:
+            raise too_many(RateLimited, "This token has %d open streams and waits, which is the most." % WATCHES, 5)
+
     @contextlib.contextmanager
     def _counted(self, caller: Caller) -> Iterator[None]:
         """One stream or wait more of a token; RateLimited for one too many."""
         key = caller.token.id
         with self._lock:
-            if self._watches.get(key, 0) >= WATCHES:
-                raise too_many(RateLimited, "This token has %d open streams and waits, which is the most." % WATCHES, 5)
+            self._check_watches(caller)
             self._watches[key] = self._watches.get(key, 0) + 1
         try:
             yield
@@ -3502,8 +3513,8 @@ class Service:
         and InvalidToken or NotFound later, when the token is revoked.
         """
         self._job(caller, job_id)
-        with self._counted(caller):                  # the stream counts itself from its first step on
-            return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
+        self._check_watches(caller)                  # the stream counts itself from its first step on
+        return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
 
     def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, known: Tuple[int, Optional[Rest]],
                 has_left: Callable[[], bool]) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:

@@ -727,6 +727,9 @@ def test_one_token_cannot_take_all_connections(api: Api, gate: Path, monkeypatch
         stream.until("delta")
     refused = guest.get("/api/ask/%s/events" % job)
     assert (refused.status, refused.json["code"], refused.headers["retry-after"]) == (429, "rate_limited", "5")
+    known = len(guest.get("/api/requests").json["requests"])
+    assert [guest.post("/api/ask", {"message": "x", way: 1 if way == "wait" else True}).status for way in ("wait", "stream")] == [429] * 2
+    assert len(guest.get("/api/requests").json["requests"]) == known         # what was refused is not run
     assert guest.get("/api/ask/%s?wait=1" % job).status == 429 and guest.get("/api/ask/" + job).status == 202
     streams.insert(0, api.follow(job))                                       # another's place is not taken
     assert streams[0].until("delta").data == {"text": "he"}

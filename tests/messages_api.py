@@ -121,9 +121,9 @@ held = b""
 with open(%r, "ab", buffering=0) as notes:
     for data in iter(lambda: os.read(real.stdout.fileno(), 1 << 16), b""):
         at, (*lines, held) = time.time(), (held + data).split(b"\\n")
-        sys.stdout.buffer.raw.write(data)
         kept = [line for line in lines if %r in line]
         notes.write(b"".join(b"[%%.6f, %%s]\\n" %% (at, line) for line in kept))
+        sys.stdout.buffer.raw.write(data)            # after the note: who has seen what followed from a line finds it noted
 sys.exit(real.wait() %% 256)
 """
 

@@ -146,6 +146,10 @@ TOKENS = 100
 NAME_CHARACTERS = 100
 TOOL_RULES = 50
 TOKEN_MODELS = 20
+FUNCTIONS = 256                      # tools of a client in one request
+STOP_SEQUENCES = 16
+DESCRIPTION_CHARACTERS = 2_000       # of a client's tool; the CLI cuts a longer one (2.1.197 at 2,048, 2.1.330 at 4,096)
+RESULT_CHARACTERS = 40_000           # of tool results told to a waiting process; the CLI replaces larger ones by a file's name
 WARM_CHILDREN = 4
 PAGE_JOBS = 100                      # most requests in one page of a list, and how large it may grow before it ends
 PAGE_CHARACTERS = 1 << 20
@@ -169,6 +173,8 @@ LEAVE_SECONDS = 1.2                  # what a child in the middle of something g
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
 KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
 LOOK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
+ASIDE_SECONDS = 60.0                 # how long a process waits for the results of the client's tools
+HELD_SECONDS = 300.0                 # the longest rest for the plan that a request of /v1 is held for
 REST_SECONDS = 900.0                 # for a used-up limit whose reset is not told
 LONGEST_REST_SECONDS = 8 * 86_400.0
 BACK_OFF_SECONDS = (2, 4, 8, 16, 30)  # between tries while the service is overloaded; the last one repeats
@@ -458,7 +464,8 @@ ERRORS: Tuple[Type[BridgeError], ...] = (*sorted(BridgeError.__subclasses__(), k
 RUN_ERRORS = {
     "cancelled": "the request was cancelled, or its token was revoked",
     "timeout": "the run took too long, or claude gave no sign of life",
-    "usage_limit": "the plan's usage limit is reached: not the end of a request, but what it may be `waitingFor`",
+    "usage_limit": "the plan's usage limit is reached: what a request may be `waitingFor`, and the end only of one of /v1 that would"
+                   " have to wait for more than 5 minutes",
     "auth_required": "claude is not signed in, or its login was refused",
     "overloaded": "the service was overloaded for the whole time of the run",
     "billing_guard": "the run would have been billed to an API key and was stopped",
@@ -468,6 +475,19 @@ RUN_ERRORS = {
     "context_too_long": "the prompt or the conversation is longer than the model takes",
     "model_not_found": "the model does not exist, or the account may not use it",
 }
+
+
+RUN_STATUS = {"timeout": 504, "usage_limit": 429, "auth_required": 503, "overloaded": 529, "billing_guard": 403, "interrupted": 503,
+              "context_too_long": 400, "model_not_found": 404}
+
+
+class RunError(BridgeError):
+    """A failed run, for the callers of /v1, who get it as an HTTP error; code: a key of RUN_ERRORS. The bridge itself has tried again
+    where that helps, so that the client's library shall not."""
+
+    def __init__(self, code: str, text: str, headers: Sequence[Tuple[str, str]] = ()) -> None:
+        super().__init__(text, (("x-should-retry", "false"), *headers))
+        self.status, self.code = RUN_STATUS.get(code, 500), code
 
 
 class RunFailed(Exception):
@@ -760,6 +780,38 @@ class Ask(Command):
         return digest(as_json([getattr(self, row.name) for row in fields(self) if row.name not in ("wait", "stream")]))
 
 
+Block = Mapping[str, Any]
+Content = Union[str, Sequence[Block]]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A whole conversation, as /v1 tells it in either format. turns: [{"role": "user", "content": [blocks of the Messages API]}, ...],
+    user and assistant in turn, the last one the user's; functions: the client's tools, [{"name", "description", "inputSchema"}];
+    forced: the one whose input is to be the answer; stops: where the answer ends."""
+    turns: Tuple[Mapping[str, Any], ...]
+    system_prompt: Optional[str] = None
+    model: Optional[str] = None
+    json_schema: Optional[str] = None
+    effort: Optional[str] = None
+    functions: Tuple[Mapping[str, Any], ...] = ()
+    forced: Optional[str] = None
+    stops: Tuple[str, ...] = ()
+    stream: bool = False
+    tells_usage: bool = True             # whether a stream ends with the figures
+    conversation: Optional[str] = None   # the memory is the client's
+
+    @property
+    def message(self) -> str:
+        """The last text, for lists of requests."""
+        texts = [block["text"] for block in self.turns[-1]["content"] if block["type"] == "text"]
+        return texts[-1] if texts else "(%s)" % self.turns[-1]["content"][-1]["type"]
+
+    def to_json(self) -> str:
+        """What `chat_from_json` reads again."""
+        return clean_text(as_json({"turns": self.turns, "functions": self.functions, "forced": self.forced, "stops": self.stops}))
+
+
 @dataclass(frozen=True)
 class NewToken(Command):
     """A token to be made."""
@@ -809,6 +861,20 @@ class Usage(NamedTuple):
     cost_usd: float = 0.0
 
 
+class FunctionCall(NamedTuple):
+    """A call of a client's tool. arguments: a JSON object."""
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class Ending(NamedTuple):
+    """Why an answer ended: end_turn, tool_use, stop_sequence, ... in the words of the Messages API, and what is called."""
+    reason: str = "end_turn"
+    stop: Optional[str] = None
+    calls: Tuple[FunctionCall, ...] = ()
+
+
 @dataclass(frozen=True)
 class Job:
     """A queued ask and all that became of it. `structured` and `json_schema` are JSON texts. restarts: how often its text
@@ -833,6 +899,7 @@ class Job:
     error: Optional[str] = None
     error_code: Optional[str] = None
     restarts: int = 0
+    ending: Optional[Ending] = None
 
     @property
     def is_finished(self) -> bool:
@@ -848,9 +915,9 @@ class Queued(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """One completed turn of a conversation."""
-    message: str
-    response: str
+    """One completed turn of a conversation: texts, or lists of blocks of the Messages API."""
+    message: Content
+    response: Content
 
 
 class Conversation(NamedTuple):
@@ -915,6 +982,7 @@ class Answer:
     model: Optional[str] = None
     session_id: Optional[str] = None
     spent_usd: float = 0.0
+    ending: Ending = Ending()
 
 
 def new_token() -> str:
@@ -987,6 +1055,7 @@ SYSTEM_PROMPT = "You are Claude, a helpful assistant. Answer the user's message.
 MINIMUM_CLI = (2, 0, 76)        # the first with --tools; older ones cannot be kept away from the owner's files
 AGENT_MODEL_CLI = (2, 1, 197)   # from here on `initialize` can set the model; 2.1.50 takes full names for its default
 JSON_SCHEMA_CLI = (2, 1, 197)   # before, an answer without the structure is asked for again without end
+FUNCTIONS_CLI = (2, 1, 197)     # what the client's tools were tried with
 SEED_CLI = (2, 1, 197)          # before, an earlier message is asked again (2.1.50) or ends the process (2.0.76)
 NEEDED_FLAGS = frozenset(("--tools", "--setting-sources", "--strict-mcp-config", "--input-format", "--permission-mode", "--resume",
                           "--session-id"))
@@ -1004,6 +1073,8 @@ HANDED_ON = frozenset(("ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_
                        "CLAUDE_CODE_CLIENT_CERT", "CLAUDE_CODE_CLIENT_KEY", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE",
                        "CLAUDE_SECURESTORAGE_CONFIG_DIR"))
 API_KEYS = frozenset(("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
+MCP_SERVER = "api"              # as which the client's tools are offered
+FUNCTION_PREFIX = "mcp__%s__" % MCP_SERVER
 
 
 class Features(NamedTuple):
@@ -1029,6 +1100,7 @@ class Setup:
     effort: Optional[str] = None
     tools: Union[str, Tuple[str, ...]] = Tools.NONE
     workspace: Optional[str] = None
+    functions: Optional[str] = None      # JSON: the client's tools, as Chat has them
 
 
 def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated: Optional[str]) -> Dict[str, str]:
@@ -1087,15 +1159,18 @@ def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[st
                           for rule in rules if rule not in ("Read", "Glob", "Grep")})
     if features.version < CONFINED_CLI:
         exist = [name for name in exist if name != "Glob"]
+    if features.version >= FUNCTIONS_CLI:                     # nothing, until a request declares the client's tools
+        allowed = (*allowed, FUNCTION_PREFIX.rstrip("_"))
     confined = ["--restricted"] if tools in (Tools.READ, Tools.ALL) and "--restricted" in features.flags else []
     return ["--tools", ",".join(exist), "--permission-mode", mode, *confined, *(("--allowedTools", *allowed) if allowed else ())]
 
 
 def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]:
     """The control requests that turn a fresh child into one for `setup`; the answer to the first has id "1"."""
+    functions = json.loads(setup.functions or "[]")
     agent: Dict[str, Any] = {"description": "answers API requests", "prompt": setup.system_prompt}
     if setup.tools == Tools.NONE:
-        agent["tools"] = []
+        agent["tools"] = [FUNCTION_PREFIX + each["name"] for each in functions]
     by_agent = features.version >= AGENT_MODEL_CLI and "--agent" in features.flags
     if setup.model and by_agent:
         agent["model"] = setup.model
@@ -1103,6 +1178,8 @@ def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]
                                "agents": {"bridge": agent}}
     if setup.json_schema:
         request["jsonSchema"] = json.loads(setup.json_schema)
+    if functions:
+        request["sdkMcpServers"] = [MCP_SERVER]
     requests = [request]
     if setup.model and not by_agent:
         requests.append({"subtype": "set_model", "model": setup.model})
@@ -1111,27 +1188,101 @@ def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]
     return [{"type": "control_request", "request_id": str(n), "request": body} for n, body in enumerate(requests, 1)]
 
 
-def text_message(role: str, text: str) -> Dict[str, Any]:
-    return {"type": role, "message": {"role": role, "content": [{"type": "text", "text": text}]}}
+def cli_message(role: str, content: Content) -> Dict[str, Any]:
+    return {"type": role, "message": {"role": role, "content": [{"type": "text", "text": content}] if isinstance(content, str)
+                                      else list(content)}}
 
 
-def user_message(text: str, asks: bool = True) -> Dict[str, Any]:
-    """A prompt, or with asks=False an earlier one told again. A leading "/" would be taken as a command: a space
-    in front makes it text (2.0.76 to 2.1.330; only the very first character counts)."""
-    message = text_message("user", " " + text if text.startswith("/") else text)
+def user_message(content: Content, asks: bool = True) -> Dict[str, Any]:
+    """A prompt, or with asks=False an earlier one told again. A leading "/" of the last block would be taken as a command: a
+    space in front makes it text (2.0.76 to 2.1.330; only the very first character counts)."""
+    message = cli_message("user", content)
+    last = message["message"]["content"][-1]
+    if last["type"] == "text" and last["text"].startswith("/"):
+        message["message"]["content"][-1] = {**last, "text": " " + last["text"]}
     return message if asks else {**message, "shouldQuery": False}
 
 
-def assistant_message(text: str) -> Dict[str, Any]:
-    """An earlier answer told again; blank text would be refused by the API later."""
-    return text_message("assistant", text if text.strip() else "(no answer)")
+def assistant_message(content: Content, message_id: str = "") -> Dict[str, Any]:
+    """An earlier answer told again; blank text would be refused by the API later. message_id: its own, else 2.1.197 makes one
+    message of all that have tool calls."""
+    message = cli_message("assistant", content if not isinstance(content, str) or content.strip() else "(no answer)")
+    if message_id:
+        message["message"]["id"] = message_id
+    return message
+
+
+def plain_text(content: Content) -> str:
+    """Content for a reader of text alone: what is no text is named."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(block["text"] if block["type"] == "text" else "[%s: %s]" % (block["type"], as_json(
+        block.get("input") or block.get("content"))) if block["type"].startswith("tool") else "[%s]" % block["type"] for block in content)
 
 
 def prompt_with_history(system_prompt: str, history: Sequence[Exchange]) -> str:
     """Instructions that tell what was said so far, for a CLI that cannot be told in turns."""
-    turns = "".join("\n\nUser: %s\n\nYou: %s" % exchange for exchange in history)
+    turns = "".join("\n\nUser: %s\n\nYou: %s" % tuple(map(plain_text, exchange)) for exchange in history)
     return "%s\n\nThe conversation so far, which the next message continues:%s" % (system_prompt, turns)
 
+
+# --- the client's tools, as a server of the Model Context Protocol ---
+
+def offered_functions(functions: Sequence[Mapping[str, Any]]) -> Tuple[str, str]:
+    """The client's tools -> (JSON, with descriptions that the CLI does not cut; instructions with those that are longer)."""
+    told, more = [], ""
+    for each in functions:
+        text = each["description"]
+        if len(text) > DESCRIPTION_CHARACTERS:
+            more += "\n\nThe description of the tool %s%s:\n%s" % (FUNCTION_PREFIX, each["name"], text)
+            text = text[:DESCRIPTION_CHARACTERS - 60] + "... (see the instructions for the whole description)"
+        told.append({**each, "description": text})
+    return as_json(told), more
+
+
+def named_for_cli(turn: Mapping[str, Any]) -> List[Block]:
+    """The content of a turn, in which calls have the names that the model knows."""
+    return [{**block, "name": FUNCTION_PREFIX + block["name"]} if block["type"] == "tool_use" else block for block in turn["content"]]
+
+
+def mcp_result(message: Mapping[str, Any], functions: str) -> Dict[str, Any]:
+    """What the server of the client's tools answers to a request of the CLI, but for calls. functions: JSON."""
+    method = message.get("method")
+    if method == "initialize":
+        return {"protocolVersion": (message.get("params") or {}).get("protocolVersion"), "capabilities": {"tools": {}},
+                "serverInfo": {"name": MCP_SERVER, "version": __version__}}
+    return {"tools": json.loads(functions)} if method == "tools/list" else {}
+
+
+def mcp_content(block: Block) -> Optional[Dict[str, Any]]:
+    """A tool_result as the answer to a call; None for one that the CLI would not hand on as it is."""
+    content = block.get("content") or "(no result)"
+    parts: List[Dict[str, Any]] = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        source = part.get("source") or {}
+        if part["type"] == "text":
+            parts.append({"type": "text", "text": part["text"]})
+        elif part["type"] == "image" and source.get("type") == "base64":
+            parts.append({"type": "image", "data": source["data"], "mimeType": source["media_type"]})
+        else:
+            return None
+    if sum(len(part.get("text", "")) for part in parts) > RESULT_CHARACTERS:
+        return None
+    return {"content": parts, "isError": bool(block.get("is_error"))}
+
+
+def mcp_results(content: Content) -> Optional[Dict[str, Dict[str, Any]]]:
+    """The answers in a turn that holds nothing but results of tools, by the id of the call; None for any other turn."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for block in () if isinstance(content, str) else content:
+        answer = mcp_content(block) if block["type"] == "tool_result" else None
+        if answer is None:
+            return None
+        found[block["tool_use_id"]] = answer
+    return found or None
+
+
+# --- what the CLI says ---
 
 class LineFramer:
     """Bytes in, whole lines out. Raises OverflowError for a line longer than `limit` bytes."""
@@ -1155,7 +1306,7 @@ class LineFramer:
 
 
 class CliEvent(NamedTuple):
-    """One line of the CLI. kind: init, delta, message, assistant, told, limits, retry, result, control, asks or noise.
+    """One line of the CLI. kind: init, delta, message, usage, stop, assistant, told, limits, retry, result, control, asks or noise.
     tools: the ids of the tool calls that begin (assistant) or end (told) with it."""
     kind: str
     body: Mapping[str, Any] = {}
@@ -1174,7 +1325,8 @@ def read_cli_event(line: bytes) -> CliEvent:
         delta = event.get("delta") or {}
         if event.get("type") == "content_block_delta" and delta.get("type") == "text_delta":
             return CliEvent("delta", body, str(delta.get("text") or ""))
-        return CliEvent("message" if event.get("type") == "message_start" else "noise", body)
+        kinds = {"message_start": "message", "message_delta": "usage", "message_stop": "stop"}
+        return CliEvent(kinds.get(str(event.get("type")), "noise"), body)
     if kind == "system":
         return CliEvent({"init": "init", "api_retry": "retry"}.get(str(body.get("subtype")), "noise"), body)
     if kind in ("assistant", "user"):
@@ -1220,6 +1372,10 @@ def number_or_none(value: Any) -> Optional[float]:
     return float(value) if is_number else None
 
 
+def used_up(rest: Rest) -> str:
+    return "The plan's limit is used up until %s." % iso_time(rest.until)
+
+
 def rest_seconds(resets_at: Optional[float], now: float) -> float:
     """How long to rest for a limit that resets then. A reset that is not told, or long past (a wrong clock), is a guess."""
     if resets_at is None or resets_at < now - 60:
@@ -1253,13 +1409,39 @@ def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) 
     return RunFailed("cli_error", text)
 
 
-def usage_of(result: Mapping[str, Any], spent_usd: float) -> Tuple[Usage, float]:
-    """-> (the figures of one turn, the cost so far). Tokens come per turn; the cost is the sum of the process, and with
-    --resume of the session (2.1.330) or not (2.1.197): a sum below what was spent has begun anew."""
+USAGE_NAMES = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+
+
+def usage_of(result: Mapping[str, Any], spent_usd: float, told: Usage = Usage()) -> Tuple[Usage, float]:
+    """-> (the figures of one turn, the cost so far). Tokens come per turn, of which a part may have been told at a call of a tool;
+    the cost is the sum of the process, and with --resume of the session (2.1.330) or not (2.1.197): a sum below what was spent
+    has begun anew."""
     used, total = result.get("usage") or {}, float(result.get("total_cost_usd") or 0)
-    names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    counts = [int(used.get(name) or 0) for name in names]
+    counts = [max(0, int(used.get(name) or 0) - before) for name, before in zip(USAGE_NAMES, told)]
     return Usage(counts[0], counts[1], counts[2], counts[3], round(total - spent_usd if total >= spent_usd else total, 8)), total
+
+
+def token_counts(used: Any) -> Dict[str, int]:
+    """The counts in a `usage` of the Messages API, those that it has."""
+    told = used if isinstance(used, dict) else {}
+    return {name: int(told[name]) for name in USAGE_NAMES if isinstance(told.get(name), (int, float))}
+
+
+class Model(NamedTuple):
+    """A model that may be asked for: an alias or a full name, and what people call it."""
+    id: str
+    name: str
+
+
+def read_models(line: bytes) -> Tuple[Model, ...]:
+    """The models in the CLI's answer to `initialize`: its aliases, then the full names behind them; none in any other line."""
+    event = read_cli_event(line)
+    told = ((event.body.get("response") or {}).get("response") or {}).get("models") if event.kind == "control" else None
+    found: Dict[str, str] = {}
+    for key in ("value", "resolvedModel"):
+        for each in told or ():
+            found.setdefault(clean_text(str(each.get(key) or each["value"])), clean_text(str(each.get("displayName") or each["value"])))
+    return tuple(Model(*pair) for pair in found.items())
 
 
 class Login(NamedTuple):
@@ -1480,6 +1662,17 @@ class JobEvent(NamedTuple):
     model: Optional[str] = None
 
 
+def cut_at_stop(text: str, stops: Sequence[str]) -> Tuple[str, Optional[str]]:
+    """-> (the text before the first stop sequence in it, and that one; or all of it and None)."""
+    found = [(text.index(stop), -len(stop), stop) for stop in stops if stop in text]
+    return (text[:min(found)[0]], min(found)[2]) if found else (text, None)
+
+
+def possible_stop(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop sequence."""
+    return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+
+
 class TextCursor:
     """A reader's place in an answer's text; after: what the reader has. An offset in a text that began anew since means
     nothing, so that such a reader is told all of it, after a `started`."""
@@ -1505,16 +1698,19 @@ class TextCursor:
 class LiveText:
     """The text of a running answer so far, in code points. Written by the worker, read from any thread.
 
-    restarts: how often the text began anew, in this run and before; changed: called after each change.
+    restarts: how often the text began anew, in this run and before; changed: called after each change; stops: ends of the text,
+    of which `stopped_by` is the one that was met.
     """
 
-    def __init__(self, restarts: int = 0, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, restarts: int = 0, changed: Callable[[], None] = lambda: None, stops: Sequence[str] = ()) -> None:
         self._lock = threading.RLock()
         self._changed = changed
         self._parts: List[str] = []
         self._ends: List[int] = []           # where each part ends
         self._joined = 0                     # so many parts are large
-        self._held = ""                      # half a character, whose other half comes with the next delta
+        self._held = ""                      # half a character or stop sequence, which may go on with the next delta
+        self.stops = stops
+        self.stopped_by: Optional[str] = None
         self._is_begun = False
         self.size = 0                        # bytes that came, of all tries
         self.restarts = restarts
@@ -1527,9 +1723,10 @@ class LiveText:
         self._changed()
 
     def add(self, text: str) -> None:
-        text = self._held + text
-        self._held = text[-1] if "\ud800" <= text[-1:] <= "\udbff" else ""
-        self._append(text[:-1] if self._held else text)
+        text, self.stopped_by = cut_at_stop(self._held + text, self.stops)
+        held = 0 if self.stopped_by else max(possible_stop(text, self.stops), int("\ud800" <= text[-1:] <= "\udbff"))
+        text, self._held = text[:len(text) - held], text[len(text) - held:]
+        self._append(text)
         self._changed()
 
     def _append(self, text: str) -> None:
@@ -1580,11 +1777,12 @@ class LiveText:
             return list(cursor.read(self.restarts, self.read, self.model)) if self._is_begun else []
 
 
-def sse_event(kind: str, offset: int, data: Mapping[str, Any]) -> bytes:
-    """One Server-Sent Event. The line ends that some readers see where the standard has none are escaped."""
+def sse_event(kind: str, offset: Optional[int], data: Mapping[str, Any]) -> bytes:
+    """One Server-Sent Event; kind and offset, which becomes its id, may be missing ("", None). The line ends that some readers see
+    where the standard has none are escaped."""
     line = as_json(data).replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    return ("id: %d\nevent: %s\ndata: %s\n\n" % (offset, kind, line)).encode("utf-8", "replace")
-
+    head = "" if offset is None else "id: %d\n" % offset
+    return (head + ("event: %s\n" % kind if kind else "") + "data: %s\n\n" % line).encode("utf-8", "replace")
 
 
 # === 5 Store ==================================================================================================
@@ -1652,6 +1850,11 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
     (
         "ALTER TABLE children ADD COLUMN program TEXT",
         "CREATE TABLE remembered (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    ),
+    (
+        # chat: what was asked over /v1, while it is wanted; ending: how its answer ended.
+        "ALTER TABLE jobs ADD COLUMN chat TEXT",
+        "ALTER TABLE jobs ADD COLUMN ending TEXT",
     ),
 )
 
@@ -1848,17 +2051,18 @@ class Store:
 
     # --- jobs ---
 
-    def enqueue(self, token_id: str, ask: Ask, key: Optional[str] = None, limit: int = QUEUE_JOBS) -> Queued:
+    def enqueue(self, token_id: str, ask: Union[Ask, Chat], key: Optional[str] = None, limit: int = QUEUE_JOBS) -> Queued:
         """Adds a job at the end of the queue, or finds the one that this key made; durable on return.
 
         key: the caller's Idempotency-Key; limit: most jobs that may wait or run.  Raises IdempotencyConflict, QueueFull;
         RateLimited and DailyLimit for the limits of the token; InvalidToken when the token was revoked meanwhile.
         """
         now, job_id = self._clock.now(), str(uuid.uuid4())
+        fingerprint, chat = (None, ask.to_json()) if isinstance(ask, Chat) else (ask.fingerprint if key else None, None)
         with self._write() as db:
             known = key and db.execute("SELECT id, fingerprint FROM jobs WHERE token_id = ? AND idempotency_key = ?",
                                        (token_id, key)).fetchone()
-            if known and known[1] != ask.fingerprint:
+            if known and known[1] != fingerprint:
                 raise IdempotencyConflict()
             if known:
                 job = self._job(db.execute("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), known[:1]).fetchone())
@@ -1868,9 +2072,9 @@ class Store:
             if ahead >= limit:
                 raise too_many(QueueFull, "", 10)
             seq = db.execute("INSERT INTO jobs (id, token_id, status, message, created_at, model, system_prompt, json_schema,"
-                             " conversation, effort, idempotency_key, fingerprint) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                             " conversation, effort, idempotency_key, fingerprint, chat) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                              (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
-                              ask.conversation, ask.effort, key, ask.fingerprint if key else None)).lastrowid
+                              ask.conversation, ask.effort, key, fingerprint, chat)).lastrowid
             self._count(db, token_id, now, requests=1)
         job = Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model, system_prompt=ask.system_prompt,
                   json_schema=ask.json_schema, conversation=ask.conversation, effort=ask.effort)
@@ -1907,6 +2111,12 @@ class Store:
     def job(self, job_id: str) -> Optional[Job]:
         rows = self._read("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), job_id)
         return self._job(rows[0]) if rows else None
+
+    def chat(self, job_id: str) -> Optional[Chat]:
+        """What was asked over /v1, as far as its job does not tell it; None for another job, or a finished one."""
+        rows = self._read("SELECT chat FROM jobs WHERE id = ? AND chat IS NOT NULL", job_id)
+        told = json.loads(rows[0][0]) if rows else None
+        return told and Chat(tuple(told["turns"]), functions=tuple(told["functions"]), forced=told["forced"], stops=tuple(told["stops"]))
 
     def job_status(self, job_id: str) -> Optional[str]:
         rows = self._read("SELECT status FROM jobs WHERE id = ?", job_id)
@@ -1960,10 +2170,10 @@ class Store:
         """Stores the answer, and what continues the conversation. -> False when the job was no longer wanted."""
         now = self._clock.now()
         with self._write() as db:
-            done = db.execute("UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?, usage = ?,"
-                              " model = coalesce(?, model), restarts = ? WHERE id = ? AND status = 'processing'",
+            done = db.execute("UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?, usage = ?, ending = ?,"
+                              " model = coalesce(?, model), restarts = ?, chat = NULL WHERE id = ? AND status = 'processing'",
                               (now, clean_text(answer.text), answer.structured and clean_text(answer.structured), as_json(answer.usage),
-                               answer.model, restarts, job.id)).rowcount
+                               clean_text(as_json(answer.ending)), answer.model, restarts, job.id)).rowcount
             if done:
                 # by the row's conversation: none when it was deleted meanwhile
                 db.execute("UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ?"
@@ -1975,12 +2185,23 @@ class Store:
     def fail(self, job: Job, code: str, text: str, only: Sequence[str] = (JobStatus.PROCESSING,)) -> bool:
         """Stores why the job failed. only: the statuses that it may be in. -> False when it was in another."""
         with self._write() as db:
-            done = db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?"
+            done = db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?, chat = NULL"
                               " WHERE id = ? AND status IN (?, ?)",
                               (self._clock.now(), clean_text(text), code, job.id, only[0], only[-1])).rowcount
             if done:
                 self._count(db, job.token_id, job.created_at, errors=1)
         return bool(done)
+
+    def fail_chats(self, code: str, text: str, statuses: Sequence[str], model: str = ALL_MODELS) -> List[str]:
+        """Ends the requests of /v1 in these statuses. model: only those for it, "" for the default one. -> their ids."""
+        with self._write() as db:
+            rows = db.execute("SELECT id, token_id, created_at FROM jobs WHERE chat IS NOT NULL AND status IN (?, ?)"
+                              " AND ? IN (?, coalesce(model, ''))", (statuses[0], statuses[-1], model, ALL_MODELS)).fetchall()
+            for job_id, token_id, created_at in rows:
+                db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?, chat = NULL WHERE id = ?",
+                           (self._clock.now(), text, code, job_id))
+                self._count(db, token_id, created_at, errors=1)
+        return [job_id for job_id, *_ in rows]
 
     def requeue(self, job: Job, restarts: int = 0) -> bool:
         """Back to the head of the queue, as if it had not been claimed (what the job cannot help is no attempt)."""
@@ -2023,6 +2244,9 @@ class Store:
         values = dict(zip(JOB_COLUMNS, row))
         if values["usage"]:
             values["usage"] = Usage._make(json.loads(values["usage"]))
+        if values["ending"]:
+            reason, stop, calls = json.loads(values["ending"])
+            values["ending"] = Ending(reason, stop, tuple(FunctionCall(*call) for call in calls))
         return Job(**values)
 
     # --- conversations ---
@@ -2260,6 +2484,8 @@ class Child:
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
         self._complaints: Deque[bytes] = deque(maxlen=8)
         self._closing = self._was_dead = False
+        self.calls: Dict[str, Tuple[str, Any]] = {}     # of the client's tools, not answered yet: by the call's id those of its request
+        self.told_usage = Usage()           # of the turn that goes on, at its calls
         self.limits = Limits()              # of the plan, as it told them last: it tells them again only when they change
         self._family: Optional[Dict[int, Optional[str]]] = None
         self.term_at = self.kill_at = float("inf")
@@ -2486,16 +2712,34 @@ def read_object(path: Path) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def ask_models(claude: Claude, data_dir: Path) -> Tuple[Model, ...]:
+    """The models that `claude` offers, by its own word; nothing is asked of the API. Any thread. Raises Unavailable."""
+    folder = private_directory(data_dir / "work")
+    argv = claude_argv(claude.command, claude.features, Tools.NONE)
+    line = json.dumps(initialize_request(Setup(SYSTEM_PROMPT), claude.features)[0]).encode() + b"\n"
+    try:
+        said = subprocess.run(argv, cwd=str(folder), env=claude.environment, input=line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=30, **group_options()).stdout
+        found = next(filter(None, map(read_models, said.splitlines())), ())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, subprocess.SubprocessError):
+        found = ()
+    if not found:
+        raise Unavailable("claude did not tell its models. Name one yourself, such as sonnet, opus or haiku.")
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run needs to know. conversation: its key, or None for a stateless ask; session_id: the CLI's, to resume,
-    and spent_usd its cost so far. history: reads the turns so far; asked only when they have to be told again."""
-    message: str
+    and spent_usd its cost so far. history: reads the turns so far; asked only when they have to be told again. owner: the token,
+    whose own processes alone may go on with its calls."""
+    message: Content
     setup: Setup
     conversation: Optional[str] = None
     session_id: Optional[str] = None
     spent_usd: float = 0.0
     history: Callable[[], Sequence[Exchange]] = tuple
+    owner: str = ""
 
 
 class Warm(NamedTuple):
@@ -2506,13 +2750,34 @@ class Warm(NamedTuple):
     until: float
 
 
+class Aside(NamedTuple):
+    """A process in the middle of a turn that waits for the results of the client's tools. before: what was said until this turn, and
+    prompt: what began it; ids: of the calls."""
+    child: Child
+    setup: Setup
+    model: Optional[str]
+    owner: str
+    before: Sequence[Exchange]
+    prompt: Content
+    ids: FrozenSet[str]
+    until: float
+
+    def fits(self, work: Work, results: Mapping[str, Any], history: Sequence[Exchange]) -> bool:
+        """Whether it is this process whose calls the work answers: the same caller, calls and conversation."""
+        return (self.owner == work.owner and self.ids == set(results) and self.setup == work.setup and self.child.is_alive
+                and [*self.before, self.prompt] == [*history[:-1], history[-1].message])
+
+
 class Way(NamedTuple):
-    """One way to take a turn. history: told again first; fresh: the child was started for this turn."""
+    """One way to take a turn. history: told again first; fresh: the child was started for this turn; results: what its calls are
+    answered with, where it is in the middle of a turn, and model: which one answers there."""
     child: Child
     session_id: Optional[str]
     is_open: bool = False
     history: Sequence[Exchange] = ()
     fresh: bool = False
+    results: Mapping[str, Dict[str, Any]] = {}
+    model: Optional[str] = None
 
 
 class SessionLost(Exception):
@@ -2536,6 +2801,11 @@ class Turn:
         self.heard = False               # the prompt was taken: from now on a lost child is a failed run
         self.over = False                # the result came: the child is idle
         self._is_overloaded = False      # claude itself waits and tries again
+        self._results: Mapping[str, Dict[str, Any]] = {}      # of the client's tools, by call
+        self._message = ""               # the id of the present message, its blocks, and whether they are all
+        self._blocks: List[Block] = []
+        self._is_whole = False
+        self._used: Dict[str, Dict[str, int]] = {}            # token counts by message
 
     def event(self) -> CliEvent:
         """The next event. Raises RunFailed at a deadline or when the job is no longer wanted; ChildGone."""
@@ -2555,7 +2825,27 @@ class Turn:
                 if event.kind == "message":
                     self._tools.clear()
                 self._tools = self._tools.union(event.tools) if event.kind == "assistant" else self._tools.difference(event.tools)
+                if event.kind == "asks":
+                    self._take_request(str(event.body.get("request_id")), event.body.get("request") or {})
                 return event
+
+    def _take_request(self, request_id: str, request: Mapping[str, Any]) -> None:
+        """The CLI asks us. As the server of the client's tools we tell what there is; calls are for the client to answer."""
+        message = request.get("message")
+        if not self._setup.functions or request.get("subtype") != "mcp_message" or not isinstance(message, dict):
+            return self._child.send({"type": "control_response", "response": {
+                "subtype": "error", "request_id": request_id, "error": "not supported by this client"}})
+        if message.get("method") != "tools/call":
+            return self._reply(request_id, message.get("id"), mcp_result(message, self._setup.functions))
+        call_id = str(((message.get("params") or {}).get("_meta") or {}).get("claudecode/toolUseId"))
+        if call_id in self._results:
+            return self._reply(request_id, message.get("id"), self._results[call_id])
+        self._child.calls[call_id] = request_id, message.get("id")
+
+    def _reply(self, request_id: str, message_id: Any, result: Mapping[str, Any]) -> None:
+        answer = {"jsonrpc": "2.0", "id": 0 if message_id is None else message_id, "result": result}
+        self._child.send({"type": "control_response", "response": {
+            "subtype": "success", "request_id": request_id, "response": {"mcp_response": answer}}})
 
     def open(self, features: Features, history: Sequence[Exchange]) -> None:
         """Tells a fresh child who it is, and what was said before. Each earlier message must be acknowledged before
@@ -2567,11 +2857,11 @@ class Turn:
         self._child.send(*requests)
         if len(requests) > 1:
             self._acknowledged(requests[-1]["request_id"])
-        for exchange in history:
+        for n, exchange in enumerate(history):
             self._child.send(user_message(exchange.message, asks=False))
             while self.event().kind != "result":
                 pass
-            self._child.send(assistant_message(exchange.response))
+            self._child.send(assistant_message(exchange.response, "msg_told_%d" % n))
 
     def _acknowledged(self, request_id: str) -> None:
         """Waits for the answer to a control request: a prompt that follows too closely may be asked without it."""
@@ -2581,21 +2871,40 @@ class Turn:
             if response.get("request_id") == request_id:
                 return
 
-    def ask(self, message: str) -> None:
+    def ask(self, message: Content) -> None:
         self._child.send(user_message(message))
 
-    def answer(self, live: LiveText) -> Answer:
-        """Reads to the end of the turn. Raises RunFailed, SessionLost, ChildGone."""
-        said, model = "", None
+    def resume(self, results: Mapping[str, Dict[str, Any]], live: LiveText, model: Optional[str]) -> None:
+        """Goes on with a turn that waits for these results; the CLI asks for some of them later, when it calls one tool after the other."""
+        self._results = results
+        live.begin(model)
+        for call_id in list(self._child.calls):
+            self._reply(*self._child.calls.pop(call_id), results[call_id])
+
+    def answer(self, live: LiveText, model: Optional[str] = None) -> Answer:
+        """Reads to the end of the turn, to a stop sequence, or to a call of the client's tools, at which the turn waits; what is
+        structured is told when it is whole. Raises RunFailed, SessionLost, ChildGone."""
+        said = ""
         while True:
             event = self.event()
-            if event.kind == "delta":
+            if event.kind == "delta" and not self._setup.json_schema:
                 live.add(event.text)
                 if live.size > OUTPUT_BYTES:
                     raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
+                if live.stopped_by:
+                    text = live.read()
+                    usage = self._usage()
+                    return Answer(text, None, usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4)), model,
+                                  ending=Ending("stop_sequence", live.stopped_by))
             elif event.kind == "message":
+                self.heard = True
+                self._begin_message(event.body["event"].get("message") or {})
                 live.restart()
                 live.rest, self._is_overloaded = None, False
+            elif event.kind == "usage":
+                self._used.setdefault(self._message, {}).update(token_counts(event.body["event"].get("usage")))
+            elif event.kind == "stop":
+                self._is_whole = True
             elif event.kind == "retry":
                 self._is_overloaded = event.body.get("error_status") in (429, *OVERLOADED)
                 seconds = number_or_none(event.body.get("retry_delay_ms")) or 0
@@ -2603,19 +2912,49 @@ class Turn:
             elif event.kind == "init":
                 self.heard, model = True, event.body.get("model")
                 self._guard_billing(event.body.get("apiKeySource"))
+                self._check_functions(event.body.get("tools"))
                 live.begin(model)
             elif event.kind == "limits":
                 self._child.limits = read_limits(event.body, self._clock.now())
                 self._note_limits(self._child.limits)
             elif event.kind == "assistant":
                 said = str(event.body.get("error") or said)
+                self._add_blocks(event.body)
             elif event.kind == "control":
                 self._check_control(event.body.get("response") or {})
-            elif event.kind == "asks":
-                self._child.send({"type": "control_response", "response": {
-                    "subtype": "error", "request_id": event.body.get("request_id"), "error": "not supported by this client"}})
             elif event.kind == "result":
-                return self._result(event.body, said, model)
+                return self._result(event.body, said, model, live)
+            if self._child.calls and self._is_whole:
+                return self._call(model)
+
+    def _begin_message(self, message: Mapping[str, Any]) -> None:
+        self._message, self._blocks, self._is_whole = str(message.get("id")), [], False
+        self._used[self._message] = token_counts(message.get("usage"))
+
+    def _add_blocks(self, body: Mapping[str, Any]) -> None:
+        """A part of a message; of one that is not streamed each part tells why it stopped, and what all of it used."""
+        message = body.get("message") or {}
+        if body.get("parent_tool_use_id") or not isinstance(message.get("content"), list):
+            return
+        if str(message.get("id")) != self._message:
+            self._begin_message(message)
+        self._blocks += message["content"]
+        if message.get("stop_reason"):
+            self._is_whole = True
+            self._used[self._message] = token_counts(message.get("usage"))
+
+    def _usage(self) -> Usage:
+        """What the messages of this turn used, as far as they are told; the cost comes with the result."""
+        return Usage(*(sum(counts.get(name, 0) for counts in self._used.values()) for name in USAGE_NAMES))
+
+    def _call(self, model: Optional[str]) -> Answer:
+        """The model wants something done by the client."""
+        usage = self._usage()
+        self._child.told_usage = Usage(*map(sum, zip(self._child.told_usage, usage)))
+        calls = tuple(FunctionCall(block["id"], block["name"][len(FUNCTION_PREFIX):], block.get("input") or {}) for block in self._blocks
+                      if block.get("id") in self._tools and str(block.get("name")).startswith(FUNCTION_PREFIX))
+        text = "".join(block["text"] for block in self._blocks if block.get("type") == "text")
+        return Answer(text, None, usage, model, ending=Ending("tool_use", None, calls))
 
     def _guard_billing(self, source: Any) -> None:
         if source and source != "none" and not self._config.allow_api_key:
@@ -2623,12 +2962,19 @@ class Turn:
             raise RunFailed("billing_guard", "claude would have billed this run to an API key (%s), so it was stopped. Sign claude in"
                             " to the subscription, or allow it with --allow-api-key." % redact(str(source)))
 
+    def _check_functions(self, tools: Any) -> None:
+        """An answer without the client's tools would be another one than was asked for."""
+        wanted = [each["name"] for each in json.loads(self._setup.functions or "[]")]
+        missing = [name for name in wanted if FUNCTION_PREFIX + name not in (tools or ())]
+        if missing:
+            raise RunFailed("cli_error", "claude did not take the tools %s." % ", ".join(missing))
+
     @staticmethod
     def _check_control(response: Mapping[str, Any]) -> None:
         if response.get("subtype") == "error":
             raise RunFailed("cli_error", "claude refused its settings: %s" % redact(str(response.get("error"))))
 
-    def _result(self, body: Mapping[str, Any], said: str, model: Optional[str]) -> Answer:
+    def _result(self, body: Mapping[str, Any], said: str, model: Optional[str], live: LiveText) -> Answer:
         self.over = True
         if body.get("is_error") or body.get("subtype") != "success":
             failure = failure_of(body, said, self._child.limits)
@@ -2642,12 +2988,16 @@ class Turn:
             structured = as_json(body["structured_output"])
         if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
             raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
-        usage, self._child.spent_usd = usage_of(body, self._child.spent_usd)
-        return Answer(text, structured, usage, model, spent_usd=self._child.spent_usd)
+        usage, self._child.spent_usd = usage_of(body, self._child.spent_usd, self._child.told_usage)
+        text, stop = cut_at_stop(text, live.stops)
+        reason = "stop_sequence" if stop else str(body.get("stop_reason") or "end_turn")
+        return Answer(text, structured, usage, model, spent_usd=self._child.spent_usd,
+                      ending=Ending("end_turn" if reason == "tool_use" else reason, stop))      # of the tool that takes what is structured
 
 
 class ClaudeCli:
-    """Answers jobs by `claude`. Owns its children: a spare, those of conversations, and those that are leaving."""
+    """Answers jobs by `claude`. Owns its children: a spare, those of conversations, those that wait for the client's tools, and those
+    that are leaving."""
 
     def __init__(self, claude: Claude, config: Config, clock: Clock, tag: str, note_child: Callable[[int, Optional[str]], None]) -> None:
         self.claude = claude
@@ -2655,6 +3005,7 @@ class ClaudeCli:
         self._spare: Optional[Child] = None
         self._spare_after = 0.0
         self._warm: "OrderedDict[str, Warm]" = OrderedDict()
+        self._asides: List[Aside] = []
         self._leaving: List[Child] = []
         self._count = 0
 
@@ -2674,6 +3025,9 @@ class ClaudeCli:
         """
         if work.setup.json_schema and self.claude.features.version < JSON_SCHEMA_CLI:
             raise RunFailed("cli_error", "jsonSchema needs Claude Code 2.1.197 or newer; this is %s." % self.claude.features.version_text)
+        if work.setup.functions and self.claude.features.version < FUNCTIONS_CLI:
+            raise RunFailed("cli_error", "Tools of the client need Claude Code 2.1.197 or newer; this is %s."
+                            % self.claude.features.version_text)
         if self.claude.is_billed and not self._config.allow_api_key:      # known before: not even the first request goes out
             raise RunFailed("billing_guard", "claude is signed in with %s, which would be billed per token. Sign it in to the"
                             " subscription and restart the bridge, or allow it with --allow-api-key." % self.claude.payer)
@@ -2701,11 +3055,14 @@ class ClaudeCli:
         for way in self._ways(work):
             turn = Turn(way.child, work.setup, self._clock, self._config, deadline, stop_reason, note_limits)
             try:
-                if not way.is_open:
-                    turn.open(self.claude.features, way.history)
-                turn.ask(work.message)
+                if way.results:
+                    turn.resume(way.results, live, way.model)
+                else:
+                    if not way.is_open:
+                        turn.open(self.claude.features, way.history)
+                    turn.ask(work.message)
                 self.prepare()
-                answer = replace(turn.answer(live), session_id=way.session_id)
+                answer = replace(turn.answer(live, way.model), session_id=way.session_id)
             except (SessionLost, ChildGone) as lost:
                 self._dismiss(way.child, work.setup, idle=False)
                 if isinstance(lost, ChildGone) and (turn.heard or way.fresh):
@@ -2714,14 +3071,20 @@ class ClaudeCli:
                 self._dismiss(way.child, work.setup, idle=turn.over)
                 raise
             else:
-                self._keep(work, way, answer)
+                self._keep(work, way, answer, turn.over)
                 return answer
         raise RunFailed("cli_error", "claude could not be started.")
 
     def _ways(self, work: Work) -> Iterator[Way]:
         """The children that could take the turn, best first; the next is asked for only when one was lost unheard."""
         history: Sequence[Exchange] = ()
-        if work.conversation:
+        if not work.conversation:
+            history, results = work.history(), mcp_results(work.message)
+            aside = next((each for each in self._asides if results and history and each.fits(work, results, history)), None)
+            if aside and results:
+                self._asides.remove(aside)
+                yield Way(aside.child, None, is_open=True, results=results, model=aside.model)
+        else:
             warm = self._warm.pop(work.conversation, None)
             if warm and warm.child.is_alive and warm.setup == work.setup:
                 yield Way(warm.child, warm.session_id, is_open=True)
@@ -2750,18 +3113,29 @@ class ClaudeCli:
         child.spent_usd = work.spent_usd
         return child
 
-    def _keep(self, work: Work, way: Way, answer: Answer) -> None:
-        """After a success: the child of a conversation stays, any other leaves."""
+    def _keep(self, work: Work, way: Way, answer: Answer, is_idle: bool) -> None:
+        """After a success: the child of a conversation stays, one that waits for the client's tools waits aside, any other leaves."""
+        if answer.ending.calls:
+            self._asides.append(Aside(way.child, work.setup, answer.model, work.owner, work.history(), work.message,
+                                      frozenset(call.id for call in answer.ending.calls), self._clock.monotonic() + ASIDE_SECONDS))
+            return self._end_asides(self._asides[:-WARM_CHILDREN])
         if not work.conversation or not self._config.warm_seconds:
-            return self._dismiss(way.child, work.setup)
+            return self._dismiss(way.child, work.setup, is_idle)
         self._warm[work.conversation] = Warm(way.child, work.setup, way.session_id, self._clock.monotonic() + self._config.warm_seconds)
         while len(self._warm) > WARM_CHILDREN:
             oldest = self._warm.popitem(last=False)[1]
             self._dismiss(oldest.child, oldest.setup)
 
+    def _end_asides(self, asides: Sequence[Aside]) -> None:
+        for aside in asides:
+            self._asides.remove(aside)
+            self._dismiss(aside.child, aside.setup, idle=False)
+
     def prepare(self) -> None:
-        """Keeps house: a spare is there, cooled conversations leave, and those that were leaving are gone."""
+        """Keeps house: a spare is there, cooled conversations leave, as do those whose client stays away, and those that were leaving
+        are gone."""
         now = self._clock.monotonic()
+        self._end_asides([aside for aside in self._asides if now >= aside.until or not aside.child.is_alive])
         for key in [key for key, warm in self._warm.items() if now >= warm.until or not warm.child.is_alive]:
             self.forget(key)
         self.tend()
@@ -2827,6 +3201,7 @@ class ClaudeCli:
 
     def close(self) -> None:
         """Ends every child; within 2 seconds."""
+        self._end_asides(list(self._asides))
         for warm in self._warm.values():
             self._dismiss(warm.child, warm.setup)
         if self._spare:
@@ -3225,6 +3600,22 @@ class Hub:
                     bell.set()
 
 
+def chat_work(job: Job, token: Token, chat: Chat) -> Work:
+    """What a run of a conversation told over /v1 needs."""
+    functions, more = offered_functions(chat.functions)
+    setup = Setup((job.system_prompt or SYSTEM_PROMPT) + more, job.model, job.json_schema, job.effort, token.tools, token.workspace,
+                  functions if chat.functions else None)
+    *earlier, last = map(named_for_cli, chat.turns)
+    history = [Exchange(*pair) for pair in zip(earlier[::2], earlier[1::2])]
+    return Work(last, setup, history=lambda: history, owner=job.token_id)
+
+
+def as_call(answer: Answer, name: str, call_id: str) -> Answer:
+    """An answer that is the input of a tool, as a call of it."""
+    return replace(answer, text="", structured=None, ending=Ending("tool_use", None, (
+        FunctionCall(call_id, name, json.loads(answer.structured or "{}")),)))
+
+
 class Worker:
     """Runs the jobs in order, one at a time. Owns the thread "worker", and in it the children of `claude`."""
 
@@ -3302,13 +3693,17 @@ class Worker:
         if not job or not token:
             return False
         self._report("Processing request %s..." % job.id[:8])
-        live = LiveText(max(job.restarts, self._broken_off.pop(job.id, 0)), lambda: self._hub.wake(Hub.TEXT + job.id))
+        chat = self._store.chat(job.id)
+        live = LiveText(max(job.restarts, self._broken_off.pop(job.id, 0)), lambda: self._hub.wake(Hub.TEXT + job.id),
+                        chat.stops if chat else ())
         self.running, self._live[job.id] = (job.id, self._clock.now()), live
         self._hub.wake(job.id)
         work, is_kept, is_settled = None, False, False
         try:
-            work = self._work(job, token)
+            work = chat_work(job, token, chat) if chat else self._work(job, token)
             answer = self._claude.run(work, live, lambda: self._stop_reason(job), self._note_limits)
+            if chat and chat.forced:
+                answer = as_call(answer, chat.forced, "toolu_" + job.id.replace("-", ""))
             live.finish(clean_text(answer.text))
             is_kept = self._store.complete(job, answer, live.restarts)
             is_settled = True
@@ -3327,6 +3722,7 @@ class Worker:
         return True
 
     def _work(self, job: Job, token: Token) -> Work:
+        """Of an ask that came over /api."""
         setup = Setup(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
         if not job.conversation:
             return Work(job.message, setup)
@@ -3346,10 +3742,10 @@ class Worker:
     def _settle(self, job: Job, failure: RunFailed, live: LiveText) -> None:
         """What becomes of a job whose run failed."""
         if failure.code in ("interrupted", "usage_limit"):
-            if failure.code == "usage_limit":
-                self._begin_rest(failure.resets_at, job.model or "" if failure.is_of_model else ALL_MODELS)
             live.restart()
             self._store.requeue(job, live.restarts)
+            if failure.code == "usage_limit":
+                self._begin_rest(failure.resets_at, job.model or "" if failure.is_of_model else ALL_MODELS)
             return self._report("Request %s waits for the %s" % (
                 job.id[:8], "next start" if failure.code == "interrupted" else "plan's limit: " + str(failure)[:200]))
         self._store.fail(job, failure.code, redact(str(failure)))
@@ -3358,6 +3754,10 @@ class Worker:
     def _begin_rest(self, resets_at: Optional[float], model: str) -> None:
         seconds = rest_seconds(resets_at, self._clock.now())
         self._rests[model] = Rest("usage_limit", self._clock.now() + seconds), self._clock.monotonic() + seconds
+        if seconds > HELD_SECONDS:                            # whose client holds a line open would wait in vain
+            with contextlib.suppress(Unavailable):
+                for job_id in self._store.fail_chats("usage_limit", used_up(self._rests[model][0]), (JobStatus.QUEUED,), model):
+                    self._hub.wake(job_id)
         self._report("The plan's limit is used up: %s until %s" % (
             "the queue rests" if model == ALL_MODELS else "requests for the model %s rest" % (model or "that is the default"),
             iso_time(self._clock.now() + seconds)))
@@ -3421,12 +3821,16 @@ class UsageReport(NamedTuple):
 
 
 class Service:
-    """The bridge without HTTP. live: the text of a running answer; rest: why the worker begins no job of a model now."""
+    """The bridge without HTTP. live: the text of a running answer; rest: why the worker begins no job of a model now; models: asks
+    the CLI which there are."""
 
     def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path,
                  live: Callable[[str], Optional[LiveText]] = lambda job_id: None,
-                 rest: Callable[[Optional[str]], Optional[Rest]] = lambda model: None) -> None:
+                 rest: Callable[[Optional[str]], Optional[Rest]] = lambda model: None,
+                 models: Callable[[], Tuple[Model, ...]] = tuple) -> None:
         self._store, self._hub, self._clock, self._data_dir, self._live, self._rest = store, hub, clock, data_dir, live, rest
+        self._ask_models, self._models_lock = models, threading.Lock()
+        self._models: Tuple[Model, ...] = ()
         self._lock = threading.Lock()
         self._watches: Dict[str, int] = {}           # open streams and waits, by token
 
@@ -3439,30 +3843,44 @@ class Service:
             self._store.touch_token(token)
         return Caller(token)
 
-    def ask(self, caller: Caller, ask: Ask, key: Optional[str] = None) -> Queued:
-        """Queues a message, or finds the request that this Idempotency-Key made; durable on return.
+    def ask(self, caller: Caller, ask: Union[Ask, Chat], key: Optional[str] = None) -> Queued:
+        """Queues a message or a conversation, or finds the request that this Idempotency-Key made; durable on return.
 
-        Raises InvalidRequest, ModelNotAllowed, IdempotencyConflict, RateLimited, DailyLimit, QueueFull.
+        Raises InvalidRequest, ModelNotAllowed, IdempotencyConflict, RateLimited, DailyLimit, QueueFull; RunError for a Chat that would
+        have to wait for long.
         """
         stateful, models = caller.token.session_mode == SessionMode.STATEFUL, caller.token.models
         if ask.conversation and not stateful:
             raise InvalidRequest("conversation needs a token with sessionMode stateful", field="conversation")
         if models and ask.model and ask.model not in models:
             raise ModelNotAllowed("This token may not use the model %s. Use: %s" % (ask.model, ", ".join(models)), field="model")
-        if ask.stream or ask.wait:
+        is_chat = isinstance(ask, Chat)
+        if is_chat or ask.stream or ask.wait:
             self._check_watches(caller)              # before it is queued: who is refused may ask again
         ask = replace(ask, model=check_model(ask.model or (models[0] if models else None)),
-                      conversation=ask.conversation or "default" if stateful else None)
+                      conversation=ask.conversation or "default" if stateful and not is_chat else None)
+        rest = self._rest(ask.model) if is_chat else None
+        if rest and rest.until - self._clock.now() > HELD_SECONDS:
+            raise self._used_up(rest)
         try:
             queued = self._store.enqueue(caller.token.id, ask, key)
         except QueueFull:
             rest = self._rest(ask.model)
             if rest:
-                raise too_many(QueueFull, "Queue is full: the plan's limit is used up until %s." % iso_time(rest.until),
-                               rest.until - self._clock.now()) from None
+                raise too_many(QueueFull, "Queue is full: t" + used_up(rest)[1:], rest.until - self._clock.now()) from None
             raise
         self._hub.wake(Hub.QUEUE)
         return queued
+
+    def _used_up(self, rest: Rest) -> RunError:
+        return RunError("usage_limit", used_up(rest), (("Retry-After", str(whole_seconds(rest.until - self._clock.now()))),))
+
+    def failure(self, job: Job) -> Optional[RunError]:
+        """Why a finished job has no answer, for a caller who waits for one; None where there is one."""
+        rest = self._rest(job.model) if job.error_code == "usage_limit" else None
+        if rest:
+            return self._used_up(rest)
+        return RunError(job.error_code or "", job.error or "") if job.status == JobStatus.ERROR else None
 
     def poll(self, caller: Caller, job_id: str, wait: float = 0.0, has_left: Callable[[], bool] = lambda: False) -> JobView:
         """How a job stands, at the latest `wait` seconds from now, or when the caller has left.
@@ -3578,6 +3996,16 @@ class Service:
         """Makes the next ask begin the conversation afresh. Raises NotFound."""
         if not self._store.delete_conversation(caller.token.id, clean_text(name)):
             raise NotFound("Conversation not found")
+
+    def models(self, caller: Caller) -> List[Model]:
+        """Those that the caller may use. The CLI is asked once. Raises Unavailable."""
+        with self._models_lock:
+            self._models = self._models or self._ask_models()
+        allowed = caller.token.models
+        if allowed is None:
+            return list(self._models)
+        known = {model.id: model for model in self._models}
+        return [known.get(each, Model(each, each)) for each in allowed]
 
     def usage(self, caller: Caller, days: int) -> UsageReport:
         """What the caller used today and on the days before, for an admin what all did."""
@@ -3904,6 +4332,573 @@ def answer_root(call: Call) -> Response:
         "docs": "GET /dashboard"})
 
 
+# --- /v1: the wire formats of two other APIs ---
+# Both are read into a Chat, in whose turns blocks have the shape of the Messages API, and written from a Job and its steps.
+
+BLOCKS = {"user": ("text", "image", "document", "tool_result"), "assistant": ("text", "tool_use")}
+UNSAID = ("thinking", "redacted_thinking")                   # of an earlier answer by another server; nothing follows from it here
+SOURCES = {"base64": ("media_type", "data"), "url": ("url",), "text": ("media_type", "data")}
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,118}")              # with FUNCTION_PREFIX the API's 128
+OTHERS_MODELS = re.compile(r"(gpt|chatgpt|codex|o[1-9])([-.\d].*)?", re.IGNORECASE)
+
+
+def bad_value(name: str, text: str) -> InvalidRequest:
+    return InvalidRequest("%s: %s" % (name, text), field=name)
+
+
+def of_kind(value: Any, kind: Type[Any], name: str) -> Any:
+    """A value that must be of a kind: str, list, dict or bool."""
+    if not isinstance(value, kind):
+        raise bad_value(name, "must be %s" % {str: "a string", list: "a list", dict: "an object", bool: "true or false"}[kind])
+    return clean_text(value) if kind is str else value
+
+
+def read_source(source: Any, name: str) -> Dict[str, Any]:
+    """Where an image or a document comes from."""
+    kind = of_kind(source, dict, name).get("type")
+    if kind not in SOURCES:
+        raise bad_value(name + ".type", "must be one of: %s; files that were uploaded elsewhere cannot be read here" % ", ".join(SOURCES))
+    return {"type": kind, **{each: of_kind(source.get(each), str, "%s.%s" % (name, each)) for each in SOURCES[kind]}}
+
+
+def read_block(block: Any, kinds: Sequence[str], name: str) -> Dict[str, Any]:
+    """One block, with nothing but what is known of it; the CLI sets its own `cache_control`, of which there can be only four."""
+    kind = of_kind(block, dict, name).get("type")
+    if kind not in kinds:
+        raise bad_value(name + ".type", "must be one of: %s" % ", ".join(kinds))
+    if kind == "text":
+        return {"type": kind, "text": of_kind(block.get("text"), str, name + ".text")}
+    if kind in ("image", "document"):
+        return {"type": kind, "source": read_source(block.get("source"), name + ".source"),
+                **{each: of_kind(block[each], str, "%s.%s" % (name, each)) for each in ("title", "context") if block.get(each)}}
+    key = "id" if kind == "tool_use" else "tool_use_id"
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", of_kind(block.get(key), str, "%s.%s" % (name, key))):
+        raise bad_value("%s.%s" % (name, key), "must be 1 to 128 letters, digits, underscores or dashes")
+    if kind == "tool_use":
+        return {"type": kind, "id": block["id"], "name": read_tool_name(block.get("name"), name + ".name"),
+                "input": of_kind(block.get("input"), dict, name + ".input")}
+    content = read_content(block.get("content") or "", ("text", "image", "document"), name + ".content")
+    return {"type": kind, "tool_use_id": block["tool_use_id"], "content": content or "(no result)",
+            **({"is_error": True} if block.get("is_error") else {})}
+
+
+def read_content(content: Any, kinds: Sequence[str], name: str) -> List[Dict[str, Any]]:
+    """A text or a list of blocks; blank texts, which the API refuses, are left out."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    blocks = [read_block(block, kinds, "%s.%d" % (name, n)) for n, block in enumerate(of_kind(content, list, name))
+              if not (isinstance(block, dict) and block.get("type") in UNSAID)]
+    return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
+
+
+def read_tool_name(value: Any, name: str) -> str:
+    if not TOOL_NAME.fullmatch(of_kind(value, str, name)):
+        raise bad_value(name, "must be 1 to 118 letters, digits, underscores or dashes")
+    return str(value)
+
+
+def read_turns(messages: Iterable[Tuple[str, str, Any]]) -> Tuple[Mapping[str, Any], ...]:
+    """(name, role, content) of each message -> turns of user and assistant, one after the other, the last one the user's."""
+    turns: List[Dict[str, Any]] = []
+    for name, role, content in messages:
+        blocks = read_content(content, BLOCKS[role], name + ".content")
+        if not blocks and role == "user":
+            raise bad_value(name + ".content", "must not be blank")
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += blocks
+        else:
+            turns += [{"role": "user", "content": [{"type": "text", "text": "(The conversation begins.)"}]}] * (
+                not turns and role == "assistant")
+            turns.append({"role": role, "content": blocks or [{"type": "text", "text": "(no answer)"}]})
+    if not turns or turns[-1]["role"] != "user":
+        raise bad_value("messages", "must end with a message of the user: an answer that was begun cannot be continued" if turns
+                    else "at least one message is required")
+    for before, turn in zip([{"content": []}, *turns], turns):
+        check_results(before, turn)
+    return tuple(turns)
+
+
+def check_results(before: Mapping[str, Any], turn: Dict[str, Any]) -> None:
+    """Each call of a tool is answered in the next turn, and nothing else is; answers stand first."""
+    called = {block["id"] for block in before["content"] if block["type"] == "tool_use"}
+    answers = [block for block in turn["content"] if block["type"] == "tool_result"]
+    answered = {block["tool_use_id"] for block in answers}
+    if called - answered:
+        raise bad_value("messages", "the tool calls %s have no results in the next message" % ", ".join(sorted(called - answered)))
+    if answered - called or len(answers) > len(answered):
+        raise bad_value("messages", "the tool results %s do not belong to one tool call each of the message before" % ", ".join(
+            sorted(answered - called or answered)))
+    turn["content"] = answers + [block for block in turn["content"] if block["type"] != "tool_result"]
+
+
+def read_functions(tools: Iterable[Tuple[str, Any, Any, Any]]) -> Tuple[Mapping[str, Any], ...]:
+    """(field, name, description, schema) of each tool of the client -> Chat.functions."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for field_name, name, description, schema in tools:
+        name = read_tool_name(name, field_name + ".name")
+        if name in found:
+            raise bad_value(field_name + ".name", "stands twice")
+        schema = {"type": "object", **of_kind(schema or {}, dict, field_name + " schema")}
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if schema["type"] != "object" or not isinstance(properties, dict) or not isinstance(required, list) or not all(
+                isinstance(each, dict) for each in properties.values()) or not all(isinstance(each, str) for each in required):
+            raise bad_value(field_name, "the schema of its input must be that of an object, with an object for each property")
+        found[name] = {"name": name, "description": of_kind(description or "", str, field_name + ".description"), "inputSchema": schema}
+    if len(found) > FUNCTIONS:
+        raise bad_value("tools", "at most %d are possible" % FUNCTIONS)
+    return tuple(found.values())
+
+
+def read_stops(value: Any, name: str) -> Tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    if len(of_kind(stops, list, name)) > STOP_SEQUENCES or not all(isinstance(each, str) and each and len(each) <= 1000 for each in stops):
+        raise bad_value(name, "must be at most %d texts of 1 to 1000 characters" % STOP_SEQUENCES)
+    return tuple(map(clean_text, stops))
+
+
+class Choice(NamedTuple):
+    """Which tools are called: kind auto, any, tool (the one named) or none; is_single: one at a time."""
+    kind: str
+    name: Optional[str] = None
+    is_single: bool = False
+
+
+def with_choice(chat: Chat, choice: Choice) -> Chat:
+    """A choice of tools, as far as the CLI can be made to keep it: of one tool that must be called, the input is the answer
+    (which is enforced), any other wish is told to the model."""
+    if choice.kind == "none" or not chat.functions:
+        if choice.kind in ("any", "tool"):
+            raise bad_value("tool_choice", "needs tools")
+        return replace(chat, functions=())
+    names = {each["name"]: each for each in chat.functions}
+    if choice.kind == "tool" and choice.name not in names:
+        raise bad_value("tool_choice", "there is no tool %s" % clean_text(str(choice.name))[:100])
+    forced = names[choice.name] if choice.kind == "tool" else chat.functions[0] if choice.kind == "any" and len(names) == 1 else None
+    if forced:
+        wish = "Answer with the input for the tool %s. %s" % (forced["name"], forced["description"])
+        return replace(chat, functions=(), forced=forced["name"], json_schema=clean_text(as_json(forced["inputSchema"])),
+                       system_prompt="%s\n\n%s" % (chat.system_prompt or SYSTEM_PROMPT, wish))
+    wishes = [*["Answer with a call of at least one of the tools."] * (choice.kind == "any"),
+              *["Call at most one tool at a time."] * choice.is_single]
+    return replace(chat, system_prompt="\n\n".join([chat.system_prompt or SYSTEM_PROMPT, *wishes])) if wishes else chat
+
+
+def read_messages(body: Any) -> Chat:
+    """A request of the Anthropic Messages API. Raises InvalidRequest."""
+    body = of_kind(body, dict, "body")
+    system, messages = read_content(body.get("system") or "", ("text",), "system"), []
+    for n, message in enumerate(of_kind(body.get("messages"), list, "messages")):
+        name = "messages.%d" % n
+        role = of_kind(message, dict, name).get("role")
+        if role == "system":
+            system += read_content(message.get("content"), ("text",), name + ".content")
+        elif role in ("user", "assistant"):
+            messages.append((name, role, message.get("content")))
+        else:
+            raise bad_value(name + ".role", "must be user or assistant")
+    tools = []
+    for n, tool in enumerate(of_kind(body.get("tools") or [], list, "tools")):
+        name = "tools.%d" % n
+        if of_kind(tool, dict, name).get("type") not in (None, "custom"):
+            raise bad_value(name + ".type", "only tools of the client with an input_schema are possible here")
+        tools.append((name, tool.get("name"), tool.get("description"), tool.get("input_schema")))
+    if body.get("mcp_servers"):
+        raise bad_value("mcp_servers", "the bridge calls no servers; offer their tools as `tools`")
+    choice = of_kind(body.get("tool_choice") or {"type": "auto"}, dict, "tool_choice")
+    if choice.get("type") not in ("auto", "any", "tool", "none"):
+        raise bad_value("tool_choice.type", "must be auto, any, tool or none")
+    wanted = of_kind(body.get("output_config") or {}, dict, "output_config")
+    return with_choice(Chat(
+        read_turns(messages), "\n\n".join(block["text"] for block in system) or None, check_model(body.get("model")),
+        read_schema(wanted.get("format") or body.get("output_format"), "output_config.format"),
+        choice_check(EFFORTS, "output_config.effort must be one of: " + ", ".join(EFFORTS))(wanted.get("effort")),
+        read_functions(tools), stops=read_stops(body.get("stop_sequences"), "stop_sequences"),
+        stream=of_kind(body.get("stream") or False, bool, "stream")),
+        Choice(choice["type"], choice.get("name"), choice.get("disable_parallel_tool_use") is True))
+
+
+def read_schema(wanted: Any, name: str) -> Optional[str]:
+    """The schema in {"type": "json_schema", "schema": {...}}."""
+    if wanted is None:
+        return None
+    if of_kind(wanted, dict, name).get("type") != "json_schema":
+        raise bad_value(name + ".type", "must be json_schema")
+    return clean_text(as_json(of_kind(wanted.get("schema"), dict, name + ".schema")))
+
+
+REFUSED_BY_COMPLETIONS = {"functions": "use `tools`", "function_call": "use `tool_choice`", "audio": "there is no sound here",
+                          "web_search_options": "use a token with the tools `web`"}
+REASONING = {None: None, "none": "low", "minimal": "low", **{each: each for each in EFFORTS}}
+
+
+def read_completions(body: Any) -> Chat:
+    """A request of the OpenAI Chat Completions API. Raises InvalidRequest."""
+    body = of_kind(body, dict, "body")
+    for name, advice in REFUSED_BY_COMPLETIONS.items():
+        if body.get(name):
+            raise bad_value(name, "is not supported; " + advice)
+    if body.get("n") not in (None, 1):
+        raise bad_value("n", "only one choice is possible; send %s requests instead" % (body["n"],))
+    system: List[str] = []
+    messages = []
+    for n, message in enumerate(of_kind(body.get("messages"), list, "messages")):
+        name = "messages.%d" % n
+        role = of_kind(message, dict, name).get("role")
+        if role in ("system", "developer"):
+            system += [part["text"] for part in read_content(message.get("content"), ("text",), name + ".content")]
+        elif role in COMPLETION_ROLES:
+            messages.append((name, *COMPLETION_ROLES[role](message, name)))
+        else:
+            raise bad_value(name + ".role", "must be system, developer, user, assistant or tool")
+    tools = []
+    for n, tool in enumerate(of_kind(body.get("tools") or [], list, "tools")):
+        name = "tools.%d.function" % n
+        if of_kind(tool, dict, name).get("type") != "function":
+            raise bad_value("tools.%d.type" % n, "must be function")
+        told = of_kind(tool.get("function"), dict, name)
+        tools.append((name, told.get("name"), told.get("description"), told.get("parameters")))
+    model = body.get("model")
+    shape = of_kind(body.get("response_format") or {"type": "text"}, dict, "response_format")
+    if shape.get("type") not in ("text", "json_object", "json_schema"):
+        raise bad_value("response_format.type", "must be text, json_object or json_schema")
+    schema = {"text": None, "json_object": {"type": "object", "additionalProperties": True}}.get(str(shape["type"])) if (
+        shape["type"] != "json_schema") else of_kind(shape.get("json_schema"), dict, "response_format.json_schema").get("schema") or {}
+    options = of_kind(body.get("stream_options") or {}, dict, "stream_options")
+    if not isinstance(body.get("reasoning_effort"), (str, type(None))) or body.get("reasoning_effort") not in REASONING:
+        raise bad_value("reasoning_effort", "must be one of: " + ", ".join(each for each in REASONING if each))
+    return with_choice(Chat(
+        read_turns(messages), "\n\n".join(system) or None,
+        None if isinstance(model, str) and OTHERS_MODELS.fullmatch(model) else check_model(model),
+        None if schema is None else clean_text(as_json({"type": "object", **of_kind(schema, dict, "response_format.json_schema.schema")})),
+        REASONING[body.get("reasoning_effort")], read_functions(tools), stops=read_stops(body.get("stop"), "stop"),
+        stream=of_kind(body.get("stream") or False, bool, "stream"), tells_usage=options.get("include_usage") is True),
+        read_completion_choice(body.get("tool_choice"), body.get("parallel_tool_calls") is False))
+
+
+def read_completion_choice(choice: Any, is_single: bool) -> Choice:
+    kinds = {None: "auto", "auto": "auto", "none": "none", "required": "any"}
+    if choice is None or isinstance(choice, str) and choice in kinds:
+        return Choice(kinds[choice], None, is_single)
+    told = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(told, dict):
+        raise bad_value("tool_choice", 'must be auto, none, required or {"type": "function", "function": {"name": ...}}')
+    return Choice("tool", told.get("name"), is_single)
+
+
+def read_user_parts(message: Mapping[str, Any], name: str) -> Tuple[str, Any]:
+    """A user's message -> (role, content) of the Messages API."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return "user", content
+    blocks: List[Any] = []
+    for n, part in enumerate(content):
+        kind, place = of_kind(part, dict, name).get("type"), "%s.content.%d" % (name, n)
+        if kind == "image_url":
+            url = part["image_url"].get("url") if isinstance(part.get("image_url"), dict) else part.get("image_url")
+            blocks.append({"type": "image", "source": source_of(of_kind(url, str, place + ".image_url.url"))})
+        elif kind == "file":
+            file = of_kind(part.get("file"), dict, place + ".file")
+            data = of_kind(file.get("file_data"), str, place + ".file.file_data")
+            blocks.append({"type": "document", "source": source_of(data), "title": file.get("filename")})
+        elif kind == "text":
+            blocks.append(part)
+        else:
+            raise bad_value(place + ".type", "must be text, image_url or file")
+    return "user", blocks
+
+
+def source_of(url: str) -> Dict[str, Any]:
+    """data:image/png;base64,... or an address -> the source of a block."""
+    found = re.match(r"data:([\w.+/-]+)(?:;[\w=.-]+)*;base64,", url[:300])
+    if found:
+        return {"type": "base64", "media_type": found.group(1), "data": url[found.end():]}
+    return {"type": "url", "url": url}
+
+
+def read_assistant_parts(message: Mapping[str, Any], name: str) -> Tuple[str, Any]:
+    """An earlier answer -> (role, content) of the Messages API."""
+    content = message.get("content") or []
+    parts: List[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else [
+        {"type": "text", "text": part.get("refusal")} if isinstance(part, dict) and part.get("type") == "refusal" else part
+        for part in of_kind(content, list, name + ".content")]
+    for n, call in enumerate(of_kind(message.get("tool_calls") or [], list, name + ".tool_calls")):
+        place = "%s.tool_calls.%d" % (name, n)
+        told = of_kind(of_kind(call, dict, place).get("function"), dict, place + ".function")
+        try:
+            arguments = json.loads(told.get("arguments") or "{}")
+        except (ValueError, TypeError, RecursionError):
+            raise bad_value(place + ".function.arguments", "must be JSON") from None
+        parts.append({"type": "tool_use", "id": call.get("id"), "name": told.get("name"), "input": arguments})
+    return "assistant", parts
+
+
+def read_tool_parts(message: Mapping[str, Any], name: str) -> Tuple[str, Any]:
+    """The result of a tool -> (role, content) of the Messages API."""
+    return "user", [{"type": "tool_result", "tool_use_id": message.get("tool_call_id"), "content": message.get("content")}]
+
+
+COMPLETION_ROLES = {"user": read_user_parts, "assistant": read_assistant_parts, "tool": read_tool_parts}
+
+
+class ChatStep(NamedTuple):
+    """What happens to an answer: text (a piece of it), again (the text before was broken off: what follows stands for itself), quiet
+    or end (job: the finished one). model: which one answers, once that is known."""
+    kind: str
+    text: str = ""
+    model: Optional[str] = None
+    job: Optional[Job] = None
+
+
+ChatSteps = Generator[ChatStep, None, None]
+
+
+def chat_steps(call: Call, job: Job) -> ChatSteps:
+    """An answer as it comes, for the one caller who waits for it: when that one leaves, the run ends, since nobody could come back
+    for it. Of a text that begins anew what is the same is not told twice. Raises RunError, Unavailable."""
+    told: List[str] = []                                     # to the reader, of the present block
+    again, at = "", 0                                        # what was told before the text began anew, and how far it is the same
+    model, is_over = job.model, False
+    try:
+        for event, view in call.service.follow(call.holder, job.id, has_left=call.request.has_left):
+            if event.kind == "quiet":
+                yield ChatStep("quiet", model=model)
+            elif event.kind == "started":
+                again, at, model = "".join(told), 0, event.model or model
+            elif event.kind == "delta" and again:
+                ahead = again[at:at + len(event.text)]
+                if not event.text.startswith(ahead):
+                    yield ChatStep("again", model=model)
+                    told, again, ahead = [again[:at]], "", ""
+                    yield ChatStep("text", told[0] + event.text, model)
+                elif len(event.text) > len(ahead):
+                    again = ""
+                    yield ChatStep("text", event.text[len(ahead):], model)
+                told.append(event.text[len(ahead):])
+                at += len(event.text)
+            elif event.kind == "delta":
+                told.append(event.text)
+                yield ChatStep("text", event.text, model)
+            elif view and view.job.is_finished:
+                is_over = True
+                failure = call.service.failure(view.job)
+                if failure:
+                    raise failure
+                yield ChatStep("end", model=view.job.model or model, job=view.job)
+                return
+        raise Unavailable("The request was given up: its caller has left, or the bridge ends.")
+    finally:
+        if not is_over:
+            with contextlib.suppress(BridgeError):
+                call.service.cancel(call.holder, job.id)
+
+
+def answer_chat(call: Call, format: "Format") -> Response:
+    """A conversation, answered whole or as it comes. What fails before the first word has a status of its own. An answer that takes so
+    long that a proxy would cut the silence begins with blanks, which JSON allows."""
+    chat = format.read(parsed_json(call.request.body() or b"{}"))
+    job = call.service.ask(call.holder, chat).job
+    names = (("request-id", job.id), ("x-request-id", job.id))
+    steps, until = chat_steps(call, job), call.service.now() + WAIT_SECONDS - KEEP_ALIVE_SECONDS
+    if chat.stream:
+        first = next(steps)
+        return stream_response(format.pieces(chat, job, first, steps), names)
+    for step in steps:
+        if step.job:
+            return json_response(200, format.body(step.job), names)
+        if call.service.now() >= until:
+            return Response(200, stream=late_pieces(call, format, steps), headers=names)
+    raise AssertionError("unreachable")
+
+
+def late_pieces(call: Call, format: "Format", steps: ChatSteps) -> Pieces:
+    """The rest of an answer whose status had to be told before it was there; a failure comes as the body of an error."""
+    told_at = call.service.now()
+    with contextlib.closing(steps):
+        yield b" "
+        try:
+            for step in steps:
+                if step.job:
+                    yield as_json(format.body(step.job)).encode("utf-8", "replace")
+                elif step.kind == "quiet" or call.service.now() - told_at >= KEEP_ALIVE_SECONDS:
+                    told_at = call.service.now()
+                    yield b" "
+        except BridgeError as error:
+            yield as_json(format.error(error)).encode("utf-8", "replace")
+
+
+def short_id(job: Job) -> str:
+    return job.id.replace("-", "")
+
+
+def message_usage(job: Job) -> Dict[str, int]:
+    used = job.usage or Usage()
+    return {"input_tokens": used.input_tokens, "cache_creation_input_tokens": used.cache_creation_tokens,
+            "cache_read_input_tokens": used.cache_read_tokens, "output_tokens": used.output_tokens}
+
+
+def message_body(job: Job) -> Dict[str, Any]:
+    """The answer of the Messages API."""
+    ending = job.ending or Ending()
+    content: List[Dict[str, Any]] = [{"type": "text", "text": job.response}] if job.response or not ending.calls else []
+    content += [{"type": "tool_use", "id": each.id, "name": each.name, "input": each.arguments} for each in ending.calls]
+    return {"id": "msg_" + short_id(job), "type": "message", "role": "assistant", "model": job.model or "default", "content": content,
+            "stop_reason": ending.reason, "stop_sequence": ending.stop, "usage": message_usage(job)}
+
+
+def message_pieces(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Pieces:
+    """The same as Server-Sent Events."""
+    def event(kind: str, **data: Any) -> bytes:
+        return sse_event(kind, None, {"type": kind, **data})
+
+    index, is_open = 0, False
+    empty = replace(job, model=first.model, usage=None)
+    yield event("message_start", message={**message_body(empty), "content": [], "stop_reason": None}) + event("ping")
+    with contextlib.closing(steps):
+        try:
+            for step in chain((first,), steps):
+                if step.kind == "quiet":
+                    yield event("ping")
+                if is_open and (step.kind == "again" or step.job):
+                    yield event("content_block_stop", index=index)
+                    index, is_open = index + 1, False
+                if not is_open and (step.kind == "text" or step.job and not index and not (step.job.ending or Ending()).calls):
+                    yield event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                    is_open = True
+                if step.kind == "text":
+                    yield event("content_block_delta", index=index, delta={"type": "text_delta", "text": step.text})
+                if step.job:
+                    yield b"".join(message_end(step.job, index, is_open, event))
+        except BridgeError as error:
+            yield event("error", **{"error": message_error(error)["error"]})
+
+
+def message_end(job: Job, index: int, is_open: bool, event: Callable[..., bytes]) -> Iterator[bytes]:
+    """The calls and the end of a streamed answer."""
+    if is_open:
+        yield event("content_block_stop", index=index)
+    ending = job.ending or Ending()
+    for n, each in enumerate(ending.calls, index):
+        yield event("content_block_start", index=n, content_block={"type": "tool_use", "id": each.id, "name": each.name, "input": {}})
+        yield event("content_block_delta", index=n, delta={"type": "input_json_delta", "partial_json": as_json(each.arguments)})
+        yield event("content_block_stop", index=n)
+    yield event("message_delta", delta={"stop_reason": ending.reason, "stop_sequence": ending.stop}, usage=message_usage(job))
+    yield event("message_stop")
+
+
+def message_error(error: BridgeError) -> Dict[str, Any]:
+    """The error of the Messages API."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+             429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error"}
+    usual = "invalid_request_error" if error.status < 500 else "api_error"
+    return {"type": "error", "error": {"type": kinds.get(error.status, usual), "message": str(error)}}
+
+
+FINISH_REASONS = {"tool_use": "tool_calls", "max_tokens": "length", "refusal": "content_filter"}      # any other: stop
+
+
+def completion_usage(job: Job) -> Dict[str, Any]:
+    used = job.usage or Usage()
+    asked = used.input_tokens + used.cache_read_tokens + used.cache_creation_tokens
+    return {"prompt_tokens": asked, "completion_tokens": used.output_tokens, "total_tokens": asked + used.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": used.cache_read_tokens}}
+
+
+def completion_calls(job: Job) -> List[Dict[str, Any]]:
+    return [{"id": each.id, "type": "function", "function": {"name": each.name, "arguments": as_json(each.arguments)}}
+            for each in (job.ending or Ending()).calls]
+
+
+def completion_body(job: Job) -> Dict[str, Any]:
+    """The answer of the Chat Completions API."""
+    calls = completion_calls(job)
+    message = {"role": "assistant", "content": job.response or (None if calls else ""), "refusal": None,
+               **({"tool_calls": calls} if calls else {})}
+    return {"id": "chatcmpl-" + short_id(job), "object": "chat.completion", "created": int(job.created_at), "model": job.model or "default",
+            "choices": [{"index": 0, "message": message, "logprobs": None,
+                         "finish_reason": FINISH_REASONS.get((job.ending or Ending()).reason, "stop")}],
+            "usage": completion_usage(job)}
+
+
+def completion_pieces(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Pieces:
+    """The same as Server-Sent Events."""
+    def chunk(model: Optional[str], choices: List[Dict[str, Any]], **more: Any) -> bytes:
+        return sse_event("", None, {"id": "chatcmpl-" + short_id(job), "object": "chat.completion.chunk", "created": int(job.created_at),
+                          "model": model or "default", "choices": choices, **({"usage": None} if chat.tells_usage else {}), **more})
+
+    def choice(delta: Dict[str, Any], reason: Optional[str] = None) -> List[Dict[str, Any]]:
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]
+
+    yield chunk(first.model, choice({"role": "assistant", "content": "", "refusal": None}))
+    with contextlib.closing(steps):
+        try:
+            for step in chain((first,), steps):
+                if step.kind == "quiet":
+                    yield b": still here\n\n"
+                elif not step.job:
+                    yield chunk(step.model, choice({"content": step.text if step.kind == "text" else "\n\n"}))
+                else:
+                    calls = [{"index": n, **each} for n, each in enumerate(completion_calls(step.job))]
+                    last = chunk(step.model, choice({}, FINISH_REASONS.get((step.job.ending or Ending()).reason, "stop")))
+                    figures = chunk(step.model, [], usage=completion_usage(step.job)) if chat.tells_usage else b""
+                    yield (chunk(step.model, choice({"tool_calls": calls})) if calls else b"") + last + figures + b"data: [DONE]\n\n"
+        except BridgeError as error:
+            yield sse_event("", None, completion_error(error))
+
+
+def completion_error(error: BridgeError) -> Dict[str, Any]:
+    codes = {"missing_token": "invalid_api_key", "invalid_token": "invalid_api_key", "rate_limited": "rate_limit_exceeded",
+             "usage_limit": "rate_limit_exceeded", "context_too_long": "context_length_exceeded"}
+    kind = "rate_limit_error" if error.status == 429 else "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": str(error), "type": kind, "param": error.extra.get("field"), "code": codes.get(error.code, error.code)}}
+
+
+class Format(NamedTuple):
+    """The words of one wire format: how a request is read, an answer written, whole or in pieces, and an error."""
+    read: Callable[[Any], Chat]
+    body: Callable[[Job], Dict[str, Any]]
+    pieces: Callable[[Chat, Job, ChatStep, ChatSteps], Pieces]
+    error: Callable[[BridgeError], Dict[str, Any]]
+
+
+MESSAGES = Format(read_messages, message_body, message_pieces, message_error)
+COMPLETIONS = Format(read_completions, completion_body, completion_pieces, completion_error)
+
+
+def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
+    """In whose words a path is answered; None: in our own."""
+    if not re.match(r"/v1(/|$)", path, re.IGNORECASE):
+        return None
+    return MESSAGES if re.match("/v1/messages", path, re.IGNORECASE) or "anthropic-version" in headers else COMPLETIONS
+
+
+def answer_messages(call: Call) -> Response:
+    return answer_chat(call, MESSAGES)
+
+
+def answer_completions(call: Call) -> Response:
+    return answer_chat(call, COMPLETIONS)
+
+
+def model_body(model: Model) -> Dict[str, Any]:
+    """A model for both formats: each finds its own keys, and a date where none is known."""
+    return {"id": model.id, "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": model.name,
+            "created_at": "1970-01-01T00:00:00Z"}
+
+
+def answer_models(call: Call) -> Response:
+    bodies = [model_body(model) for model in call.service.models(call.holder)]
+    return json_response(200, {"object": "list", "data": bodies, "has_more": False, "first_id": bodies[0]["id"],
+                               "last_id": bodies[-1]["id"]})
+
+
+def answer_model(call: Call) -> Response:
+    wanted = call.request.parts["id"]
+    found = [model for model in call.service.models(call.holder) if model.id == wanted]
+    if not found:
+        raise NotFound("There is no model %s here. GET /v1/models lists them" % clean_text(wanted)[:128])
+    return json_response(200, model_body(found[0]))
+
+
 ROUTES = (
     Route("POST", "/api/ask", Needs.TOKEN, answer_ask, "Send a message to Claude Code", Ask,
           {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}',
@@ -3925,6 +4920,13 @@ ROUTES = (
           {200: '{"ok":true,"message":"Conversation deleted"}'}),
     Route("GET", "/api/usage", Needs.TOKEN, answer_usage, "Requests, tokens and estimated cost per day and token; the plan's limits", None,
           {200: '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}'}),
+    Route("POST", "/v1/messages", Needs.TOKEN, answer_messages, "The Anthropic wire format; see Other wire formats", None,
+          {200: '{"type":"message","content":[...],...}', 400: '{"type":"error","error":{"type":"...","message":"..."}}'}),
+    Route("POST", "/v1/chat/completions", Needs.TOKEN, answer_completions, "The OpenAI wire format; see Other wire formats", None,
+          {200: '{"object":"chat.completion","choices":[...],...}', 400: '{"error":{"message":"...","type":"...",...}}'}),
+    Route("GET", "/v1/models", Needs.TOKEN, answer_models, "The models of `claude`, for both formats", None,
+          {200: '{"object":"list","data":[{"id":"sonnet",...}],...}'}),
+    Route("GET", "/v1/models/:id", Needs.TOKEN, answer_model, "One of them", None, {200: '{"id":"sonnet","object":"model",...}'}),
     Route("POST", "/api/tokens", Needs.ADMIN, answer_new_token, "Create a token", NewToken,
           {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}),
     Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}),
@@ -4024,7 +5026,7 @@ STANDARD_HEADERS = (
 )
 PREFLIGHT_HEADERS = (
     ("Access-Control-Allow-Methods", "GET,POST,DELETE"),
-    ("Access-Control-Allow-Headers", "Content-Type,Authorization,X-Api-Key,Idempotency-Key,Last-Event-ID"),
+    ("Access-Control-Allow-Headers", "Content-Type,Authorization,X-Api-Key,Idempotency-Key,Last-Event-ID,*"),
     ("Access-Control-Max-Age", "600"),
 )
 
@@ -4125,23 +5127,28 @@ class Dispatcher:
         self._names = names or Names()
 
     def dispatch(self, request: Request) -> Response:
+        format = format_of(request.path, request.headers)
         try:
             self._names.check(request)
             if request.method == "OPTIONS":
                 return Response(204, headers=PREFLIGHT_HEADERS)
             return self._answer(replace(request, address=self._names.address(request)))
         except BridgeError as error:
-            return self.refusal(error)
+            return self.refusal(error, format)
         except (ConnectionError, socket.timeout):
             raise
         except Exception:
             self._report(redact("Unexpected error in %s %s:\n%s" % (request.method, request.path, traceback.format_exc())))
-            return self.refusal(BridgeError())
+            return self.refusal(BridgeError(), format)
 
     @staticmethod
-    def refusal(error: BridgeError) -> Response:
-        challenge = (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ()
-        return json_response(error.status, error_body(error), error.headers + challenge)
+    def refusal(error: BridgeError, format: Optional[Format] = None) -> Response:
+        """format: in whose words; None: in our own."""
+        more = (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ()
+        if format:
+            name = "req_" + secrets.token_hex(12)
+            more += (("request-id", name), ("x-request-id", name))
+        return json_response(error.status, (format.error if format else error_body)(error), error.headers + more)
 
     def _answer(self, request: Request) -> Response:
         caller, refusal = self._caller(request)
@@ -4202,7 +5209,8 @@ def response_head(response: Response, closes: bool) -> bytes:
         headers.append(("Transfer-Encoding", "chunked"))
     headers += [("Date", formatdate(usegmt=True)), ("Connection", "close" if closes else "keep-alive")]
     lines = "".join("%s: %s\r\n" % header for header in headers)
-    return ("HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, HTTPStatus(response.status).phrase, lines)).encode("latin-1", "replace")
+    phrase = "Overloaded" if response.status == 529 else HTTPStatus(response.status).phrase
+    return ("HTTP/1.1 %d %s\r\n%s\r\n" % (response.status, phrase, lines)).encode("latin-1", "replace")
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)\r\n")
@@ -4726,7 +5734,7 @@ class Bridge:
         hub = Hub()
         claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child)
         worker = Worker(store, claude, hub, self._clock, self._report, self.config)
-        service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest)
+        service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest, lambda: ask_models(self._claude, data_dir))
         backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker))
         own = (host_of(self.config.public_url), self.config.host, *re.split("[, ]+", self.config.names))
         names = Names(own, (lambda: tunnel.hosts) if tunnel else frozenset)
@@ -4734,6 +5742,8 @@ class Bridge:
         left = end_leftovers(tag + ".", store.children())
         for pid, *_ in store.children():
             store.note_child(pid, None)
+        store.fail_chats("interrupted", "The bridge ended, and with it the line on which the answer was waited for.",
+                         (JobStatus.QUEUED, JobStatus.PROCESSING))
         again, lost = store.recover()
         if left or again or lost:
             self._report("After an unclean end: %d processes ended, %d requests wait again, %d given up" % (len(left), again, lost))
@@ -5265,7 +6275,8 @@ class DemoClaude:
     def _take(self, line: Mapping[str, Any]) -> None:
         if line["type"] == "control_request":
             self._has_schema |= "jsonSchema" in line["request"]
-            self._say(type="control_response", response={"subtype": "success", "request_id": line["request_id"], "response": {}})
+            models = {"models": [{"value": "default", "resolvedModel": "demo", "displayName": "Demo"}]}
+            self._say(type="control_response", response={"subtype": "success", "request_id": line["request_id"], "response": models})
         elif line["type"] == "user" and line.get("shouldQuery") is False:
             self._turns += 1
             self._say(type="result", subtype="success", is_error=False, num_turns=0, result="")

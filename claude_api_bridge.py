@@ -799,6 +799,7 @@ class Chat:
     stops: Tuple[str, ...] = ()
     stream: bool = False
     tells_usage: bool = True             # whether a stream ends with the figures
+    api: str = "anthropic"               # whose format it came in, or openai
     conversation: Optional[str] = None   # the memory is the client's
 
     @property
@@ -878,7 +879,8 @@ class Ending(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """A queued ask and all that became of it. `structured` and `json_schema` are JSON texts. restarts: how often its text
-    began anew after some of it could be read, so that an offset in it means nothing any more."""
+    began anew after some of it could be read, so that an offset in it means nothing any more; api: whose wire format it came in,
+    where not in ours."""
     id: str
     seq: int
     token_id: str
@@ -900,6 +902,7 @@ class Job:
     error_code: Optional[str] = None
     restarts: int = 0
     ending: Optional[Ending] = None
+    api: Optional[str] = None
 
     @property
     def is_finished(self) -> bool:
@@ -1855,6 +1858,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         # chat: what was asked over /v1, while it is wanted; ending: how its answer ended.
         "ALTER TABLE jobs ADD COLUMN chat TEXT",
         "ALTER TABLE jobs ADD COLUMN ending TEXT",
+        "ALTER TABLE jobs ADD COLUMN api TEXT",
     ),
 )
 
@@ -2058,7 +2062,8 @@ class Store:
         RateLimited and DailyLimit for the limits of the token; InvalidToken when the token was revoked meanwhile.
         """
         now, job_id = self._clock.now(), str(uuid.uuid4())
-        fingerprint, chat = (None, ask.to_json()) if isinstance(ask, Chat) else (ask.fingerprint if key else None, None)
+        chat, api = (ask.to_json(), ask.api) if isinstance(ask, Chat) else (None, None)
+        fingerprint = ask.fingerprint if isinstance(ask, Ask) and key else None
         with self._write() as db:
             known = key and db.execute("SELECT id, fingerprint FROM jobs WHERE token_id = ? AND idempotency_key = ?",
                                        (token_id, key)).fetchone()
@@ -2072,12 +2077,12 @@ class Store:
             if ahead >= limit:
                 raise too_many(QueueFull, "", 10)
             seq = db.execute("INSERT INTO jobs (id, token_id, status, message, created_at, model, system_prompt, json_schema,"
-                             " conversation, effort, idempotency_key, fingerprint, chat) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                             " conversation, effort, idempotency_key, fingerprint, chat, api) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                              (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
-                              ask.conversation, ask.effort, key, fingerprint, chat)).lastrowid
+                              ask.conversation, ask.effort, key, fingerprint, chat, api)).lastrowid
             self._count(db, token_id, now, requests=1)
         job = Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model, system_prompt=ask.system_prompt,
-                  json_schema=ask.json_schema, conversation=ask.conversation, effort=ask.effort)
+                  json_schema=ask.json_schema, conversation=ask.conversation, effort=ask.effort, api=api)
         return Queued(job, ahead + 1)
 
     @staticmethod
@@ -4220,11 +4225,18 @@ def answer_cancel(call: Call) -> Response:
     return json_response(200, {"ok": True, **job_body(call.service.cancel(call.holder, call.request.parts["requestId"]))})
 
 
+def asked_body(job: Job) -> Dict[str, Any]:
+    """What was asked, for lists; what was not said is left out."""
+    told = {"message": job.message, "tokenId": job.token_id, "systemPrompt": job.system_prompt, "effort": job.effort, "api": job.api,
+            "jsonSchema": json.loads(job.json_schema or "null")}
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def answer_jobs(call: Call) -> Response:
     query = call.request.query
     limit, before = number_check("limit", 1, PAGE_JOBS)(query.get("limit")), number_check("before", 1, 999_999_999)(query.get("before"))
     views, following = call.service.jobs(call.holder, check_statuses(query.get("status")), before, limit or 20)
-    bodies = [{**job_body(view), "message": view.job.message, "tokenId": view.job.token_id} for view in views]
+    bodies = [{**job_body(view), **asked_body(view.job)} for view in views]
     return json_response(200, {"requests": bodies, "next": None if following is None else str(following)})
 
 
@@ -4571,7 +4583,7 @@ def read_completions(body: Any) -> Chat:
         None if isinstance(model, str) and OTHERS_MODELS.fullmatch(model) else check_model(model),
         None if schema is None else clean_text(as_json({"type": "object", **of_kind(schema, dict, "response_format.json_schema.schema")})),
         REASONING[body.get("reasoning_effort")], read_functions(tools), stops=read_stops(body.get("stop"), "stop"),
-        stream=of_kind(body.get("stream") or False, bool, "stream"), tells_usage=options.get("include_usage") is True),
+        stream=of_kind(body.get("stream") or False, bool, "stream"), tells_usage=options.get("include_usage") is True, api="openai"),
         read_completion_choice(body.get("tool_choice"), body.get("parallel_tool_calls") is False))
 
 

@@ -145,7 +145,7 @@ class FakeClaude:
 
     def prompts(self) -> List[str]:
         """The prompts that asked for an answer, in order."""
-        return [line["message"]["content"][0]["text"] for line in self.lines()
+        return [fake_claude_program.text_of(line) for line in self.lines()
                 if line["type"] == "user" and line.get("shouldQuery") is not False]
 
 

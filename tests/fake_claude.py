@@ -48,6 +48,8 @@ class Fake:
         self.turns: List[List[str]] = []                 # [role, text]
         self.said: List[str] = []
         self.setup: Dict[str, Any] = {}
+        self.waiting: List[Dict[str, Any]] = []          # lines that came while an answer was waited for
+        self.functions: List[Dict[str, Any]] = []        # the client's tools
         self.last_was_error = False
         self.session = str(uuid.uuid4())
         self.keeps = "--no-session-persistence" not in words
@@ -65,21 +67,50 @@ class Fake:
                          errors=["No conversation found with session ID: " + self.session])
                 return 1
             self.turns = json.loads(self._transcript().read_text())
-        for raw in sys.stdin.buffer:
-            line = json.loads(raw)
-            self.note(line)
+        while True:
+            line = self.waiting.pop(0) if self.waiting else self.read()
+            if line is None:
+                break
             if line["type"] == "control_request":
                 self.control(line)
             elif line["type"] == "assistant":
-                self.turns.append(["assistant", line["message"]["content"][0]["text"]])
+                self.turns.append(["assistant", text_of(line)])
             elif line["type"] == "user":
-                text = line["message"]["content"][0]["text"]
+                text = text_of(line)
                 self.turns.append(["user", text])
                 if line.get("shouldQuery") is False:
                     self.result("", num_turns=0)
                 else:
                     self.act(text)
         return 1 if self.last_was_error else 0
+
+    def read(self) -> Optional[Dict[str, Any]]:
+        """The next line, or None at the end of the input."""
+        raw = sys.stdin.buffer.readline()
+        if not raw:
+            return None
+        line: Dict[str, Any] = json.loads(raw)
+        self.note(line)
+        return line
+
+    def ask(self, method: str, **params: Any) -> Dict[str, Any]:
+        """Sends a request to the server of the client's tools, and waits for its answer. -> its result."""
+        self.asked = getattr(self, "asked", -1) + 1
+        request_id = "mcp-%d" % self.asked
+        self.say(type="control_request", request_id=request_id, request={"subtype": "mcp_message", "server_name": "api", "message": {
+            "jsonrpc": "2.0", "id": self.asked, "method": method, "params": params}})
+        while True:
+            line = self.read()
+            if line is None:
+                sys.exit(0)
+            if line["type"] == "control_response" and line["response"]["request_id"] == request_id:
+                answer: Dict[str, Any] = line["response"]["response"]["mcp_response"]
+                assert (answer["jsonrpc"], answer["id"]) == ("2.0", self.asked), answer
+                return dict(answer["result"])
+            if line["type"] == "control_request" and line["request"]["subtype"] == "interrupt":
+                self.control(line)
+                sys.exit(0)
+            self.waiting.append(line)
 
     def note(self, line: Mapping[str, Any]) -> None:
         with open(self.folder / "lines.jsonl", "a") as log:
@@ -93,18 +124,23 @@ class Fake:
         request = line["request"]
         if request["subtype"] == "initialize":
             self.setup = request
-        response: Dict[str, Any] = {"subtype": "success", "request_id": line["request_id"], "response": {}}
+        response: Dict[str, Any] = {"subtype": "success", "request_id": line["request_id"], "response": {"models": MODELS}}
         if request.get("systemPrompt") == "refuse this":
             response = {"subtype": "error", "request_id": line["request_id"], "error": "systemPrompt refused"}
         self.say(type="control_response", response=response)
+        if request.get("sdkMcpServers"):
+            self.ask("initialize", protocolVersion="2025-11-25", capabilities={})
+            self.functions = self.ask("tools/list")["tools"]
         if request["subtype"] == "interrupt":
             self.say(type="result", subtype="error_during_execution", is_error=True, terminal_reason="aborted_streaming")
 
     def begin(self, source: str = "none") -> None:
         model = self.setup.get("agents", {}).get("bridge", {}).get("model") or "default-model"
-        self.say(type="system", subtype="init", session_id=self.session, apiKeySource=source, model="resolved-" + model)
+        self.say(type="system", subtype="init", session_id=self.session, apiKeySource=source, model="resolved-" + model,
+                 tools=["mcp__api__" + each["name"] for each in self.functions])
         self.say(type="system", subtype="status", status="requesting")
-        self.say(type="stream_event", event={"type": "message_start", "message": {}}, parent_tool_use_id=None)
+        self.say(type="stream_event", event={"type": "message_start", "message": {"id": "msg_1", "usage": {
+            "input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}}}, parent_tool_use_id=None)
 
     def delta(self, text: str) -> None:
         self.say(type="stream_event", event={"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}},
@@ -184,6 +220,29 @@ class Fake:
         self.say(type="user", message={"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "ok"}]})
         self.say(type="stream_event", event={"type": "message_start", "message": {}}, parent_tool_use_id=None)
         self.answer("done")
+
+    def act_call(self, rest: str) -> None:
+        """call JSON: says "Let me see." and calls the client's tools in the list of [name, input], one after the other as the real one does;
+        answers with their results as JSON. With "deaf" as the first of the list, the process dies when the first result comes."""
+        calls = json.loads(rest)
+        is_deaf = calls[0] == "deaf" and bool(calls.pop(0))
+        blocks = [{"type": "text", "text": "Let me see."}] + [
+            {"type": "tool_use", "id": "toolu_%d" % n, "name": "mcp__api__" + name, "input": given} for n, (name, given) in enumerate(calls)]
+        self.delta("Let me see.")
+        for block in blocks:
+            self.say(type="assistant", message={"id": "msg_1", "role": "assistant", "content": [block], "stop_reason": None},
+                     parent_tool_use_id=None)
+        self.say(type="stream_event", event={"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 7}},
+                 parent_tool_use_id=None)
+        self.say(type="stream_event", event={"type": "message_stop"}, parent_tool_use_id=None)
+        results = []
+        for n, (name, given) in enumerate(calls):
+            results.append(self.ask("tools/call", name=name, arguments=given, _meta={"claudecode/toolUseId": "toolu_%d" % n}))
+            if is_deaf:
+                os._exit(3)
+        self.say(type="stream_event", event={"type": "message_start", "message": {"id": "msg_2", "usage": {
+            "input_tokens": 10, "output_tokens": 1}}}, parent_tool_use_id=None)
+        self.answer(json.dumps(results))
 
     def act_grandchild(self, rest: str) -> None:
         """Starts a process in a session of its own, notes its pid in the file `rest`, and hangs."""
@@ -296,6 +355,16 @@ class Fake:
 
     def act_env(self, rest: str) -> None:
         self.answer(json.dumps(dict(os.environ)))
+
+
+MODELS = [{"value": "default", "resolvedModel": "claude-sonnet-5", "displayName": "Default (recommended)"},
+          {"value": "haiku", "resolvedModel": "claude-haiku-4-5", "displayName": "Haiku"}]
+
+
+def text_of(line: Mapping[str, Any]) -> str:
+    """The last text of a message, else a word for what it holds."""
+    content = line["message"]["content"]
+    return str(([block["text"] for block in content if block["type"] == "text"] or [content[-1]["type"]])[-1])
 
 
 def wait_for_file(path: str) -> None:

@@ -501,7 +501,7 @@ TEXT_DELTA = {"type": "content_block_delta", "index": 0, "delta": {"type": "text
     (stream({"type": "content_block_delta", "delta": {"type": "thinking_delta", "thinking": "hm"}}), "noise", ""),
     (stream({"type": "content_block_delta"}), "noise", ""),
     (stream({"type": "message_start", "message": {}}), "message", ""),
-    (stream({"type": "message_stop"}), "noise", ""),
+    (stream({"type": "message_stop"}), "stop", ""),
     (stream(None), "noise", ""),
     (stream(TEXT_DELTA, parent_tool_use_id="toolu_1"), "noise", ""),                     # a subagent's words are not the answer
     (stream({"type": "message_start"}, parent_tool_use_id="toolu_1"), "noise", ""),
@@ -852,7 +852,8 @@ def test_a_child_without_tools_is_started_so() -> None:
     assert options(argv) == {
         "--input-format": ["stream-json"], "--output-format": ["stream-json"], "--verbose": [], "--setting-sources": [""],
         "--strict-mcp-config": [], "--include-partial-messages": [], "--disable-slash-commands": [], "--tools": [""],
-        "--permission-mode": ["dontAsk"], "--agent": ["bridge"], "--system-prompt-snapshot": ["off"], "--no-session-persistence": []}
+        "--permission-mode": ["dontAsk"], "--allowedTools": ["mcp__api"], "--agent": ["bridge"], "--system-prompt-snapshot": ["off"],
+        "--no-session-persistence": []}
 
 
 @pytest.mark.parametrize("tools", TOOLS, ids=str)
@@ -890,10 +891,11 @@ def test_a_session_is_kept_where_one_is_named(session: str) -> None:
 def test_a_level_or_rules_become_these_flags(tools: Any, cli: cab.Features, exist: str, mode: str, allowed: Any, is_restricted: bool) -> None:
     argv = cab.tool_argv(cli, tools)
     # A rule may hold a blank; each is a word of its own, so words are compared and not their join.
-    listed = argv[argv.index("--allowedTools") + 1:] if "--allowedTools" in argv else None
+    listed = argv[argv.index("--allowedTools") + 1:] if "--allowedTools" in argv else []
+    wanted = re.findall(r"\w+(?:\([^)]*\))?", allowed or "") + (["mcp__api"] if cli in (NEWEST, SEEN) else [])     # the client's tools
     assert sorted(filter(None, options(argv)["--tools"][0].split(","))) == exist.split()
     assert options(argv)["--permission-mode"] == [mode]
-    assert listed is None if allowed is None else sorted(listed or ()) == sorted(re.findall(r"\w+(?:\([^)]*\))?", allowed))
+    assert sorted(listed) == sorted(wanted)
     assert ("--restricted" in argv) is is_restricted
 
 
@@ -902,7 +904,8 @@ def test_all_tools_may_edit_and_run_commands_and_nothing_needs_asking(cli: cab.F
     found = options(cab.tool_argv(cli, "all"))
     exist = set(found["--tools"][0].split(","))
     assert exist >= {"Bash", "Read", "Grep", "Edit", "Write", "WebFetch", "WebSearch"} and ("Glob" in exist) is (cli is NEWEST)
-    assert (found["--permission-mode"], set(found["--allowedTools"])) == (["acceptEdits"], {"Bash", "WebFetch", "WebSearch"})
+    assert (found["--permission-mode"], set(found["--allowedTools"])) == (
+        ["acceptEdits"], {"Bash", "WebFetch", "WebSearch"} | ({"mcp__api"} if cli in (NEWEST, SEEN) else set()))
     assert ("--restricted" in found) is ("--restricted" in cli.flags)
 
 

@@ -586,7 +586,7 @@ def test_a_child_without_tools_works_in_an_empty_private_folder(direct: Directs)
 
 
 @pytest.mark.parametrize("tools, exist, mode, allowed", [
-    ("read", "Read,Glob,Grep", "dontAsk", None),
+    ("read", "Read,Glob,Grep", "dontAsk", ["mcp__api"]),
     ("web", "WebSearch,WebFetch", "dontAsk", ["WebSearch", "WebFetch"]),
     ("all", ",".join(cab.ALL_TOOLS), "acceptEdits", ["Bash", "WebFetch", "WebSearch"]),
     (["Read", "Bash(git log:*)", "Write"], "Bash,Read,Write", "dontAsk", ["Bash(git log:*)", "Edit(./**)"]),
@@ -600,7 +600,7 @@ def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: B
     child = next(start for start in fake.children() if start["pid"] == pids_of(fake, "hello")[0])
     argv = child["argv"]
     assert argv[argv.index("--tools") + 1] == exist and argv[argv.index("--permission-mode") + 1] == mode
-    assert (argv[argv.index("--allowedTools") + 1:][:len(allowed)] == allowed) if allowed else "--allowedTools" not in argv
+    assert argv[argv.index("--allowedTools") + 1:][:len(allowed)] == allowed
     assert child["cwd"] == next(token["workspace"] for token in b.admin.get("/api/tokens").json["tokens"] if token["name"] == "tooled")
     assert child["pid"] != spare and is_running(spare)
     assert argv_of(fake, spare)[argv_of(fake, spare).index("--tools") + 1] == ""

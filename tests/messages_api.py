@@ -34,6 +34,7 @@ class Reply:
     cut_after: Optional[int] = None                      # drop the connection after so many words
     pieces: Tuple[str, ...] = ()                         # the text as these deltas; one may hold half of a surrogate pair
     usage: Dict[str, int] = field(default_factory=dict)  # token counts, where they matter
+    ids: Tuple[str, ...] = ()                            # of the tool calls, where they matter
 
 
 @dataclass
@@ -225,7 +226,7 @@ class MessagesApi:
                              **reply.usage}}
         text, used = "".join(reply.pieces) or reply.text, {"output_tokens": 7, **reply.usage}
         blocks: List[Dict[str, Any]] = [{"type": "text", "text": text}] if text or not reply.tools else []
-        blocks += [{"type": "tool_use", "id": "toolu_%d_%d" % (len(self.calls), n), "name": name, "input": args}
+        blocks += [{"type": "tool_use", "id": reply.ids[n] if reply.ids else "toolu_%d_%d" % (len(self.calls), n), "name": name, "input": args}
                    for n, (name, args) in enumerate(reply.tools)]
         stop = reply.stop_reason or ("tool_use" if reply.tools else "end_turn")
         if not body.get("stream"):

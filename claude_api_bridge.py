@@ -5004,7 +5004,8 @@ def errors_markdown() -> str:
 
 
 def run_errors_markdown() -> str:
-    return markdown_table(("errorCode", "When"), (("`%s`" % code, text) for code, text in RUN_ERRORS.items()))
+    return markdown_table(("errorCode", "When", "On /v1"), (
+        ("`%s`" % code, text, str(RUN_STATUS.get(code, 500))) for code, text in RUN_ERRORS.items()))
 
 
 def settings_markdown() -> str:
@@ -6256,6 +6257,7 @@ class DemoClaude:
         self._words = words
         self._turns = 0
         self._has_schema = False
+        self._tools: List[str] = []
         self._session = str(uuid.uuid4())
         self._input: "queue.SimpleQueue[Optional[Dict[str, Any]]]" = queue.SimpleQueue()
 
@@ -6287,6 +6289,7 @@ class DemoClaude:
     def _take(self, line: Mapping[str, Any]) -> None:
         if line["type"] == "control_request":
             self._has_schema |= "jsonSchema" in line["request"]
+            self._tools = line["request"].get("agents", {}).get("bridge", {}).get("tools") or self._tools
             models = {"models": [{"value": "default", "resolvedModel": "demo", "displayName": "Demo"}]}
             self._say(type="control_response", response={"subtype": "success", "request_id": line["request_id"], "response": models})
         elif line["type"] == "user" and line.get("shouldQuery") is False:
@@ -6298,7 +6301,7 @@ class DemoClaude:
 
     def _answer(self, message: str) -> None:
         text = "This is a demo, Claude was not asked. You said%s: %s" % (" (turn %d)" % self._turns if self._turns > 1 else "", message)
-        self._say(type="system", subtype="init", apiKeySource="none", model="demo", session_id=self._session)
+        self._say(type="system", subtype="init", apiKeySource="none", model="demo", session_id=self._session, tools=self._tools)
         self._say(type="stream_event", event={"type": "message_start"})
         pieces = re.findall(r"\s*\S+\s*$|\s*\S+", text) or [text]
         for piece in pieces:

@@ -477,6 +477,7 @@ RUN_ERRORS = {
 }
 
 
+REQUEUED = ("interrupted", "usage_limit")     # what a request cannot help, and so waits for
 RUN_STATUS = {"timeout": 504, "usage_limit": 429, "auth_required": 503, "overloaded": 529, "billing_guard": 403, "interrupted": 503,
               "context_too_long": 400, "model_not_found": 404}
 
@@ -1045,6 +1046,80 @@ class TokenBucket:
         now = self._clock.monotonic()
         self._level = min(self.capacity, self._level + max(0.0, now - self._at) * self.capacity / 60)
         self._at = now
+
+
+class Metric(NamedTuple):
+    """A row of /metrics. kind: counter, gauge or histogram (of seconds)."""
+    name: str
+    kind: str
+    labels: str
+    doc: str
+
+
+METRICS = (
+    Metric("cab_info", "gauge", "version, claude", "always 1; the versions of the bridge and of claude"),
+    Metric("cab_start_time_seconds", "gauge", "", "when the bridge began, in epoch seconds; all counters begin there"),
+    Metric("cab_http_responses_total", "counter", "status", "answers by HTTP status"),
+    Metric("cab_requests_accepted_total", "counter", "", "requests that were queued"),
+    Metric("cab_requests_finished_total", "counter", "status, code", "requests that are finished, by status and errorCode"),
+    Metric("cab_queue_length", "gauge", "status", "requests that are queued or processing"),
+    Metric("cab_wait_seconds", "histogram", "", "from a request's arrival to the beginning of its first run"),
+    Metric("cab_run_seconds", "histogram", "", "length of the runs that ended a request"),
+    Metric("cab_tokens_total", "counter", "kind", "input, output, cache_read and cache_creation tokens"),
+    Metric("cab_cost_usd_total", "counter", "", "the cost at API prices, as claude estimates it; no bill"),
+    Metric("cab_cli_starts_total", "counter", "", "processes of claude that were started"),
+    Metric("cab_spare_total", "counter", "result", "runs that found a process ready (hit) or had to start one (miss)"),
+    Metric("cab_spares", "gauge", "", "processes that are ready now"),
+    Metric("cab_resting", "gauge", "", "1 while the queue waits for the plan's reset"),
+    Metric("cab_plan_utilization", "gauge", "window", "share of a limit of the plan that is used, 0 to 1, where it was told"),
+    Metric("cab_plan_resets_at_seconds", "gauge", "window", "when that limit resets, in epoch seconds"),
+    Metric("cab_access_tokens", "gauge", "", "access tokens that exist"),
+    Metric("cab_tunnel_up", "gauge", "", "1 while the public address works"),
+    Metric("cab_tunnel_state", "gauge", "state", "1 for the state of the tunnel"),
+    Metric("cab_tunnel_starts_total", "counter", "", "starts of cloudflared"),
+)
+HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+Labels = Tuple[Tuple[str, str], ...]
+
+
+class Tally:
+    """Counts what happens, for /metrics. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: Dict[Tuple[str, Labels], float] = {}
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        key = name, tuple(labels.items())
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + amount
+
+    def observe(self, name: str, seconds: float) -> None:
+        """One value more of a histogram."""
+        for bound in HISTOGRAM_SECONDS:
+            self.add(name + "_bucket", seconds <= bound, le="%g" % bound)
+        self.add(name + "_bucket", le="+Inf")
+        self.add(name + "_sum", seconds)
+        self.add(name + "_count")
+
+    def values(self) -> Dict[Tuple[str, Labels], float]:
+        with self._lock:
+            return dict(self._values)
+
+
+def metrics_text(values: Mapping[Tuple[str, Labels], float]) -> str:
+    """The text format of Prometheus, in the order of METRICS."""
+    def line(name: str, labels: Labels, value: float) -> str:
+        inside = ",".join('%s="%s"' % (key, re.sub(r'[\\"\n]', lambda found: {"\n": "\\n"}.get(found.group(), "\\" + found.group()), told))
+                          for key, told in labels)
+        return "%s%s %s\n" % (name, "{%s}" % inside if inside else "", repr(float(value)).replace(".0", "") if value % 1 == 0 else value)
+
+    text = ""
+    for metric in METRICS:
+        names = [metric.name + end for end in ("_bucket", "_sum", "_count")] if metric.kind == "histogram" else [metric.name]
+        text += "# HELP %s %s\n# TYPE %s %s\n" % (metric.name, metric.doc, metric.name, metric.kind)
+        text += "".join(line(name, labels, value) for each in names for (name, labels), value in values.items() if name == each)
+    return text
 
 
 def printable(text: str) -> str:
@@ -1900,10 +1975,10 @@ def database_fault(path: Path) -> Optional[str]:
 
 
 class Store:
-    """Owns bridge.db. Any thread; `close` it last."""
+    """Owns bridge.db. Any thread; `close` it last. tally: is told of what was accepted and finished."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, path: Path, clock: Clock, tally: Optional[Tally] = None) -> None:
+        self._clock, self._tally = clock, tally or Tally()
         self._lock = threading.RLock()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -2103,10 +2178,16 @@ class Store:
             raise too_many(DailyLimit, "This token may send %d requests a day. It works again at %s." % (per_day, iso_time(midnight)),
                            midnight - now, resetsAt=iso_time(midnight))
 
-    @staticmethod
-    def _count(db: sqlite3.Connection, token_id: str, at: float, requests: int = 0, completed: int = 0, errors: int = 0,
-               usage: Usage = Usage()) -> None:
+    def _count(self, db: sqlite3.Connection, token_id: str, at: float, requests: int = 0, completed: int = 0, errors: int = 0,
+               usage: Usage = Usage(), code: str = "") -> None:
         """Adds to the figures of a token for the day of the request."""
+        if requests:
+            self._tally.add("cab_requests_accepted_total")
+        else:
+            self._tally.add("cab_requests_finished_total", status=JobStatus.COMPLETED if completed else JobStatus.ERROR, code=code)
+        for kind, count in zip(("input", "output", "cache_read", "cache_creation"), usage if completed else ()):
+            self._tally.add("cab_tokens_total", count, kind=kind)
+        self._tally.add("cab_cost_usd_total", usage.cost_usd)
         db.execute("INSERT OR IGNORE INTO usage (day, token_id) VALUES (?, ?)", (day_of(at), token_id))
         db.execute("UPDATE usage SET requests = requests + ?, completed = completed + ?, errors = errors + ?,"
                    " input_tokens = input_tokens + ?, output_tokens = output_tokens + ?, cache_read_tokens = cache_read_tokens + ?,"
@@ -2194,7 +2275,7 @@ class Store:
                               " WHERE id = ? AND status IN (?, ?)",
                               (self._clock.now(), clean_text(text), code, job.id, only[0], only[-1])).rowcount
             if done:
-                self._count(db, job.token_id, job.created_at, errors=1)
+                self._count(db, job.token_id, job.created_at, errors=1, code=code)
         return bool(done)
 
     def fail_chats(self, code: str, text: str, statuses: Sequence[str], model: str = ALL_MODELS) -> List[str]:
@@ -2205,7 +2286,7 @@ class Store:
             for job_id, token_id, created_at in rows:
                 db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?, chat = NULL WHERE id = ?",
                            (self._clock.now(), text, code, job_id))
-                self._count(db, token_id, created_at, errors=1)
+                self._count(db, token_id, created_at, errors=1, code=code)
         return [job_id for job_id, *_ in rows]
 
     def requeue(self, job: Job, restarts: int = 0) -> bool:
@@ -2226,7 +2307,7 @@ class Store:
             db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
                        " WHERE status = 'processing' AND attempts >= ?", (self._clock.now(), why, JOB_ATTEMPTS))
             for token_id, created_at in lost:
-                self._count(db, token_id, created_at, errors=1)
+                self._count(db, token_id, created_at, errors=1, code="interrupted")
             again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL, restarts = restarts + 1"
                                " WHERE status = 'processing'").rowcount
         return again, len(lost)
@@ -3004,8 +3085,9 @@ class ClaudeCli:
     """Answers jobs by `claude`. Owns its children: a spare, those of conversations, those that wait for the client's tools, and those
     that are leaving."""
 
-    def __init__(self, claude: Claude, config: Config, clock: Clock, tag: str, note_child: Callable[[int, Optional[str]], None]) -> None:
-        self.claude = claude
+    def __init__(self, claude: Claude, config: Config, clock: Clock, tag: str, note_child: Callable[[int, Optional[str]], None],
+                 tally: Optional[Tally] = None) -> None:
+        self.claude, self._tally = claude, tally or Tally()
         self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
         self._spare: Optional[Child] = None
         self._spare_after = 0.0
@@ -3101,9 +3183,12 @@ class ClaudeCli:
             if not history:
                 session_id = str(uuid.uuid4())
                 yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
-        if work.setup.tools == Tools.NONE and self._spare and not self._needs_effort_flag(work.setup):
-            spare, self._spare = self._spare, None
-            yield Way(spare, None, history=history)
+        if work.setup.tools == Tools.NONE and self._config.spare:
+            has_spare = self._spare is not None and not self._needs_effort_flag(work.setup)
+            self._tally.add("cab_spare_total", result="hit" if has_spare else "miss")
+            if self._spare and has_spare:
+                spare, self._spare = self._spare, None
+                yield Way(spare, None, history=history)
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
 
     def _resume(self, work: Work, session_id: str) -> Child:
@@ -3184,6 +3269,7 @@ class ClaudeCli:
         except (OSError, CannotStart) as error:
             raise RunFailed("cli_error", "claude could not be started: %s" % error) from None
         child.session_id = session[0].partition("=")[2] if session else None
+        self._tally.add("cab_cli_starts_total")
         self._note_child(child.pid, started_at(child.pid))
         return child
 
@@ -3624,8 +3710,10 @@ def as_call(answer: Answer, name: str, call_id: str) -> Answer:
 class Worker:
     """Runs the jobs in order, one at a time. Owns the thread "worker", and in it the children of `claude`."""
 
-    def __init__(self, store: Store, claude: ClaudeCli, hub: Hub, clock: Clock, report: Callable[[str], None], config: Config) -> None:
+    def __init__(self, store: Store, claude: ClaudeCli, hub: Hub, clock: Clock, report: Callable[[str], None], config: Config,
+                 tally: Optional[Tally] = None) -> None:
         self._store, self._claude, self._hub, self._clock, self._report = store, claude, hub, clock, report
+        self._tally = tally or Tally()
         self._config = config
         self._live: Dict[str, LiveText] = {}
         self._rests: Dict[str, Tuple[Rest, float]] = {}       # by model, "" for the default one; the float is the end on the other clock
@@ -3703,6 +3791,9 @@ class Worker:
                         chat.stops if chat else ())
         self.running, self._live[job.id] = (job.id, self._clock.now()), live
         self._hub.wake(job.id)
+        began = self._clock.monotonic()
+        if job.attempts == 1:
+            self._tally.observe("cab_wait_seconds", max(0.0, self._clock.now() - job.created_at))
         work, is_kept, is_settled = None, False, False
         try:
             work = chat_work(job, token, chat) if chat else self._work(job, token)
@@ -3712,8 +3803,11 @@ class Worker:
             live.finish(clean_text(answer.text))
             is_kept = self._store.complete(job, answer, live.restarts)
             is_settled = True
+            self._tally.observe("cab_run_seconds", self._clock.monotonic() - began)
             self._report("Request %s %s" % (job.id[:8], "completed" if is_kept else "is no longer wanted"))
         except RunFailed as failure:
+            if failure.code not in REQUEUED:
+                self._tally.observe("cab_run_seconds", self._clock.monotonic() - began)
             self._settle(job, failure, live)
             is_settled = True
         finally:
@@ -3746,7 +3840,7 @@ class Worker:
 
     def _settle(self, job: Job, failure: RunFailed, live: LiveText) -> None:
         """What becomes of a job whose run failed."""
-        if failure.code in ("interrupted", "usage_limit"):
+        if failure.code in REQUEUED:
             live.restart()
             self._store.requeue(job, live.restarts)
             if failure.code == "usage_limit":
@@ -4097,10 +4191,11 @@ class Response:
 
 @dataclass(frozen=True)
 class Backstage:
-    """What the answers of public pages need beyond the service; made by the bridge. details: for admins."""
+    """What the answers of public pages need beyond the service; made by the bridge. details and metrics: for admins."""
     page: Callable[[], Response]
     details: Callable[[], Mapping[str, Any]]
     check_worker: Callable[[], None]
+    metrics: Callable[[], str] = str
 
 
 class Call(NamedTuple):
@@ -4119,7 +4214,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Route:
-    """One endpoint. polls: asking about one's own unfinished job has a bucket of its own."""
+    """One endpoint. gives: for people, what comes by status; shapes: the same for programs, names of SHAPES (or "" for a text, or
+    events); query: parameters, by name a type and what they do; refuses: statuses of its own errors; polls: asking about one's own
+    unfinished job has a bucket of its own."""
     method: str
     path: str
     needs: str
@@ -4127,6 +4224,9 @@ class Route:
     doc: str
     takes: Optional[Type[Command]] = None
     gives: Mapping[int, str] = field(default_factory=dict)
+    shapes: Mapping[int, str] = field(default_factory=dict)
+    query: Mapping[str, Tuple[str, str]] = field(default_factory=dict)
+    refuses: Tuple[int, ...] = ()
     polls: bool = False
 
 
@@ -4329,6 +4429,10 @@ def answer_health(call: Call) -> Response:
     call.backstage.check_worker()
     call.service.check_store()
     return json_response(200, {"status": "ok"})
+
+
+def answer_metrics(call: Call) -> Response:
+    return Response(200, call.backstage.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def answer_page(call: Call) -> Response:
@@ -4911,46 +5015,193 @@ def answer_model(call: Call) -> Response:
     return json_response(200, model_body(found[0]))
 
 
+ID = "550e8400-e29b-41d4-a716-446655440000"
+MOMENT = "2026-01-31T12:00:00.000Z"
+FIGURES = {"inputTokens": 12, "outputTokens": 40, "cacheReadTokens": 0, "cacheCreationTokens": 0, "costUsd": 0.0006}
+SUMS = {"requests": 5, "completed": 4, "errors": 1, **FIGURES}
+PLAN = {"windows": [{"type": "five_hour", "status~": "allowed", "utilization~": 0.42, "resetsAt~": MOMENT, "seenAt": MOMENT}],
+        "isUsingOverage": False, "waitingFor~": None, "resumesAt~": None}
+JOB = {"status": "completed", "requestId": ID, "queuePosition?": 0, "response?": "Because air scatters blue light more.",
+       "error?": "The request was cancelled.", "errorCode?": "cancelled", "completedAt?": MOMENT, "model?": "haiku",
+       "conversation?": "trip-to-rome", "createdAt": MOMENT, "startedAt?": MOMENT, "attempts": 1, "durationMs?": 1840, "structured?": {},
+       "usage?": FIGURES, "partial?": "Because", "waitingFor?": "usage_limit", "resumesAt?": MOMENT,
+       "warnings?": ["unknown field 'x' ignored"]}
+CHAT_USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 40}
+MODEL = {"id": "sonnet", "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": "Sonnet",
+         "created_at": "1970-01-01T00:00:00Z"}
+
+# What answers look like: an example, from which the schema is made. name?: may be missing; name~: may be null.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "Queued": {"ok": True, "requestId": ID, "position": 1, "poll": "GET /api/ask/" + ID, "warnings?": ["unknown field 'x' ignored"]},
+    "Job": JOB,
+    "Cancelled": {"ok": True, **JOB},
+    "Requests": {"requests": [{**JOB, "message": "Why is the sky blue?", "tokenId": ID, "systemPrompt?": "Answer in one sentence.",
+                               "effort?": "low", "api?": "openai", "jsonSchema?": {}}], "next~": "41"},
+    "Conversations": {"conversations": [{"name": "default", "turns": 3, "createdAt": MOMENT, "lastUsedAt": MOMENT}]},
+    "Done": {"ok": True, "message": "Token revoked"},
+    "Usage": {"since": "2026-01-01", "total": SUMS, "days": [{"day": "2026-01-31", **SUMS}],
+              "tokens": [{"tokenId": ID, "name~": "my-app", **SUMS}], "plan": PLAN},
+    "NewToken": {"ok": True, "tokenId": ID, "token": "cab-...", "prefix": "cab-01234567", "warning": "Save this token now.",
+                 "warnings?": ["unknown field 'x' ignored"]},
+    "Tokens": {"tokens": [{"id": ID, "name": "my-app", "prefix": "cab-01234567", "sessionMode": "stateless", "expiresAt~": MOMENT,
+                           "createdAt": MOMENT, "lastUsedAt~": MOMENT, "isAdmin": False, "isExpired": False, "tools": "none",
+                           "workspace~": None, "requestsPerMinute~": 10, "requestsPerDay~": 200, "models~": ["haiku"]}]},
+    "Status": {"status": "running", "version": __version__, "queue": {"isProcessing": False, "length": 0},
+               "stats": {"totalTokens": 2, "totalRequests": 5, "completedRequests": 4, "errorRequests": 1, "queuedRequests": 0},
+               "worker?": {}, "plan?": PLAN, "tunnel?": {}, "claude?": {}},
+    "Health": {"status": "ok"},
+    "Root": {"name": "claude-api-bridge", "version": __version__, "description": "A REST API", "endpoints": {}, "docs": "GET /dashboard"},
+    "OpenApi": {"openapi": "3.1.0", "info": {}, "paths": {}},
+    "Models": {"object": "list", "data": [MODEL], "has_more": False, "first_id": "sonnet", "last_id": "sonnet"},
+    "Model": MODEL,
+    "Message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-5", "stop_reason": "end_turn",
+                "content": [{"type": "text", "text?": "Rhine", "id?": "toolu_1", "name?": "add", "input?": {}}],
+                "stop_sequence~": None, "usage": CHAT_USAGE},
+    "Completion": {"id": "chatcmpl-1", "object": "chat.completion", "created": 1769860800, "model": "claude-sonnet-5", "choices": [{
+        "index": 0, "message": {"role": "assistant", "content~": "Rhine", "refusal~": None, "tool_calls?": [
+            {"id": "toolu_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]},
+        "logprobs~": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52, "prompt_tokens_details": {"cached_tokens": 0}}},
+    "Error": {"error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7, "resetsAt?": MOMENT},
+    "MessageError": {"type": "error", "error": {"type": "not_found_error", "message": "Not found"}},
+    "CompletionError": {"error": {"message": "Not found", "type": "invalid_request_error", "param~": None, "code": "not_found"}},
+}
+WAIT = {"wait": ("number", "seconds to hold the answer, 0 to 90")}
+AFTER = {"after": ("integer", "how much of the text is known, in code points; as Last-Event-ID")}
+PAGE_QUERY = {"status": ("string", "one or more of queued, processing, completed, error, joined by commas"),
+              "limit": ("integer", "1 to 100, default 20"), "before": ("string", "the last page's `next`")}
+
 ROUTES = (
     Route("POST", "/api/ask", Needs.TOKEN, answer_ask, "Send a message to Claude Code", Ask,
           {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}',
-           200: "with `wait`: the poll body, finished; with `stream`: events"}),
+           200: "with `wait`: the poll body, finished; with `stream`: events"}, {202: "Queued", 200: "Job"}, {}, (403, 409)),
     Route("GET", "/api/ask/:requestId", Needs.TOKEN, answer_poll, "Poll for the answer; `?wait=30` holds it until then", None,
           {202: '{"status":"queued","requestId":ID,"queuePosition":1}',
-           200: '{"status":"completed","requestId":ID,"response":"..."}'}, polls=True),
+           200: '{"status":"completed","requestId":ID,"response":"..."}'}, {202: "Job", 200: "Job"}, WAIT, polls=True),
     Route("DELETE", "/api/ask/:requestId", Needs.TOKEN, answer_cancel, "Cancel a request that waits or runs", None,
-          {200: '{"ok":true,"status":"error","errorCode":"cancelled",...}'}),
+          {200: '{"ok":true,"status":"error","errorCode":"cancelled",...}'}, {200: "Cancelled"}, {}, (409,)),
     Route("GET", "/api/ask/:requestId/events", Needs.TOKEN, answer_events, "Follow a request live; `?after=120` resumes there", None,
-          {200: "Server-Sent Events"}),
+          {200: "Server-Sent Events"}, {200: ""}, AFTER),
     Route("POST", "/api/ask/:requestId/events", Needs.TOKEN, answer_events, "The same, for proxies that hold back events over GET", None,
-          {200: "Server-Sent Events"}),
+          {200: "Server-Sent Events"}, {200: ""}, AFTER),
     Route("GET", "/api/requests", Needs.TOKEN, answer_jobs, "One's requests, newest first; an admin sees all", None,
-          {200: '{"requests":[...],"next":"41"}'}),
+          {200: '{"requests":[...],"next":"41"}'}, {200: "Requests"}, PAGE_QUERY),
     Route("GET", "/api/conversations", Needs.TOKEN, answer_conversations, "The conversations of a stateful token", None,
-          {200: '{"conversations":[{"name":"default","turns":3,...}]}'}),
+          {200: '{"conversations":[{"name":"default","turns":3,...}]}'}, {200: "Conversations"}),
     Route("DELETE", "/api/conversations/:name", Needs.TOKEN, answer_forget, "Forget a conversation; the next ask begins it afresh", None,
-          {200: '{"ok":true,"message":"Conversation deleted"}'}),
+          {200: '{"ok":true,"message":"Conversation deleted"}'}, {200: "Done"}),
     Route("GET", "/api/usage", Needs.TOKEN, answer_usage, "Requests, tokens and estimated cost per day and token; the plan's limits", None,
-          {200: '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}'}),
+          {200: '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}'}, {200: "Usage"}, {"days": ("integer", "1 to 400, default 30")}),
     Route("POST", "/v1/messages", Needs.TOKEN, answer_messages, "The Anthropic wire format; see Other wire formats", None,
-          {200: '{"type":"message","content":[...],...}', 400: '{"type":"error","error":{"type":"...","message":"..."}}'}),
+          {200: '{"type":"message","content":[...],...}', 400: '{"type":"error","error":{"type":"...","message":"..."}}'},
+          {200: "Message"}, {}, (403, 504, 529)),
     Route("POST", "/v1/chat/completions", Needs.TOKEN, answer_completions, "The OpenAI wire format; see Other wire formats", None,
-          {200: '{"object":"chat.completion","choices":[...],...}', 400: '{"error":{"message":"...","type":"...",...}}'}),
+          {200: '{"object":"chat.completion","choices":[...],...}', 400: '{"error":{"message":"...","type":"...",...}}'},
+          {200: "Completion"}, {}, (403, 504, 529)),
     Route("GET", "/v1/models", Needs.TOKEN, answer_models, "The models of `claude`, for both formats", None,
-          {200: '{"object":"list","data":[{"id":"sonnet",...}],...}'}),
-    Route("GET", "/v1/models/:id", Needs.TOKEN, answer_model, "One of them", None, {200: '{"id":"sonnet","object":"model",...}'}),
+          {200: '{"object":"list","data":[{"id":"sonnet",...}],...}'}, {200: "Models"}),
+    Route("GET", "/v1/models/:id", Needs.TOKEN, answer_model, "One of them", None, {200: '{"id":"sonnet","object":"model",...}'},
+          {200: "Model"}),
     Route("POST", "/api/tokens", Needs.ADMIN, answer_new_token, "Create a token", NewToken,
-          {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}),
-    Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}),
+          {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}, {201: "NewToken"}),
+    Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}, {200: "Tokens"}),
     Route("DELETE", "/api/tokens/:id", Needs.ADMIN, answer_revoke, "Revoke a token; its running request is stopped", None,
-          {200: '{"ok":true,"message":"Token revoked"}'}),
+          {200: '{"ok":true,"message":"Token revoked"}'}, {200: "Done"}),
     Route("GET", "/api/status", Needs.NOTHING, answer_status, "Queue and counters; more for an admin token", None,
-          {200: '{"status":"running","version":"...","queue":{...},"stats":{...}}'}),
-    Route("GET", "/health", Needs.NOTHING, answer_health, "200 while the worker and the database work", None, {200: '{"status":"ok"}'}),
-    Route("GET", "/dashboard", Needs.NOTHING, answer_page, "A page with the counters", None, {200: "HTML"}),
-    Route("GET", "/", Needs.NOTHING, answer_root, "The list of endpoints, or the page for a browser", None,
-          {200: '{"name":...,"endpoints":{...}}'}),
+          {200: '{"status":"running","version":"...","queue":{...},"stats":{...}}'}, {200: "Status"}),
+    Route("GET", "/health", Needs.NOTHING, answer_health, "200 while the worker and the database work", None, {200: '{"status":"ok"}'},
+          {200: "Health"}),
+    Route("GET", "/metrics", Needs.ADMIN, answer_metrics, "Counters and gauges for Prometheus", None, {200: "text"}, {200: ""}),
+    Route("GET", "/openapi.json", Needs.NOTHING, lambda call: json_response(200, openapi()), "This API for programs: OpenAPI 3.1", None,
+          {200: '{"openapi":"3.1.0","paths":{...},...}'}, {200: "OpenApi"}),
+    Route("GET", "/dashboard", Needs.NOTHING, answer_page, "The dashboard", None, {200: "HTML"}, {200: ""}),
+    Route("GET", "/", Needs.NOTHING, answer_root, "The list of endpoints, or the dashboard for a browser", None,
+          {200: '{"name":...,"endpoints":{...}}'}, {200: "Root"}),
 )
+
+
+def schema_of(example: Any) -> Dict[str, Any]:
+    """The JSON Schema of what looks like an example of SHAPES."""
+    if isinstance(example, dict):
+        names = {name: name.rstrip("?~") for name in example}
+        properties = {names[name]: schema_of(value) for name, value in example.items()}
+        for name in (name for name in example if name.endswith("~")):
+            told = properties[names[name]]
+            properties[names[name]] = {**told, "type": [told["type"], "null"]} if "type" in told else {}
+        required = [names[name] for name in example if not name.endswith("?")]
+        return {"type": "object", "properties": properties, **({"required": required} if required else {})}
+    if isinstance(example, list):
+        return {"type": "array", "items": schema_of(example[0])}
+    kinds = {str: "string", bool: "boolean", int: "number", float: "number"}
+    return {} if example is None or example == "none" else {"type": kinds[type(example)]}
+
+
+def plain(example: Any) -> Any:
+    """An example of SHAPES as it goes over the wire."""
+    if isinstance(example, dict):
+        return {name.rstrip("?~"): plain(value) for name, value in example.items()}
+    return [plain(each) for each in example] if isinstance(example, list) else example
+
+
+def openapi() -> Dict[str, Any]:
+    """The routes as an OpenAPI 3.1 document."""
+    paths: Dict[str, Dict[str, Any]] = {}
+    for route in ROUTES:
+        path = re.sub(r":(\w+)", r"{\1}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = operation(route)
+    schemas = {name: {**schema_of(example), "examples": [plain(example)]} for name, example in SHAPES.items()}
+    return {"openapi": "3.1.0", "paths": paths,
+            "info": {"title": "claude-api-bridge", "version": __version__, "summary": "A REST API for the Claude Code command line tool",
+                     "license": {"name": "MIT", "identifier": "MIT"}},
+            "components": {"schemas": {**schemas, **{command.__name__ + "Body": command_schema(command) for command in (Ask, NewToken)}},
+                           "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"},
+                                               "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}}}
+
+
+def command_schema(command: Type[Command]) -> Dict[str, Any]:
+    """The JSON Schema of a body."""
+    rows = {to_wire(row.name): row for row in fields(command)}  # type: ignore[arg-type]
+    return {"type": "object", "required": [name for name in ("message", "name") if name in rows], "properties": {
+        name: {"type": row.metadata["kind"].split(" or ") + ["null"] * (row.default is None), "description": row.metadata["doc"],
+               "examples": [row.metadata["example"]]} for name, row in rows.items()}}
+
+
+def operation(route: Route) -> Dict[str, Any]:
+    """One route in an OpenAPI document: parameters, body, answers and every error."""
+    format = format_of(route.path, {})
+    told: Dict[str, Any] = {
+        "operationId": "_".join(re.findall(r"\w+", route.method.lower() + route.path)) or route.method.lower(), "summary": route.doc,
+        "security": [{"bearer": []}, {"key": []}] if route.needs != Needs.NOTHING else [],
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                       for name in re.findall(r":(\w+)", route.path)] + [{"name": name, "in": "query", "schema": {"type": kind}, "description": doc} for name, (kind, doc) in route.query.items()]}
+    if route.method == "POST" and not route.path.endswith("/events"):
+        schema = {"$ref": "#/components/schemas/%sBody" % route.takes.__name__} if route.takes else {"type": "object"}
+        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    told["responses"] = {str(status): answer_schema(route, status, name) for status, name in route.shapes.items()}
+    statuses = {400, 404, 405, 421, 429, 431, 500, 501, 503, 505, *route.refuses}
+    statuses |= {401} if route.needs != Needs.NOTHING else set()
+    statuses |= {403} if route.needs == Needs.ADMIN else set()
+    statuses |= {413, 415, 417} if "requestBody" in told else set()
+    name = "Error" if format is None else "MessageError" if format is MESSAGES else "CompletionError"
+    for status in sorted(statuses):
+        kinds = [kind for kind in ERRORS if kind.status == status]
+        examples = {kind.code: {"value": (format.error if format else error_body)(kind())} for kind in kinds}
+        told["responses"].setdefault(str(status), {
+            "description": " / ".join(kind.code for kind in kinds) or "the run failed",
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/" + name},
+                                             **({"examples": examples} if examples else {})}}})
+    return told
+
+
+def answer_schema(route: Route, status: int, name: str) -> Dict[str, Any]:
+    """What a route answers when all is well."""
+    told = {"description": route.gives.get(status, "").replace("`", "") or HTTPStatus(status).phrase, "content": {}}
+    if name:
+        told["content"] = {"application/json": {"schema": {"$ref": "#/components/schemas/" + name}}}
+    kind = "text/html" if route.path in ("/", "/dashboard") else "text/plain" if route.path == "/metrics" else "text/event-stream"
+    if not name or route.path == "/" or status == 200 and route.method == "POST":
+        told["content"] = {**told["content"], kind: {"schema": {"type": "string"}}}
+    return told
 
 
 def match(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
@@ -5006,6 +5257,10 @@ def errors_markdown() -> str:
 def run_errors_markdown() -> str:
     return markdown_table(("errorCode", "When", "On /v1"), (
         ("`%s`" % code, text, str(RUN_STATUS.get(code, 500))) for code, text in RUN_ERRORS.items()))
+
+
+def metrics_markdown() -> str:
+    return markdown_table(("Name", "Kind", "Labels", "What"), (("`%s`" % row.name, row.kind, row.labels, row.doc) for row in METRICS))
 
 
 def settings_markdown() -> str:
@@ -5135,11 +5390,16 @@ class Dispatcher:
     """Request -> Response: name, route, caller, limits, answer; the only `except Exception` on this path. Any thread."""
 
     def __init__(self, service: Service, backstage: Backstage, buckets: Buckets, report: Callable[[str], None],
-                 names: Optional[Names] = None) -> None:
+                 names: Optional[Names] = None, tally: Optional[Tally] = None) -> None:
         self._service, self._backstage, self._buckets, self._report = service, backstage, buckets, report
-        self._names = names or Names()
+        self._names, self._tally = names or Names(), tally or Tally()
 
     def dispatch(self, request: Request) -> Response:
+        response = self._respond(request)
+        self._tally.add("cab_http_responses_total", status=str(response.status))
+        return response
+
+    def _respond(self, request: Request) -> Response:
         format = format_of(request.path, request.headers)
         try:
             self._names.check(request)
@@ -5737,7 +5997,8 @@ class Bridge:
         self._parts.callback(lock.close)
         self._server = self._listen()
         self._parts.callback(self._server.server_close)
-        store = Store(data_dir / "bridge.db", self._clock)
+        tally = Tally()
+        store = Store(data_dir / "bridge.db", self._clock, tally)
         self._parts.callback(store.close)
         tag = digest(str(data_dir.resolve()))[:16]
         tunnel = self.tunnel = None if self.config.no_tunnel else self._make_tunnel(store, tag)
@@ -5745,13 +6006,15 @@ class Bridge:
             self._parts.callback(tunnel.close)
         self._parts.callback(self._server.close)
         hub = Hub()
-        claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child)
-        worker = Worker(store, claude, hub, self._clock, self._report, self.config)
+        claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child, tally)
+        worker = Worker(store, claude, hub, self._clock, self._report, self.config, tally)
         service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest, lambda: ask_models(self._claude, data_dir))
-        backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker))
+        began = self._clock.now()
+        backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker),
+                              lambda: metrics_text({**tally.values(), **self._gauges(worker, store, began)}))
         own = (host_of(self.config.public_url), self.config.host, *re.split("[, ]+", self.config.names))
         names = Names(own, (lambda: tunnel.hosts) if tunnel else frozenset)
-        self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report, names)
+        self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report, names, tally)
         left = end_leftovers(tag + ".", store.children())
         for pid, *_ in store.children():
             store.note_child(pid, None)
@@ -5823,6 +6086,22 @@ class Bridge:
                 "plan": plan_body(store.windows(), worker.rest(), self._clock.now()),
                 "tunnel": self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": self.config.public_url or None},
                 "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
+
+    def _gauges(self, worker: Worker, store: Store, began: float) -> Dict[Tuple[str, Labels], float]:
+        """What /metrics tells of the present."""
+        counts, tunnel = store.counts(), self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": None, "starts": 0}
+        found: Dict[Tuple[str, Labels], float] = {
+            ("cab_info", (("version", __version__), ("claude", self._claude.features.version_text))): 1,
+            ("cab_start_time_seconds", ()): began, ("cab_spares", ()): worker.has_spare, ("cab_resting", ()): worker.rest() is not None,
+            ("cab_access_tokens", ()): counts["tokens"], ("cab_tunnel_up", ()): tunnel["url"] is not None,
+            ("cab_tunnel_state", (("state", tunnel["state"]),)): 1, ("cab_tunnel_starts_total", ()): tunnel["starts"]}
+        found.update({("cab_queue_length", (("status", status),)): counts.get(status, 0)
+                      for status in JobStatus.ALL if status not in JobStatus.FINISHED})
+        for window in store.windows():
+            told = {"cab_plan_utilization": window.utilization, "cab_plan_resets_at_seconds": window.resets_at}
+            is_known = window.resets_at is None or window.resets_at > self._clock.now()      # else it was reset since
+            found.update({(name, (("window", window.kind),)): value for name, value in told.items() if value is not None and is_known})
+        return found
 
     @staticmethod
     def _check(worker: Worker) -> None:

@@ -137,7 +137,7 @@ def test_every_thread_is_named() -> None:
 
 
 # Where one request, or one job, must not take the others along: the dispatcher, and the top of a thread.
-CATCHES_ALL = {"Dispatcher.dispatch", "Worker._loop", "Tunnel._loop"}
+CATCHES_ALL = {"Dispatcher._respond", "Worker._loop", "Tunnel._loop"}
 
 
 def handlers() -> Iterator[Tuple[str, ast.ExceptHandler]]:

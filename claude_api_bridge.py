@@ -517,9 +517,9 @@ class CannotTunnel(Exception):
 
 
 def too_many(kind: Type[BridgeError], text: str, seconds: float, **extra: Any) -> BridgeError:
-    """A 429 that says when the next request is welcome."""
+    """A 429 that says when the next request is welcome; the libraries of /v1 would wait for it, however long it is."""
     wait = max(1, whole_seconds(seconds))
-    return kind(text, (("Retry-After", str(wait)),), retryAfter=wait, **extra)
+    return kind(text, (("Retry-After", str(wait)), *((("x-should-retry", "false"),) if wait > 60 else ())), retryAfter=wait, **extra)
 
 
 def whole_seconds(seconds: float) -> int:
@@ -4998,7 +4998,7 @@ def answer_completions(call: Call) -> Response:
 def model_body(model: Model) -> Dict[str, Any]:
     """A model for both formats: each finds its own keys, and a date where none is known."""
     return {"id": model.id, "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": model.name,
-            "created_at": "1970-01-01T00:00:00Z"}
+            "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
 
 
 def answer_models(call: Call) -> Response:

@@ -517,9 +517,9 @@ class CannotTunnel(Exception):
 
 
 def too_many(kind: Type[BridgeError], text: str, seconds: float, **extra: Any) -> BridgeError:
-    """A 429 that says when the next request is welcome; the libraries of /v1 would wait for it, however long it is."""
+    """A 429 that says when the next request is welcome."""
     wait = max(1, whole_seconds(seconds))
-    return kind(text, (("Retry-After", str(wait)), *((("x-should-retry", "false"),) if wait > 60 else ())), retryAfter=wait, **extra)
+    return kind(text, (("Retry-After", str(wait)),), retryAfter=wait, **extra)
 
 
 def whole_seconds(seconds: float) -> int:
@@ -5421,6 +5421,8 @@ class Dispatcher:
         if format:
             name = "req_" + secrets.token_hex(12)
             more += (("request-id", name), ("x-request-id", name))
+            if error.extra.get("retryAfter", 0) > 60:         # for which some libraries would wait, however long it is
+                more += (("x-should-retry", "false"),)
         return json_response(error.status, (format.error if format else error_body)(error), error.headers + more)
 
     def _answer(self, request: Request) -> Response:

@@ -6,6 +6,7 @@
     python3 claude_api_bridge.py start --no-tunnel      serve on this machine and its network
     python3 claude_api_bridge.py start --demo           the same without Claude: every answer is an echo
     python3 claude_api_bridge.py token create NAME      make a token (also: token list, token revoke ID)
+    python3 claude_api_bridge.py ask "MESSAGE"          ask the running bridge from a shell; - reads the message
     python3 claude_api_bridge.py doctor                 check all that a start needs
 
 One request's way, and the rooms it passes:
@@ -1960,18 +1961,31 @@ def marks(values: Sequence[Any]) -> str:
     return ", ".join("?" * len(values))
 
 
-def database_fault(path: Path) -> Optional[str]:
-    """What is wrong with a database, without changing it; None for a good one, or none."""
+class Glance(NamedTuple):
+    """What a database tells to one who only looks. fault: what is wrong with it, None for a good one, or none; latest: when its newest
+    request was made; children: those of the last bridge, as `Store.children` tells them."""
+    fault: Optional[str] = None
+    latest: float = 0.0
+    children: Sequence[Tuple[int, str, Optional[str]]] = ()
+
+
+def glance_at(path: Path) -> Glance:
+    """Looks at a database without changing it."""
     if not path.exists():
-        return None
+        return Glance()
     try:
         with contextlib.closing(sqlite3.connect("file:%s?mode=ro" % quote(str(path)), uri=True)) as db:
             found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-            if int(db.execute("PRAGMA user_version").fetchone()[0]) > len(MIGRATIONS):
+            version = int(db.execute("PRAGMA user_version").fetchone()[0])
+            if version > len(MIGRATIONS):
                 found = "it was written by a newer version of this program"
+            if found == "ok":
+                is_ours = version >= 3
+                latest = db.execute("SELECT max(created_at) FROM jobs").fetchone()[0] if is_ours else 0
+                return Glance(None, latest or 0.0, db.execute("SELECT pid, started, program FROM children").fetchall() if is_ours else ())
     except sqlite3.Error as error:
         found = str(error)
-    return None if found == "ok" else "The database %s cannot be used: %s" % (path, found)
+    return Glance("The database %s cannot be used: %s" % (path, found))
 
 
 class Store:
@@ -2541,11 +2555,16 @@ def kill_process(pid: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(pid, signal.SIGKILL)
 
 
-def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> List[int]:
-    """Ends what a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid, start time and, where it was
-    noted, program. -> pids, gone."""
+def find_leftovers(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> Dict[int, Optional[str]]:
+    """What a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid, start time and, where it was noted, program.
+    -> pid: start time."""
     mine = {pid for pid, started, program in recorded if started_at(pid) == started and program in (None, program_of(pid))}
-    found = {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()}}
+    return {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()}}
+
+
+def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> List[int]:
+    """Ends what a dead bridge left behind. -> pids, gone."""
+    found = find_leftovers(tag, recorded)
     for pid in found:
         kill_process(pid)
     for _ in range(200):
@@ -4995,10 +5014,13 @@ def answer_completions(call: Call) -> Response:
     return answer_chat(call, COMPLETIONS)
 
 
+MODEL = {"id": "sonnet", "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": "Sonnet",
+         "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+
+
 def model_body(model: Model) -> Dict[str, Any]:
-    """A model for both formats: each finds its own keys, and a date where none is known."""
-    return {"id": model.id, "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": model.name,
-            "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
+    """A model for both formats: each finds its own keys; the dates are told as unknown."""
+    return {**MODEL, "id": model.id, "display_name": model.name}
 
 
 def answer_models(call: Call) -> Response:
@@ -5027,8 +5049,7 @@ JOB = {"status": "completed", "requestId": ID, "queuePosition?": 0, "response?":
        "usage?": FIGURES, "partial?": "Because", "waitingFor?": "usage_limit", "resumesAt?": MOMENT,
        "warnings?": ["unknown field 'x' ignored"]}
 CHAT_USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 40}
-MODEL = {"id": "sonnet", "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": "Sonnet",
-         "created_at": "1970-01-01T00:00:00Z"}
+
 
 # What answers look like: an example, from which the schema is made. name?: may be missing; name~: may be null.
 SHAPES: Mapping[str, Mapping[str, Any]] = {
@@ -5051,7 +5072,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
                "worker?": {}, "plan?": PLAN, "tunnel?": {}, "claude?": {}},
     "Health": {"status": "ok"},
     "Root": {"name": "claude-api-bridge", "version": __version__, "description": "A REST API", "endpoints": {}, "docs": "GET /dashboard"},
-    "OpenApi": {"openapi": "3.1.0", "info": {}, "paths": {}},
+    "OpenApi": {"openapi": "3.1.0", "info": {}, "paths": {}, "components": {}},
     "Models": {"object": "list", "data": [MODEL], "has_more": False, "first_id": "sonnet", "last_id": "sonnet"},
     "Model": MODEL,
     "Message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-5", "stop_reason": "end_turn",
@@ -5136,11 +5157,11 @@ def schema_of(example: Any) -> Dict[str, Any]:
     return {} if example is None or example == "none" else {"type": kinds[type(example)]}
 
 
-def plain(example: Any) -> Any:
+def as_sent(example: Any) -> Any:
     """An example of SHAPES as it goes over the wire."""
     if isinstance(example, dict):
-        return {name.rstrip("?~"): plain(value) for name, value in example.items()}
-    return [plain(each) for each in example] if isinstance(example, list) else example
+        return {name.rstrip("?~"): as_sent(value) for name, value in example.items()}
+    return [as_sent(each) for each in example] if isinstance(example, list) else example
 
 
 def openapi() -> Dict[str, Any]:
@@ -5149,7 +5170,7 @@ def openapi() -> Dict[str, Any]:
     for route in ROUTES:
         path = re.sub(r":(\w+)", r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
-    schemas = {name: {**schema_of(example), "examples": [plain(example)]} for name, example in SHAPES.items()}
+    schemas = {name: {**schema_of(example), "examples": [as_sent(example)]} for name, example in SHAPES.items()}
     return {"openapi": "3.1.0", "paths": paths,
             "info": {"title": "claude-api-bridge", "version": __version__, "summary": "A REST API for the Claude Code command line tool",
                      "license": {"name": "MIT", "identifier": "MIT"}},
@@ -5172,8 +5193,10 @@ def operation(route: Route) -> Dict[str, Any]:
     told: Dict[str, Any] = {
         "operationId": "_".join(re.findall(r"\w+", route.method.lower() + route.path)) or route.method.lower(), "summary": route.doc,
         "security": [{"bearer": []}, {"key": []}] if route.needs != Needs.NOTHING else [],
-        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                       for name in re.findall(r":(\w+)", route.path)] + [{"name": name, "in": "query", "schema": {"type": kind}, "description": doc} for name, (kind, doc) in route.query.items()]}
+        "parameters": [*({"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                         for name in re.findall(r":(\w+)", route.path)),
+                       *({"name": name, "in": "query", "schema": {"type": kind}, "description": doc}
+                         for name, (kind, doc) in route.query.items())]}
     if route.method == "POST" and not route.path.endswith("/events"):
         schema = {"$ref": "#/components/schemas/%sBody" % route.takes.__name__} if route.takes else {"type": "object"}
         told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -5931,6 +5954,11 @@ def content_security_policy(nonce: str) -> str:
 # Constructs, starts and closes all parts. It knows the order, nothing else.
 
 
+def data_tag(data_dir: Path) -> str:
+    """By which the processes of a data directory's bridge are known."""
+    return digest(str(data_dir.resolve()))[:16]
+
+
 class DataLock:
     """One bridge per data directory. Holds an exclusive lock on bridge.lock; the system frees it when we die."""
 
@@ -6002,7 +6030,7 @@ class Bridge:
         tally = Tally()
         store = Store(data_dir / "bridge.db", self._clock, tally)
         self._parts.callback(store.close)
-        tag = digest(str(data_dir.resolve()))[:16]
+        tag = data_tag(data_dir)
         tunnel = self.tunnel = None if self.config.no_tunnel else self._make_tunnel(store, tag)
         if tunnel:
             self._parts.callback(tunnel.close)
@@ -6112,7 +6140,9 @@ class Bridge:
 
 
 # === 13 Command line ==========================================================================================
-# What a person types and reads. stdout carries data (tokens, addresses, JSON), stderr the narration.
+# What a person types and reads. stdout carries data (tokens, addresses, answers, JSON), stderr the narration.
+
+RELEASED = 1_795_000_000              # no clock that is right shows less
 
 BANNER = """
   ┌─────────────────────────────────────┐
@@ -6142,6 +6172,11 @@ class Console:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # else Python complains again at its end
             return False
+
+    def write(self, text: str) -> None:
+        """A piece of a line on stdout."""
+        with contextlib.suppress(OSError):
+            print(text, end="", flush=True)
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):        # the terminal may be gone; the bridge goes on
@@ -6352,6 +6387,113 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
     return 0
 
 
+class AskClient:
+    """A client of the running bridge, for the shell."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self._url, self._headers = urlsplit(url), {"Authorization": "Bearer " + token, "Content-Type": "application/json"}
+
+    def call(self, method: str, path: str, body: Optional[Mapping[str, Any]] = None) -> http.client.HTTPResponse:
+        """One request; its answer is read by the caller. Raises OSError, HTTPException; CannotStart for a refusal."""
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        connection = kind(str(self._url.hostname), self._url.port, timeout=WAIT_SECONDS)
+        connection.request(method, self._url.path.rstrip("/") + path, None if body is None else as_json(body).encode("utf-8", "replace"),
+                           self._headers)
+        response = connection.getresponse()
+        if response.status >= 400:
+            told = json.loads(response.read() or b"{}")
+            raise CannotStart("The bridge refused the request: %s" % told.get("error"), "check CAB_TOKEN" if response.status == 401 else "")
+        return response
+
+    def events(self, response: http.client.HTTPResponse) -> Iterator[Tuple[str, Dict[str, Any]]]:
+        """The Server-Sent Events of an answer: (name, data)."""
+        name = ""
+        for raw in response:
+            word, _, value = raw.decode().rstrip("\n").partition(": ")
+            if word == "event":
+                name = value
+            elif word == "data":
+                yield name, json.loads(value)
+
+
+def command_ask(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """Asks the running bridge; the answer alone goes to stdout, word by word where a person reads. -> 0, or 1 for a failed request."""
+    message = sys.stdin.buffer.read().decode("utf-8", "replace") if arguments.message == "-" else arguments.message
+    url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
+    client = AskClient(url, os.environ.get("CAB_TOKEN") or own_token(config, bool(arguments.conversation)))
+    asked = {"message": message, "stream": True, "model": arguments.model, "systemPrompt": arguments.system_prompt,
+             "conversation": arguments.conversation}
+    job_id, shown, is_live = "", "", sys.stdout.isatty() and not arguments.json
+    try:
+        for name, data in client.events(client.call("POST", "/api/ask", asked)):
+            job_id = data.get("requestId") or job_id
+            if name == "queued" and (data["position"] > 1 or "waitingFor" in data):
+                console.say("·", "waits at place %d%s" % (data["position"], ", for the plan until %s" % data["resumesAt"]
+                                                          if data.get("waitingFor") == "usage_limit" else ""))
+            elif name == "started" and shown:
+                console.write("\n")
+                shown = ""
+            elif name == "delta" and is_live:
+                shown += data["text"]
+                console.write(printable_text(data["text"]))
+            elif name in ("completed", "error"):
+                return finish_ask(arguments, console, data, shown)
+        raise OSError("the stream ended before the answer")
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError, http.client.HTTPException, CannotStart):
+            if job_id:
+                client.call("DELETE", "/api/ask/" + job_id)
+        console.fail("Cancelled.")
+        return 130
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise CannotStart("The bridge at %s cannot be reached: %s." % (url, error or type(error).__name__),
+                          "is it running? start it, or name it with --url") from None
+
+
+def finish_ask(arguments: argparse.Namespace, console: Console, body: Mapping[str, Any], shown: str) -> int:
+    """Prints what is not shown yet. -> the exit status."""
+    if arguments.json:
+        console.data(json.dumps(body, ensure_ascii=False, indent=2))
+    elif body.get("status") == JobStatus.COMPLETED:
+        text = str(body["response"])
+        console.data(printable_text(text[len(shown):]) if sys.stdout.isatty() else text)
+    else:
+        console.fail("%s: %s" % (body.get("errorCode") or body.get("code"), printable(str(body.get("error")))))
+    return 0 if body.get("status") == JobStatus.COMPLETED else 1
+
+
+def printable_text(text: str) -> str:
+    """An answer for a terminal: tabs stay, other control characters cannot do anything there."""
+    return "\t".join(map(printable, text.split("\t")))
+
+
+def running_url(config: Config) -> str:
+    """Where the bridge of this data folder listens, as its lock tells. Raises CannotStart."""
+    found = re.search(r"https?://\S+", is_locked(config))
+    if not found:
+        raise CannotStart("No bridge is running with the data folder %s." % config.data_dir, "start it, or name another one with --url or"
+                          " --data-dir")
+    return found.group().rstrip(".")
+
+
+def own_token(config: Config, is_stateful: bool) -> str:
+    """The token of the shell, which whoever owns the data folder may make; made anew when it was revoked or lost."""
+    path = config.data_dir / "ask-tokens.json"
+    mode = SessionMode.STATEFUL if is_stateful else SessionMode.STATELESS
+    known = read_object(path)
+    with contextlib.closing(Store(config.data_dir / "bridge.db", Clock())) as store:
+        if isinstance(known.get(mode), str) and store.token_by_digest(digest(known[mode])):
+            return str(known[mode])
+        _, secret = Service(store, Hub(), Clock(), config.data_dir).create_token(NewToken("ask (%s)" % mode, mode))
+    part = path.with_name(path.name + ".part")
+    with contextlib.suppress(FileNotFoundError):
+        part.unlink()
+    with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+        file.write(as_json({**known, mode: secret}))
+    os.replace(part, path)
+    return secret
+
+
 class Check(NamedTuple):
     """One line of the doctor. is_good: None where something is worth knowing, but nothing is broken; advice: what to do."""
     name: str
@@ -6363,7 +6505,8 @@ class Check(NamedTuple):
 def command_doctor(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Looks at all that a start needs. -> 0, or 1 when something is broken."""
     checks: List[Check] = []
-    for each in (check_python, check_data, check_port, check_claude, check_tunnel):
+    for each in (check_python, check_data, check_clock, check_leftovers, check_port, check_claude,
+                 *([check_live] if arguments.live else []), check_tunnel):
         try:
             checks += each(config, os.environ)
         except OSError as error:
@@ -6390,19 +6533,47 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return [Check("data", False, "%s is no folder that can be written" % there,
                       "make it writable, or choose another one with --data-dir")]
-    fault, free = database_fault(folder / "bridge.db"), shutil.disk_usage(there).free >> 20
+    fault, free = glance_at(folder / "bridge.db").fault, shutil.disk_usage(there).free >> 20
     shown = str(folder) if there == folder else "%s (start makes it)" % folder
+    if there == folder and os.name == "posix" and folder.stat().st_mode & 0o077:
+        shown += ", which others may look into: start takes that right away"
     return [Check("data", not fault, fault or shown, "move bridge.db away to start with an empty one" if fault else ""),
             Check("disk", free > 100, "%d MB free" % free, "" if free > 100 else "make room: requests are kept on disk")]
 
 
-def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
-    """The port: free, or held by a bridge of this data folder."""
+def check_clock(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """The clock: tokens expire by it, limits reset by it."""
+    now, latest = Clock.now(), glance_at(config.data_dir / "bridge.db").latest
+    told = "%s UTC" % time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now))
+    is_back = now < latest - 60
+    why = ", before this program was made" if now < RELEASED else ", before the newest request was made" if is_back else ""
+    return [Check("clock", not why, told + why, "set the clock of this machine" if why else "")]
+
+
+def check_leftovers(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """Processes of a bridge that was killed; those of one that runs are none."""
+    if is_locked(config):
+        return []
+    found = find_leftovers(data_tag(config.data_dir) + ".", glance_at(config.data_dir / "bridge.db").children)
+    return [Check("processes", None, "left behind by a bridge that was killed: %s; start ends them" % ", ".join(map(str, sorted(found))))
+            if found else Check("processes", True, "none are left behind")]
+
+
+def is_locked(config: Config) -> str:
+    """Who holds the lock of the data folder, "" for nobody."""
     try:
         if (config.data_dir / "bridge.lock").exists():
             DataLock(config.data_dir / "bridge.lock").close()
+        return ""
     except CannotStart as error:
-        return [Check("port", None, str(error))]
+        return str(error)
+
+
+def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """The port: free, or held by a bridge of this data folder."""
+    holder = is_locked(config)
+    if holder:
+        return [Check("port", None, holder)]
     try:
         BridgeServer(config.listen_host, config.port, Clock(), lambda text: None).server_close()
     except (OSError, OverflowError, TypeError, ValueError) as error:
@@ -6424,6 +6595,26 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return checks + [Check("payer", True, claude.payer)]
     advice = "" if config.allow_api_key else "sign claude in to the subscription, or allow the bill with --allow-api-key"
     return checks + [Check("payer", config.allow_api_key, claude.payer + ", billed per token", advice)]
+
+
+def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """A question to the model, as a request would ask it."""
+    clock, tag = Clock(), "%s.live" % data_tag(config.data_dir)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            alone = replace(config, data_dir=Path(folder), spare=0)
+            cli = ClaudeCli(find_claude(alone, environ), alone, clock, tag, lambda pid, started: None)
+            began = clock.monotonic()
+            with contextlib.closing(cli):
+                answer = cli.run(Work("Answer with the word: ready", Setup(SYSTEM_PROMPT)), LiveText(), lambda: None)
+    except CannotStart:
+        return []                                             # told by check_claude
+    except RunFailed as failure:
+        advice = {"auth_required": "sign claude in again: run claude, then /login", "usage_limit": "wait for the reset of the plan",
+                  "overloaded": "the service is overloaded; try again later"}
+        return [Check("live", False, "%s: %s" % (failure.code, redact(str(failure))),
+                      advice.get(failure.code, "see whether it answers you: claude -p hello"))]
+    return [Check("live", True, "%s answered %r in %.1f s" % (answer.model, answer.text[:40], clock.monotonic() - began))]
 
 
 def check_tunnel(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -6482,6 +6673,15 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check all that a start needs, and say what to do", allow_abbrev=False)
     add_settings(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--live", action="store_true", help="also ask the model a short question, which the plan pays for")
+    ask = commands.add_parser("ask", help="ask the running bridge, and print the answer", allow_abbrev=False)
+    ask.add_argument("message", help="what to ask; - reads it from standard input")
+    ask.add_argument("--model", metavar="NAME", help="alias or full name of a model")
+    ask.add_argument("--system-prompt", metavar="TEXT", help="instructions for the model")
+    ask.add_argument("--conversation", metavar="NAME", help="go on with the conversation of this name")
+    ask.add_argument("--url", help="where the bridge is [CAB_URL] (default: the one that runs with this data folder)")
+    ask.add_argument("--json", action="store_true", help="print the whole answer as JSON")
+    add_settings(ask, ("data_dir",))
     token = commands.add_parser("token", help="create, list and revoke tokens, while the bridge runs or not", allow_abbrev=False)
     actions = token.add_subparsers(dest="action", metavar="ACTION", required=True)
     create = actions.add_parser("create", help="make a token and print it", allow_abbrev=False)
@@ -6518,7 +6718,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":
             return command_start(config, console)
-        return (command_doctor if arguments.command == "doctor" else command_token)(arguments, config, console)
+        return {"doctor": command_doctor, "ask": command_ask, "token": command_token}[arguments.command](arguments, config, console)
     except (WrongSetting, InvalidRequest) as error:
         console.fail(str(error))
         return 2

@@ -23,6 +23,7 @@ TABLES = {
     "errors": cab.errors_markdown,
     "run errors": cab.run_errors_markdown,
     "settings": cab.settings_markdown,
+    "metrics": cab.metrics_markdown,
 }
 
 
@@ -94,13 +95,14 @@ def test_the_examples_for_the_shell_work_as_written(program):
     lines = ["URL=http://127.0.0.1:%d ADMIN=%s TOKEN=%s ID=%s" % (running.port, running.token, stateful.token, first)]
     lines += re.findall(r"<!-- example -->\n```sh\n(.*?)```\n<!-- /example -->", README.read_text("utf-8"), re.DOTALL)
     done = subprocess.run(["sh", "-euc", "\necho; echo ---\n".join(lines)], stdout=subprocess.PIPE, timeout=60)
-    story, resumed, cancelled, twice, lists, usage, guest, plan, formats = done.stdout.decode().split("---\n")[1:]
+    story, resumed, cancelled, twice, lists, usage, guest, plan, formats, metrics = done.stdout.decode().split("---\n")[1:]
     assert done.returncode == 0 and "event: delta\n" in story and story.count("event: completed\n") == 1
     assert resumed.startswith("id: ") and '"text":"a demo, Cl' not in resumed and "event: completed\n" in resumed
     assert '"code":"already_finished"' in cancelled
     assert len(set(re.findall('"requestId":"([^"]*)"', twice))) == 1
     assert '"message":"Before"' in lists and '"name":"trip-to-rome"' in lists and "Conversation deleted" in lists
     assert '"object":"chat.completion"' in formats and "event: message_stop\n" in formats and '"object":"list"' in formats
+    assert 'cab_requests_finished_total{status="completed",code=""} ' in metrics and '"spareReady":' in metrics
     assert '"requests":3' in usage and '"token":"cab-' in guest and plan.startswith('{"windows":[]')
 
 

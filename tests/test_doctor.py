@@ -8,12 +8,14 @@ import os
 import re
 import socket
 import sqlite3
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import pytest
-from conftest import FakeClaude, RunningBridge, run_cli
+from conftest import FakeClaude, RunningBridge, run_cli, wait_until
 from fake_claude import FLAGS
 from fake_cloudflared import VERSION, FakeCloudflared
 from test_bridge import ORIGINAL_SCHEMA
@@ -23,7 +25,7 @@ import claude_api_bridge as cab
 
 Fakes = Callable[..., FakeClaude]                            # what the fixtures give
 Typed = Callable[..., "Report"]
-NAMES = ["python", "sqlite", "data", "disk", "port", "claude", "payer", "cloudflared", "tunnel"]
+NAMES = ["python", "sqlite", "data", "disk", "clock", "processes", "port", "claude", "payer", "cloudflared", "tunnel"]
 
 
 class Report(NamedTuple):
@@ -289,7 +291,7 @@ def test_an_oserror_of_an_earlier_check_does_not_hide_the_later_ones(doctor: Typ
     monkeypatch.setattr(cab, "check_data", check_data)
     report = doctor("--no-tunnel")
     assert (report.status, report.bad, report.of("data")[1]) == (1, ["data"], "[Errno 5] Input/output error")
-    assert list(report.checks) == ["python", "sqlite", "data", "port", "claude", "payer", "tunnel"]
+    assert list(report.checks) == ["python", "sqlite", "data", "clock", "processes", "port", "claude", "payer", "tunnel"]
 
 
 def test_a_system_without_cloudflared_is_told_what_to_do(doctor: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +326,57 @@ def test_a_named_tunnel_wants_to_know_its_address(doctor: Typed, cloudflared: Fa
     report = doctor(*words, "--public-url", "https://bridge.example.com", CAB_TUNNEL_TOKEN=TUNNEL_TOKEN)
     assert (report.status, report.of("tunnel")[:2]) == (0, (True, "named, https://bridge.example.com"))
     assert TUNNEL_TOKEN not in report.out and "TUNNEL_TOKEN" not in cloudflared.runs()[-1]["env"]
+
+
+# --- clock, left-over processes, a question to the model ---
+
+def test_a_clock_that_went_back_is_told(doctor: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    with contextlib.closing(cab.Store(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
+        store.enqueue(store.add_token(cab.NewToken(name="kept"), cab.new_token()).id, cab.Ask("hello"))
+    assert doctor("--no-tunnel").bad == []
+    for seconds, words in ((3_600, "before the newest request was made"), (20 * 365 * 86_400, "before this program was made")):
+        with monkeypatch.context() as patch:
+            patch.setattr(cab.Clock, "now", staticmethod(lambda: time.time() - seconds))
+            report = doctor("--no-tunnel")
+        assert (report.status, report.bad) == (1, ["clock"]) and words in report.of("clock")[1]
+        assert "set the clock" in str(report.of("clock")[2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds them by their environment")
+def test_what_a_killed_bridge_left_is_told_and_left_alone(doctor: Typed, tmp_path: Path) -> None:
+    tag = cab.data_tag(tmp_path / "data") + ".claude.1."
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={cab.TAG: tag})
+    try:
+        wait_until(lambda: cab.tagged(tag))
+        report = doctor("--no-tunnel")
+        assert report.status == 0 and report.of("processes")[0] is None and str(left.pid) in report.of("processes")[1]
+        assert left.poll() is None
+    finally:
+        left.kill()
+        left.wait()
+    assert doctor("--no-tunnel").of("processes") == (True, "none are left behind", None)
+
+
+def test_a_live_round_trip_asks_the_model_once_and_leaves_nothing(doctor: Typed, tmp_path: Path) -> None:
+    assert "live" not in doctor("--no-tunnel").checks
+    report = doctor("--no-tunnel", "--live")
+    assert report.status == 0 and re.match(r"resolved-default-model answered 'Echo: Answer with the word: ready' in \d", report.of("live")[1])
+    assert FakeClaude(tmp_path / "fake").prompts() == ["Answer with the word: ready"] and not (tmp_path / "data").exists()
+
+
+def test_a_live_round_trip_that_fails_says_what_to_do(doctor: Typed, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = {"auth_required": "sign claude in again", "usage_limit": "wait for the reset", "overloaded": "try again later",
+                "cli_error": "claude -p hello"}
+    for code, advice in failures.items():
+        def fail(*words: Any) -> None:
+            raise cab.RunFailed(code, "No: sk-ant-oat01-secret-of-the-owner")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cab.ClaudeCli, "run", fail)
+            report = doctor("--no-tunnel", "--live")
+        assert (report.status, report.bad) == (1, ["live"]) and report.of("live")[1].startswith(code + ": No: sk-ant-oat01...")
+        assert advice in str(report.of("live")[2])
 
 
 # --- nothing is changed ---

@@ -1742,9 +1742,9 @@ class JobEvent(NamedTuple):
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> Tuple[str, Optional[str]]:
-    """-> (the text before the first stop sequence in it, and that one; or all of it and None)."""
-    found = [(text.index(stop), -len(stop), stop) for stop in stops if stop in text]
-    return (text[:min(found)[0]], min(found)[2]) if found else (text, None)
+    """-> (the text before the stop sequence that is complete first, and that one; or all of it and None)."""
+    found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+    return (text[:min(found)[0] + min(found)[1]], min(found)[2]) if found else (text, None)
 
 
 def possible_stop(text: str, stops: Sequence[str]) -> int:
@@ -1802,8 +1802,12 @@ class LiveText:
         self._changed()
 
     def add(self, text: str) -> None:
-        text, self.stopped_by = cut_at_stop(self._held + text, self.stops)
-        held = 0 if self.stopped_by else max(possible_stop(text, self.stops), int("\ud800" <= text[-1:] <= "\udbff"))
+        text = self._held + text
+        if self.stops and not text.isascii():                # two halves become one character
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+        text, self.stopped_by = cut_at_stop(text, self.stops)
+        half = int("\ud800" <= text[-1:] <= "\udbff")
+        held = 0 if self.stopped_by else half + possible_stop(text[:len(text) - half], self.stops)
         text, self._held = text[:len(text) - held], text[len(text) - held:]
         self._append(text)
         self._changed()
@@ -2945,6 +2949,9 @@ class Turn:
         call_id = str(((message.get("params") or {}).get("_meta") or {}).get("claudecode/toolUseId"))
         if call_id in self._results:
             return self._reply(request_id, message.get("id"), self._results[call_id])
+        if call_id not in [block.get("id") for block in self._blocks]:       # of a subagent, say: nobody could be told
+            return self._reply(request_id, message.get("id"), {
+                "content": [{"type": "text", "text": "This tool cannot be called from here."}], "isError": True})
         self._child.calls[call_id] = request_id, message.get("id")
 
     def _reply(self, request_id: str, message_id: Any, result: Mapping[str, Any]) -> None:
@@ -3761,11 +3768,9 @@ class Worker:
 
     def rest(self, model: Optional[str] = ALL_MODELS) -> Optional[Rest]:
         """Why no job of this model (None: of the default one) is begun now; without one, why none is. The clock that is first ends it."""
-        for key in (ALL_MODELS, model or ""):
-            rest, until = self._rests.get(key, (None, 0.0))
-            if rest and self._clock.now() < rest.until and self._clock.monotonic() < until:
-                return rest
-        return None
+        known = [self._rests[key] for key in (ALL_MODELS, model or "") if key in self._rests]
+        rests = [rest for rest, until in known if self._clock.now() < rest.until and self._clock.monotonic() < until]
+        return max(rests, key=lambda rest: rest.until, default=None)
 
     def close(self) -> None:
         """Lets a running job finish for a moment, then puts it back; the children are gone on return. Idempotent."""
@@ -3804,8 +3809,10 @@ class Worker:
         token = self._store.token(job.token_id) if job else None
         if not job or not token:
             return False
+        chat = self._store.chat(job.id) if job.api else None
+        if job.api and not chat:                             # cancelled since it was claimed
+            return True
         self._report("Processing request %s..." % job.id[:8])
-        chat = self._store.chat(job.id)
         live = LiveText(max(job.restarts, self._broken_off.pop(job.id, 0)), lambda: self._hub.wake(Hub.TEXT + job.id),
                         chat.stops if chat else ())
         self.running, self._live[job.id] = (job.id, self._clock.now()), live
@@ -3819,6 +3826,8 @@ class Worker:
             answer = self._claude.run(work, live, lambda: self._stop_reason(job), self._note_limits)
             if chat and chat.forced:
                 answer = as_call(answer, chat.forced, "toolu_" + job.id.replace("-", ""))
+            elif chat and answer.structured:
+                answer = replace(answer, text=answer.structured)
             live.finish(clean_text(answer.text))
             is_kept = self._store.complete(job, answer, live.restarts)
             is_settled = True
@@ -4488,9 +4497,17 @@ def of_kind(value: Any, kind: Type[Any], name: str) -> Any:
     return clean_text(value) if kind is str else value
 
 
+def checked(check: Callable[[Any], Any], value: Any, name: str) -> Any:
+    """A value as a check of the core has it."""
+    try:
+        return check(value)
+    except InvalidRequest as error:
+        raise bad_value(name, str(error)) from None
+
+
 def read_source(source: Any, name: str) -> Dict[str, Any]:
     """Where an image or a document comes from."""
-    kind = of_kind(source, dict, name).get("type")
+    kind = of_kind(of_kind(source, dict, name).get("type"), str, name + ".type")
     if kind not in SOURCES:
         raise bad_value(name + ".type", "must be one of: %s; files that were uploaded elsewhere cannot be read here" % ", ".join(SOURCES))
     return {"type": kind, **{each: of_kind(source.get(each), str, "%s.%s" % (name, each)) for each in SOURCES[kind]}}
@@ -4606,7 +4623,7 @@ def with_choice(chat: Chat, choice: Choice) -> Chat:
             raise bad_value("tool_choice", "needs tools")
         return replace(chat, functions=())
     names = {each["name"]: each for each in chat.functions}
-    if choice.kind == "tool" and choice.name not in names:
+    if choice.kind == "tool" and (not isinstance(choice.name, str) or choice.name not in names):
         raise bad_value("tool_choice", "there is no tool %s" % clean_text(str(choice.name))[:100])
     forced = names[choice.name] if choice.kind == "tool" else chat.functions[0] if choice.kind == "any" and len(names) == 1 else None
     if forced:
@@ -4644,9 +4661,9 @@ def read_messages(body: Any) -> Chat:
         raise bad_value("tool_choice.type", "must be auto, any, tool or none")
     wanted = of_kind(body.get("output_config") or {}, dict, "output_config")
     return with_choice(Chat(
-        read_turns(messages), "\n\n".join(block["text"] for block in system) or None, check_model(body.get("model")),
+        read_turns(messages), "\n\n".join(block["text"] for block in system) or None, checked(check_model, body.get("model"), "model"),
         read_schema(wanted.get("format") or body.get("output_format"), "output_config.format"),
-        choice_check(EFFORTS, "output_config.effort must be one of: " + ", ".join(EFFORTS))(wanted.get("effort")),
+        checked(choice_check(EFFORTS, "must be one of: " + ", ".join(EFFORTS)), wanted.get("effort"), "output_config.effort"),
         read_functions(tools), stops=read_stops(body.get("stop_sequences"), "stop_sequences"),
         stream=of_kind(body.get("stream") or False, bool, "stream")),
         Choice(choice["type"], choice.get("name"), choice.get("disable_parallel_tool_use") is True))
@@ -4673,12 +4690,12 @@ def read_completions(body: Any) -> Chat:
         if body.get(name):
             raise bad_value(name, "is not supported; " + advice)
     if body.get("n") not in (None, 1):
-        raise bad_value("n", "only one choice is possible; send %s requests instead" % (body["n"],))
+        raise bad_value("n", "only one choice is possible; send more requests instead")
     system: List[str] = []
     messages = []
     for n, message in enumerate(of_kind(body.get("messages"), list, "messages")):
         name = "messages.%d" % n
-        role = of_kind(message, dict, name).get("role")
+        role = of_kind(of_kind(message, dict, name).get("role"), str, name + ".role")
         if role in ("system", "developer"):
             system += [part["text"] for part in read_content(message.get("content"), ("text",), name + ".content")]
         elif role in COMPLETION_ROLES:
@@ -4703,7 +4720,7 @@ def read_completions(body: Any) -> Chat:
         raise bad_value("reasoning_effort", "must be one of: " + ", ".join(each for each in REASONING if each))
     return with_choice(Chat(
         read_turns(messages), "\n\n".join(system) or None,
-        None if isinstance(model, str) and OTHERS_MODELS.fullmatch(model) else check_model(model),
+        None if isinstance(model, str) and OTHERS_MODELS.fullmatch(model) else checked(check_model, model, "model"),
         None if schema is None else clean_text(as_json({"type": "object", **of_kind(schema, dict, "response_format.json_schema.schema")})),
         REASONING[body.get("reasoning_effort")], read_functions(tools), stops=read_stops(body.get("stop"), "stop"),
         stream=of_kind(body.get("stream") or False, bool, "stream"), tells_usage=options.get("include_usage") is True, api="openai"),
@@ -4760,8 +4777,8 @@ def read_assistant_parts(message: Mapping[str, Any], name: str) -> Tuple[str, An
         place = "%s.tool_calls.%d" % (name, n)
         told = of_kind(of_kind(call, dict, place).get("function"), dict, place + ".function")
         try:
-            arguments = json.loads(told.get("arguments") or "{}")
-        except (ValueError, TypeError, RecursionError):
+            arguments = parsed_json(of_kind(told.get("arguments") or "{}", str, place + ".function.arguments").encode())
+        except InvalidJson:
             raise bad_value(place + ".function.arguments", "must be JSON") from None
         parts.append({"type": "tool_use", "id": call.get("id"), "name": told.get("name"), "input": arguments})
     return "assistant", parts
@@ -4792,10 +4809,11 @@ def chat_steps(call: Call, job: Job) -> ChatSteps:
     for it. Of a text that begins anew what is the same is not told twice. Raises RunError, Unavailable."""
     told: List[str] = []                                     # to the reader, of the present block
     again, at = "", 0                                        # what was told before the text began anew, and how far it is the same
-    model, is_over = job.model, False
+    model, is_over, told_at = job.model, False, call.service.now()
     try:
         for event, view in call.service.follow(call.holder, job.id, has_left=call.request.has_left):
-            if event.kind == "quiet":
+            if event.kind == "quiet" or event.kind == "queued" and call.service.now() - told_at >= KEEP_ALIVE_SECONDS:
+                told_at = call.service.now()                  # a new place in the queue is nothing that is told
                 yield ChatStep("quiet", model=model)
             elif event.kind == "started":
                 again, at, model = "".join(told), 0, event.model or model
@@ -4818,6 +4836,9 @@ def chat_steps(call: Call, job: Job) -> ChatSteps:
                 failure = call.service.failure(view.job)
                 if failure:
                     raise failure
+                if again[at:].strip() and view.job.response:  # it ends where more was told before
+                    yield ChatStep("again", model=model)
+                    yield ChatStep("text", view.job.response, model)
                 yield ChatStep("end", model=view.job.model or model, job=view.job)
                 return
         raise Unavailable("The request was given up: its caller has left, or the bridge ends.")
@@ -5001,6 +5022,7 @@ COMPLETIONS = Format(read_completions, completion_body, completion_pieces, compl
 
 def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
     """In whose words a path is answered; None: in our own."""
+    path = unquote(path)
     if not re.match(r"/v1(/|$)", path, re.IGNORECASE):
         return None
     return MESSAGES if re.match("/v1/messages", path, re.IGNORECASE) or "anthropic-version" in headers else COMPLETIONS

@@ -2861,20 +2861,24 @@ class Warm(NamedTuple):
 
 class Aside(NamedTuple):
     """A process in the middle of a turn that waits for the results of the client's tools. before: what was said until this turn, and
-    prompt: what began it; ids: of the calls."""
+    prompt: what began it."""
     child: Child
     setup: Setup
     model: Optional[str]
     owner: str
     before: Sequence[Exchange]
     prompt: Content
-    ids: FrozenSet[str]
+    calls: Sequence[FunctionCall]
     until: float
 
     def fits(self, work: Work, results: Mapping[str, Any], history: Sequence[Exchange]) -> bool:
-        """Whether it is this process whose calls the work answers: the same caller, calls and conversation."""
-        return (self.owner == work.owner and self.ids == set(results) and self.setup == work.setup and self.child.is_alive
-                and [*self.before, self.prompt] == [*history[:-1], history[-1].message])
+        """Whether it is this process whose calls the work answers: the same caller, conversation and calls."""
+        *before, (prompt, answer) = history
+        calls = [FunctionCall(block["id"], block["name"][len(FUNCTION_PREFIX):], block["input"])
+                 for block in answer if isinstance(block, dict) and block["type"] == "tool_use"]
+        return (self.owner == work.owner and self.setup == work.setup and self.child.is_alive
+                and [*self.before, self.prompt] == [*before, prompt] and {call.id for call in calls} == set(results)
+                and {call.id: call for call in calls} == {call.id: call for call in self.calls})
 
 
 class Way(NamedTuple):
@@ -3233,7 +3237,7 @@ class ClaudeCli:
         """After a success: the child of a conversation stays, one that waits for the client's tools waits aside, any other leaves."""
         if answer.ending.calls:
             self._asides.append(Aside(way.child, work.setup, answer.model, work.owner, work.history(), work.message,
-                                      frozenset(call.id for call in answer.ending.calls), self._clock.monotonic() + ASIDE_SECONDS))
+                                      answer.ending.calls, self._clock.monotonic() + ASIDE_SECONDS))
             return self._end_asides(self._asides[:-WARM_CHILDREN])
         if not work.conversation or not self._config.warm_seconds:
             return self._dismiss(way.child, work.setup, is_idle)

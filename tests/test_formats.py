@@ -986,6 +986,17 @@ def test_another_conversation_is_told_to_a_process_of_its_own(bridge: Start, fak
     assert len(pids(fake)) == n + 2
 
 
+def test_a_call_that_the_client_changed_is_told(bridge: Start, fake: FakeClaude) -> None:
+    """The process that waits made another one."""
+    admin = bridge(fake).admin
+    body = calling("anthropic")
+    more = continued(body, post(admin, "anthropic", body), "blue")
+    more["messages"][-2]["content"][-1]["input"] = {"at": "sea"}
+    assert words(post(admin, "anthropic", more)) == SEEDED and len(pids(fake)) == 2
+    told = [line for line in fake.lines() if line["type"] == "assistant"][-1]["message"]["content"]
+    assert told[-1] == tool_use("mcp__api__look", "toolu_0", at="sea")
+
+
 def test_a_result_with_an_image_from_an_address_is_told(bridge: Start, fake: FakeClaude) -> None:
     admin = bridge(fake).admin
     body = calling("anthropic")

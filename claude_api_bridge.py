@@ -5902,66 +5902,723 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>claude-api-bridge</title>
 <style nonce="NONCE">
-:root { color-scheme: light dark;
-  --paper: #faf9f7; --card: #fff; --ink: #1f1e1c; --faint: #6b6862; --line: #e3e0da; --good: #2e7d4f; --bad: #b3402f }
+:root { color-scheme: light dark; --paper: #faf9f7; --card: #fff; --tint: #f3eee6; --ink: #1f1e1c; --faint: #6b6862; --line: #e3e0da;
+  --good: #2e7d4f; --bad: #b3402f; --warm: #a34c25 }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #1b1a18; --card: #252422; --ink: #efece6; --faint: #a09b92; --line: #3a3834; --good: #7cc79a; --bad: #ef8d7c }
+  :root { --paper: #1b1a18; --card: #252422; --tint: #2a2724; --ink: #efece6; --faint: #a09b92; --line: #3a3834;
+    --good: #7cc79a; --bad: #ef8d7c; --warm: #e8a27a }
 }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: baseline; margin-bottom: 1.5rem }
-h1 { font-size: 1.25rem; margin: 0 }
-header p, footer { color: var(--faint); margin: 0 }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 0 0 1.5rem }
-dl div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem 1rem }
-dt { color: var(--faint); font-size: .875rem }
-dd { margin: 0; font-size: 1.75rem; font-variant-numeric: tabular-nums }
-.good { color: var(--good) } .bad { color: var(--bad) }
+* { box-sizing: border-box; margin: 0 }
+[hidden] { display: none !important }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 5rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h2, .big { font-family: ui-serif, Georgia, serif; font-weight: 500; line-height: 1.3 }
+h1 { font-size: 1.45rem }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem }
+h2:focus { outline: none }
+h3 { font-size: .8rem; color: var(--faint); margin: 1.25rem 0 .35rem }
+p, pre { margin: .5rem 0 }
+code, pre { font: .86em/1.6 ui-monospace, Menlo, Consolas, monospace }
+label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem }
+.notice code { display: block; margin-bottom: .75rem }
+.good { color: var(--good) }
+.bad { color: var(--bad) }
+.row { display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center }
+.row > .begin, .row > .grow { flex: 1 1 12rem; min-width: 0 }
+.begin { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
+.spread { display: flex; justify-content: space-between }
+header p { margin: 0; font-size: .875rem }
+#version { margin-right: auto }
+#state::before { content: "● " }
+nav { display: flex; gap: clamp(.8rem, 3vw, 1.5rem); margin: 1rem 0 1.5rem; border-bottom: 1px solid var(--line) }
+nav a { padding: .5rem 0; margin-bottom: -1px; color: var(--faint); text-decoration: none; border-bottom: 2px solid transparent }
+nav a[aria-current] { color: var(--ink) }
+nav a[aria-current] { border-color: var(--warm) }
+:focus-visible { outline: 2px solid var(--warm); outline-offset: 2px; border-radius: .3rem }
+button, input, select, textarea { font: inherit; font-size: .9375rem; color: var(--ink); min-height: 2.25rem; max-width: 100%;
+  border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .35rem .7rem }
+button { cursor: pointer; background: none }
+button:hover, [aria-pressed=true] { background: var(--tint) }
+button.first { background: var(--warm); border-color: var(--warm); color: var(--paper); font-weight: 600 }
+#leave { border: 0; padding: 0; min-height: 0; text-decoration: underline }
+label > * { display: block; width: 100%; margin-top: .2rem }
+label > [type=checkbox] { display: inline; width: 1.1rem; min-height: 1.1rem; accent-color: var(--warm); vertical-align: -.25rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least, 13rem)), 1fr)); gap: .75rem 1.25rem }
+dl.grid { --least: 6rem; min-height: 4rem }
+dl.grid div { display: flex; flex-direction: column-reverse }
+form .grid { margin: .75rem 0 }
+.big { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums }
+#facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem; align-items: baseline }
+#facts div { display: contents }
+.list { list-style: none; padding: 0 }
+.list > li { border-top: 1px solid var(--line); padding: .7rem 0 }
+.list:not(:empty) + .none { display: none }
+.list > .running, .notice { border: solid var(--warm); border-width: 0 0 0 3px; background: var(--tint); padding: .9rem 1.1rem }
+.text { white-space: pre-wrap; max-height: 26rem; overflow: auto }
+details > .text, .box { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem }
+summary { cursor: pointer; padding: .35rem 0 }
+summary.row { gap: 0 .75rem; font-size: 1rem; color: var(--ink) }
+#recent li { padding: .35rem 0 }
+#windows li { border: 0 }
+progress { display: block; appearance: none; width: 100%; height: .45rem; margin: .35rem 0; border: 0; background: var(--line) }
+progress::-webkit-progress-bar { background: var(--line) }
+progress::-webkit-progress-value { background: var(--warm) }
+progress::-moz-progress-bar { background: var(--warm) }
+svg { display: block; width: 100%; height: 11rem; margin: 1.5rem 0 .25rem; border-bottom: 1px solid var(--line); fill: var(--warm) }
+svg .day { fill: transparent }
+svg g:hover .day { fill: var(--tint) }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .35rem 0 .35rem .75rem; border-bottom: 1px solid var(--line) }
+th { font-weight: 500 }
+th:first-child, #endpoints td { text-align: left }
+th:first-child { padding-left: 0 }
+#said { position: fixed; bottom: 1rem; left: 50%; transform: translateX(-50%); width: max-content; max-width: calc(100% - 2rem);
+  background: var(--ink); color: var(--paper); padding: .5rem 1rem; border-radius: .5rem }
+#said:empty { display: none }
+.hush { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 </style>
-<header><h1>claude-api-bridge</h1><p id="version"></p><p id="state" role="status">Loading&hellip;</p></header>
-<main><dl>
-<div><dt>Queued</dt><dd id="queued">&ndash;</dd></div>
-<div><dt>Processing</dt><dd id="processing">&ndash;</dd></div>
-<div><dt>Completed</dt><dd id="completed">&ndash;</dd></div>
-<div><dt>Failed</dt><dd id="failed">&ndash;</dd></div>
-<div><dt>Requests</dt><dd id="requests">&ndash;</dd></div>
-<div><dt>Tokens</dt><dd id="tokens">&ndash;</dd></div>
-</dl></main>
-<footer id="heard"></footer>
-<noscript>This page needs JavaScript. The same figures: GET /api/status</noscript>
+<header>
+<div class="row"><h1>claude-api-bridge</h1><p id="version" class="faint"></p>
+<p id="state" role="status">Loading&hellip;</p><p id="heard" class="faint"></p>
+<p data-for="token admin"><span id="me" class="faint"></span> <button id="leave">Sign out</button></p></div>
+<nav aria-label="Parts"><a href="#/requests">Requests</a><a href="#/playground" data-for="token admin">Playground</a>
+<a href="#/usage" data-for="token admin">Usage</a><a href="#/tokens" data-for="admin">Tokens</a><a href="#/api">API</a></nav>
+</header>
+<noscript>This page needs JavaScript.</noscript>
+<main>
+<section data-view="#/requests"><h2 class="hush" tabindex="-1">Requests</h2><dl class="grid" id="counters"></dl>
+<form id="enter" data-for="nobody"><h2>Sign in</h2><label for="secret">Token</label>
+<div class="row"><input id="secret" class="grow" type="password" autocomplete="off" required
+ aria-describedby="refused hint"><button class="first">Sign in</button></div><p id="refused" class="bad" role="alert"></p>
+<p id="hint" class="faint"><code>start</code> printed the admin token, once. Another one: <code>claude_api_bridge.py token create
+NAME</code>, with <code>--admin</code> to manage the bridge. This tab forgets it when you close it.</p></form>
+<div data-for="token admin"><p id="rest" class="notice" role="status" hidden></p>
+<section><h2>Running now</h2><ul class="list" id="running"></ul><p class="none faint">Nothing runs.</p></section>
+<section><h2>Waiting</h2><ol class="list" id="waiting"></ol><p class="none faint">The queue is empty.</p></section>
+<section id="plan" hidden><h2>Plan</h2><ul class="list grid" id="windows"></ul></section>
+<section data-for="admin"><h2>Bridge</h2><dl id="facts"></dl></section>
+<section><h2>Recent</h2><div class="row"><div class="row" id="filters" role="group" aria-label="Show"></div>
+<input id="search" class="grow" type="search" placeholder="Search what is loaded" aria-label="Search what is loaded"></div>
+<p id="found" class="faint" role="status"></p><ul class="list" id="recent"></ul><p class="none faint">Nothing here yet.</p>
+<p><button id="more" hidden>More</button></p></section>
+<section id="memory" hidden><h2>Conversations</h2><ul class="list" id="conversations"></ul></section></div></section>
+<section data-view="#/playground" hidden><h2 tabindex="-1">Playground</h2>
+<form id="ask"><label>Message<textarea name="message" rows="5" required></textarea></label>
+<div class="grid"><label>Model<input name="model" list="models" placeholder="the default"></label>
+<datalist id="models"><option>haiku<option>sonnet<option>opus</datalist><label>Effort<select name="effort"><option value="">the default
+<option>low<option>medium<option>high<option>xhigh<option>max</select></label></div>
+<label>System prompt<textarea name="systemPrompt" rows="2"></textarea></label>
+<p class="row"><button class="first" id="send">Ask</button><button type="button" id="stop" hidden>Stop</button>
+<span id="asked" class="faint" role="status"></span></p></form>
+<div id="reply" hidden><p id="answer" class="text box" tabindex="0" role="region" aria-label="Answer"></p>
+<p class="row"><button id="copy-answer">Copy answer</button><span id="cost" class="faint"></span></p></div>
+<h2>The same as code</h2><div class="row"><div class="row" id="languages" role="group" aria-label="Language"></div>
+<button id="copy-code">Copy code</button></div><pre id="code" class="text box" tabindex="0" role="region" aria-label="Code"></pre></section>
+<section data-view="#/usage" hidden><h2 tabindex="-1">Usage of 30 days</h2><dl class="grid" id="totals"></dl>
+<svg id="chart" role="img" viewBox="0 0 30 100" preserveAspectRatio="none" aria-label="Tokens a day; for figures see Day by day"></svg>
+<p class="faint spread"><span id="since"></span><span id="most"></span><span>today</span></p>
+<p class="faint">Days are in UTC. Costs are estimates by Claude Code at API prices, not what your plan charges.</p>
+<details><summary>Day by day</summary><table><thead><tr><th>Day<th>Requests<th>Tokens<th>Cost<tbody id="days"></table></details>
+<section data-for="admin"><h2>By token</h2><table><thead><tr><th>Token<th>Requests<th>Tokens<th>Cost<tbody id="shares"></table></section>
+</section>
+<section data-view="#/tokens" hidden><h2 tabindex="-1">New token</h2>
+<form id="create"><div class="grid"><label>Name<input name="name" required></label>
+<label>Memory<select name="sessionMode"><option>stateless<option>stateful</select></label>
+<label>Tools<select name="tools"><option>none<option>read<option>web<option>all</select></label>
+<label>Expires in days<select name="expiresInDays"><option>never<option>1<option>7<option>30<option>90</select></label>
+<label>Requests a minute<input name="requestsPerMinute" type="number" min="1" placeholder="no limit"></label>
+<label>Requests a day<input name="requestsPerDay" type="number" min="1" placeholder="no limit"></label>
+<label>Models<input name="models" placeholder="all, or haiku, sonnet"></label></div>
+<p class="row"><button class="first">Create token</button><label><input type="checkbox" name="admin"> Admin: may do all</label></p></form>
+<div id="made" class="notice" role="status" hidden></div>
+<h2>Tokens</h2><ul class="list" id="holders"></ul></section>
+<section data-view="#/api" hidden><h2 tabindex="-1">API</h2>
+<p>Send the token as <code>Authorization: Bearer cab-...</code> or <code>x-api-key: cab-...</code>; bodies are JSON.</p>
+<table><tbody id="endpoints"></table></section>
+</main>
+<p id="said" role="status"></p>
 <script nonce="NONCE">
 "use strict";
-const show = (id, text) => { document.getElementById(id).textContent = text };
-let heard = null;
-async function refresh() {
-  const state = document.getElementById("state");
+const NEWLINE = String.fromCharCode(10), FINISHED = ["completed", "error"];
+const $ = (id) => document.getElementById(id);
+const pause = () => new Promise((done) => setTimeout(done, 2000));
+
+// --- Elements: what comes from outside gets in as text, never as markup ---
+
+// make("p.faint", { title: "..." }, "text", element): what is empty is left out.
+function make(what, ...parts) {
+  const [tag, kind] = what.split(".");
+  return fill(document.createElement(tag), kind && { class: kind }, ...parts);
+}
+function fill(element, ...parts) {
+  for (const part of parts.flat()) {
+    if (part?.constructor === Object) for (const [name, value] of Object.entries(part)) element.setAttribute(name, value);
+    else if (part || part === 0) element.append(part);
+  }
+  return element;
+}
+function button(label, action, name = label) {
+  const element = make("button", { type: "button", "aria-label": name }, label);
+  element.addEventListener("click", tried(action));
+  return element;
+}
+const box = (name, text) => make("p.text", { tabindex: 0, role: "region", "aria-label": name }, text);
+const meta = (...parts) => make("span.meta", ...parts);
+const row = (...parts) => make("div.row", ...parts);
+const show = (id, text) => { if ($(id).textContent !== String(text)) $(id).textContent = text };
+const reveal = (id, isShown) => { $(id).hidden = !isShown };
+
+// One child for each item; those that are there stay, with their focus and what was opened in them.
+function list(id, items, build, key = JSON.stringify) {
+  const parent = $(id), keys = items.map(key), old = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  for (const [name, child] of old) if (!keys.includes(name)) child.remove();
+  items.forEach((item, n) => {
+    const child = old.get(keys[n]) || build(item);
+    child.dataset.key = keys[n];
+    if (parent.children[n] !== child) parent.insertBefore(child, parent.children[n] || null);
+    child.refresh?.(item);
+  });
+}
+const byId = (job) => job.requestId;
+
+let silence;
+function say(text) {
+  show("said", text);
+  clearTimeout(silence);
+  silence = setTimeout(show, 6000, "said", "");
+}
+const tried = (action) => async (event) => {
+  event.preventDefault();
+  try { await action(event) } catch (error) { say(error.message) }
+};
+
+async function copy(text) {
+  if (!navigator.clipboard) throw new Error("Browsers copy on HTTPS pages only: select the text instead.");
+  await navigator.clipboard.writeText(text);
+  say("Copied.");
+}
+
+// A button that asks before it acts.
+function guarded(label, question, action, name) {
+  const place = row(), rest = () => place.replaceChildren(button(label, ask, name));
+  const keep = () => { rest(); place.firstChild.focus() };
+  const ask = () => {
+    place.replaceChildren(question, button("Yes, " + label.toLowerCase(), action), button("Keep", keep));
+    place.lastChild.focus();
+  };
+  rest();
+  return place;
+}
+
+// --- Figures and times ---
+
+const count = (number) => Number(number || 0).toLocaleString();
+const brief = (number) => number.toLocaleString([], { notation: "compact", maximumFractionDigits: number < 100 ? 2 : 1 });
+const dollars = (number) => "$" + number.toFixed(number && number < 0.1 ? 4 : 2);
+const total = (use) => use.inputTokens + use.outputTokens + use.cacheReadTokens + use.cacheCreationTokens;
+const joined = (...parts) => parts.flat().filter(Boolean).join(" · ");
+const start = (text, most = 300) => text.length > most ? text.slice(0, most) + "…" : text;
+
+function span(milliseconds) {
+  const seconds = Math.max(0, Math.round(milliseconds / 1000)), minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  return hours ? hours + " h " + minutes % 60 + " min" : minutes ? minutes + " min " + seconds % 60 + " s" : seconds + " s";
+}
+const between = (from, to) => from && to && span(Date.parse(to) - Date.parse(from));
+const age = (iso) => span(Date.now() - Date.parse(iso));
+const since = (iso) => make("span", { "data-since": iso }, age(iso));
+
+function moment(iso) {
+  const at = new Date(iso), day = at.toDateString() === new Date().toDateString() ? {} : { day: "numeric", month: "short" };
+  return make("time", { datetime: iso, title: at.toLocaleString() }, at.toLocaleString([], { ...day, hour: "2-digit", minute: "2-digit" }));
+}
+
+// --- The bridge ---
+
+let token = "", isIn = false, isAdmin = false;
+
+async function send(method, path, body, { headers, signal, isPublic } = {}) {
+  const answer = await fetch(path, { method, signal, cache: "no-store", body: body && JSON.stringify(body), headers: {
+    ...headers, ...token && !isPublic && { Authorization: "Bearer " + token } } });
+  if (answer.ok) return answer;
+  const told = await answer.json().catch(() => ({}));
+  if (answer.status === 401 && isIn) signOut("You were signed out. " + told.error);
+  throw Object.assign(new Error(told.error || "The bridge answered with status " + answer.status),
+    { status: answer.status, retryAfter: told.retryAfter });
+}
+const call = async (...words) => (await send(...words)).json();
+const get = (path) => call("GET", path);
+
+// The events of a stream. The first comes at once, a sign of life every 15 seconds; else it is left.
+async function* events(path, body, headers, signal) {
+  const mine = new AbortController(), leave = () => mine.abort();
+  signal.addEventListener("abort", leave);
+  let timer = setTimeout(leave, 8000), buffer = "";
   try {
-    const answer = await fetch("/api/status", { cache: "no-store" });
-    const body = await answer.json();
-    if (!answer.ok) throw new Error(body.error);
-    const { queue, stats } = body;
-    heard = Date.now();
-    show("version", "v" + body.version);
-    show("queued", stats.queuedRequests);
-    show("processing", queue.length - stats.queuedRequests);
-    show("completed", stats.completedRequests);
-    show("failed", stats.errorRequests);
-    show("requests", stats.totalRequests);
-    show("tokens", stats.totalTokens);
-    state.textContent = queue.isProcessing ? "working" : "ready";
-    state.className = "good";
-  } catch (error) {
-    state.textContent = "not reachable: " + error.message;
-    state.className = "bad";
+    const answer = await send("POST", path, body, { headers, signal: mine.signal });
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let read = await reader.read(); !read.done; read = await reader.read()) {
+      clearTimeout(timer);
+      timer = setTimeout(leave, 25000);
+      const parts = (buffer + read.value).split(NEWLINE + NEWLINE);
+      buffer = parts.pop();
+      for (const part of parts) {
+        const { event, id, data } = Object.fromEntries(part.split(NEWLINE).map((line) => line.split(/: (.*)/s, 2)));
+        if (event) yield { kind: event, end: Number(id), data: JSON.parse(data) };
+      }
+    }
+  } finally {
+    clearTimeout(timer);
+    leave();
   }
 }
-function tell() {
-  show("heard", heard ? "Last heard from the bridge " + Math.round((Date.now() - heard) / 1000) + " s ago." : "");
+
+// Follows a request, or asks one (id null), to its end -> its last body. on.begin: the text begins, or begins anew; on.add: it goes on.
+// Cut off, it goes on where it stopped; where no stream comes through, it polls.
+async function follow(id, body, on, signal) {
+  const headers = body && { "Idempotency-Key": "page-" + Date.now() + Math.random() };
+  for (let end = 0, hasStreams = true; ; await pause()) {
+    let hasCome = false;
+    try {
+      const path = id ? "/api/ask/" + id + "/events?after=" + end : "/api/ask";
+      for await (const event of hasStreams ? events(path, id ? null : { ...body, stream: true }, headers, signal) : []) {
+        hasCome = true;
+        end = event.end;
+        if (FINISHED.includes(event.kind)) return event.data;
+        if (event.kind === "delta") on.add(event.data.text);
+        else on.begin(event.kind, event.data, id = event.data.requestId);
+      }
+    } catch (error) {
+      if (signal.aborted || error.status) throw error;
+    }
+    hasStreams = hasStreams && hasCome;
+    try {
+      id = id || (await call("POST", "/api/ask", body, { headers, signal })).requestId;
+      const job = await call("GET", "/api/ask/" + id, null, { signal }), text = job.partial || "";
+      if (FINISHED.includes(job.status)) return job;
+      on.begin(job.status, { ...job, position: job.queuePosition });
+      on.add(text);
+      end = [...text].length;
+    } catch (error) {
+      if (signal.aborted || error.status && !error.retryAfter) throw error;
+    }
+  }
 }
-refresh().then(tell);
-setInterval(refresh, 5000);
-setInterval(tell, 1000);
+
+// --- Who sees what ---
+
+async function signIn(given) {
+  show("refused", "");
+  token = given;
+  try {
+    await get("/api/requests?limit=1");
+    isAdmin = "worker" in await get("/api/status");
+    isIn = true;
+    sessionStorage.setItem("token", token);
+    $("enter").reset();
+    show("me", token.slice(0, 12) + "…" + (isAdmin ? " (admin)" : ""));
+    route();
+    hurry();
+  } catch (error) {
+    token = "";
+    show("refused", error.message);
+  }
+}
+
+function signOut(why) {
+  sessionStorage.removeItem("token");
+  sessionStorage.setItem("why", why);
+  location.reload();                                       // nothing of what was shown is left
+}
+
+function route() {
+  const who = !isIn ? "nobody" : isAdmin ? "admin" : "token";
+  for (const element of document.querySelectorAll("[data-for]")) element.hidden = !element.dataset.for.includes(who);
+  const links = [...document.querySelectorAll("nav a:not([hidden])")];
+  const chosen = links.find((link) => link.hash === location.hash) || links[0];
+  for (const link of links) link.toggleAttribute("aria-current", link === chosen);
+  for (const view of document.querySelectorAll("[data-view]")) view.hidden = view.dataset.view !== chosen.hash;
+  if (chosen.hash === "#/api") showEndpoints().catch((error) => say(error.message));
+}
+
+// --- The round: the public counters, and the lists when these have changed, since requests with a token are limited ---
+
+const seen = { at: 0, allAt: 0, figures: "", tokens: 0 };
+let rounds = 0, heardAt = 0, nextRound;
+
+async function round() {
+  clearTimeout(nextRound);
+  if (document.hidden) return;
+  const mine = ++rounds;
+  let seconds = 5;
+  try {
+    if (await refresh()) seconds = 2;
+    heardAt = Date.now();
+  } catch (error) {
+    seconds = error.retryAfter || 5;
+    const last = heardAt ? new Date(heardAt).toLocaleTimeString() : "never";
+    show("state", error.retryAfter ? "paused for " + seconds + " s: rate limit" : "not reachable, last heard: " + last);
+    $("state").className = "bad";
+  }
+  if (mine === rounds) nextRound = setTimeout(round, 1000 * seconds);
+}
+function hurry() {
+  seen.at = seen.allAt = 0;
+  round();
+}
+
+async function refresh() {
+  const { queue, stats, version } = await call("GET", "/api/status", null, { isPublic: true });
+  const figures = { Queued: stats.queuedRequests, Processing: queue.length - stats.queuedRequests, Completed: stats.completedRequests,
+    Failed: stats.errorRequests, Requests: stats.totalRequests, Tokens: stats.totalTokens };
+  showFigures("counters", figures, count);
+  show("version", "v" + version);
+  show("state", queue.isProcessing ? "working" : "ready");
+  $("state").className = "good";
+  const told = JSON.stringify(figures), passed = Date.now() - seen.at;
+  if (isIn && (passed > 30000 || passed > 3000 && told !== seen.figures)) {
+    const isAll = Date.now() - seen.allAt > 15000 || seen.tokens !== figures.Tokens;
+    Object.assign(seen, { at: Date.now(), tokens: figures.Tokens }, isAll && { allAt: Date.now() });
+    await Promise.all([showRequests(isAll && isAdmin), isAll && showRest()]);
+    seen.figures = told;
+  }
+  return queue.length || isIn && told !== seen.figures;
+}
+
+function showFigures(id, figures, words) {
+  list(id, Object.entries(figures), ([name, figure]) => make("div", make("dt", name),
+    make("dd.big", { title: figure }, id === "counters" && { id: name.toLowerCase() }, words(figure))));
+}
+
+async function showRequests(hasTokens) {
+  const [held, active, newest] = await Promise.all([hasTokens && get("/api/tokens"),
+    get("/api/requests?limit=100&status=queued,processing"), get("/api/requests?limit=20&status=" + recent.filter)]);
+  if (held) showTokens(held.tokens);                       // first, for their names
+  showActive(active.requests);
+  mergeRecent(newest);
+}
+
+async function showRest() {
+  const [usage, { conversations }, status] = await Promise.all([get("/api/usage"), get("/api/conversations"),
+    isAdmin && get("/api/status")]);
+  if (status) showBridge(status);
+  showUsage(usage);
+  showPlan(usage.plan);
+  reveal("memory", conversations.length);
+  list("conversations", conversations, conversationRow);
+}
+
+// --- Requests ---
+
+const names = new Map();                                   // of the tokens, for an admin
+const recent = { filter: "completed,error", rows: [], next: null };
+const nameOf = (job) => start(names.get(job.tokenId) || "", 32);
+const beginning = (job) => make("span.begin", start(job.message));
+const cancelButton = (job) => button("Cancel", async () => {
+  await call("DELETE", "/api/ask/" + job.requestId);
+  hurry();
+}, "Cancel: " + start(job.message, 60));
+
+function showActive(jobs) {
+  const running = jobs.filter((job) => job.status === "processing");
+  const waiting = jobs.filter((job) => job.status === "queued").sort((one, other) => one.queuePosition - other.queuePosition);
+  list("running", running, runningRow, byId);
+  list("waiting", waiting, waitingRow, byId);
+  watch(running[0]);
+}
+
+function runningRow(job) {
+  const model = make("span"), text = box("Answer so far", document.createTextNode(""));
+  const told = (name) => { model.textContent = joined(" ", name, nameOf(job)) };
+  const element = make("li.running", row(beginning(job), cancelButton(job)), meta(since(job.startedAt), model), text);
+  told(job.model);
+  return Object.assign(element, { add: (piece) => addText(text, piece), begin(kind, data) {
+    text.firstChild.data = "";
+    told(data.model || job.model);
+  } });
+}
+
+function addText(text, piece) {
+  const isAtEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 40;
+  text.firstChild.appendData(piece);
+  if (isAtEnd) text.scrollTop = text.scrollHeight;
+}
+
+let watched = null;                                        // { id, aborter }: the request whose text is followed
+async function watch(job) {
+  if (watched?.id === job?.requestId) return;
+  watched?.aborter.abort();
+  const mine = watched = job && { id: job.requestId, aborter: new AbortController() };
+  if (!job) return;
+  await follow(job.requestId, null, $("running").firstChild, mine.aborter.signal).catch(() => null);
+  if (watched !== mine) return;
+  if (Date.now() - Date.parse(job.startedAt) > 3000) seen.at = 0;
+  round();
+}
+
+function waitingRow(job) {
+  const place = meta(), why = meta();
+  const line = row(place, beginning(job), meta(joined(nameOf(job), "waits "), since(job.createdAt)), cancelButton(job));
+  return Object.assign(make("li", line, why), { refresh({ queuePosition, waitingFor, resumesAt }) {
+    place.textContent = queuePosition;
+    why.replaceChildren(...waitingFor ? ["Waits for " + words(waitingFor) + " until ", moment(resumesAt)] : []);
+  } });
+}
+
+// The newest page goes before what was loaded of older ones; where there is a gap between them, these go.
+function mergeRecent({ requests, next }) {
+  const fresh = new Set(requests.map(byId)), last = recent.rows.findLastIndex((job) => fresh.has(job.requestId));
+  if (last < 0) Object.assign(recent, { rows: requests, next });
+  else recent.rows = requests.concat(recent.rows.slice(last + 1));
+  showRecent();
+}
+
+function showRecent() {
+  const wanted = $("search").value.toLowerCase();
+  const rows = recent.rows.filter((job) => [job.message, job.response, job.error, job.errorCode, job.model, nameOf(job)].join(NEWLINE)
+    .toLowerCase().includes(wanted));
+  list("recent", rows, recentRow, byId);
+  show("found", wanted && rows.length + " of " + recent.rows.length + " loaded");
+  reveal("more", recent.next);
+}
+
+function recentRow(job) {
+  const [kind, mark, word] = job.errorCode ? ["bad", "✕", " failed"] : ["good", "✓", " completed"];
+  const told = joined(job.errorCode, nameOf(job), job.api && "/v1", job.model, between(job.startedAt, job.completedAt), " ");
+  const details = make("details", make("summary.row", make("span." + kind, mark, make("span.hush", word)), beginning(job),
+    meta(told, moment(job.createdAt))));
+  details.addEventListener("toggle", () => details.append(...jobParts(job)), { once: true });
+  return make("li", details);
+}
+
+const useWords = (use) => use && [count(use.inputTokens) + " in", count(use.outputTokens) + " out",
+  count(use.cacheReadTokens) + " from cache", count(use.cacheCreationTokens) + " to cache", "about " + dollars(use.costUsd)];
+
+function jobParts(job) {
+  const answer = job.structured === undefined ? job.response : JSON.stringify(job.structured, null, 2);
+  const parts = { Prompt: job.message, "System prompt": job.systemPrompt, Schema: job.jsonSchema && JSON.stringify(job.jsonSchema),
+    Answer: answer, ["Error: " + job.errorCode]: job.error };
+  const { createdAt, startedAt, completedAt } = job;
+  const figures = joined(startedAt && ["waited " + between(createdAt, startedAt), "ran " + between(startedAt, completedAt)],
+    job.attempts > 1 && job.attempts + " attempts", useWords(job.usage), job.effort && "effort " + job.effort,
+    job.conversation && "conversation " + job.conversation);
+  return [...Object.entries(parts).flatMap(([name, text]) => text ? [make("h3", name), box(name, text)] : []), make("p", meta(figures)),
+    row(answer && button("Copy answer", () => copy(answer)), !job.api && button("Ask again", () => askAgain(job)))];
+}
+
+async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conversation }) {
+  await call("POST", "/api/ask", { message, model, systemPrompt, effort, jsonSchema, conversation });
+  say("Asked again.");
+  hurry();
+}
+
+async function showMore() {
+  const { requests, next } = await get("/api/requests?limit=20&status=" + recent.filter + "&before=" + recent.next);
+  Object.assign(recent, { rows: recent.rows.concat(requests), next });
+  showRecent();
+}
+
+function conversationRow({ name, turns, lastUsedAt }) {
+  const forget = guarded("Delete", "Forget it?", async () => {
+    await call("DELETE", "/api/conversations/" + encodeURIComponent(name));
+    hurry();
+  }, "Delete " + name);
+  return make("li.row", make("span.begin", name), meta(turns + " turns · ", moment(lastUsedAt)), forget);
+}
+
+// --- The bridge, the plan, usage ---
+
+const words = (code) => ({ five_hour: "5 hours", seven_day: "7 days", usage_limit: "the plan's limit" })[code]
+  || code.replace("seven_day", "7 days,").replaceAll("_", " ");
+
+function showBridge({ tunnel, claude, worker }) {
+  const { state, url, error, retryInSeconds } = tunnel;
+  const facts = { "Public address": url || state !== "stopped" && "none yet",
+    Tunnel: joined(state, error, retryInSeconds && "tries again in " + retryInSeconds + " s"),
+    Claude: joined(claude.version, claude.payer), Worker: worker.alive ? "" : "has ended: restart the bridge" };
+  list("facts", Object.entries(facts).filter(([, text]) => text), ([name, text]) => make("div", make("dt", name),
+    make("dd.row", text, text === url && button("Copy", () => copy(url), "Copy the public address"))));
+}
+
+function showPlan({ windows, waitingFor, resumesAt, isUsingOverage }) {
+  $("rest").replaceChildren(...waitingFor ? ["Resting until ", moment(resumesAt), ", waiting for " + words(waitingFor) + "."]
+    : ["Requests draw on paid extra usage now."]);
+  reveal("rest", waitingFor || isUsingOverage);
+  reveal("plan", windows.length);
+  list("windows", windows, windowRow);
+}
+
+function windowRow({ type, status, utilization, resetsAt }) {
+  const told = utilization === null ? words(status || "not known") : Math.round(100 * utilization) + " % used";
+  return make("li", make("div.spread", words(type), make("span.faint", told)),
+    make("progress", { value: utilization || 0, "aria-label": words(type) }), meta(resetsAt && ["resets ", moment(resetsAt)]));
+}
+
+function showUsage({ since: first, total: sum, days, tokens }) {
+  showFigures("totals", { Requests: sum.requests, Failed: sum.errors, "Tokens in": sum.inputTokens, "Tokens out": sum.outputTokens,
+    "From cache": sum.cacheReadTokens, "To cache": sum.cacheCreationTokens, "Dollars, about": sum.costUsd }, brief);
+  const line = (name, use) => make("tr", make("th", { scope: "row" }, name),
+    [count(use.requests), count(total(use)), dollars(use.costUsd)].map((text) => make("td", text)));
+  list("days", days.slice().reverse(), (use) => line(use.day, use));
+  list("shares", tokens, (use) => line(use.name ?? "revoked: " + use.tokenId.slice(0, 8), use));
+  drawDays(Date.parse(first), days);
+}
+
+function drawDays(first, days) {
+  const chart = $("chart"), most = Math.max(1, ...days.map(total));
+  const shape = (tag, ...parts) => fill(document.createElementNS(chart.namespaceURI, tag), ...parts);
+  chart.replaceChildren(...Array.from({ length: 30 }, (_, n) => {
+    const day = new Date(first + n * 86400000).toISOString().slice(0, 10), use = days.find((each) => each.day === day);
+    const height = use ? 1 + 95 * total(use) / most : 0;
+    const told = joined(day, use && [count(total(use)) + " tokens", use.requests + " requests", "about " + dollars(use.costUsd)]);
+    return shape("g", shape("title", told), shape("rect", { class: "day", x: n, width: 1, height: 100 }),
+      shape("rect", { x: n + 0.15, y: 100 - height, width: 0.7, height }));
+  }));
+  show("since", new Date(first).toISOString().slice(0, 10));
+  show("most", days.length ? "highest: " + count(most) + " tokens" : "nothing was used yet");
+}
+
+// --- Tokens ---
+
+function showTokens(tokens) {
+  for (const each of tokens) names.set(each.id, each.name);
+  list("holders", tokens, tokenRow, (each) => each.id);
+}
+
+function tokenRow({ id, name, prefix, sessionMode, isAdmin: mayAll, tools, requestsPerMinute, requestsPerDay, models }) {
+  const facts = joined(prefix + "…", mayAll && "admin", sessionMode, tools !== "none" && "tools: " + [tools].flat().join(", "),
+    requestsPerMinute && requestsPerMinute + " a minute", requestsPerDay && requestsPerDay + " a day", models?.join(", "), " ");
+  const used = meta();
+  const revoke = guarded("Revoke", "Its requests go, too.", async () => {
+    await call("DELETE", "/api/tokens/" + id);
+    hurry();
+  }, "Revoke " + name);
+  return Object.assign(make("li", row(make("b.grow", name), revoke), meta(facts), used), { refresh({ lastUsedAt, expiresAt, isExpired }) {
+    used.replaceChildren(...lastUsedAt ? ["used ", moment(lastUsedAt)] : ["never used"],
+      ...expiresAt ? [isExpired ? " · expired " : " · expires ", moment(expiresAt)] : []);
+  } });
+}
+
+async function createToken() {
+  const given = Object.fromEntries(new FormData($("create"))), number = (name) => Number(given[name]) || null;
+  const models = given.models.split(/[, ]+/).filter(Boolean);
+  const made = await call("POST", "/api/tokens", { ...given, admin: "admin" in given, expiresInDays: number("expiresInDays"),
+    requestsPerMinute: number("requestsPerMinute"), requestsPerDay: number("requestsPerDay"), models: models.length ? models : null });
+  $("create").reset();
+  $("made").replaceChildren(make("p", "The token ", make("b", given.name), ", shown only now: save it."), make("code", made.token),
+    row(button("Copy token", () => copy(made.token)), button("I have it", () => { $("made").replaceChildren(); reveal("made", false) })));
+  reveal("made", true);
+  hurry();
+}
+
+// --- Playground ---
+
+let playing = null;                                        // { id, aborter }
+const asked = () => Object.fromEntries([...new FormData($("ask"))].filter(([, value]) => value));
+
+async function ask() {
+  if ($("send").hidden) return;
+  const mine = playing = { id: null, aborter: new AbortController() }, answer = $("answer"), began = Date.now();
+  const isBusy = (busy) => { reveal("stop", busy); reveal("send", !busy) };
+  const begin = (kind, data) => {
+    mine.id = data.requestId;
+    answer.replaceChildren(document.createTextNode(""));
+    show("asked", kind === "queued" ? joined("waits, position " + data.position, data.waitingFor && words(data.waitingFor)) : "answers");
+  };
+  isBusy(true);
+  reveal("reply", true);
+  show("cost", "");
+  show("asked", "sent");
+  try {
+    const job = await follow(null, asked(), { begin, add: (piece) => addText(answer, piece) }, mine.aborter.signal);
+    show("answer", job.error || job.response);
+    show("asked", job.error ? "failed: " + (job.errorCode || job.code) : "done after " + span(Date.now() - began));
+    show("cost", joined(job.model, useWords(job.usage)));
+  } catch (error) {
+    show("asked", mine.aborter.signal.aborted ? "stopped" : error.message);
+  }
+  isBusy(false);
+  hurry();
+}
+
+async function stop() {
+  if (playing.id) await call("DELETE", "/api/ask/" + playing.id);
+  else playing.aborter.abort();
+}
+
+const LANGUAGES = {
+  curl: (url, body) => `curl -s -X POST ${url} -H "Authorization: Bearer cab-..." -d '${
+    JSON.stringify(body).replaceAll("'", `'"'"'`)}'`,
+  Python: (url, body) => `import json, urllib.request
+
+body = ${JSON.stringify(body, null, 4)}
+request = urllib.request.Request("${url}", json.dumps(body).encode(), {"Authorization": "Bearer cab-..."})
+with urllib.request.urlopen(request) as answer:
+    print(json.load(answer)["response"])`,
+  JavaScript: (url, body) => `const body = ${JSON.stringify(body, null, 2)};
+const answer = await fetch("${url}", {
+  method: "POST", headers: { Authorization: "Bearer cab-..." }, body: JSON.stringify(body) });
+console.log((await answer.json()).response);`,
+};
+let language = "curl";
+function showCode() {
+  show("code", LANGUAGES[language](location.origin + "/api/ask", { message: "Why is the sky blue?", ...asked(), wait: 60 }));
+}
+
+async function showEndpoints() {
+  const { endpoints } = await call("GET", "/", null, { isPublic: true });
+  list("endpoints", Object.entries(endpoints), ([name, doc]) => make("tr", make("th", { scope: "row" }, make("code", name)),
+    make("td", doc.replaceAll("`", ""))));
+}
+
+// --- What the reader does ---
+
+function choices(id, values, choose) {
+  const press = (value) => { for (const each of $(id).children) each.setAttribute("aria-pressed", each.dataset.value === value) };
+  for (const [value, label] of Object.entries(values)) {
+    const each = button(label, () => { press(value); choose(value) });
+    each.dataset.value = value;
+    $(id).append(each);
+  }
+  press($(id).firstChild.dataset.value);
+}
+choices("filters", { "completed,error": "All", completed: "Completed", error: "Failed" }, (filter) => {
+  Object.assign(recent, { filter, rows: [], next: null });
+  hurry();
+});
+choices("languages", { curl: "curl", Python: "Python", JavaScript: "JavaScript" }, (value) => {
+  language = value;
+  showCode();
+});
+
+const on = (id, event, action) => $(id).addEventListener(event, action);
+on("enter", "submit", tried(() => signIn($("secret").value.trim())));
+on("leave", "click", () => signOut("Signed out."));
+on("search", "input", showRecent);
+on("more", "click", tried(showMore));
+on("create", "submit", tried(createToken));
+on("ask", "submit", tried(ask));
+on("ask", "input", showCode);
+on("ask", "keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask").requestSubmit();
+});
+on("stop", "click", tried(stop));
+for (const id of ["answer", "code"]) on("copy-" + id, "click", tried(() => copy($(id).textContent)));
+addEventListener("hashchange", () => {
+  route();
+  document.querySelector("[data-view]:not([hidden]) h2").focus();
+});
+document.addEventListener("visibilitychange", () => { if (document.hidden) watch(null); else hurry() });
+setInterval(() => {
+  for (const each of document.querySelectorAll("[data-since]")) each.textContent = age(each.dataset.since);
+  show("heard", heardAt ? "heard " + span(Date.now() - heardAt) + " ago" : "");
+}, 1000);
+
+route();
+showCode();
+show("refused", sessionStorage.getItem("why") || "");
+sessionStorage.removeItem("why");
+round();
+if (sessionStorage.getItem("token")) signIn(sessionStorage.getItem("token"));
 </script>
 </html>
 """

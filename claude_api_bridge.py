@@ -4147,6 +4147,7 @@ class Service:
     def _job(self, caller: Caller, job_id: str) -> Job:
         job = self._store.job(job_id)
         if job is None or not (caller.is_admin or job.token_id == caller.token.id):
+            self._check_token(caller)                        # its requests go with it
             raise NotFound("Request not found")
         return job
 

@@ -329,8 +329,9 @@ def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
         each.__exit__(None, None, None)
 
 
-# The program without compiling its source at each start, which takes longer than most of what it is started for.
-IMPORTED = (sys.executable, "-c", "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; cab.run()"
+# The program without compiling its source at each start and without looking for packages, which it has none of: both take longer
+# than most of what it is started for.
+IMPORTED = (sys.executable, "-S", "-c", "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; cab.run()"
             % (str(MODULE.parent), str(MODULE)))
 
 

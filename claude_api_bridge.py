@@ -4071,10 +4071,12 @@ class Service:
         with self._counted(caller), self._hub.watch(job_id, Hub.TEXT + job_id) as bell:
             while True:
                 bell.clear()                                           # 1. the store: what is true, whatever rang
-                self._check_token(caller)
                 look_at = self._clock.monotonic() + LOOK_SECONDS
                 news: List[JobEvent] = []
-                view = self._view(self._job(caller, job_id))
+                try:
+                    view = self._view(self._job(caller, job_id))
+                finally:
+                    self._check_token(caller)                          # after the job, which goes with its token
                 job, live = view.job, self._live(job_id)
                 if job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
                     cursor.rewind()
@@ -4147,7 +4149,6 @@ class Service:
     def _job(self, caller: Caller, job_id: str) -> Job:
         job = self._store.job(job_id)
         if job is None or not (caller.is_admin or job.token_id == caller.token.id):
-            self._check_token(caller)                        # its requests go with it
             raise NotFound("Request not found")
         return job
 

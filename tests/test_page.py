@@ -15,6 +15,8 @@ import claude_api_bridge as cab
 from browser import Browser, Page
 from conftest import RunningBridge, wait_until
 
+pytestmark = pytest.mark.browser
+
 Start = Callable[..., RunningBridge]
 VIEWS = ("Requests", "Playground", "Usage", "Tokens", "API")
 EVIL = "<img src=x onerror=alert(1)>"

@@ -4686,7 +4686,7 @@ def read_schema(wanted: Any, name: str) -> Optional[str]:
 
 REFUSED_BY_COMPLETIONS = {"functions": "use `tools`", "function_call": "use `tool_choice`", "audio": "there is no sound here",
                           "web_search_options": "use a token with the tools `web`"}
-REASONING = {None: None, "none": "low", "minimal": "low", **{each: each for each in EFFORTS}}
+REASONING = {"none": "low", "minimal": "low", **{each: each for each in EFFORTS}}
 
 
 def read_completions(body: Any) -> Chat:
@@ -4715,22 +4715,29 @@ def read_completions(body: Any) -> Chat:
             raise bad_value("tools.%d.type" % n, "must be function")
         told = of_kind(tool.get("function"), dict, name)
         tools.append((name, told.get("name"), told.get("description"), told.get("parameters")))
-    model = body.get("model")
-    shape = of_kind(body.get("response_format") or {"type": "text"}, dict, "response_format")
-    if shape.get("type") not in ("text", "json_object", "json_schema"):
-        raise bad_value("response_format.type", "must be text, json_object or json_schema")
-    schema = {"text": None, "json_object": {"type": "object", "additionalProperties": True}}.get(str(shape["type"])) if (
-        shape["type"] != "json_schema") else of_kind(shape.get("json_schema"), dict, "response_format.json_schema").get("schema") or {}
-    options = of_kind(body.get("stream_options") or {}, dict, "stream_options")
-    if not isinstance(body.get("reasoning_effort"), (str, type(None))) or body.get("reasoning_effort") not in REASONING:
-        raise bad_value("reasoning_effort", "must be one of: " + ", ".join(each for each in REASONING if each))
+    model, options = body.get("model"), of_kind(body.get("stream_options") or {}, dict, "stream_options")
+    effort = checked(choice_check(tuple(REASONING), "must be one of: " + ", ".join(REASONING)), body.get("reasoning_effort"),
+                     "reasoning_effort")
     return with_choice(Chat(
         read_turns(messages), "\n\n".join(system) or None,
         None if isinstance(model, str) and OTHERS_MODELS.fullmatch(model) else checked(check_model, model, "model"),
-        None if schema is None else clean_text(as_json({"type": "object", **of_kind(schema, dict, "response_format.json_schema.schema")})),
-        REASONING[body.get("reasoning_effort")], read_functions(tools), stops=read_stops(body.get("stop"), "stop"),
-        stream=of_kind(body.get("stream") or False, bool, "stream"), tells_usage=options.get("include_usage") is True, api="openai"),
+        read_response_format(body.get("response_format")), effort and REASONING[effort], read_functions(tools),
+        stops=read_stops(body.get("stop"), "stop"), stream=of_kind(body.get("stream") or False, bool, "stream"),
+        tells_usage=options.get("include_usage") is True, api="openai"),
         read_completion_choice(body.get("tool_choice"), body.get("parallel_tool_calls") is False))
+
+
+def read_response_format(wanted: Any) -> Optional[str]:
+    """The schema that an answer must satisfy, where it must."""
+    name = "response_format"
+    kind = of_kind(wanted or {"type": "text"}, dict, name).get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise bad_value(name + ".type", "must be text, json_object or json_schema")
+    if not wanted or kind == "text":
+        return None
+    schema = {"additionalProperties": True} if kind == "json_object" else of_kind(
+        of_kind(wanted.get("json_schema"), dict, name + ".json_schema").get("schema") or {}, dict, name + ".json_schema.schema")
+    return clean_text(as_json({"type": "object", **schema}))
 
 
 def read_completion_choice(choice: Any, is_single: bool) -> Choice:

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -75,9 +76,9 @@ class Browser:
         self._process = subprocess.Popen([str(found), *FLAGS, "--user-data-dir=%s" % folder, "about:blank"], stdin=subprocess.DEVNULL,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            told = folder / "DevToolsActivePort"
-            lines = wait_until(lambda: told.exists() and (told.read_text().splitlines() + [""])[:2], 60)
-            self._socket = WebSocket(int(lines[0]), lines[1])
+            told = folder / "DevToolsActivePort"                  # exists before it is written
+            found_port = wait_until(lambda: told.exists() and re.fullmatch(r"(\d+)\n(/devtools/browser/[\w-]{36})\n?", told.read_text()), 60)
+            self._socket = WebSocket(int(found_port[1]), found_port[2])
         except BaseException:
             self._end()
             raise

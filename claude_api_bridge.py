@@ -811,7 +811,7 @@ class Chat:
         return texts[-1] if texts else "(%s)" % self.turns[-1]["content"][-1]["type"]
 
     def to_json(self) -> str:
-        """What `chat_from_json` reads again."""
+        """All that a job does not tell by itself, to be kept with it."""
         return clean_text(as_json({"turns": self.turns, "functions": self.functions, "forced": self.forced, "stops": self.stops}))
 
 

@@ -125,6 +125,20 @@ class Sdk:
     async def at_once(self) -> Any:
         raise NotImplementedError
 
+    def tools(self) -> Any:
+        def ask(**fields: Any) -> Any:
+            answer = self.ask(self.looked_at, **fields)
+            return answer, self.told(answer)
+
+        return self.round_trip(ask)
+
+    def tools_stream(self) -> Any:
+        """Also one whose calls never get a result."""
+        return {"low": self.low(content="go on", tools=self.tools_told), **self.round_trip(self.high)}
+
+    def forced_tool(self) -> Any:
+        return [self.told(self.ask(self.looked_at, content="forty-two", **self.forced)), self.high(content="forty-two", **self.forced)[1]]
+
 
 class OverAnthropic(Sdk):
     """The scenarios by the package `anthropic`."""
@@ -210,20 +224,6 @@ class OverAnthropic(Sdk):
                   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": block.id, **results[block.name]}
                                                for block in called.content if block.type == "tool_use"]}]
         return {"called": told, "ended": ask(messages=turns, tools=self.tools_told)[1]}
-
-    def tools(self) -> Any:
-        def ask(**fields: Any) -> Any:
-            message = self.ask(self.looked_at, **fields)
-            return message, self.told(message)
-
-        return self.round_trip(ask)
-
-    def tools_stream(self) -> Any:
-        """Also one whose calls never get a result."""
-        return {"low": self.low(content="go on", tools=self.tools_told), **self.round_trip(self.high)}
-
-    def forced_tool(self) -> Any:
-        return [self.told(self.ask(self.looked_at, content="forty-two", **self.forced)), self.high(content="forty-two", **self.forced)[1]]
 
     def errors(self) -> Any:
         stranger = self.kind(**{**self.options, "api_key": "cab-nobody"})
@@ -339,20 +339,6 @@ class OverOpenAI(Sdk):
         turns += [message, *({"role": "tool", "tool_call_id": call.id, "content": RESULTS[call.function.name]}
                              for call in message.tool_calls or [])]
         return {"called": told, "ended": ask(messages=turns, tools=self.tools_told)[1]}
-
-    def tools(self) -> Any:
-        def ask(**fields: Any) -> Any:
-            completion = self.ask(self.looked_at, **fields)
-            return completion, self.told(completion)
-
-        return self.round_trip(ask)
-
-    def tools_stream(self) -> Any:
-        """Also one whose calls never get a result."""
-        return {"low": self.low(content="go on", tools=self.tools_told), **self.round_trip(self.high)}
-
-    def forced_tool(self) -> Any:
-        return [self.told(self.ask(self.looked_at, content="forty-two", **self.forced)), self.high(content="forty-two", **self.forced)[1]]
 
     def errors(self) -> Any:
         stranger = self.kind(**{**self.options, "api_key": "cab-nobody"})

@@ -4025,8 +4025,8 @@ class Service:
                 job = self._job(caller, job_id)
                 left = until - self._clock.monotonic()
                 if job.is_finished or left <= 0 or self._hub.is_closed or has_left():
-                    live = self._live(job_id)
-                    return self._view(job)._replace(partial=live.read() if live and not job.is_finished else None)
+                    live = self._live_of(job)
+                    return self._view(job)._replace(partial=live.read() if live else None)
                 bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
 
     def _check_watches(self, caller: Caller) -> None:
@@ -4048,9 +4048,13 @@ class Service:
                 if not self._watches[key]:
                     del self._watches[key]
 
+    def _live_of(self, job: Job) -> Optional[LiveText]:
+        """A run that gives its job back, or ends it, still has its text for a moment."""
+        return self._live(job.id) if job.status == JobStatus.PROCESSING else None
+
     def _view(self, job: Job) -> JobView:
-        live = self._live(job.id)
-        rest = self._rest(job.model) if job.status == JobStatus.QUEUED else live.rest if live and not job.is_finished else None
+        live = self._live_of(job)
+        rest = self._rest(job.model) if job.status == JobStatus.QUEUED else live.rest if live else None
         return JobView(job, *self._store.places(job), rest=rest)
 
     def follow(self, caller: Caller, job_id: str, after: int = 0, place: int = 0,
@@ -4077,7 +4081,8 @@ class Service:
                     view = self._view(self._job(caller, job_id))
                 finally:
                     self._check_token(caller)                          # after the job, which goes with its token
-                job, live = view.job, self._live(job_id)
+                job = view.job
+                live = self._live_of(job)
                 if job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
                     cursor.rewind()
                     known, news = (view.place, view.rest), [JobEvent("queued")]

@@ -1,6 +1,7 @@
 """The service: what the bridge can do, without HTTP, over a real store."""
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -185,6 +186,18 @@ def test_a_poll_says_what_a_job_waits_for_besides_its_turn(bench: Bench) -> None
     assert [bench.service.poll(caller, job.id).rest for job in (first, second)] == [live.rest, None]
     live.begin("model-1")
     assert bench.service.poll(caller, first.id).rest is None
+
+
+def test_the_text_of_a_run_that_gave_its_job_back_is_not_told(bench: Bench) -> None:
+    caller = bench.caller()
+    job = bench.ask(caller)
+    running, live = bench.begin()
+    live.add("hardly begun")
+    live.pause(cab.Rest("overloaded", bench.clock.now() + 2))
+    bench.store.requeue(running)                             # its text leaves a moment later
+    view = bench.service.poll(caller, job.id)
+    assert (view.job.status, view.partial, view.rest) == ("queued", None, None)
+    assert [event.kind for event, _ in itertools.islice(bench.service.follow(caller, job.id), 1)] == ["queued"]
 
 
 def test_a_poll_of_a_finished_job_never_waits(bench: Bench) -> None:

@@ -70,8 +70,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
-                    Set, Tuple, Type, Union)
+from typing import (Any, Callable, ContextManager, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+                    Optional, Sequence, Set, Tuple, Type, Union)
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 __version__ = "0.2.0"
@@ -161,6 +161,7 @@ WATCHES = 128                        # open streams and waits of one token, so t
 OPEN_FILES = 2_048
 ADDRESSES = 10_000                   # client addresses remembered by the limiter
 
+WRITE_SECONDS = 10.0                 # how long a write waits for others, and for the lock of another program
 WAIT_SECONDS = 90.0                  # below the 100 s after which tunnels and proxies cut a silent answer
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
@@ -1993,25 +1994,27 @@ def glance_at(path: Path) -> Glance:
 
 
 class Store:
-    """Owns bridge.db. Any thread; `close` it last. tally: is told of what was accepted and finished."""
+    """Owns bridge.db: one connection that writes, one that only reads, so that no reader waits for a disk or for another
+    program's lock. Any thread; `close` it last. tally: is told of what was accepted and finished."""
 
     def __init__(self, path: Path, clock: Clock, tally: Optional[Tally] = None) -> None:
         self._clock, self._tally = clock, tally or Tally()
-        self._lock = threading.RLock()
+        self._lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = sqlite3.connect(str(path), timeout=10, isolation_level=None, check_same_thread=False)
+            self._db, self._reader = (sqlite3.connect(str(path), timeout=WRITE_SECONDS, isolation_level=None, check_same_thread=False)
+                                      for _ in range(2))
         except (OSError, sqlite3.Error) as error:
             raise CannotStart("The database %s cannot be opened: %s." % (path, error),
                               "make it writable, or choose another folder with --data-dir") from None
         try:
             self._open(path)
         except (sqlite3.Error, Unavailable) as error:
-            self._db.close()
+            self.close()
             raise CannotStart("The database %s cannot be used: %s." % (path, error),
                               "move it away to start with an empty one") from None
         except BaseException:
-            self._db.close()
+            self.close()
             raise
 
     def _open(self, path: Path) -> None:
@@ -2030,6 +2033,7 @@ class Store:
                 db.execute(statement)
             db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
         self._db.execute("PRAGMA foreign_keys=ON")
+        self._reader.execute("PRAGMA query_only=ON")
 
     def _use_wal(self) -> None:
         """Waits for whoever else is writing (two commands on a new folder): for this statement alone SQLite does not."""
@@ -2050,21 +2054,27 @@ class Store:
             self._db.backup(copy)
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock, self._read_lock:
+            self._reader.close()
             self._db.close()
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for one thread at a time; a full disk or a locked file becomes an answer that says so."""
-        with self._lock:
-            try:
-                yield self._db
-            except sqlite3.OperationalError as error:
-                raise Unavailable("The database cannot be used now: %s" % error) from error
+    def _guarded(self, lock: threading.Lock, db: sqlite3.Connection, wait_seconds: float = WRITE_SECONDS) -> Iterator[sqlite3.Connection]:
+        """A connection, for one thread at a time; a full disk or a locked file becomes an answer that says so."""
+        if not lock.acquire(timeout=wait_seconds):
+            raise Unavailable("The database cannot be used now: it is busy")
+        try:
+            yield db
+        except sqlite3.OperationalError as error:
+            raise Unavailable("The database cannot be used now: %s" % error) from error
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._guarded() as db:
+    def _write(self, wait_seconds: float = WRITE_SECONDS) -> Iterator[sqlite3.Connection]:
+        """A transaction. wait_seconds: for those who write before, and as long for the lock of another program."""
+        with self._guarded(self._lock, self._db, wait_seconds) as db:
+            db.execute("PRAGMA busy_timeout = %d" % (wait_seconds * 1000))
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
@@ -2074,13 +2084,17 @@ class Store:
                     db.execute("ROLLBACK")
                 raise
 
+    def _reading(self) -> ContextManager[sqlite3.Connection]:
+        """What is committed, also within a transaction of one's own."""
+        return self._guarded(self._read_lock, self._reader)
+
     def _read(self, sql: str, *values: Any) -> List[Tuple[Any, ...]]:
-        with self._guarded() as db:
+        with self._reading() as db:
             return db.execute(sql, values).fetchall()
 
     def check_writable(self) -> None:
         """Raises Unavailable where a write would fail."""
-        with self._write() as db:
+        with self._write(wait_seconds=1) as db:
             db.execute("UPDATE tokens SET name = name WHERE 0")
 
     # --- tokens ---
@@ -2114,10 +2128,10 @@ class Store:
         return [self._token(row) for row in self._read("SELECT %s FROM tokens ORDER BY created_at DESC, rowid DESC" % TOKEN_COLUMNS)]
 
     def touch_token(self, token: Token) -> None:
-        """Notes that the token was used; at most once a minute, since each note is a write to disk."""
+        """Notes that the token was used; at most once a minute, since each note is a write to disk, and only where it hardly waits."""
         now = self._clock.now()
         if token.last_used_at is None or not 0 <= now - token.last_used_at < 60:
-            with self._write() as db:
+            with self._write(wait_seconds=0.1) as db:
                 db.execute("UPDATE tokens SET last_used_at = ? WHERE id = ?", (now, token.id))
 
     def has_admin(self) -> bool:
@@ -2243,7 +2257,7 @@ class Store:
             ", ".join(JOB_COLUMNS), "token_id = ?" if token_id else "? IS NULL", marks(wanted)))
         found: List[Job] = []
         size = 0
-        with self._guarded() as db:
+        with self._reading() as db:
             rows = db.execute(sql, (token_id, *wanted, before or 1 << 62, limit + 1))
             for row in rows:
                 if len(found) == limit or size > PAGE_CHARACTERS:

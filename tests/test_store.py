@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
@@ -209,6 +210,22 @@ def test_a_full_disk_is_an_answer_that_says_so_and_passes(store: cab.Store) -> N
     assert refused.value.status == 503 and "full" in str(refused.value)
     store._db.execute("PRAGMA max_page_count = 1000000")
     assert len(queue_up(store, token, "x" * 30_000)) == 1 and store.counts() == {"queued": 1, "tokens": 1}
+
+
+def test_nobody_who_only_reads_waits_for_another_program(store: cab.Store, tmp_path: Path) -> None:
+    token = add(store)
+    job = queue_up(store, token, "hi")[0]
+    began = time.monotonic()
+    with contextlib.closing(sqlite3.connect(str(next(tmp_path.rglob("bridge.db"))), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert store.job(job.id) == job and store.places(job) == (1, 1) and store.jobs(token.id, (), None, 5) == ([job], None)
+        for write in (lambda: store.touch_token(token), store.check_writable):
+            with pytest.raises(cab.Unavailable, match="locked"):
+                write()                                                       # which everybody with a token causes, or /health
+        other.execute("ROLLBACK")
+    assert time.monotonic() - began < cab.WRITE_SECONDS
+    store.touch_token(token)
+    assert store.tokens()[0].last_used_at is not None
 
 
 def test_a_file_that_cannot_be_written_is_noticed(store: cab.Store) -> None:

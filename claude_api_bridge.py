@@ -51,6 +51,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import tarfile
 import tempfile
@@ -1198,6 +1199,7 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated:
     owners = environ.get("CLAUDE_CONFIG_DIR", "")
     if isolated:
         kept.update(CLAUDE_CONFIG_DIR=isolated, CLAUDE_SECURESTORAGE_CONFIG_DIR=environ.get("CLAUDE_SECURESTORAGE_CONFIG_DIR", owners))
+        kept["XDG_CACHE_HOME"] = isolated + "/cache"          # where it logs each call of a client's tool
     elif owners:
         kept["CLAUDE_CONFIG_DIR"] = owners
     return kept
@@ -1943,6 +1945,8 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
     ),
 )
 
+DATA_NAMES = ("bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal", "bridge-original.db", "bridge.lock", "ask-tokens.json",
+              "cloudflared.yml", "claude-home", "bin", "work", "workspaces")
 SQLITE_VERSION = sqlite3.sqlite_version
 JOB_COLUMNS = tuple(row.name for row in fields(Job))
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
@@ -1952,13 +1956,46 @@ TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, 
 def private_directory(path: Path) -> Path:
     """Makes the directory, readable by the owner only. Raises CannotStart."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (*reversed(path.parents), path):      # parents=True would make them by the umask alone
+            each.mkdir(mode=0o700, exist_ok=True)
         if os.name == "posix":
             path.chmod(0o700)
     except OSError as error:
         raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
                           "make it writable, or choose another one with --data-dir") from None
     return path
+
+
+def planted_in(folder: Path) -> Optional[str]:
+    """What lies in the place of a file of ours but is none: a link, which would take what we write elsewhere, or another user's."""
+    for name in DATA_NAMES:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = os.lstat(folder / name)
+            if stat.S_ISLNK(found.st_mode):
+                return "%s is a link" % (folder / name)
+            if os.name == "posix" and found.st_uid != os.geteuid() != 0:
+                return "%s belongs to another user" % (folder / name)
+    return None
+
+
+def data_directory(path: Path) -> Path:
+    """The data directory, closed to others before it is looked at. It may be a link itself, by its owner's choice. Raises CannotStart."""
+    planted = planted_in(private_directory(path))
+    if planted:
+        raise CannotStart("The folder %s cannot be used: %s." % (path, planted), "move that away, or choose another folder with --data-dir")
+    return path
+
+
+def write_private(path: Path, text: str) -> None:
+    """Puts a file in place, whole or not at all, readable by the owner only. Raises OSError."""
+    handle, part = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=str(path.parent))
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
 def marks(values: Sequence[Any]) -> str:
@@ -2821,9 +2858,7 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
     wanted["profileFetchedAt"] = 4_102_444_800_000
     if known.get("oauthAccount") != wanted:
         with contextlib.suppress(OSError):      # then the CLI asks for the profile itself
-            part = target.with_name(".claude.json.part")
-            part.write_text(as_json({**known, "oauthAccount": wanted}), "utf-8")
-            os.replace(part, target)
+            write_private(target, as_json({**known, "oauthAccount": wanted}))
 
 
 def read_object(path: Path) -> Dict[str, Any]:
@@ -3668,7 +3703,7 @@ class Tunnel:
         empty = self._config.data_dir / "cloudflared.yml"
         argv = tunnel_argv(str(program), str(empty), self._config.origin(self._port), self._policy.protocol, bool(self._token))
         try:
-            empty.write_text("{}\n", "utf-8")
+            write_private(empty, "{}\n")
             self._child = Cloudflared(argv, tunnel_environment(os.environ, self._token), self._tag + ".tunnel")
         except OSError as error:
             return Sight(True, isinstance(error, PermissionError), words="cloudflared cannot be run: %s" % error)
@@ -6733,7 +6768,7 @@ class Bridge:
     def _open(self) -> None:
         """Lock, port, store, leftovers, recovery, worker; closed in this order: accept no more, worker, waiters, server,
         tunnel (which begins to leave at once), store."""
-        data_dir = private_directory(self.config.data_dir)
+        data_dir = data_directory(self.config.data_dir)
         lock = DataLock(data_dir / "bridge.lock")
         self._parts.callback(lock.close)
         self._server = self._listen()
@@ -6964,7 +6999,7 @@ def command_start(config: Config, console: Console) -> int:
     os.umask(0o077)
     allow_files(OPEN_FILES)
     console.banner()
-    private_directory(config.data_dir)
+    data_directory(config.data_dir)
     claude = find_claude(config, os.environ)
     tell_payer(config, claude, console)
     console.say("✅", "Data directory: %s" % config.data_dir)
@@ -7049,7 +7084,7 @@ def tell_addresses(bridge: Bridge, console: Console) -> None:
 
 def command_token(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """token create | list | revoke; works on the database, whether the bridge runs or not."""
-    private_directory(config.data_dir)
+    data_directory(config.data_dir)
     with contextlib.closing(Store(config.data_dir / "bridge.db", Clock())) as store:
         service = Service(store, Hub(), Clock(), config.data_dir)
         if arguments.action == "create":
@@ -7189,19 +7224,14 @@ def running_url(config: Config) -> str:
 
 def own_token(config: Config, is_stateful: bool) -> str:
     """The token of the shell, which whoever owns the data folder may make; made anew when it was revoked or lost."""
-    path = config.data_dir / "ask-tokens.json"
+    path = data_directory(config.data_dir) / "ask-tokens.json"
     mode = SessionMode.STATEFUL if is_stateful else SessionMode.STATELESS
     known = read_object(path)
     with contextlib.closing(Store(config.data_dir / "bridge.db", Clock())) as store:
         if isinstance(known.get(mode), str) and store.token_by_digest(digest(known[mode])):
             return str(known[mode])
         _, secret = Service(store, Hub(), Clock(), config.data_dir).create_token(NewToken("ask (%s)" % mode, mode))
-    part = path.with_name(path.name + ".part")
-    with contextlib.suppress(FileNotFoundError):
-        part.unlink()
-    with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
-        file.write(as_json({**known, mode: secret}))
-    os.replace(part, path)
+    write_private(path, as_json({**known, mode: secret}))
     return secret
 
 
@@ -7244,6 +7274,9 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return [Check("data", False, "%s is no folder that can be written" % there,
                       "make it writable, or choose another one with --data-dir")]
+    planted = planted_in(folder)
+    if planted:
+        return [Check("data", False, planted, "move that away, or choose another folder with --data-dir")]
     fault, free = glance_at(folder / "bridge.db").fault, shutil.disk_usage(there).free >> 20
     shown = str(folder) if there == folder else "%s (start makes it)" % folder
     if there == folder and os.name == "posix" and folder.stat().st_mode & 0o077:

@@ -69,7 +69,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import (Any, Callable, ContextManager, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Set, Tuple, Type, Union)
@@ -163,6 +163,7 @@ OPEN_FILES = 2_048
 ADDRESSES = 10_000                   # client addresses remembered by the limiter
 
 WRITE_SECONDS = 10.0                 # how long a write waits for others, and for the lock of another program
+CHECK_SECONDS = 5.0                  # how often /health really writes
 WAIT_SECONDS = 90.0                  # below the 100 s after which tunnels and proxies cut a silent answer
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
@@ -172,6 +173,7 @@ STUCK_SECONDS = 0.2                  # an answer that was not taken for so long 
 DRAIN_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 FINISH_SECONDS = 1.5                 # what a running job gets to finish by itself at an ordered end
+LAST_WORD_SECONDS = 2.0              # after a child's end, for what it wrote to be read
 LEAVE_SECONDS = 1.2                  # what a child in the middle of something gets to leave, before it is killed
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
 KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
@@ -470,7 +472,7 @@ RUN_ERRORS = {
     "usage_limit": "the plan's usage limit is reached: what a request may be `waitingFor`, and the end only of one of /v1 that would"
                    " have to wait for more than 5 minutes",
     "auth_required": "claude is not signed in, or its login was refused",
-    "overloaded": "the service was overloaded for the whole time of the run",
+    "overloaded": "the service, or this machine, was overloaded for the whole time of the run",
     "billing_guard": "the run would have been billed to an API key and was stopped",
     "cli_error": "claude failed; the text holds its own words",
     "output_too_large": "the answer is larger than 10 MB",
@@ -509,6 +511,10 @@ class CannotStart(Exception):
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.hint = hint
+
+
+class Damaged(CannotStart):
+    """The database is none, or broken: it is of no use as it is."""
 
 
 class CannotTunnel(Exception):
@@ -1498,15 +1504,16 @@ def usage_of(result: Mapping[str, Any], spent_usd: float, told: Usage = Usage())
     """-> (the figures of one turn, the cost so far). Tokens come per turn, of which a part may have been told at a call of a tool;
     the cost is the sum of the process, and with --resume of the session (2.1.330) or not (2.1.197): a sum below what was spent
     has begun anew."""
-    used, total = result.get("usage") or {}, float(result.get("total_cost_usd") or 0)
-    counts = [max(0, int(used.get(name) or 0) - before) for name, before in zip(USAGE_NAMES, told)]
+    used, total = token_counts(result.get("usage")), number_or_none(result.get("total_cost_usd")) or 0.0
+    counts = [max(0, used.get(name, 0) - before) for name, before in zip(USAGE_NAMES, told)]
     return Usage(counts[0], counts[1], counts[2], counts[3], round(total - spent_usd if total >= spent_usd else total, 8)), total
 
 
 def token_counts(used: Any) -> Dict[str, int]:
     """The counts in a `usage` of the Messages API, those that it has."""
     told = used if isinstance(used, dict) else {}
-    return {name: int(told[name]) for name in USAGE_NAMES if isinstance(told.get(name), (int, float))}
+    found = {name: number_or_none(told.get(name)) for name in USAGE_NAMES}
+    return {name: int(count) for name, count in found.items() if count is not None}
 
 
 class Model(NamedTuple):
@@ -1998,6 +2005,27 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
+def is_damage(error: BaseException) -> bool:
+    """Whether SQLite says that a file is broken or no database; for a full disk, a lock or missing rights it raises a class below."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def keep_aside(path: Path, now: float) -> Path:
+    """Renames a damaged database with what belongs to it, so that a new one can begin. -> its new name. Raises CannotStart."""
+    stem, n = "%s-damaged-%s" % (path.stem, day_of(now)), 1
+    kept = path.with_name(stem + path.suffix)
+    while kept.exists():
+        n += 1
+        kept = path.with_name("%s-%d%s" % (stem, n, path.suffix))
+    try:
+        for end in ("-wal", "-shm", ""):                 # the database last: as long as it is there, the next start does the rest
+            if path.with_name(path.name + end).exists():
+                os.replace(path.with_name(path.name + end), kept.with_name(kept.name + end))
+    except OSError as error:
+        raise CannotStart("The damaged database %s cannot be renamed: %s." % (path, error.strerror), "move it away yourself") from None
+    return kept
+
+
 def marks(values: Sequence[Any]) -> str:
     """The place holders of a list in a statement."""
     return ", ".join("?" * len(values))
@@ -2035,7 +2063,8 @@ class Store:
     program's lock. Any thread; `close` it last. tally: is told of what was accepted and finished."""
 
     def __init__(self, path: Path, clock: Clock, tally: Optional[Tally] = None) -> None:
-        self._clock, self._tally = clock, tally or Tally()
+        self._clock, self._tally, self._path = clock, tally or Tally(), path
+        self._place, self._checked_at = 0, float("-inf")     # the file's number, 0 while that is not known; of `check_writable`
         self._lock, self._read_lock = threading.Lock(), threading.Lock()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -2048,8 +2077,9 @@ class Store:
             self._open(path)
         except (sqlite3.Error, Unavailable) as error:
             self.close()
-            raise CannotStart("The database %s cannot be used: %s." % (path, error),
-                              "move it away to start with an empty one") from None
+            text, broken = "The database %s cannot be used: %s." % (path, error), is_damage(error.__cause__ or error)
+            raise (Damaged(text, "start the bridge: it keeps the file aside and begins a new one") if broken else CannotStart(
+                text, "make room on the disk, or end the program that uses the file")) from None
         except BaseException:
             self.close()
             raise
@@ -2061,6 +2091,9 @@ class Store:
         version = self._version()
         if version > len(MIGRATIONS):
             raise CannotStart("The database %s was written by a newer version of this program." % path, "use that version")
+        found = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
         if version == 0 and self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'requests'").fetchone()[0]:
             self._keep_copy(path.with_name("bridge-original.db"))
         self._use_wal()
@@ -2099,18 +2132,27 @@ class Store:
     def _guarded(self, lock: threading.Lock, db: sqlite3.Connection, wait_seconds: float = WRITE_SECONDS) -> Iterator[sqlite3.Connection]:
         """A connection, for one thread at a time; a full disk or a locked file becomes an answer that says so."""
         if not lock.acquire(timeout=wait_seconds):
-            raise Unavailable("The database cannot be used now: it is busy")
+            raise self._unavailable("it is busy")
         try:
             yield db
-        except sqlite3.OperationalError as error:
-            raise Unavailable("The database cannot be used now: %s" % error) from error
+        except sqlite3.DatabaseError as error:
+            if is_damage(error):
+                raise Unavailable("The database is damaged (%s). Restart the bridge: it keeps the file aside." % error) from error
+            if isinstance(error, sqlite3.OperationalError):
+                raise self._unavailable(str(error)) from error
+            raise
         finally:
             lock.release()
+
+    @staticmethod
+    def _unavailable(why: str) -> Unavailable:
+        return Unavailable("The database cannot be used now (%s). Try again in a few seconds." % why, (("Retry-After", "5"),))
 
     @contextlib.contextmanager
     def _write(self, wait_seconds: float = WRITE_SECONDS) -> Iterator[sqlite3.Connection]:
         """A transaction. wait_seconds: for those who write before, and as long for the lock of another program."""
         with self._guarded(self._lock, self._db, wait_seconds) as db:
+            self._check_place()
             db.execute("PRAGMA busy_timeout = %d" % (wait_seconds * 1000))
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -2120,6 +2162,16 @@ class Store:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+
+    def _check_place(self) -> None:
+        """SQLite would go on writing to a file that was deleted, for nobody to find."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            found = None
+        if not found or (self._place or found.st_ino) != found.st_ino:
+            raise Unavailable("The database %s was deleted or replaced. Restart the bridge." % self._path)
+        self._place = found.st_ino
 
     def _reading(self) -> ContextManager[sqlite3.Connection]:
         """What is committed, also within a transaction of one's own."""
@@ -2131,8 +2183,11 @@ class Store:
 
     def check_writable(self) -> None:
         """Raises Unavailable where a write would fail."""
-        with self._write(wait_seconds=1) as db:
-            db.execute("UPDATE tokens SET name = name WHERE 0")
+        now = self._clock.monotonic()
+        is_due = now - self._checked_at >= CHECK_SECONDS         # anybody may ask, and each is a write to disk
+        with self._write(wait_seconds=1) as db:                  # of a page, since a full disk is noticed only then
+            db.execute("INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?", (str(now), is_due))
+        self._checked_at = now if is_due else self._checked_at
 
     # --- tokens ---
 
@@ -2643,7 +2698,7 @@ class Child:
         self._orders: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
         self._complaints: Deque[bytes] = deque(maxlen=8)
-        self._closing = self._was_dead = False
+        self._closing, self._dead_seconds = False, 0.0
         self.calls: Dict[str, Tuple[str, Any]] = {}     # of the client's tools, not answered yet: by the call's id those of its request
         self.told_usage = Usage()           # of the turn that goes on, at its calls
         self.limits = Limits()              # of the plan, as it told them last: it tells them again only when they change
@@ -2654,8 +2709,17 @@ class Child:
         self.pid = self.process.pid
         self._pumps = [threading.Thread(target=pump, name="%s-%d" % (name, self.pid), daemon=True)
                        for name, pump in (("stdin", self._pump_in), ("stdout", self._pump_out), ("stderr", self._pump_err))]
-        for pump in self._pumps:
-            pump.start()
+        try:
+            for pump in self._pumps:
+                pump.start()
+        except RuntimeError as error:                        # no thread to be had: else nobody would end the process
+            self._orders.put(None)
+            kill_process(self.pid, group=True)
+            self.process.wait()
+            for pump, pipe in zip(self._pumps, (self.process.stdin, self.process.stdout, self.process.stderr)):
+                assert pipe is not None
+                pump.join(1) if pump.ident else pipe.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     # The pumps only move bytes, so that neither side ever waits for the other; they end with the pipes.
 
@@ -2707,10 +2771,10 @@ class Child:
         try:
             item = self._lines.get(timeout=max(0.0, timeout))
         except queue.Empty:
-            if self.is_alive or not self._was_dead:
-                self._was_dead = not self.is_alive
+            self._dead_seconds += 0.0 if self.is_alive else timeout
+            if self._dead_seconds < LAST_WORD_SECONDS:
                 return None
-            item = None                     # its end came two looks ago, only its pipes are held open by what it started
+            item = None                     # its pipes are held open by what it started
         if item is None:
             raise ChildGone(self._last_words())
         if isinstance(item, Exception):
@@ -3160,13 +3224,23 @@ class Turn:
                       ending=Ending("end_turn" if reason == "tool_use" else reason, stop))      # of the tool that takes what is structured
 
 
+def mark_of(program: str) -> Optional[Tuple[float, ...]]:
+    """What differs once a program was replaced; None where there is none."""
+    try:
+        found = os.stat(program)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
+    except OSError:
+        return None
+
+
 class ClaudeCli:
     """Answers jobs by `claude`. Owns its children: a spare, those of conversations, those that wait for the client's tools, and those
     that are leaving."""
 
     def __init__(self, claude: Claude, config: Config, clock: Clock, tag: str, note_child: Callable[[int, Optional[str]], None],
-                 tally: Optional[Tally] = None) -> None:
-        self.claude, self._tally = claude, tally or Tally()
+                 tally: Optional[Tally] = None, look: Optional[Callable[[], Claude]] = None) -> None:
+        """look: finds claude again, when its program was replaced."""
+        self.claude, self._tally, self._look, self._mark = claude, tally or Tally(), look, mark_of(claude.command[0])
         self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
         self._spare: Optional[Child] = None
         self._spare_after = 0.0
@@ -3189,6 +3263,7 @@ class ClaudeCli:
 
         stop_reason: asked ten times a second; a key of RUN_ERRORS ends the run. note_limits: is told what the CLI says of the plan.
         """
+        self._look_again()
         if work.setup.json_schema and self.claude.features.version < JSON_SCHEMA_CLI:
             raise RunFailed("cli_error", "jsonSchema needs Claude Code 2.1.197 or newer; this is %s." % self.claude.features.version_text)
         if work.setup.functions and self.claude.features.version < FUNCTIONS_CLI:
@@ -3215,6 +3290,21 @@ class ClaudeCli:
                 check_wanted(stop_reason())
                 time.sleep(TICK_SECONDS)
         raise AssertionError("unreachable")
+
+    def _look_again(self) -> None:
+        """After an update of claude: asks what the new one can do, and lets go of the spare of the old one, which serves on while there
+        is none. Raises RunFailed."""
+        if not self._look or mark_of(self.claude.command[0]) in (self._mark, None):
+            return
+        if self._spare:
+            self._dismiss(self._spare, Setup(SYSTEM_PROMPT))
+            self._spare = None
+        self._spare_after = 0.0
+        try:
+            self.claude = self._look()
+        except CannotStart as error:
+            raise RunFailed("cli_error", "%s Hint: %s." % (error, error.hint)) from None
+        self._mark = mark_of(self.claude.command[0])
 
     def _try(self, work: Work, live: LiveText, deadline: float, stop_reason: Callable[[], Optional[str]],
              note_limits: Callable[[Limits], None]) -> Answer:
@@ -3346,7 +3436,8 @@ class ClaudeCli:
                 private_directory(folder)
             child = Child(argv, folder, self.claude.environment, "%s.%d." % (self._tag, self._count))
         except (OSError, CannotStart) as error:
-            raise RunFailed("cli_error", "claude could not be started: %s" % error) from None
+            is_scarce = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+            raise RunFailed("overloaded" if is_scarce else "cli_error", "claude could not be started: %s" % error) from None
         child.session_id = session[0].partition("=")[2] if session else None
         self._tally.add("cab_cli_starts_total")
         self._note_child(child.pid, started_at(child.pid))
@@ -3801,6 +3892,7 @@ class Worker:
         self._stopping = threading.Event()
         self._give_up_at = float("inf")
         self._housed_at = self._purged_at = float("-inf")
+        self._clocks_apart: Optional[float] = None            # at the last purge
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
         self.running: Optional[Tuple[str, float]] = None      # (job id, since), for whoever asks what the worker does
 
@@ -3882,7 +3974,7 @@ class Worker:
             elif chat and answer.structured:
                 answer = replace(answer, text=answer.structured)
             live.finish(clean_text(answer.text))
-            is_kept = self._store.complete(job, answer, live.restarts)
+            is_kept = self._written(lambda: self._store.complete(job, answer, live.restarts))
             is_settled = True
             self._tally.observe("cab_run_seconds", self._clock.monotonic() - began)
             self._report("Request %s %s" % (job.id[:8], "completed" if is_kept else "is no longer wanted"))
@@ -3919,16 +4011,29 @@ class Worker:
             return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
         return None
 
+    def _written(self, write: Callable[[], bool]) -> bool:
+        """Stores the end of a run, which cost too much to be lost to a full disk or a lock: tried again until the bridge ends."""
+        for n in count():
+            try:
+                return write()
+            except Unavailable as error:
+                if n == 0:
+                    self._report("What came of a request cannot be stored, and is tried again every second: %s" % error)
+                if self._stopping.wait(1):
+                    raise
+                self._claude.tend()
+        raise AssertionError("unreachable")
+
     def _settle(self, job: Job, failure: RunFailed, live: LiveText) -> None:
         """What becomes of a job whose run failed."""
         if failure.code in REQUEUED:
             live.restart()
-            self._store.requeue(job, live.restarts)
+            self._written(lambda: self._store.requeue(job, live.restarts))
             if failure.code == "usage_limit":
                 self._begin_rest(failure.resets_at, job.model or "" if failure.is_of_model else ALL_MODELS)
             return self._report("Request %s waits for the %s" % (
                 job.id[:8], "next start" if failure.code == "interrupted" else "plan's limit: " + str(failure)[:200]))
-        self._store.fail(job, failure.code, redact(str(failure)))
+        self._written(lambda: self._store.fail(job, failure.code, redact(str(failure))))
         self._report("Request %s failed: %s: %s" % (job.id[:8], failure.code, redact(str(failure))[:300]))
 
     def _begin_rest(self, resets_at: Optional[float], model: str) -> None:
@@ -3962,8 +4067,9 @@ class Worker:
             self._claude.prepare()
             self._claude.keep_only(self._store.has_conversation)
         if now - self._purged_at >= 3600:
-            self._purged_at = now
-            self._store.purge(self._config.keep_days)
+            self._purged_at, before, self._clocks_apart = now, self._clocks_apart, self._clock.now() - now
+            if before is None or abs(self._clocks_apart - before) < 3600:        # else the clock was set: perhaps wrongly, and not for long
+                self._store.purge(self._config.keep_days)
 
 
 # === 8 Service ================================================================================================
@@ -5876,6 +5982,14 @@ class BridgeServer(ThreadingHTTPServer):
                 since = now if phase in (Phase.IDLE, Phase.BUSY, Phase.SEND) else self._phases[connection][2]
                 self._phases[connection] = (phase, now + Phase.SECONDS[phase], since)
 
+    def get_request(self) -> Tuple[Any, Any]:
+        """Where no file can be opened, a connection that waits would be tried without a pause."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(TICK_SECONDS)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection. At the cap the one longest without a complete request makes room; 503 when all are busy."""
         if not self._has_place(request):
@@ -6774,7 +6888,13 @@ class Bridge:
         self._server = self._listen()
         self._parts.callback(self._server.server_close)
         tally = Tally()
-        store = Store(data_dir / "bridge.db", self._clock, tally)
+        path = data_dir / "bridge.db"
+        try:
+            store = Store(path, self._clock, tally)
+        except Damaged as damage:
+            kept = keep_aside(path, self._clock.now())
+            self._report("%s It is kept as %s, and a new one begins: tokens must be made again." % (damage, kept))
+            store = Store(path, self._clock, tally)
         self._parts.callback(store.close)
         tag = data_tag(data_dir)
         tunnel = self.tunnel = None if self.config.no_tunnel else self._make_tunnel(store, tag)
@@ -6782,9 +6902,10 @@ class Bridge:
             self._parts.callback(tunnel.close)
         self._parts.callback(self._server.close)
         hub = Hub()
-        claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child, tally)
+        claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child, tally,
+                           lambda: find_claude(self.config, os.environ))
         worker = Worker(store, claude, hub, self._clock, self._report, self.config, tally)
-        service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest, lambda: ask_models(self._claude, data_dir))
+        service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest, lambda: ask_models(claude.claude, data_dir))
         began = self._clock.now()
         backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker),
                               lambda: metrics_text({**tally.values(), **self._gauges(worker, store, began)}))
@@ -7281,7 +7402,7 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     shown = str(folder) if there == folder else "%s (start makes it)" % folder
     if there == folder and os.name == "posix" and folder.stat().st_mode & 0o077:
         shown += ", which others may look into: start takes that right away"
-    return [Check("data", not fault, fault or shown, "move bridge.db away to start with an empty one" if fault else ""),
+    return [Check("data", not fault, fault or shown, "start the bridge: it keeps a damaged file aside" if fault else ""),
             Check("disk", free > 100, "%d MB free" % free, "" if free > 100 else "make room: requests are kept on disk")]
 
 

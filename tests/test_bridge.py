@@ -374,7 +374,7 @@ def spoil(folder: Path, name: str) -> Path:
     return folder / "data"
 
 
-@pytest.mark.parametrize("name", ["folder", "parent", "database", "newer", "bridge.db", "bridge.lock"])
+@pytest.mark.parametrize("name", ["folder", "parent", "newer", "bridge.db", "bridge.lock"])
 def test_unusable_data_is_one_sentence(tmp_path: Path, fake: FakeClaude, name: str) -> None:
     data_dir = spoil(tmp_path, name)
     assert str(tmp_path / "data") in refusal(try_start(tmp_path, fake, data_dir=data_dir))

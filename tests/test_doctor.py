@@ -184,7 +184,7 @@ def test_a_damaged_database_is_said(doctor: Typed, tmp_path: Path, spoil: Callab
     before = path.read_bytes()
     report = doctor("--no-tunnel")
     _, text, advice = report.of("data")
-    assert (report.status, report.bad) == (1, ["data"]) and str(path) in text and "move bridge.db away" in str(advice)
+    assert (report.status, report.bad) == (1, ["data"]) and str(path) in text and "keeps a damaged file aside" in str(advice)
     assert path.read_bytes() == before
 
 

@@ -362,7 +362,7 @@ def test_a_job_is_not_left_behind_when_the_disk_was_full_at_its_end(line: Queue)
     line.store._db.execute("PRAGMA query_only = OFF")
     line.store._db.set_trace_callback(None)
     wait_until(lambda: line.job(job).is_finished, 4)
-    assert line.outcome(job) == ("completed", "Echo: hi")
+    assert line.outcome(job) == ("completed", "lost")
 
 
 def test_a_job_whose_token_is_revoked_is_stopped_and_the_next_one_runs(line: Queue) -> None:

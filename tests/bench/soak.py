@@ -52,7 +52,7 @@ cab.Clock.now = staticmethod(lambda: began + (time.time() - began) * 86400 / DAY
 
 def keep_house_often(worker):
     if time.monotonic() - worker._purged_at >= DAY / 24:
-        worker._purged_at = float("-inf")
+        worker._purged_at, worker._clocks_apart = float("-inf"), None      # such a clock counts as one that was set
     keep_house(worker)
 
 cab.Worker._keep_house = keep_house_often

@@ -4352,7 +4352,7 @@ class Service:
         return self._clock.now()
 
 # === 9 Routes =================================================================================================
-# The endpoints as data: ROUTES gives dispatch, 404 and 405, and the tables of the README. An `answer_*` turns a
+# The endpoints as data: ROUTES gives dispatch, 404 and 405, /openapi.json and the tables of the README. An `answer_*` turns a
 # request into a call of the service, and a record into the shape that old clients know.
 
 
@@ -5441,52 +5441,6 @@ def match(method: str, path: str) -> Tuple[Route, Dict[str, str]]:
         raise NotFound()
     allow = ", ".join(sorted(set(allowed) | {"OPTIONS"} | ({"HEAD"} if "GET" in allowed else set())))
     raise MethodNotAllowed("%s is not allowed here. Use: %s" % (method[:20], allow), (("Allow", allow),))
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| %s |" % " | ".join(str(cell).replace("|", "\\|") for cell in row)
-                     for row in (head, ["---"] * len(head), *rows))
-
-
-def routes_markdown() -> str:
-    """The table of endpoints for the README."""
-    who = {Needs.NOTHING: "-", Needs.TOKEN: "token", Needs.ADMIN: "admin token"}
-
-    def answers(route: Route) -> str:
-        return "<br>".join(("%d `%s`" if text.startswith("{") else "%d %s") % (status, text) for status, text in route.gives.items())
-
-    return markdown_table(("Method", "Path", "Needs", "What", "Answers"), (
-        (route.method, "`%s`" % route.path, who[route.needs], route.doc, answers(route)) for route in ROUTES))
-
-
-def command_markdown(command: Type[Command]) -> str:
-    return markdown_table(("Field", "Type", "What", "Example"), (
-        ("`%s`" % to_wire(row.name), row.metadata["kind"], row.metadata["doc"], "`%s`" % as_json(row.metadata["example"]))
-        for row in fields(command)))  # type: ignore[arg-type]
-
-
-def errors_markdown() -> str:
-    def meaning(kind: Type[BridgeError]) -> str:
-        return kind.__doc__ or "" if kind is not BridgeError else "Something unexpected; the bridge's log has the details."
-
-    return markdown_table(("Status", "Code", "When"), (("%d" % kind.status, "`%s`" % kind.code, meaning(kind)) for kind in ERRORS))
-
-
-def run_errors_markdown() -> str:
-    return markdown_table(("errorCode", "When", "On /v1"), (
-        ("`%s`" % code, text, str(RUN_STATUS.get(code, 500))) for code, text in RUN_ERRORS.items()))
-
-
-def metrics_markdown() -> str:
-    return markdown_table(("Name", "Kind", "Labels", "What"), (("`%s`" % row.name, row.kind, row.labels, row.doc) for row in METRICS))
-
-
-def settings_markdown() -> str:
-    def shown(row: Setting) -> str:
-        return "off" if row.kind == "switch" else "`%s`" % row.default if row.default != "" else ""
-
-    return markdown_table(("Flag", "Variable", "Default", "What"), (
-        ("`%s`" % row.flag, ", ".join("`%s`" % name for name in row.variables), shown(row), row.help) for row in SETTINGS))
 
 
 # === 10 HTTP ==================================================================================================

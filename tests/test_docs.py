@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -16,22 +17,48 @@ sys.path.insert(0, str(ROOT))
 import claude_api_bridge as cab  # noqa: E402
 
 README = ROOT / "README.md"
+
+
+def command_rows(command):
+    return [("`%s`" % cab.to_wire(row.name), row.metadata["kind"], row.metadata["doc"], "`%s`" % cab.as_json(row.metadata["example"]))
+            for row in dataclasses.fields(command)]
+
+
+def answers(route) -> str:
+    return "<br>".join(("%d `%s`" if text.startswith("{") else "%d %s") % (status, text) for status, text in route.gives.items())
+
+
+def default(row) -> str:
+    return "off" if row.kind == "switch" else "`%s`" % row.default if row.default != "" else ""
+
+
+WHO = {cab.Needs.NOTHING: "-", cab.Needs.TOKEN: "token", cab.Needs.ADMIN: "admin token"}
+UNEXPECTED = "Something unexpected; the bridge's log has the details."
 TABLES = {
-    "routes": cab.routes_markdown,
-    "ask": lambda: cab.command_markdown(cab.Ask),
-    "token": lambda: cab.command_markdown(cab.NewToken),
-    "errors": cab.errors_markdown,
-    "run errors": cab.run_errors_markdown,
-    "settings": cab.settings_markdown,
-    "metrics": cab.metrics_markdown,
+    "routes": [("Method", "Path", "Needs", "What", "Answers"),
+               *((route.method, "`%s`" % route.path, WHO[route.needs], route.doc, answers(route)) for route in cab.ROUTES)],
+    "ask": [("Field", "Type", "What", "Example"), *command_rows(cab.Ask)],
+    "token": [("Field", "Type", "What", "Example"), *command_rows(cab.NewToken)],
+    "errors": [("Status", "Code", "When"),
+               *((kind.status, "`%s`" % kind.code, UNEXPECTED if kind is cab.BridgeError else kind.__doc__) for kind in cab.ERRORS)],
+    "run errors": [("errorCode", "When", "On /v1"),
+                   *(("`%s`" % code, text, cab.RUN_STATUS.get(code, 500)) for code, text in cab.RUN_ERRORS.items())],
+    "settings": [("Flag", "Variable", "Default", "What"),
+                 *(("`%s`" % row.flag, ", ".join("`%s`" % name for name in row.variables), default(row), row.help) for row in cab.SETTINGS)],
+    "metrics": [("Name", "Kind", "Labels", "What"), *(("`%s`" % row.name, row.kind, row.labels, row.doc) for row in cab.METRICS)],
 }
+
+
+def markdown(table) -> str:
+    head, *rows = table
+    return "".join("| %s |\n" % " | ".join(str(cell).replace("|", "\\|") for cell in row) for row in (head, ["---"] * len(head), *rows))
 
 
 def with_tables(text: str) -> str:
     """The page with its tables as the program has them."""
     for name, table in TABLES.items():
         text, count = re.subn(r"(<!-- %s -->\n).*?(<!-- /%s -->)" % (name, name),
-                              lambda found: found.group(1) + table() + "\n" + found.group(2), text, flags=re.DOTALL)
+                              lambda found: found.group(1) + markdown(table) + found.group(2), text, flags=re.DOTALL)
         assert count == 1, name
     return text
 

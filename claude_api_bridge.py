@@ -196,84 +196,62 @@ LOGINS_PER_MINUTE = 10
 POLLS_PER_REQUEST = 5                # the bucket for polls is this many times the size of the others
 
 # === 2 Settings ===============================================================================================
-# Every setting is one row: the parser, `start --help`, the README and the environment variables come from it.
+# Every setting is one row of Config: the parser, `start --help`, the README and the environment variables come from it.
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One thing the owner can choose. kind: "number" (least to most), "text" (that matches the pattern), "path", or "switch",
-    which has no value."""
+    which has no value; also: variables of the environment besides CAB_NAME."""
     name: str
     default: Any
     kind: str
-    flag: str
-    variables: Tuple[str, ...]
     help: str
-    least: int = 0
-    most: int = 0
-    pattern: str = ""
+    least: int
+    most: int
+    pattern: str
+    also: Tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variables(self) -> Tuple[str, ...]:
+        return ("CAB_" + self.name.upper(), *self.also)
 
 
-SETTINGS = (
-    Setting("port", 3456, "number", "--port", ("CAB_PORT", "PORT"), "port to listen on; 0 takes a free one", 0, 65535),
-    Setting("host", "", "text", "--host", ("CAB_HOST",),
-            "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)"),
-    Setting("no_tunnel", False, "switch", "--no-tunnel", ("CAB_NO_TUNNEL",), "serve this machine and its network only"),
-    Setting("public_url", "", "text", "--public-url", ("CAB_PUBLIC_URL",),
-            "the address of a named tunnel or of your own proxy, such as https://bridge.example.com",
-            pattern=r"|https?://[A-Za-z0-9.-]+(:\d+)?/?"),
-    Setting("tunnel_token_file", "", "text", "--tunnel-token-file", ("CAB_TUNNEL_TOKEN_FILE",),
-            "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)"),
-    Setting("tunnel_protocol", "auto", "text", "--tunnel-protocol", ("CAB_TUNNEL_PROTOCOL",),
-            "quic, http2, or auto: the one that worked last, then the other", pattern="auto|quic|http2"),
-    Setting("cloudflared", "", "text", "--cloudflared", ("CAB_CLOUDFLARED",),
-            "the cloudflared program (default: found in PATH, else downloaded once and checked)"),
-    Setting("cloudflared_url", "https://github.com/cloudflare/cloudflared/releases/download", "text", "--cloudflared-url",
-            ("CAB_CLOUDFLARED_URL",), "where cloudflared is downloaded from", pattern=r"https?://\S+"),
-    Setting("names", "", "text", "--names", ("CAB_NAMES",), "more host names by which clients call this bridge, joined by commas",
-            pattern=r"[A-Za-z0-9._, -]*"),
-    Setting("data_dir", "~/.claude-api-bridge", "path", "--data-dir", ("CAB_DATA_DIR",), "folder of the database and the workspaces"),
-    Setting("claude", "", "text", "--claude", ("CAB_CLAUDE",), "the claude program (default: found in PATH and the usual places)"),
-    Setting("demo", False, "switch", "--demo", ("CAB_DEMO",), "answer with an echo: no Claude and no subscription needed"),
-    Setting("rate_limit", 120, "number", "--rate-limit", ("CAB_RATE_LIMIT",), "requests a minute; 0 switches the limit off", 0, 1_000_000),
-    Setting("spare", 1, "number", "--spare", ("CAB_SPARE",), "claude processes kept ready; 0 starts one per request", 0, 1),
-    Setting("run_seconds", 300, "number", "--run-seconds", ("CAB_RUN_SECONDS",), "longest run of one request", 1, 86_400),
-    Setting("silence_seconds", 90, "number", "--silence-seconds", ("CAB_SILENCE_SECONDS",),
-            "longest time without a sign of life from claude", 1, 86_400),
-    Setting("warm_seconds", 600, "number", "--warm-seconds", ("CAB_WARM_SECONDS",),
-            "how long the process of a conversation stays ready", 0, 86_400),
-    Setting("keep_days", 7, "number", "--keep-days", ("CAB_KEEP_DAYS",),
-            "days after which finished requests are deleted (those of a conversation stay with it)", 1, 3_650),
-    Setting("plan_only", False, "switch", "--plan-only", ("CAB_PLAN_ONLY",),
-            "never go on with paid extra usage: rest until the plan's limit resets"),
-    Setting("allow_api_key", False, "switch", "--allow-api-key", ("CAB_ALLOW_API_KEY",),
-            "hand ANTHROPIC_API_KEY on to claude: requests are then billed per token"),
-)
+def setting(default: Any, kind: str, text: str, least: int = 0, most: int = 0, pattern: str = "", also: Tuple[str, ...] = ()) -> Any:
+    """A field of Config, and what its Setting says of it."""
+    return field(default=default, metadata={"row": (kind, text, least, most, pattern, also)})
 
 
 @dataclass(frozen=True)
 class Config:
     """The chosen values, checked. Built by `load_config` and by tests."""
-    port: int = 3456
-    host: str = ""
-    no_tunnel: bool = False
-    public_url: str = ""
-    tunnel_token_file: str = ""
-    tunnel_protocol: str = "auto"
-    cloudflared: str = ""
-    cloudflared_url: str = "https://github.com/cloudflare/cloudflared/releases/download"
-    names: str = ""
-    data_dir: Path = Path("~/.claude-api-bridge")
-    claude: str = ""
-    demo: bool = False
-    rate_limit: int = 120
-    spare: int = 1
-    run_seconds: float = 300
-    silence_seconds: float = 90
-    warm_seconds: float = 600
-    keep_days: int = 7
-    plan_only: bool = False
-    allow_api_key: bool = False
+    port: int = setting(3456, "number", "port to listen on; 0 takes a free one", 0, 65535, also=("PORT",))
+    host: str = setting("", "text", "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)")
+    no_tunnel: bool = setting(False, "switch", "serve this machine and its network only")
+    public_url: str = setting("", "text", "the address of a named tunnel or of your own proxy, such as https://bridge.example.com",
+                              pattern=r"|https?://[A-Za-z0-9.-]+(:\d+)?/?")
+    tunnel_token_file: str = setting("", "text",
+                                     "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)")
+    tunnel_protocol: str = setting("auto", "text", "quic, http2, or auto: the one that worked last, then the other",
+                                   pattern="auto|quic|http2")
+    cloudflared: str = setting("", "text", "the cloudflared program (default: found in PATH, else downloaded once and checked)")
+    cloudflared_url: str = setting("https://github.com/cloudflare/cloudflared/releases/download", "text",
+                                   "where cloudflared is downloaded from", pattern=r"https?://\S+")
+    names: str = setting("", "text", "more host names by which clients call this bridge, joined by commas", pattern=r"[A-Za-z0-9._, -]*")
+    data_dir: Path = setting(Path("~/.claude-api-bridge"), "path", "folder of the database and the workspaces")
+    claude: str = setting("", "text", "the claude program (default: found in PATH and the usual places)")
+    demo: bool = setting(False, "switch", "answer with an echo: no Claude and no subscription needed")
+    rate_limit: int = setting(120, "number", "requests a minute; 0 switches the limit off", 0, 1_000_000)
+    spare: int = setting(1, "number", "claude processes kept ready; 0 starts one per request", 0, 1)
+    run_seconds: float = setting(300, "number", "longest run of one request", 1, 86_400)
+    silence_seconds: float = setting(90, "number", "longest time without a sign of life from claude", 1, 86_400)
+    warm_seconds: float = setting(600, "number", "how long the process of a conversation stays ready", 0, 86_400)
+    keep_days: int = setting(7, "number", "days after which finished requests are deleted (those of a conversation stay with it)", 1, 3_650)
+    plan_only: bool = setting(False, "switch", "never go on with paid extra usage: rest until the plan's limit resets")
+    allow_api_key: bool = setting(False, "switch", "hand ANTHROPIC_API_KEY on to claude: requests are then billed per token")
 
     @property
     def listen_host(self) -> str:
@@ -283,6 +261,9 @@ class Config:
         """Where a program on this machine finds the bridge."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "localhost": "127.0.0.1"}.get(self.listen_host, self.listen_host)
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
+SETTINGS = tuple(Setting(row.name, row.default, *row.metadata["row"]) for row in fields(Config))
 
 
 class WrongSetting(Exception):

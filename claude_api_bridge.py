@@ -1936,7 +1936,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
 DATA_NAMES = ("bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal", "bridge-original.db", "bridge.lock", "ask-tokens.json",
               "cloudflared.yml", "claude-home", "bin", "work", "workspaces")
 SQLITE_VERSION = sqlite3.sqlite_version
-JOB_COLUMNS = tuple(row.name for row in fields(Job))
+JOB_COLUMNS = ", ".join(row.name for row in fields(Job))
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
                  " requests_per_minute, requests_per_day, models")
 
@@ -2189,12 +2189,10 @@ class Store:
         return token
 
     def token_by_digest(self, token_hash: str) -> Optional[Token]:
-        rows = self._read("SELECT %s FROM tokens WHERE token_hash = ?" % TOKEN_COLUMNS, token_hash)
-        return self._token(rows[0]) if rows else None
+        return next(map(self._token, self._read("SELECT %s FROM tokens WHERE token_hash = ?" % TOKEN_COLUMNS, token_hash)), None)
 
     def token(self, token_id: str) -> Optional[Token]:
-        rows = self._read("SELECT %s FROM tokens WHERE id = ?" % TOKEN_COLUMNS, token_id)
-        return self._token(rows[0]) if rows else None
+        return next(map(self._token, self._read("SELECT %s FROM tokens WHERE id = ?" % TOKEN_COLUMNS, token_id)), None)
 
     def tokens(self) -> List[Token]:
         """Newest first."""
@@ -2227,11 +2225,10 @@ class Store:
 
     @staticmethod
     def _token(row: Tuple[Any, ...]) -> Token:
-        token_id, name, prefix, mode, expires_at, created_at, last_used_at, is_admin, tools, workspace, per_minute, per_day, models = row
-        level, allowed = json.loads(tools), json.loads(models or "null")
-        return Token(token_id, name, prefix, mode, expires_at, created_at, last_used_at, bool(is_admin),
-                     tuple(level) if isinstance(level, list) else level, workspace, per_minute, per_day,
-                     tuple(allowed) if allowed else None)
+        token = Token(*row)
+        level, allowed = json.loads(str(token.tools)), json.loads(str(token.models or "null"))
+        return replace(token, is_admin=bool(token.is_admin), tools=tuple(level) if isinstance(level, list) else level,
+                       models=tuple(allowed) if allowed else None)
 
     # --- jobs ---
 
@@ -2250,7 +2247,7 @@ class Store:
             if known and known[1] != fingerprint:
                 raise IdempotencyConflict()
             if known:
-                job = self._job(db.execute("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), known[:1]).fetchone())
+                job = self._job(db.execute("SELECT %s FROM jobs WHERE id = ?" % JOB_COLUMNS, known[:1]).fetchone())
                 return Queued(job, self.places(job)[1], is_new=False)
             self._check_limits(db, token_id, now)
             ahead = db.execute("SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
@@ -2300,8 +2297,7 @@ class Store:
                    (requests, completed, errors, *usage, day_of(at), token_id))
 
     def job(self, job_id: str) -> Optional[Job]:
-        rows = self._read("SELECT %s FROM jobs WHERE id = ?" % ", ".join(JOB_COLUMNS), job_id)
-        return self._job(rows[0]) if rows else None
+        return next(map(self._job, self._read("SELECT %s FROM jobs WHERE id = ?" % JOB_COLUMNS, job_id)), None)
 
     def chat(self, job_id: str) -> Optional[Chat]:
         """What was asked over /v1, as far as its job does not tell it; None for another job, or a finished one."""
@@ -2327,7 +2323,7 @@ class Store:
         page ended.  -> (at most `limit` jobs, fewer where they are large; where the next page begins, or None)."""
         wanted = statuses or JobStatus.ALL
         sql = ("SELECT %s FROM jobs WHERE %s AND status IN (%s) AND seq < ? ORDER BY seq DESC LIMIT ?" % (
-            ", ".join(JOB_COLUMNS), "token_id = ?" if token_id else "? IS NULL", marks(wanted)))
+            JOB_COLUMNS, "token_id = ?" if token_id else "? IS NULL", marks(wanted)))
         found: List[Job] = []
         size = 0
         with self._reading() as db:
@@ -2375,22 +2371,21 @@ class Store:
 
     def fail(self, job: Job, code: str, text: str, only: Sequence[str] = (JobStatus.PROCESSING,)) -> bool:
         """Stores why the job failed. only: the statuses that it may be in. -> False when it was in another."""
-        with self._write() as db:
-            done = db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?, chat = NULL"
-                              " WHERE id = ? AND status IN (?, ?)",
-                              (self._clock.now(), clean_text(text), code, job.id, only[0], only[-1])).rowcount
-            if done:
-                self._count(db, job.token_id, job.created_at, errors=1, code=code)
-        return bool(done)
+        return bool(self._fail_where(code, text, "id = ? AND status IN (%s)" % marks(only), job.id, *only))
 
     def fail_chats(self, code: str, text: str, statuses: Sequence[str], model: str = ALL_MODELS) -> List[str]:
         """Ends the requests of /v1 in these statuses. model: only those for it, "" for the default one. -> their ids."""
+        return self._fail_where(code, text, "chat IS NOT NULL AND status IN (%s) AND ? IN (?, coalesce(model, ''))" % marks(statuses),
+                                *statuses, model, ALL_MODELS)
+
+    def _fail_where(self, code: str, text: str, where: str, *values: Any) -> List[str]:
+        """Ends the jobs that a condition of ours names. -> their ids."""
+        found = "SELECT id, token_id, created_at FROM jobs WHERE " + where
         with self._write() as db:
-            rows = db.execute("SELECT id, token_id, created_at FROM jobs WHERE chat IS NOT NULL AND status IN (?, ?)"
-                              " AND ? IN (?, coalesce(model, ''))", (statuses[0], statuses[-1], model, ALL_MODELS)).fetchall()
+            rows = db.execute(found, values).fetchall()
             for job_id, token_id, created_at in rows:
                 db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?, chat = NULL WHERE id = ?",
-                           (self._clock.now(), text, code, job_id))
+                           (self._clock.now(), clean_text(text), code, job_id))
                 self._count(db, token_id, created_at, errors=1, code=code)
         return [job_id for job_id, *_ in rows]
 
@@ -2405,14 +2400,9 @@ class Store:
 
         Call it only when no run of the dead bridge goes on.  -> (jobs that wait again, jobs given up).
         """
+        lost = self._fail_where("interrupted", "The run was cut short %d times: the bridge ended, or failed." % JOB_ATTEMPTS,
+                                "status = 'processing' AND attempts >= ?", JOB_ATTEMPTS)
         with self._write() as db:
-            why = "The run was cut short %d times: the bridge ended, or failed." % JOB_ATTEMPTS
-            lost = db.execute("SELECT token_id, created_at FROM jobs WHERE status = 'processing' AND attempts >= ?",
-                              (JOB_ATTEMPTS,)).fetchall()
-            db.execute("UPDATE jobs SET status = 'error', error_code = 'interrupted', completed_at = ?, error = ?"
-                       " WHERE status = 'processing' AND attempts >= ?", (self._clock.now(), why, JOB_ATTEMPTS))
-            for token_id, created_at in lost:
-                self._count(db, token_id, created_at, errors=1, code="interrupted")
             again = db.execute("UPDATE jobs SET status = 'queued', started_at = NULL, restarts = restarts + 1"
                                " WHERE status = 'processing'").rowcount
         return again, len(lost)
@@ -2432,7 +2422,7 @@ class Store:
 
     @staticmethod
     def _job(row: Tuple[Any, ...]) -> Job:
-        values = dict(zip(JOB_COLUMNS, row))
+        values = dict(zip((each.name for each in fields(Job)), row))
         if values["usage"]:
             values["usage"] = Usage._make(json.loads(values["usage"]))
         if values["ending"]:

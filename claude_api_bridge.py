@@ -41,6 +41,7 @@ import hashlib
 import http.client
 import ipaddress
 import json
+import math
 import os
 import platform
 import queue
@@ -508,13 +509,8 @@ class CannotTunnel(Exception):
 
 def too_many(kind: Type[BridgeError], text: str, seconds: float, **extra: Any) -> BridgeError:
     """A 429 that says when the next request is welcome."""
-    wait = max(1, whole_seconds(seconds))
+    wait = max(1, math.ceil(seconds))
     return kind(text, (("Retry-After", str(wait)),), retryAfter=wait, **extra)
-
-
-def whole_seconds(seconds: float) -> int:
-    """Rounded up: a client that waits so long is welcome."""
-    return int(-(-seconds // 1))
 
 
 def error_body(error: BridgeError) -> Dict[str, Any]:
@@ -1030,7 +1026,7 @@ class TokenBucket:
             self._refill()
             left, full_in = int(self._level), (self.capacity - self._level) * 60 / self.capacity
         return (("RateLimit-Policy", "%d;w=60" % self.capacity), ("RateLimit-Limit", str(self.capacity)),
-                ("RateLimit-Remaining", str(left)), ("RateLimit-Reset", str(whole_seconds(full_in))))
+                ("RateLimit-Remaining", str(left)), ("RateLimit-Reset", str(math.ceil(full_in))))
 
     def _refill(self) -> None:
         now = self._clock.monotonic()
@@ -1168,7 +1164,7 @@ class Setup:
     effort: Optional[str] = None
     tools: Union[str, Tuple[str, ...]] = Tools.NONE
     workspace: Optional[str] = None
-    functions: Optional[str] = None      # JSON: the client's tools, as Chat has them
+    functions: Tuple[Mapping[str, Any], ...] = ()      # the client's tools, as Chat has them
 
 
 def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated: Optional[str]) -> Dict[str, str]:
@@ -1236,10 +1232,9 @@ def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[st
 
 def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]:
     """The control requests that turn a fresh child into one for `setup`; the answer to the first has id "1"."""
-    functions = json.loads(setup.functions or "[]")
     agent: Dict[str, Any] = {"description": "answers API requests", "prompt": setup.system_prompt}
     if setup.tools == Tools.NONE:
-        agent["tools"] = [FUNCTION_PREFIX + each["name"] for each in functions]
+        agent["tools"] = [FUNCTION_PREFIX + each["name"] for each in setup.functions]
     by_agent = features.version >= AGENT_MODEL_CLI and "--agent" in features.flags
     if setup.model and by_agent:
         agent["model"] = setup.model
@@ -1247,7 +1242,7 @@ def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]
                                "agents": {"bridge": agent}}
     if setup.json_schema:
         request["jsonSchema"] = json.loads(setup.json_schema)
-    if functions:
+    if setup.functions:
         request["sdkMcpServers"] = [MCP_SERVER]
     requests = [request]
     if setup.model and not by_agent:
@@ -1297,8 +1292,8 @@ def prompt_with_history(system_prompt: str, history: Sequence[Exchange]) -> str:
 
 # --- the client's tools, as a server of the Model Context Protocol ---
 
-def offered_functions(functions: Sequence[Mapping[str, Any]]) -> Tuple[str, str]:
-    """The client's tools -> (JSON, with descriptions that the CLI does not cut; instructions with those that are longer)."""
+def offered_functions(functions: Sequence[Mapping[str, Any]]) -> Tuple[Tuple[Mapping[str, Any], ...], str]:
+    """The client's tools -> (the same, with descriptions that the CLI does not cut; instructions with those that are longer)."""
     told, more = [], ""
     for each in functions:
         text = each["description"]
@@ -1306,7 +1301,7 @@ def offered_functions(functions: Sequence[Mapping[str, Any]]) -> Tuple[str, str]
             more += "\n\nThe description of the tool %s%s:\n%s" % (FUNCTION_PREFIX, each["name"], text)
             text = text[:DESCRIPTION_CHARACTERS - 60] + "... (see the instructions for the whole description)"
         told.append({**each, "description": text})
-    return as_json(told), more
+    return tuple(told), more
 
 
 def named_for_cli(turn: Mapping[str, Any]) -> List[Block]:
@@ -1314,13 +1309,13 @@ def named_for_cli(turn: Mapping[str, Any]) -> List[Block]:
     return [{**block, "name": FUNCTION_PREFIX + block["name"]} if block["type"] == "tool_use" else block for block in turn["content"]]
 
 
-def mcp_result(message: Mapping[str, Any], functions: str) -> Dict[str, Any]:
-    """What the server of the client's tools answers to a request of the CLI, but for calls. functions: JSON."""
+def mcp_result(message: Mapping[str, Any], functions: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+    """What the server of the client's tools answers to a request of the CLI, but for calls."""
     method = message.get("method")
     if method == "initialize":
         return {"protocolVersion": (message.get("params") or {}).get("protocolVersion"), "capabilities": {"tools": {}},
                 "serverInfo": {"name": MCP_SERVER, "version": __version__}}
-    return {"tools": json.loads(functions)} if method == "tools/list" else {}
+    return {"tools": functions} if method == "tools/list" else {}
 
 
 def mcp_content(block: Block) -> Optional[Dict[str, Any]]:
@@ -3164,7 +3159,7 @@ class Turn:
 
     def _check_functions(self, tools: Any) -> None:
         """An answer without the client's tools would be another one than was asked for."""
-        wanted = [each["name"] for each in json.loads(self._setup.functions or "[]")]
+        wanted = [each["name"] for each in self._setup.functions]
         missing = [name for name in wanted if FUNCTION_PREFIX + name not in (tools or ())]
         if missing:
             raise RunFailed("cli_error", "claude did not take the tools %s." % ", ".join(missing))
@@ -3683,7 +3678,7 @@ class Tunnel:
         return {"state": self.state, "url": self.url if self.is_ready else None, "since": iso_time(self.since) if self.is_ready else None,
                 "protocol": policy.protocol, "starts": self.starts,
                 "error": None if self.is_ready else policy.why or ("no connection" if policy.state == TunnelState.RUNNING else None),
-                "retryInSeconds": max(0, whole_seconds(policy.retry_at - self._clock.monotonic()))
+                "retryInSeconds": max(0, math.ceil(policy.retry_at - self._clock.monotonic()))
                 if policy.state == TunnelState.BACKOFF else None}
 
     def _loop(self) -> None:
@@ -3747,7 +3742,7 @@ class Tunnel:
             return
         policy = self._policy
         self._report("The tunnel failed: %s. The bridge serves locally; %s" % (policy.why.rstrip("."), (
-            "the tunnel is given up." if policy.state == TunnelState.FATAL else "next try in %d s." % whole_seconds(
+            "the tunnel is given up." if policy.state == TunnelState.FATAL else "next try in %d s." % math.ceil(
                 policy.retry_at - self._clock.monotonic()))))
 
     def _spawn(self) -> Sight:
@@ -3836,7 +3831,7 @@ def chat_work(job: Job, token: Token, chat: Chat) -> Work:
     """What a run of a conversation told over /v1 needs."""
     functions, more = offered_functions(chat.functions)
     setup = Setup((job.system_prompt or SYSTEM_PROMPT) + more, job.model, job.json_schema, job.effort, token.tools, token.workspace,
-                  functions if chat.functions else None)
+                  functions)
     *earlier, last = map(named_for_cli, chat.turns)
     history = [Exchange(*pair) for pair in zip(earlier[::2], earlier[1::2])]
     return Work(last, setup, history=lambda: history, owner=job.token_id)
@@ -4130,7 +4125,7 @@ class Service:
         return queued
 
     def _used_up(self, rest: Rest) -> RunError:
-        return RunError("usage_limit", used_up(rest), (("Retry-After", str(whole_seconds(rest.until - self._clock.now()))),))
+        return RunError("usage_limit", used_up(rest), (("Retry-After", str(math.ceil(rest.until - self._clock.now()))),))
 
     def failure(self, job: Job) -> Optional[RunError]:
         """Why a finished job has no answer, for a caller who waits for one; None where there is one."""

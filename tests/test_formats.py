@@ -452,10 +452,10 @@ def test_however_a_text_is_cut_the_same_of_it_is_told_and_nothing_of_a_stop_sequ
 def test_long_descriptions_of_tools_are_told_in_the_instructions() -> None:
     long = "x" * 2001
     told, more = cab.offered_functions([function("a"), function("b", description=long)])
-    first, second = json.loads(told)
+    first, second = told
     assert first == function("a") and len(second["description"]) < 2000 and "instructions" in second["description"]
     assert more == "\n\nThe description of the tool mcp__api__b:\n" + long
-    assert cab.offered_functions([]) == ("[]", "") and cab.offered_functions([function("a", description="x" * 2000)])[1] == ""
+    assert cab.offered_functions([]) == ((), "") and cab.offered_functions([function("a", description="x" * 2000)])[1] == ""
 
 
 @pytest.mark.parametrize("block, told", [

@@ -2253,8 +2253,7 @@ class Store:
                              (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
                               ask.conversation, ask.effort, key, fingerprint, chat, api)).lastrowid
             self._count(db, token_id, now, requests=1)
-        job = Job(job_id, int(seq or 0), token_id, JobStatus.QUEUED, ask.message, now, model=ask.model, system_prompt=ask.system_prompt,
-                  json_schema=ask.json_schema, conversation=ask.conversation, effort=ask.effort, api=api)
+            job = self._job(db.execute("SELECT %s FROM jobs WHERE seq = ?" % JOB_COLUMNS, (seq,)).fetchone())
         return Queued(job, ahead + 1)
 
     @staticmethod
@@ -6029,8 +6028,7 @@ header p { margin: 0; font-size: .875rem }
 #state::before { content: "● " }
 nav { display: flex; gap: clamp(.8rem, 3vw, 1.5rem); margin: 1rem 0 1.5rem; border-bottom: 1px solid var(--line) }
 nav a { padding: .5rem 0; margin-bottom: -1px; color: var(--faint); text-decoration: none; border-bottom: 2px solid transparent }
-nav a[aria-current] { color: var(--ink) }
-nav a[aria-current] { border-color: var(--warm) }
+nav a[aria-current] { color: var(--ink); border-color: var(--warm) }
 :focus-visible { outline: 2px solid var(--warm); outline-offset: 2px; border-radius: .3rem }
 button, input, select, textarea { font: inherit; font-size: .9375rem; color: var(--ink); min-height: 2.25rem; max-width: 100%;
   border: 1px solid var(--line); border-radius: .5rem; background: var(--card); padding: .35rem .7rem }
@@ -7294,8 +7292,8 @@ class Check(NamedTuple):
 
 def command_doctor(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Looks at all that a start needs. -> 0, or 1 when something is broken."""
-    checks: List[Check] = []
-    for each in (check_python, check_data, check_clock, check_leftovers, check_port, check_claude,
+    checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3]), Check("sqlite", True, SQLITE_VERSION)]
+    for each in (check_data, check_clock, check_leftovers, check_port, check_claude,
                  *([check_live] if arguments.live else []), check_tunnel):
         try:
             checks += each(config, os.environ)
@@ -7310,10 +7308,6 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
             console.data("%s  %-12s %s%s" % (marks[check.is_good], check.name, printable(check.text),
                                              "\n                 -> " + check.advice if check.advice else ""))
     return 1 if any(check.is_good is False for check in checks) else 0
-
-
-def check_python(config: Config, environ: Mapping[str, str]) -> List[Check]:
-    return [Check("python", True, "%d.%d.%d" % sys.version_info[:3]), Check("sqlite", True, SQLITE_VERSION)]
 
 
 def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:

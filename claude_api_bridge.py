@@ -3432,7 +3432,7 @@ class ClaudeCli:
             self._dismiss(warm.child, warm.setup)
         if self._spare:
             self._dismiss(self._spare, Setup(SYSTEM_PROMPT))
-        until = self._clock.monotonic() + 1
+        until = self._clock.monotonic() + LEAVE_SECONDS
         for child in list(self._leaving):
             child.ended_within(max(0.0, until - self._clock.monotonic()))
             self._bury(child)
@@ -6338,7 +6338,7 @@ function route() {
 // --- The round: the public counters, and the lists when these have changed, since requests with a token are limited ---
 
 const seen = { at: 0, allAt: 0, figures: "", tokens: 0 };
-let rounds = 0, heardAt = 0, nextRound;
+let rounds = 0, heardAt = 0, nextRound, lists = Promise.resolve();
 
 async function round() {
   clearTimeout(nextRound);
@@ -6373,7 +6373,8 @@ async function refresh() {
   if (isIn && (passed > 30000 || passed > 3000 && told !== seen.figures)) {
     const isAll = Date.now() - seen.allAt > 15000 || seen.tokens !== figures.Tokens;
     Object.assign(seen, { at: Date.now(), tokens: figures.Tokens }, isAll && { allAt: Date.now() });
-    await Promise.all([showRequests(isAll && isAdmin), isAll && showRest()]);
+    const look = () => Promise.all([showRequests(isAll && isAdmin), isAll && showRest()]);
+    await (lists = lists.then(look, look));                // one after the other: an older answer never overwrites a newer one
     seen.figures = told;
   }
   return queue.length || isIn && told !== seen.figures;
@@ -6385,11 +6386,11 @@ function showFigures(id, figures, words) {
 }
 
 async function showRequests(hasTokens) {
-  const [held, active, newest] = await Promise.all([hasTokens && get("/api/tokens"),
-    get("/api/requests?limit=100&status=queued,processing"), get("/api/requests?limit=20&status=" + recent.filter)]);
+  const { filter } = recent, [held, active, newest] = await Promise.all([hasTokens && get("/api/tokens"),
+    get("/api/requests?limit=100&status=queued,processing"), get("/api/requests?limit=20&status=" + filter)]);
   if (held) showTokens(held.tokens);                       // first, for their names
   showActive(active.requests);
-  mergeRecent(newest);
+  if (filter === recent.filter) mergeRecent(newest);       // else the next look brings those that are wanted now
 }
 
 async function showRest() {
@@ -6507,8 +6508,8 @@ async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conv
 }
 
 async function showMore() {
-  const { requests, next } = await get("/api/requests?limit=20&status=" + recent.filter + "&before=" + recent.next);
-  Object.assign(recent, { rows: recent.rows.concat(requests), next });
+  const { filter } = recent, { requests, next } = await get("/api/requests?limit=20&status=" + filter + "&before=" + recent.next);
+  if (filter === recent.filter) Object.assign(recent, { rows: recent.rows.concat(requests), next });
   showRecent();
 }
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -91,6 +92,8 @@ def short_rounds() -> Iterator[None]:
     """The listening thread looks at deadlines, and whether it is to end, more often, and less is waited for what does not end
     by itself: hundreds of bridges are closed here."""
     serve = cab.BridgeServer.serve_forever
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:            # as a shell leaves it to what it starts in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
         patch.setattr(cab, "LEAVE_SECONDS", 0.4)          # the fake leaves at once, or is made to stay
@@ -129,7 +132,8 @@ class FakeClaude:
 
     def _log(self, name: str) -> List[Dict[str, Any]]:
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        written = path.read_text().rpartition("\n")[0] if path.exists() else ""          # the last line may be half there
+        return [json.loads(line) for line in written.splitlines()]
 
     def starts(self) -> List[Dict[str, Any]]:
         """Every start: {"pid", "argv", "env", "cwd"}."""
@@ -331,8 +335,16 @@ def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
 
 # The program without compiling its source at each start and without looking for packages, which it has none of: both take longer
 # than most of what it is started for.
-IMPORTED = (sys.executable, "-S", "-c", "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; cab.run()"
-            % (str(MODULE.parent), str(MODULE)))
+def imported(patch: str = "") -> Tuple[str, ...]:
+    """Its command line. patch: code that changes `cab` first."""
+    code = "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; %s; cab.run()"
+    return sys.executable, "-S", "-c", code % (str(MODULE.parent), str(MODULE), patch or "pass")
+
+
+IMPORTED = imported()
+# Its demo, whose stand-in for `claude` is started in the same way.
+DEMO = imported("find = cab.claude_command; cab.claude_command = lambda config, environ: %r if config.demo else find(config, environ)"
+                % ((*IMPORTED, "demo-claude"),))
 
 
 class Program:
@@ -384,6 +396,7 @@ def program(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[
               command: Tuple[str, ...] = IMPORTED, demo: bool = False) -> Program:
         which = ["--demo"] if demo else ["--claude", str(claude or fake_claude().path)]
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANG": "C.UTF-8", **(environ or {})}
+        command = DEMO if demo and command is IMPORTED else command
         started.append(Program([*command, "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(tmp_path / "data"),
                                 *which, *flags], environment, tmp_path))
         return started[-1]

@@ -23,8 +23,8 @@ def main(folder: str, version: str = "2.1.330 (Claude Code)", flags: str = FLAGS
          has_auth: bool = True) -> int:
     """folder: where the fake notes what it was told; auth: what `auth status` prints (default: signed in)."""
     words = sys.argv[1:]
-    with open(os.path.join(folder, "starts.jsonl"), "a") as log:
-        log.write(json.dumps({"pid": os.getpid(), "argv": words, "env": dict(os.environ), "cwd": os.getcwd()}) + "\n")
+    with open(os.path.join(folder, "starts.jsonl"), "ab", 0) as log:      # in one piece, since others may write, too
+        log.write((json.dumps({"pid": os.getpid(), "argv": words, "env": dict(os.environ), "cwd": os.getcwd()}) + "\n").encode())
     if "--version" in words:
         print(version)
     elif "--help" in words:
@@ -113,8 +113,8 @@ class Fake:
             self.waiting.append(line)
 
     def note(self, line: Mapping[str, Any]) -> None:
-        with open(self.folder / "lines.jsonl", "a") as log:
-            log.write(json.dumps({"pid": os.getpid(), "line": line}) + "\n")
+        with open(self.folder / "lines.jsonl", "ab", 0) as log:
+            log.write((json.dumps({"pid": os.getpid(), "line": line}) + "\n").encode())
 
     def say(self, **message: Any) -> None:
         sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")

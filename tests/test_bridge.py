@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
-from conftest import Api, FakeClaude, Program, is_running, run_cli, text_of, wait_until
+from conftest import Api, FakeClaude, Program, imported, is_running, run_cli, text_of, wait_until
 from test_http import Wire, request
 from test_stream import chunks
 
@@ -121,7 +121,7 @@ def test_a_bridge_leaves_nothing_behind(tmp_path: Path, fake: FakeClaude) -> Non
             bridge.serve()
             token = bridge.new_admin_token or token
             assert Api(bridge.port, token).answer("hello")["response"] == "Echo: hello"
-        assert set(threading.enumerate()) <= threads
+        wait_until(lambda: set(threading.enumerate()) <= threads)              # that of the connection is about to end
         assert not [child for child in fake.children() if is_running(child["pid"])]
         assert not is_listening(bridge.port)
 
@@ -216,7 +216,7 @@ def test_a_hung_child_does_not_outlive_a_killed_bridge(program: Programs, fake: 
     left = processing(fake, "hang")
     assert any(map(is_running, left))
     kill(running)
-    wait_until(lambda: not any(map(is_running, left)), 3)
+    wait_until(lambda: not any(map(is_running, left)))
 
 
 @only_linux
@@ -278,7 +278,8 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
         program: Programs, fake: FakeClaude, gate: Path, tmp_path: Path) -> None:
     numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     folders = [str(tmp_path / ("data-%d" % number)) for number in numbers]
-    running = [program("--spare", "0", "--data-dir", folder) for folder in folders]
+    command = imported("cab.FINISH_SECONDS, cab.LEAVE_SECONDS = 0.2, 0.4")
+    running = [program("--spare", "0", "--data-dir", folder, command=command) for folder in folders]
     ids = [each.api.ask("hold %s" % gate) for each in running]
     wait_until(lambda: len(fake.prompts()) == len(numbers))
     polls = [begin_poll(each.api, request_id) for each, request_id in zip(running, ids)]
@@ -286,7 +287,7 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
     for each, number in zip(running, numbers):
         each.process.send_signal(number)
     for each, poll, stream in zip(running, polls, streams):
-        assert each.process.wait(5) == 0 and "Traceback" not in each.stderr
+        assert each.process.wait(20) == 0 and "Traceback" not in each.stderr
         with stream:                                         # ended by a last chunk, not broken off
             told = b"".join(chunks(stream))
             assert b"event: delta" in told and b"event: completed" not in told and stream.rest() == b""
@@ -300,13 +301,13 @@ def test_each_signal_ends_its_bridge_in_order_and_the_next_start_completes_the_r
 
 
 def test_an_answer_that_is_nearly_there_goes_out_before_the_end(program: Programs, fake: FakeClaude, gate: Path) -> None:
-    running = program()
+    running = program(command=imported("cab.FINISH_SECONDS = 20.0"))
     poll = begin_poll(running.api, running.api.ask("hold %s" % gate))
     processing(fake, "hold %s" % gate)
     running.process.send_signal(signal.SIGTERM)
     wait_until(lambda: not is_listening(running.port))
     gate.touch()
-    assert running.process.wait(5) == 0
+    assert running.process.wait(20) == 0
     assert json.loads(poll.getresponse().read())["response"] == "held"
     poll.close()
 

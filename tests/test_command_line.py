@@ -334,7 +334,7 @@ def test_a_token_that_could_not_be_printed_is_not_made(program: Programs, tmp_pa
         running = subprocess.Popen([*US, *words.split(), "--data-dir", str(tmp_path / "data")], env=environ, stdin=subprocess.DEVNULL,
                                    stdout=full, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
     try:
-        _, err = running.communicate(timeout=5)
+        _, err = running.communicate(timeout=30)
     finally:
         running.kill()
         running.communicate()
@@ -415,7 +415,7 @@ def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Fakes, tm
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     wait_until((tmp_path / "asked").exists)
     os.killpg(running.pid, signal.SIGINT)
-    out, err = running.communicate(timeout=10)
+    out, err = running.communicate(timeout=30)
     assert running.returncode == 1 and out == b"" and err.endswith(b"error: Interrupted.\n") and b"Traceback" not in err
 
 

@@ -1022,7 +1022,7 @@ def test_a_process_that_died_or_expired_while_it_waited_is_replaced(bridge: Star
         if end == "dies":
             os.kill(pid, signal.SIGKILL)
         else:
-            clock.ahead += cab.ASIDE_SECONDS - (1 if end == "is about to expire" else 0)
+            clock.ahead += cab.ASIDE_SECONDS - (20 if end == "is about to expire" else 0)
             running.admin.ask("say ring")                 # the worker looks at once
             wait_until(lambda: end == "is about to expire" or not is_running(pid))
         assert words(post(running.admin, "anthropic", continued(body, answer, "blue"))) == (json.dumps(BLUE) if "about" in end else SEEDED)
@@ -1437,8 +1437,8 @@ def test_a_line_shows_that_it_lives_also_while_the_queue_moves(bridge: Start, fa
     """A new place in the queue is nothing that a client of /v1 is told: it counts as silence."""
     running = bridge(fake)
     asked = [running.admin.ask(prompt) for prompt in ("hold %s" % gate, *[script({"pause": 0.05}, {"result": "on"})] * 8)]
-    monkeypatch.setattr(cab, "WAIT_SECONDS", 0.5)
-    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(cab, "WAIT_SECONDS", 0.25)
+    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.2)
     lines = [Line(running.admin, api, talk("say last", stream=stream)) for api, stream in (("anthropic", False), ("openai", True))]
     wait_until(lambda: len(rows(running.admin)) == 11)
     gate.touch()
@@ -1459,13 +1459,13 @@ def refusal_of(client: Api, api: str) -> int:
 def test_a_short_rest_of_the_plan_is_waited_for(bridge: Start, fake: FakeClaude, tmp_path: Path) -> None:
     clock = Skipped()
     running = bridge(fake, clock=clock)
-    prompt = script(refused_once(int(clock.now()) + 2, tmp_path / "mark"), {"delta": "an answer"})
+    prompt = script(refused_once(int(clock.now()) + 60, tmp_path / "mark"), {"delta": "an answer"})
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(post, running.admin, "openai", talk(prompt))
         job = wait_until(lambda: [each for each in rows(running.admin) if each.get("waitingFor")])[0]
         second = pool.submit(post, running.admin, "openai", talk("say second"))
         wait_until(lambda: len(rows(running.admin)) == 2)
-        clock.ahead += 6
+        clock.ahead += 66
         running.admin.ask("say ring")                     # the worker looks at once
         assert words(first.result()) == "an answer" and words(second.result()) == "second"
     assert running.admin.poll(job["requestId"])["attempts"] == 1

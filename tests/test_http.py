@@ -15,7 +15,7 @@ import pytest
 import claude_api_bridge as cab
 from conftest import Answer, FakeClaude, RunningBridge, wait_until
 
-SECONDS = 6.0
+SECONDS = 9.0                                                # less than any deadline that the tests leave as it is
 TOO_MUCH = 3 << 20
 
 
@@ -464,8 +464,9 @@ def test_a_body_that_nobody_wants_holds_no_answer_back_and_no_place(served: Runn
 
 @pytest.mark.parametrize("before", [b"", request()])
 def test_an_idle_connection_is_closed(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, before: bytes) -> None:
-    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.IDLE, 0.1)
-    monkeypatch.setattr(cab, "IDLE_SECONDS", 0.1)
+    seconds = 0.5 if before else 0.1                         # the request has to be there by then
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.IDLE, seconds)
+    monkeypatch.setattr(cab, "IDLE_SECONDS", seconds)
     with Wire(served.port) as wire:
         assert wire.send(before).rest().count(b"HTTP/1.1 200 OK") == len(before[:1])
         wait_until(lambda: not connection_threads())
@@ -475,8 +476,8 @@ def test_no_deadline_cuts_an_answer_that_is_waited_for(bridge: Callable[..., Run
     running = bridge(spare=0)
     job_id = processing(running, gate)
     for phase in (cab.Phase.IDLE, cab.Phase.HEAD, cab.Phase.BODY):
-        monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.1)
-    assert running.admin.get("/api/ask/%s?wait=0.6" % job_id).json["status"] == "processing"
+        monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.4)
+    assert running.admin.get("/api/ask/%s?wait=0.8" % job_id).json["status"] == "processing"
 
 
 @pytest.mark.parametrize("first", [b"", b"GET /health HT", b"\r\n"])
@@ -516,13 +517,13 @@ def test_a_stream_keeps_its_place_for_as_long_as_it_is_silent(bridge: Callable[.
     running = bridge(spare=0)
     job_id = processing(running, gate)
     set_cap(monkeypatch, 1)
-    for phase in (cab.Phase.IDLE, cab.Phase.HEAD, cab.Phase.BODY):
-        monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.05)
     with Wire(running.port) as stream:
         stream.send(request("GET /api/ask/%s/events HTTP/1.1" % job_id, "Authorization: Bearer %s" % running.admin.token))
         assert stream.answer(has_body=False).status == 200
         assert next(line for line in iter(stream.file.readline, b"") if line == b"event: delta\n")
         wait_until(lambda: [phase for phase, _, _ in running.bridge._server._snapshot()] == ["busy"])
+        for phase in (cab.Phase.IDLE, cab.Phase.HEAD, cab.Phase.BODY):
+            monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.05)
         for _ in range(20):                                   # until after the deadlines of all other phases
             with Wire(running.port) as new:
                 assert new.last_answer().status == 503
@@ -546,6 +547,7 @@ def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(se
         with pytest.raises(socket.timeout):               # its answers fill the buffers, then the bridge stops reading
             for _ in range(5_000):
                 deaf.send(request("GET /dashboard HTTP/1.1") * 100)
+        wait_until(lambda: [phase for phase, _, _ in served.bridge._server._snapshot()] == ["send"])
         with Wire(served.port) as new:
             assert new.send(request()).answer().status == 200
 
@@ -554,15 +556,17 @@ def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, mon
     monkeypatch.setattr(cab, "DRAIN_SECONDS", 0.3)
     with Wire(served.port) as wire:
         assert wire.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000")).last_answer().status == 401
-        wait_until(lambda: not connection_threads(), 2)
+        wait_until(lambda: not connection_threads())
 
 
-def test_a_client_that_leaves_during_a_long_poll_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll) -> None:
+def test_a_client_that_leaves_during_a_long_poll_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
     running = bridge(spare=0)
     job_id = processing(running, gate)
     with Wire(running.port) as wire:
         long_poll(running, job_id, wire)
-    wait_until(lambda: not connection_threads(), 5)
+    wait_until(lambda: not connection_threads())
 
 
 def test_a_client_that_left_before_its_answer_is_no_error(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll) -> None:

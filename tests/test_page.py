@@ -61,6 +61,7 @@ def visit(browser: Browser, bridge: Start) -> Iterator[Callable[..., Visit]]:
         if token:
             opened[-1].sign_in(token)
             opened[-1].sees("Running now")
+            opened[-1].until("seen.figures")                                     # the first lists are there, and come no more
         return opened[-1]
 
     yield visit
@@ -114,7 +115,8 @@ def test_a_wrong_token_is_told_so_and_a_right_one_lasts_as_long_as_the_tab(visit
     assert page.text("nav").split() == list(VIEWS) and page.text("#enter") == ""
     assert page.js("[sessionStorage.token, localStorage.length, document.cookie, location.href.includes('cab-')]") == [
         running.admin.token, 0, "", False]
-    page.js("location.reload()")
+    page.js("isOld = true; location.reload(); 1")
+    page.until("!('isOld' in window)")
     page.sees("Sign out")
     page.press("Sign out")
     page.sees("Signed out.", "[role=alert]")
@@ -256,7 +258,8 @@ def test_a_request_is_asked_again_with_all_that_was_asked(visit: Callable[..., V
     page.press("Ask again")
     again = wait_until(lambda: mine.get("/api/requests?status=completed").json["requests"][:-1])[0]
     assert {name: again[name] for name in asked} == asked and again["message"] == "hello"
-    page.sees("trip", "#conversations")
+    page.look()
+    page.sees("2 turns", "#conversations")                                       # from now on nothing changes there
     page.press("Delete trip", "#conversations")
     page.press("Keep", "#conversations")
     page.press("Delete trip", "#conversations")

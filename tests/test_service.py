@@ -252,11 +252,10 @@ def test_closing_ends_every_wait_with_the_present_state(bench: Bench) -> None:
 def test_a_wait_ends_when_the_token_is_revoked(bench: Bench) -> None:
     caller = bench.caller()
     job = bench.ask(caller)
-    began = time.monotonic()
-    result = in_thread(lambda: bench.service.poll(caller, job.id, wait=3))
+    result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
     wait_until(lambda: bench.hub._bells)
     bench.service.revoke_token(caller.token.id)
-    assert isinstance(result(), cab.NotFound) and time.monotonic() - began < 2
+    assert isinstance(result(), cab.NotFound)
 
 
 def test_revoking_a_token_rings_for_its_unfinished_jobs(bench: Bench) -> None:
@@ -343,7 +342,7 @@ class Reader:
 
     def saw(self, *told: Tuple[str, int, str]) -> None:
         """Waits until exactly this was told so far."""
-        wait_until(lambda: self.told == list(told) or len(self.told) > len(told), 5)
+        wait_until(lambda: self.told == list(told) or len(self.told) > len(told))
         assert self.told == list(told)
 
     def end(self) -> Any:

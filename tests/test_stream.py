@@ -183,7 +183,7 @@ def test_a_caller_who_leaves_cancels_nothing(api: Api, gate: Path, quick_looks: 
     job_id = next_event(stream).data["requestId"]
     stream.until("delta")
     stream.close()
-    wait_until(lambda: not connection_threads(), 5)                          # it was noticed, in the middle of a silent run
+    wait_until(lambda: not connection_threads())                             # it was noticed, in the middle of a silent run
     gate.touch()
     assert api.done(job_id)["response"] == "held"
 
@@ -298,16 +298,20 @@ def test_a_queued_job_is_told_each_change_of_its_place(api: Api, gate: Path, qui
 
 # --- how a run may go ---
 
-def test_a_failed_job_ends_with_error_and_the_poll_body(api: Api) -> None:
-    stream = api.stream("POST", "/api/ask", {"message": "die 3 the words of claude", "stream": True})
+def test_a_failed_job_ends_with_error_and_the_poll_body(api: Api, gate: Path) -> None:
+    message = script({"delta": "dying"}, {"wait": str(gate)}, {"fail": {"result": "the words of claude"}})
+    stream = api.stream("POST", "/api/ask", {"message": message, "stream": True})
     job_id = next_event(stream).data["requestId"]
+    stream.until("delta")                                                    # of a failed run no text is kept for who comes later
+    gate.touch()
     assert kinds(stream.rest()) == ["queued", "started", "delta", "error"] and stream.text == "dying"
     body = api.poll(job_id)
     assert stream.events[-1] == Event("error", 5, body) and body["errorCode"] == "cli_error"
     assert api.follow(job_id).rest() == [Event("error", 0, body)]
 
 
-def test_a_cancelled_job_ends_its_streams_at_once(api: Api, gate: Path) -> None:
+def test_a_cancelled_job_ends_its_streams_at_once(api: Api, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 30.0)
     running, waiting = processing(api, held(gate)), api.ask("say never")
     streams = [api.follow(running), api.follow(waiting)]
     streams[0].until("delta"), streams[1].until("queued")
@@ -315,7 +319,7 @@ def test_a_cancelled_job_ends_its_streams_at_once(api: Api, gate: Path) -> None:
     for job_id, stream, offset in ((waiting, streams[1], 0), (running, streams[0], 2)):
         api.delete("/api/ask/" + job_id)
         assert stream.rest()[-1] == Event("error", offset, api.poll(job_id)) and stream.events[-1].data["errorCode"] == "cancelled"
-    assert time.monotonic() - began < 0.9                                    # rung for, not found at the next look
+    assert time.monotonic() - began < 20                                     # rung for, not found at the next look
 
 
 def test_what_was_said_before_a_tool_call_is_no_part_of_the_text(api: Api, gate: Path) -> None:
@@ -457,7 +461,7 @@ def test_many_readers_of_one_job_get_the_same(api: Api, gate: Path) -> None:
     with ThreadPoolExecutor(30) as readers:
         ends = [readers.submit(stream.rest) for stream in streams]
         gate.touch()
-        assert {repr(end.result(20)[-1]) for end in ends} == {repr(Event("completed", len(streams[0].text), api.poll(job_id)))}
+        assert {repr(end.result(60)[-1]) for end in ends} == {repr(Event("completed", len(streams[0].text), api.poll(job_id)))}
     assert {stream.text for stream in streams} == {"first " + "".join(words)}
 
 
@@ -488,7 +492,7 @@ def test_readers_that_do_not_read_and_readers_that_vanish_harm_nobody(api: Api, 
         slow.answer(has_body=False)
         data = b"".join(chunks(slow))                                        # nothing was lost to the one that took its time
     assert data.count(b"x") > 8 << 20 and data.count(b"event: completed") == 1
-    wait_until(lambda: not connection_threads(), 5)
+    wait_until(lambda: not connection_threads())
 
 
 def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,7 +553,7 @@ def test_a_reader_who_left_during_a_silent_run_leaves_no_thread(served: RunningB
         wire.send(sent)                                                      # a body that nobody wants
         wire.answer(has_body=False)
         assert next(line for line in iter(wire.file.readline, b"") if line == b"event: delta\n") and connection_threads()
-    wait_until(lambda: not connection_threads(), 5)
+    wait_until(lambda: not connection_threads())
     assert api.poll(job_id)["status"] == "processing"
 
 
@@ -610,7 +614,7 @@ def test_the_end_of_the_bridge_ends_streams_cleanly_and_quickly(bridge: Start, g
         wire.send(request(follow_line(active), bearer(api))).answer(has_body=False)
         began = time.monotonic()
         running.bridge.__exit__(None, None, None)
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 10                                 # no sign of life was waited for
         assert b"event: delta" in b"".join(chunks(wire)) and wire.rest() == b""
     assert set(kinds(stream.rest())) == {"queued"}
 
@@ -696,7 +700,10 @@ def test_streams_tell_that_the_plan_rests_and_the_text_when_it_gives_again(bridg
     first = api.stream("POST", "/api/ask", {"message": message, "stream": True})
     job_id = first.until("queued").data["requestId"]
     waits = {"requestId": job_id, "position": 1, "waitingFor": "usage_limit", "resumesAt": cab.iso_time(resets_at)}
-    assert first.until("queued") == Event("queued", 0, waits)
+    told = first.until("queued")
+    if "waitingFor" not in told.data:                                        # it waits again a moment before it is known until when
+        told = first.until("queued")
+    assert told == Event("queued", 0, waits)
     second = api.stream("POST", "/api/ask", {"message": "say behind", "stream": True})
     behind = next_event(second).data["requestId"]
     assert next_event(second) == Event("queued", 0, {**waits, "requestId": behind, "position": 2})
@@ -718,7 +725,7 @@ def test_a_text_begins_anew_after_an_overload(api: Api, tmp_path: Path, monkeypa
 
 # --- how many ---
 
-def test_one_token_cannot_take_all_connections(api: Api, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_token_cannot_take_all_connections(api: Api, gate: Path, quick_looks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "WATCHES", 3)
     guest, other = api.new_token("guest"), api.new_token("other")
     job = processing(guest, held(gate))

@@ -48,6 +48,7 @@ import queue
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -68,9 +69,10 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, count, repeat
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import (Any, Callable, ContextManager, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Set, Tuple, Type, Union)
@@ -140,6 +142,8 @@ STDERR_BYTES = 4_096
 LOG_LINES = 200                      # of cloudflared's log, kept to say why it failed
 UNPACKED_BYTES = 200 << 20
 DRAIN_BYTES = 8 << 20
+LARGE_BYTES = 1 << 18
+HELD_BYTES = 32 << 20                # large bodies and answers on their way, of all connections
 
 JSON_LEVELS = 100
 
@@ -157,6 +161,8 @@ WARM_CHILDREN = 4
 PAGE_JOBS = 100                      # most requests in one page of a list, and how large it may grow before it ends
 PAGE_CHARACTERS = 1 << 20
 USAGE_DAYS = 400                     # how long the daily figures are kept
+NEWS = 16                            # most events of a running answer that are made before they are sent
+TEXT_CHARACTERS = 1 << 18            # of an answer that are read for a stream at once
 DELTA_CHARACTERS = 16_384            # a longer text is told in pieces, so that a reader who leaves has got some of it
 CONNECTIONS = 256
 WATCHES = 128                        # open streams and waits of one token, so that one cannot take all connections
@@ -560,18 +566,22 @@ def is_deep(value: Any, levels: int) -> bool:
     return True
 
 
+LARGE_JSON = threading.Lock()            # one large body at a time: 1 MiB can be half a million values, each far larger in memory
+
+
 def parsed_json(data: bytes) -> Any:
     """The value in a body. Raises InvalidJson with the place of the fault."""
     def refuse(word: str) -> None:
-        raise ValueError("%s is not JSON" % word)
+        raise ValueError("%s is not JSON" % word[:40])
 
     def finite(word: str) -> float:
         return refuse(word) if abs(float(word)) == float("inf") else float(word)  # type: ignore[return-value,func-returns-value]
 
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse, parse_float=finite)
-        if is_deep(value, JSON_LEVELS):
-            raise RecursionError
+        with LARGE_JSON if len(data) > 1 << 16 else contextlib.nullcontext():
+            value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse, parse_float=finite)
+            if is_deep(value, JSON_LEVELS):
+                raise RecursionError
         return value
     except UnicodeDecodeError as error:
         raise InvalidJson("Body is not valid UTF-8 (byte %d). Send JSON encoded as UTF-8" % error.start) from None
@@ -1749,15 +1759,18 @@ class TextCursor:
         self.restarts, self.offset = -1, 0
 
     def read(self, restarts: int, rest: Callable[[int], str], model: Optional[str]) -> Iterator[JobEvent]:
-        """What is new in a text. restarts: how often that text began anew; rest: reads it from an offset on."""
+        """What is new in a text. restarts: how often that text began anew; rest: reads it from an offset on, or
+        a part of that."""
         if restarts != self.restarts:
             self.restarts, self.offset = restarts, 0
             yield JobEvent("started", 0, model=model)
         text = rest(self.offset)
-        for start in range(0, len(text), DELTA_CHARACTERS):
-            piece = text[start:start + DELTA_CHARACTERS]
-            self.offset += len(piece)
-            yield JobEvent("delta", self.offset, piece)
+        while text:
+            for start in range(0, len(text), DELTA_CHARACTERS):
+                piece = text[start:start + DELTA_CHARACTERS]
+                self.offset += len(piece)
+                yield JobEvent("delta", self.offset, piece)
+            text = rest(self.offset)
 
 
 class LiveText:
@@ -1833,17 +1846,18 @@ class LiveText:
         self._append(text[len(heard):])
         self._changed()
 
-    def read(self, offset: int = 0) -> str:
-        """The text from an offset on."""
+    def read(self, offset: int = 0, count: int = OUTPUT_BYTES) -> str:
+        """The text from an offset on, as far as it has come; a little more than `count` of it at most."""
         with self._lock:
-            first = bisect_right(self._ends, offset)
+            first, last = bisect_right(self._ends, offset), bisect_right(self._ends, offset + count)
             before = self._ends[first - 1] if first else 0
-            return "".join(self._parts[first:])[offset - before:]
+            return "".join(self._parts[first:last + 1])[offset - before:]
 
     def news(self, cursor: TextCursor) -> List[JobEvent]:
-        """What a reader has not been told yet."""
+        """What a reader has not been told yet, at most NEWS events of it."""
         with self._lock:
-            return list(cursor.read(self.restarts, self.read, self.model)) if self._is_begun else []
+            told = cursor.read(self.restarts, lambda offset: self.read(offset, TEXT_CHARACTERS), self.model)
+            return list(islice(told, NEWS)) if self._is_begun else []
 
 
 def sse_event(kind: str, offset: Optional[int], data: Mapping[str, Any]) -> bytes:
@@ -1932,6 +1946,7 @@ DATA_NAMES = ("bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal"
               "cloudflared.yml", "claude-home", "bin", "work", "workspaces")
 SQLITE_VERSION = sqlite3.sqlite_version
 JOB_COLUMNS = ", ".join(row.name for row in fields(Job))
+LIGHT_COLUMNS = ", ".join("NULL" if row.name in ("response", "structured") else row.name for row in fields(Job))
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
                  " requests_per_minute, requests_per_day, models")
 
@@ -2042,6 +2057,7 @@ class Store:
         self._clock, self._tally, self._path = clock, tally or Tally(), path
         self._place, self._checked_at = 0, float("-inf")     # the file's number, 0 while that is not known; of `check_writable`
         self._lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._large = threading.Lock()                       # one large answer is read at a time, so that small ones come between
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db, self._reader = (sqlite3.connect(str(path), timeout=WRITE_SECONDS, isolation_level=None, check_same_thread=False)
@@ -2290,14 +2306,31 @@ class Store:
                    " cache_creation_tokens = cache_creation_tokens + ?, cost_usd = cost_usd + ? WHERE day = ? AND token_id = ?",
                    (requests, completed, errors, *usage, day_of(at), token_id))
 
-    def job(self, job_id: str) -> Optional[Job]:
-        return next(map(self._job, self._read("SELECT %s FROM jobs WHERE id = ?" % JOB_COLUMNS, job_id)), None)
+    def job(self, job_id: str, is_light: bool = False) -> Optional[Job]:
+        """is_light: without the answer, which may be large."""
+        job = next(map(self._job, self._read("SELECT %s FROM jobs WHERE id = ?" % LIGHT_COLUMNS, job_id)), None)
+        if is_light or not job or job.status != JobStatus.COMPLETED:
+            return job
+        with self._large:
+            rows = self._read("SELECT response, structured FROM jobs WHERE id = ?", job_id)
+        return replace(job, response=rows[0][0], structured=rows[0][1]) if rows else None
+
+    def response(self, job_id: str, start: int, count: int) -> str:
+        """A part of an answer, in code points; empty past its end."""
+        with self._large:
+            rows = self._read("SELECT response FROM jobs WHERE id = ?", job_id)
+            return str(rows[0][0] or "")[start:start + count] if rows else ""
 
     def chat(self, job_id: str) -> Optional[Chat]:
         """What was asked over /v1, as far as its job does not tell it; None for another job, or a finished one."""
         rows = self._read("SELECT chat FROM jobs WHERE id = ? AND chat IS NOT NULL", job_id)
         told = json.loads(rows[0][0]) if rows else None
         return told and Chat(tuple(told["turns"]), functions=tuple(told["functions"]), forced=told["forced"], stops=tuple(told["stops"]))
+
+    def is_unfinished(self, job_id: str, token_id: str) -> bool:
+        """Whether it is a job of this token that has not ended."""
+        rows = self._read("SELECT status FROM jobs WHERE id = ? AND token_id = ?", job_id, token_id)
+        return bool(rows) and rows[0][0] not in JobStatus.FINISHED
 
     def job_status(self, job_id: str) -> Optional[str]:
         rows = self._read("SELECT status FROM jobs WHERE id = ?", job_id)
@@ -2320,7 +2353,7 @@ class Store:
             JOB_COLUMNS, "token_id = ?" if token_id else "? IS NULL", marks(wanted)))
         found: List[Job] = []
         size = 0
-        with self._reading() as db:
+        with self._large, self._reading() as db:
             rows = db.execute(sql, (token_id, *wanted, before or 1 << 62, limit + 1))
             for row in rows:
                 if len(found) == limit or size > PAGE_CHARACTERS:
@@ -4185,7 +4218,7 @@ class Service:
         Ends after `completed` or `error`, when the caller has left, or with the bridge.  Raises NotFound, RateLimited at once,
         and InvalidToken or NotFound later, when the token is revoked.
         """
-        self._job(caller, job_id)
+        self._job(caller, job_id, is_light=True)
         self._check_watches(caller)                  # the stream counts itself from its first step on
         return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
 
@@ -4198,35 +4231,40 @@ class Service:
                 look_at = self._clock.monotonic() + LOOK_SECONDS
                 news: List[JobEvent] = []
                 try:
-                    view = self._view(self._job(caller, job_id))
+                    view = self._view(self._job(caller, job_id, is_light=True))
                 finally:
                     self._check_token(caller)                          # after the job, which goes with its token
-                job = view.job
-                live = self._live_of(job)
-                if job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
+                if view.job.is_finished:
+                    for event in self._ending(view.job, cursor):
+                        yield event, self._view(self._job(caller, job_id)) if event.kind in JobStatus.FINISHED else None
+                    return
+                live = self._live_of(view.job)
+                if view.job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
                     cursor.rewind()
                     known, news = (view.place, view.rest), [JobEvent("queued")]
-                elif job.status == JobStatus.COMPLETED:
-                    news = list(cursor.read(job.restarts, lambda offset: (job.response or "")[offset:], job.model))
                 elif live:
                     news = live.news(cursor)
-                if job.is_finished:
-                    news.append(JobEvent(job.status, cursor.offset))
                 if not news and self._clock.monotonic() - told_at >= KEEP_ALIVE_SECONDS:
                     news = [JobEvent("quiet", cursor.offset)]
                 while True:                                            # 2. the text, for as long as it comes
                     for event in news:
-                        yield event, view if event.kind in ("queued", *JobStatus.FINISHED) else None
+                        yield event, view if event.kind == "queued" else None
                         told_at = self._clock.monotonic()
-                    if job.is_finished or self._hub.is_closed:
+                    if self._hub.is_closed:
                         return
-                    has_rung = bell.wait(max(0.0, look_at - self._clock.monotonic()))
+                    has_rung = len(news) == NEWS or bell.wait(max(0.0, look_at - self._clock.monotonic()))
                     bell.clear()
                     news = live.news(cursor) if has_rung and live and self._live(job_id) is live else []
                     if not news:
                         break
                 if has_left():
                     return
+
+    def _ending(self, job: Job, cursor: TextCursor) -> Iterator[JobEvent]:
+        """What is left of a finished job: its text, of which a slow reader keeps no more than a part in memory, and its end."""
+        if job.status == JobStatus.COMPLETED:
+            yield from cursor.read(job.restarts, lambda offset: self._store.response(job.id, offset, TEXT_CHARACTERS), job.model)
+        yield JobEvent(job.status, cursor.offset)
 
     def _check_token(self, caller: Caller) -> None:
         token = self._store.token(caller.token.id)
@@ -4235,7 +4273,7 @@ class Service:
 
     def cancel(self, caller: Caller, job_id: str) -> JobView:
         """Ends a job that waits or runs; a running one leaves within moments. Raises NotFound, AlreadyFinished."""
-        job = self._job(caller, job_id)
+        job = self._job(caller, job_id, is_light=True)
         if not self._store.fail(job, "cancelled", "The request was cancelled.", (JobStatus.QUEUED, JobStatus.PROCESSING)):
             raise AlreadyFinished()
         self._hub.wake(job_id)
@@ -4271,15 +4309,14 @@ class Service:
         return UsageReport(since, self._store.usage(since, None if caller.is_admin else caller.token.id),
                            {token.id: token.name for token in self._store.tokens()}, self._store.windows(), self._rest(ALL_MODELS))
 
-    def _job(self, caller: Caller, job_id: str) -> Job:
-        job = self._store.job(job_id)
+    def _job(self, caller: Caller, job_id: str, is_light: bool = False) -> Job:
+        job = self._store.job(job_id, is_light)
         if job is None or not (caller.is_admin or job.token_id == caller.token.id):
             raise NotFound("Request not found")
         return job
 
     def is_own_unfinished(self, caller: Caller, job_id: str) -> bool:
-        job = self._store.job(job_id)
-        return job is not None and job.token_id == caller.token.id and not job.is_finished
+        return self._store.is_unfinished(job_id, caller.token.id)
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
         """-> (token, its secret, which is nowhere else). A token with tools gets a workspace of its own. Raises TokenLimit."""
@@ -5324,6 +5361,7 @@ def as_sent(example: Any) -> Any:
     return [as_sent(each) for each in example] if isinstance(example, list) else example
 
 
+@lru_cache(maxsize=1)
 def openapi() -> Dict[str, Any]:
     """The routes as an OpenAPI 3.1 document."""
     paths: Dict[str, Dict[str, Any]] = {}
@@ -5626,8 +5664,7 @@ def response_head(response: Response, closes: bool) -> bytes:
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)\r\n")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*"
-                         rb"((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*\r\n")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([ \t\x21-\x7e\x80-\xff]*)\r\n")      # one way to match: never slow
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -5698,7 +5735,7 @@ class Handler(BaseHTTPRequestHandler):
             found = HEADER_LINE.fullmatch(line)
             if not found:
                 raise MalformedRequest("Malformed header line")
-            name, value = found.group(1).decode("latin-1").lower(), found.group(2).decode("latin-1")
+            name, value = found.group(1).decode("latin-1").lower(), found.group(2).strip(b" \t").decode("latin-1")
             if name in headers and name in ("host", "content-length", "transfer-encoding", "authorization"):
                 raise MalformedRequest("Repeated %s header" % name)
             headers[name] = headers[name] + ", " + value if name in headers else value
@@ -5759,7 +5796,8 @@ class Handler(BaseHTTPRequestHandler):
             self._continue = False
         self.server.enter(self.connection, Phase.BODY)
         try:
-            data = self._read_chunks() if self._unread is None else self._read_exactly(self._unread)
+            with self.server.holding(self.connection, BODY_BYTES if self._unread is None else self._unread):
+                data = self._read_chunks() if self._unread is None else self._read_exactly(self._unread)
         except (MalformedRequest, BodyTooLarge):
             self._unread, self.close_connection = None, True
             raise
@@ -5775,7 +5813,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_chunks(self) -> bytes:
         """A chunked body, strictly: sizes in plain hex, no extensions longer than a line, trailers dropped."""
-        parts, total = [], 0
+        data, total = bytearray(), 0                        # not a list: its parts may be a byte each
         while True:
             line = self.rfile.readline(1026)
             found = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line)
@@ -5787,19 +5825,23 @@ class Handler(BaseHTTPRequestHandler):
                 raise BodyTooLarge()
             if not size:
                 break
-            parts.append(self._read_exactly(size))
+            data += self._read_exactly(size)
             if self._read_exactly(2) != b"\r\n":
                 raise MalformedRequest("Malformed chunk")
         for _ in range(64):
             line = self.rfile.readline(HEAD_BYTES)
             if line == b"\r\n":
-                return b"".join(parts)
+                return bytes(data)
             if not HEADER_LINE.fullmatch(line):
                 break
         raise MalformedRequest("Malformed trailer")
 
     def _has_left(self) -> bool:
         """Whether the other side has ended its sending; what it sent before stays to be read."""
+        if hasattr(select, "POLLRDHUP"):                    # sees the end also behind bytes of a next request
+            poller = select.poll()
+            poller.register(self.connection, select.POLLRDHUP)
+            return bool(poller.poll(0))
         try:
             self.connection.settimeout(0)
             return not self.connection.recv(1, socket.MSG_PEEK)
@@ -5813,7 +5855,13 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
         self.server.enter(self.connection, Phase.SEND)
-        self._send(response_head(response, self.close_connection) + (b"" if self.command == "HEAD" else response.body))
+        head, body = response_head(response, self.close_connection), b"" if self.command == "HEAD" else response.body
+        with self.server.holding(self.connection, len(body)):
+            if len(body) < LARGE_BYTES:
+                self._send(head + body)
+            else:                                           # no second copy
+                self._send(head)
+                self._send(body)
         if self.close_connection and self._unread != 0:
             self._drain()
 
@@ -5831,7 +5879,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(response_head(response, self.close_connection))
             for piece in pieces if self.command != "HEAD" else ():
                 self.server.enter(self.connection, Phase.SEND)
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+                with self.server.holding(self.connection, len(piece)):
+                    self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 self.server.enter(self.connection, Phase.BUSY)
             if is_chunked and self.command != "HEAD":
                 self.connection.sendall(b"0\r\n\r\n")
@@ -5877,6 +5926,7 @@ class BridgeServer(ThreadingHTTPServer):
         self._clock, self._report = clock, report
         self._lock = threading.Lock()
         self._phases: Dict[socket.socket, Tuple[str, float, float]] = {}     # connection -> (phase, deadline, since)
+        self._held: Dict[socket.socket, int] = {}            # large answers on their way, oldest first: their bytes
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="http", daemon=True)
         super().__init__((host, port), Handler)
 
@@ -5901,12 +5951,15 @@ class BridgeServer(ThreadingHTTPServer):
                 since = now if phase in (Phase.IDLE, Phase.BUSY, Phase.SEND) else self._phases[connection][2]
                 self._phases[connection] = (phase, now + Phase.SECONDS[phase], since)
 
-    def get_request(self) -> Tuple[Any, Any]:
-        """Where no file can be opened, a connection that waits would be tried without a pause."""
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Where no file may be opened any more, the connection longest without a complete request makes room."""
         try:
             return super().get_request()
-        except OSError:
-            time.sleep(TICK_SECONDS)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                with self._lock:
+                    self._make_room(self._clock.monotonic())
+                time.sleep(0.02)                           # its thread closes it; else this loop would spin
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -5916,19 +5969,42 @@ class BridgeServer(ThreadingHTTPServer):
         threading.Thread(target=self.process_request_thread, args=(request, client_address),
                          name="http-%s:%s" % tuple(client_address[:2]), daemon=True).start()
 
+    @contextlib.contextmanager
+    def holding(self, connection: socket.socket, size: int) -> Iterator[None]:
+        """A large body or answer lies in memory until it is whole, or taken. Of more than HELD_BYTES the oldest are broken off."""
+        if size < LARGE_BYTES:
+            yield
+            return
+        with self._lock:
+            self._held[connection] = size
+            for other in list(self._held):
+                if sum(self._held.values()) <= HELD_BYTES or other is connection:
+                    break
+                del self._held[other]
+                shut(other)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.pop(connection, None)
+
     def _has_place(self, connection: socket.socket) -> bool:
         now = self._clock.monotonic()
         with self._lock:
-            if len(self._phases) >= CONNECTIONS:
-                waiting = [(since, other) for other, (phase, _, since) in self._phases.items()
-                           if phase != Phase.BUSY and (phase != Phase.SEND or now - since >= STUCK_SECONDS)]
-                if not waiting:
-                    return False
-                oldest = min(waiting, key=lambda pair: pair[0])[1]
-                del self._phases[oldest]
-                shut(oldest)
+            if len(self._phases) >= CONNECTIONS and not self._make_room(now):
+                return False
             self._phases[connection] = (Phase.IDLE, now + IDLE_SECONDS, now)
         return True
+
+    def _make_room(self, now: float) -> bool:
+        """Closes the connection longest without a complete request; False when all are busy. Under the lock."""
+        waiting = [(since, other) for other, (phase, _, since) in self._phases.items()
+                   if phase != Phase.BUSY and (phase != Phase.SEND or now - since >= STUCK_SECONDS)]
+        if waiting:
+            oldest = min(waiting, key=lambda pair: pair[0])[1]
+            del self._phases[oldest]
+            shut(oldest)
+        return bool(waiting)
 
     def _turn_away(self, request: Any) -> None:
         response = Dispatcher.refusal(Unavailable("Too many connections. Please try again later.", (("Retry-After", "1"),)))
@@ -7038,7 +7114,7 @@ def command_start(config: Config, console: Console) -> int:
     """Runs the bridge until a signal; -> 0."""
     os.umask(0o077)
     allow_files(OPEN_FILES)
-    keep_memory_together()
+    give_back_memory()
     console.banner()
     data_directory(config.data_dir)
     claude = find_claude(config, os.environ)
@@ -7065,13 +7141,6 @@ def command_start(config: Config, console: Console) -> int:
     return 0
 
 
-def keep_memory_together() -> None:
-    """Two heaps for all threads. glibc would give them up to eight for each processor, and each keeps the most that it ever held: with
-    a thread for each connection memory would creep up for hours. Call it before there are threads."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):      # no glibc
-        ctypes.CDLL(None).mallopt(-8, 2)                    # M_ARENA_MAX of <malloc.h>
-
-
 def allow_files(wanted: int) -> None:
     """Raises the number of files that may be open at once, where the system keeps it low (macOS: 256) and lets us."""
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -7080,6 +7149,16 @@ def allow_files(wanted: int) -> None:
         wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def give_back_memory() -> None:
+    """Keeps memory flat under load. glibc gives each of many threads a heap of its own, up to eight for each processor, and each keeps
+    the most that it ever held. Call it before there are threads. Source: mallopt(3)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):      # another C library
+            library = ctypes.CDLL(None)
+            library.mallopt(-8, 2)                          # M_ARENA_MAX
+            library.mallopt(-3, LARGE_BYTES)                # M_MMAP_THRESHOLD, which else rises to what was freed last
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:

@@ -532,3 +532,30 @@ def test_the_page_is_small_and_names_no_other_host() -> None:
     page = cab.dashboard_page("abc").decode()
     assert len(page.encode()) < 40_000 and "\\" not in page
     assert not re.findall(r"https?:|//[a-z0-9-]+\.|@import|url\(", page)
+
+def test_an_older_answer_never_overwrites_a_newer_one(visit: Callable[..., Visit], bridge: Start) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.view("Tokens")
+    page.js("""go = null; real = fetch; fetch = async (path, more) => { const answer = await real(path, more);
+        if (!go && path.includes("limit=100")) await new Promise((done) => { go = done }); return answer };
+        seen.at = seen.allAt = 0; first = round(); 1""")
+    page.until("Boolean(go)")                                                    # its tokens are known, but not shown
+    running.admin.new_token("late")
+    page.js("seen.at = seen.allAt = 0; second = round(); Promise.race([second, new Promise((done) => setTimeout(done, 500))]).then(() => 1)")
+    page.js("go(); Promise.all([first, second]).then(() => 1)")
+    assert "late" in page.text("#holders")
+
+
+def test_what_was_asked_for_before_a_filter_was_chosen_is_not_shown_after_it(visit: Callable[..., Visit], bridge: Start) -> None:
+    running = bridge()
+    for prompt in ("say fine", "die 3 broke", "say good"):
+        running.admin.answer(prompt)
+    page = visit(running, running.admin.token)
+    page.js("""go = null; real = fetch; fetch = async (path, more) => { const answer = await real(path, more);
+        if (!go && path.includes("limit=20&")) await new Promise((done) => { go = done }); return answer };
+        seen.at = 0; first = round(); 1""")
+    page.until("Boolean(go)")
+    page.press("Failed")
+    page.js("new Promise((done) => setTimeout(done, 500)).then(() => { go(); return first }).then(() => 1)")
+    page.until("[...document.querySelectorAll('#recent li')].length === 1")

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -22,8 +24,12 @@ TOO_MUCH = 3 << 20
 class Wire:
     """A connection that sends any bytes; every read has a bound."""
 
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+    def __init__(self, port: int, buffer: int = 1 << 16) -> None:
+        """buffer: for what came and was not read yet, in bytes."""
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.socket.settimeout(SECONDS)
+        self.socket.connect(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.file = self.socket.makefile("rb")
 
@@ -317,6 +323,14 @@ def test_a_refused_head_is_refused_on_a_used_connection_too(served: RunningBridg
         assert wire.send(request("GET /%s HTTP/1.1" % ("y" * 70_000)) + HIDDEN).last_answer().status == 431
 
 
+def test_no_header_line_takes_long_to_refuse() -> None:
+    """A pattern with two ways to match would take minutes for this; and one thread at a time holds the interpreter."""
+    began = time.monotonic()
+    assert not cab.HEADER_LINE.fullmatch(b"name:" + b" \t" * 300_000 + b"\0\r\n")
+    assert not cab.REQUEST_LINE.fullmatch(b"GET " + b"/" * 300_000 + b" " * 300_000 + b"\r\n")
+    assert time.monotonic() - began < 10
+
+
 def test_a_head_that_breaks_off_is_no_request(served: RunningBridge) -> None:
     with Wire(served.port) as wire:
         wire.send(request()[:-2]).socket.shutdown(socket.SHUT_WR)
@@ -552,6 +566,40 @@ def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(se
             assert new.send(request()).answer().status == 200
 
 
+def test_of_too_many_large_answers_the_oldest_is_broken_off(bridge: Callable[..., RunningBridge], monkeypatch: pytest.MonkeyPatch) -> None:
+    running = bridge(spare=0)
+    size, job_id = 8 << 20, running.admin.ask("flood 8")
+    wait_until(lambda: running.admin.poll(job_id)["status"] == "completed", 30)
+    wanted = request("GET /api/ask/%s HTTP/1.1" % job_id, "Authorization: Bearer " + running.admin.token)
+    monkeypatch.setattr(cab, "HELD_BYTES", size * 3 // 2)
+    held = running.bridge._server._held
+    with Wire(running.port, buffer=4_096) as deaf, Wire(running.port) as reader:
+        deaf.send(wanted)
+        wait_until(lambda: held)
+        answer = reader.send(wanted).answer()
+        assert (answer.status, len(answer.json["response"])) == (200, size)
+        assert len(deaf.rest()) < size                        # it asks again
+    wait_until(lambda: not held)
+
+
+def test_where_no_file_can_be_opened_the_connection_longest_without_a_request_makes_room(
+        served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_until(lambda: not connection_threads())
+    accept, failures = cab.ThreadingHTTPServer.get_request, [OSError(errno.EMFILE, "Too many open files")] * 3
+
+    def get_request(server: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(server)
+
+    with Wire(served.port) as idle:
+        wait_until(connection_threads)
+        monkeypatch.setattr(cab.ThreadingHTTPServer, "get_request", get_request)
+        with Wire(served.port) as new:
+            assert new.send(request()).answer().status == 200 and not failures
+            assert idle.rest() == b""
+
+
 def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "DRAIN_SECONDS", 0.3)
     with Wire(served.port) as wire:
@@ -566,6 +614,18 @@ def test_a_client_that_leaves_during_a_long_poll_leaves_no_thread(bridge: Callab
     job_id = processing(running, gate)
     with Wire(running.port) as wire:
         long_poll(running, job_id, wire)
+    wait_until(lambda: not connection_threads())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the bytes of a next request hide it")
+def test_a_client_that_leaves_behind_a_next_request_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    with Wire(running.port) as wire:
+        long_poll(running, job_id, wire)
+        wire.send(b"G")                                       # in a piece of its own, once the first request was taken
     wait_until(lambda: not connection_threads())
 
 

@@ -166,6 +166,7 @@ TEXT_CHARACTERS = 1 << 18            # of an answer that are read for a stream a
 DELTA_CHARACTERS = 16_384            # a longer text is told in pieces, so that a reader who leaves has got some of it
 CONNECTIONS = 256
 WATCHES = 128                        # open streams and waits of one token, so that one cannot take all connections
+ALL_WATCHES = 192                    # and of all tokens but admins', so that there is a place for other calls
 OPEN_FILES = 2_048
 ADDRESSES = 10_000                   # client addresses remembered by the limiter
 
@@ -3411,8 +3412,9 @@ class ClaudeCli:
         for child in [child for child in self._leaving if child.tend(now)]:
             self._bury(child)
 
-    def keep_only(self, is_known: Callable[[str], bool]) -> None:
-        """Ends the processes of the conversations that are gone."""
+    def keep_only(self, is_known: Callable[[str], bool], is_owner: Callable[[str], bool]) -> None:
+        """Ends the processes of the conversations, and of the tokens, that are gone."""
+        self._end_asides([aside for aside in self._asides if not is_owner(aside.owner)])
         for key in [key for key in self._warm if not is_known(key)]:
             self.forget(key)
 
@@ -4063,7 +4065,7 @@ class Worker:
         if now - self._housed_at >= 1:
             self._housed_at = now
             self._claude.prepare()
-            self._claude.keep_only(self._store.has_conversation)
+            self._claude.keep_only(self._store.has_conversation, lambda token_id: self._store.token(token_id) is not None)
         if now - self._purged_at >= 3600:
             self._purged_at, before, self._clocks_apart = now, self._clocks_apart, self._clock.now() - now
             if before is None or abs(self._clocks_apart - before) < 3600:        # else the clock was set: perhaps wrongly, and not for long
@@ -4169,7 +4171,7 @@ class Service:
     def poll(self, caller: Caller, job_id: str, wait: float = 0.0, has_left: Callable[[], bool] = lambda: False) -> JobView:
         """How a job stands, at the latest `wait` seconds from now, or when the caller has left.
 
-        Raises NotFound, also for another token's job.
+        Raises NotFound, also for another token's job; InvalidToken when the token goes meanwhile.
         """
         until = self._clock.monotonic() + wait
         with self._counted(caller) if wait else contextlib.nullcontext(), self._hub.watch(job_id) as bell:
@@ -4181,8 +4183,11 @@ class Service:
                     live = self._live_of(job)
                     return self._view(job)._replace(partial=live.read() if live else None)
                 bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
+                self.check_token(caller)
 
     def _check_watches(self, caller: Caller) -> None:
+        if not caller.is_admin and sum(self._watches.copy().values()) >= ALL_WATCHES:
+            raise too_many(RateLimited, "There are %d open streams and waits, which is the most." % ALL_WATCHES, 5)
         if self._watches.get(caller.token.id, 0) >= WATCHES:
             raise too_many(RateLimited, "This token has %d open streams and waits, which is the most." % WATCHES, 5)
 
@@ -4233,7 +4238,7 @@ class Service:
                 try:
                     view = self._view(self._job(caller, job_id, is_light=True))
                 finally:
-                    self._check_token(caller)                          # after the job, which goes with its token
+                    self.check_token(caller)                           # after the job, which goes with its token
                 if view.job.is_finished:
                     for event in self._ending(view.job, cursor):
                         yield event, self._view(self._job(caller, job_id)) if event.kind in JobStatus.FINISHED else None
@@ -4253,6 +4258,8 @@ class Service:
                     if self._hub.is_closed:
                         return
                     has_rung = len(news) == NEWS or bell.wait(max(0.0, look_at - self._clock.monotonic()))
+                    if self._clock.monotonic() >= look_at:             # also where there is always more text for a slow reader
+                        break
                     bell.clear()
                     news = live.news(cursor) if has_rung and live and self._live(job_id) is live else []
                     if not news:
@@ -4266,7 +4273,8 @@ class Service:
             yield from cursor.read(job.restarts, lambda offset: self._store.response(job.id, offset, TEXT_CHARACTERS), job.model)
         yield JobEvent(job.status, cursor.offset)
 
-    def _check_token(self, caller: Caller) -> None:
+    def check_token(self, caller: Caller) -> None:
+        """Raises InvalidToken for one that was revoked, or has expired, since it was looked at."""
         token = self._store.token(caller.token.id)
         if token is None or token.is_expired(self._clock.now()):
             raise InvalidToken()
@@ -5399,10 +5407,10 @@ def operation(route: Route) -> Dict[str, Any]:
         schema = {"$ref": "#/components/schemas/%sBody" % route.takes.__name__} if route.takes else {"type": "object"}
         told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     told["responses"] = {str(status): answer_schema(route, status, name) for status, name in route.shapes.items()}
-    statuses = {400, 404, 405, 421, 429, 431, 500, 501, 503, 505, *route.refuses}
+    statuses = {400, 404, 405, 417, 421, 429, 431, 500, 501, 503, 505, *route.refuses}
     statuses |= {401} if route.needs != Needs.NOTHING else set()
     statuses |= {403} if route.needs == Needs.ADMIN else set()
-    statuses |= {413, 415, 417} if "requestBody" in told else set()
+    statuses |= {413, 415} if "requestBody" in told or route.path.endswith("/events") else set()
     name = "Error" if format is None else "MessageError" if format is MESSAGES else "CompletionError"
     for status in sorted(statuses):
         kinds = [kind for kind in ERRORS if kind.status == status]
@@ -5613,8 +5621,16 @@ class Dispatcher:
                 raise refusal
             if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
                 raise AdminRequired()
-            response = route.answer(Call(self._service, self._backstage, caller, replace(request, parts=parts)))
+            checked = replace(request, parts=parts, body=lambda: self._body(request, caller))
+            response = route.answer(Call(self._service, self._backstage, caller, checked))
         return replace(response, headers=response.headers + bucket.headers())
+
+    def _body(self, request: Request, caller: Optional[Caller]) -> bytes:
+        """The body, whole. Raises InvalidToken where the token went while it came: it may take its time."""
+        data = request.body()
+        if caller:
+            self._service.check_token(caller)
+        return data
 
     def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
         """Who calls, or None and why. Raises RateLimited after too many wrong tokens from one address; a right one always passes."""
@@ -5695,7 +5711,8 @@ class Handler(BaseHTTPRequestHandler):
         Replaces the lenient parser of http.server, which lets two differing lengths or a bare CR pass. -> False when
         it answered with an error (the connection is then closed, since nobody knows where the next request begins).
         """
-        self.command, self.path, self.request_version, self.close_connection = "", "", "HTTP/1.1", True
+        self.path, self.request_version, self.close_connection = "", "HTTP/1.1", True
+        self.command = "HEAD" if self.raw_requestline.startswith(b"HEAD ") else ""       # whose answer has no body, whatever else is wrong
         self._unread: Optional[int] = 0                     # bytes of body to come; None: chunked
         self._continue = False
         try:
@@ -7113,6 +7130,7 @@ def signals_queue() -> "queue.SimpleQueue[int]":
 def command_start(config: Config, console: Console) -> int:
     """Runs the bridge until a signal; -> 0."""
     os.umask(0o077)
+    forbid_cores()
     allow_files(OPEN_FILES)
     give_back_memory()
     console.banner()
@@ -7139,6 +7157,13 @@ def command_start(config: Config, console: Console) -> int:
                 break
         console.say("👋", "Shutting down...")
     return 0
+
+
+def forbid_cores() -> None:
+    """No core file of ours or of our children, where the system has such: memory holds tokens and prompts."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def allow_files(wanted: int) -> None:

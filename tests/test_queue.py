@@ -113,7 +113,7 @@ class Scripted:
     def tend(self) -> None:
         self.tended += 1
 
-    def keep_only(self, is_known: Callable[[str], bool]) -> None:
+    def keep_only(self, is_known: Callable[[str], bool], is_owner: Callable[[str], bool]) -> None:
         self.is_known = is_known
 
     def close(self) -> None:

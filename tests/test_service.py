@@ -255,7 +255,7 @@ def test_a_wait_ends_when_the_token_is_revoked(bench: Bench) -> None:
     result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
     wait_until(lambda: bench.hub._bells)
     bench.service.revoke_token(caller.token.id)
-    assert isinstance(result(), cab.NotFound)
+    assert isinstance(result(), cab.InvalidToken)
 
 
 def test_revoking_a_token_rings_for_its_unfinished_jobs(bench: Bench) -> None:

@@ -532,8 +532,8 @@ def test_a_stream_says_so_once_after_each_silence(bridge: Start, gate: Path, qui
     stream = api.follow(processing(api, held(gate)))
     stream.until("delta")
     looks: List[int] = []
-    check = cab.Service._check_token
-    monkeypatch.setattr(cab.Service, "_check_token", lambda *args: looks.append(1) or check(*args))      # type: ignore[func-returns-value]
+    check = cab.Service.check_token
+    monkeypatch.setattr(cab.Service, "check_token", lambda *args: looks.append(1) or check(*args))      # type: ignore[func-returns-value]
     for seconds in (0, 14, 16, 32):
         clock.ahead = seconds
         seen = len(looks)

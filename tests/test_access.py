@@ -1,0 +1,760 @@
+"""Who may do what: every route against every kind of caller, what is another's, and where a secret must not be."""
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import pytest
+
+import claude_api_bridge as cab
+from conftest import IMPORTED, MODULE, Answer, Api, FakeClaude, FakeClock, Program, RunningBridge, is_running, run_cli, wait_until
+
+Start = Callable[..., RunningBridge]
+Fakes = Callable[..., FakeClaude]
+DAY = 86_400.0
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+class Calendar(cab.Clock):
+    """A clock whose date is moved by hand; spans are real, so that no run is too long because a token expired."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead
+
+
+# --- every route, every method, every kind of caller ---
+
+EVERYBODY, HOLDERS, ADMINS = cab.Needs.NOTHING, cab.Needs.TOKEN, cab.Needs.ADMIN
+KINDS = ("none", "malformed", "wrong", "expired", "revoked", "other", "admin", "owner")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who may use a route, and what comes for one who may; theirs: whose thing it acts on, for all others it does not exist."""
+    needs: str
+    status: int
+    theirs: Tuple[str, ...] = ("other", "admin", "owner")
+
+
+# Not taken from ROUTES: a new route needs a line here, and one that asks for less than its line is found out. 400 shows that a body
+# without a word was read, which is after all checks of access.
+RULES: Mapping[Tuple[str, str], Rule] = {
+    ("POST", "/api/ask"): Rule(HOLDERS, 400),
+    ("GET", "/api/ask/:requestId"): Rule(HOLDERS, 200, ("owner", "admin")),
+    ("DELETE", "/api/ask/:requestId"): Rule(HOLDERS, 409, ("owner", "admin")),
+    ("GET", "/api/ask/:requestId/events"): Rule(HOLDERS, 200, ("owner", "admin")),
+    ("POST", "/api/ask/:requestId/events"): Rule(HOLDERS, 200, ("owner", "admin")),
+    ("GET", "/api/requests"): Rule(HOLDERS, 200),
+    ("GET", "/api/conversations"): Rule(HOLDERS, 200),
+    ("DELETE", "/api/conversations/:name"): Rule(HOLDERS, 200, ("owner",)),
+    ("GET", "/api/usage"): Rule(HOLDERS, 200),
+    ("POST", "/v1/messages"): Rule(HOLDERS, 400),
+    ("POST", "/v1/chat/completions"): Rule(HOLDERS, 400),
+    ("GET", "/v1/models"): Rule(HOLDERS, 200),
+    ("GET", "/v1/models/:id"): Rule(HOLDERS, 200),
+    ("POST", "/api/tokens"): Rule(ADMINS, 400),
+    ("GET", "/api/tokens"): Rule(ADMINS, 200),
+    ("DELETE", "/api/tokens/:id"): Rule(ADMINS, 200),
+    ("GET", "/api/status"): Rule(EVERYBODY, 200),
+    ("GET", "/health"): Rule(EVERYBODY, 200),
+    ("GET", "/metrics"): Rule(ADMINS, 200),
+    ("GET", "/openapi.json"): Rule(EVERYBODY, 200),
+    ("GET", "/dashboard"): Rule(EVERYBODY, 200),
+    ("GET", "/"): Rule(EVERYBODY, 200),
+}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+CODES = {400: "invalid_request", 401: "invalid_token", 403: "admin_required", 404: "not_found", 405: "method_not_allowed",
+         409: "already_finished"}
+ANTHROPIC_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error"}
+
+
+def expected(method: str, path: str, kind: str) -> Tuple[int, Optional[str]]:
+    """What a caller of this kind must get: the status, and for an error its code."""
+    rule = RULES.get(("GET" if method == "HEAD" else method, path))
+    if method == "OPTIONS":
+        return 204, None
+    if rule is None:
+        return 405, CODES[405]
+    if rule.needs != EVERYBODY and kind in ("none", "malformed"):
+        return 401, "missing_token"
+    if rule.needs != EVERYBODY and kind in ("wrong", "expired", "revoked"):
+        return 401, "invalid_token"
+    if rule.needs == ADMINS and kind != "admin":
+        return 403, "admin_required"
+    status = rule.status if rule.needs == EVERYBODY or kind in rule.theirs else 404
+    return status, CODES[status] if status >= 400 else None
+
+
+def format_wanted(path: str, is_anthropic: bool) -> str:
+    """In whose words a path must refuse."""
+    if not path.startswith("/v1/"):
+        return "ours"
+    return "anthropic" if is_anthropic or path == "/v1/messages" else "openai"
+
+
+def refusal_wanted(status: int, code: str, form: str) -> Dict[str, Any]:
+    """The body of an error, but for its words."""
+    if form == "anthropic":
+        return {"type": "error", "error": {"type": ANTHROPIC_TYPES[status], "message": "..."}}
+    if form == "openai":
+        return {"error": {"message": "...", "type": "invalid_request_error", "param": "messages" if status == 400 else None,
+                          "code": "invalid_api_key" if status == 401 else code}}
+    return {"error": "...", "code": code}
+
+
+def without_words(body: Any) -> Any:
+    """An error body whose sentence is replaced; it must be one."""
+    where = body["error"] if isinstance(body["error"], dict) else body
+    name = "message" if where is not body else "error"
+    assert isinstance(where[name], str) and where[name], body
+    where[name] = "..."
+    body.pop("field", None)
+    return body
+
+
+class Line:
+    """A connection that stays open over many calls, which is several times cheaper than one each."""
+
+    def __init__(self, port: int) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def __enter__(self) -> "Line":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.connection.close()
+
+    def call(self, method: str, path: str, headers: Mapping[str, str], body: Optional[bytes] = None) -> Answer:
+        self.connection.request(method, path, body, dict(headers))
+        response = self.connection.getresponse()
+        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+
+
+@pytest.fixture
+def many_logins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong tokens are not limited: what is looked at here is who may pass at all."""
+    monkeypatch.setattr(cab, "LOGINS_PER_MINUTE", 100_000)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The callers: by kind the secret they send, None for none that is one."""
+    secrets: Mapping[str, Optional[str]]
+    apis: Mapping[str, Api]
+    request_id: str
+    running: RunningBridge
+
+    def headers(self, kind: str, is_key: bool) -> Dict[str, str]:
+        """is_key: the secret goes into x-api-key, as Anthropic's clients send it."""
+        if kind == "malformed":
+            return {"x-api-key": "  "} if is_key else {"Authorization": "Basic " + str(self.secrets["owner"])}
+        secret = self.secrets[kind]
+        return {} if secret is None else {"x-api-key": secret} if is_key else {"Authorization": "Bearer " + secret}
+
+    def path(self, path: str) -> str:
+        """A path that names something of the owner."""
+        if ":id" in path and path.startswith("/api/tokens"):
+            rows = self.apis["admin"].get("/api/tokens").json["tokens"]
+            victim = [row["id"] for row in rows if row["name"] == "victim"]
+            if not victim:
+                self.apis["admin"].new_token("victim")
+                return self.path(path)
+            return "/api/tokens/" + str(victim[0])
+        return path.replace(":requestId", self.request_id).replace(":name", "default").replace(":id", "haiku")
+
+
+@pytest.fixture
+def cast(bridge: Start, many_logins: None) -> Cast:
+    """A bridge, everybody who could call it, and a finished request and a conversation of the owner."""
+    calendar = Calendar()
+    running = bridge(clock=calendar)
+    admin = running.admin
+    expired, revoked = admin.new_token("expired", admin=True, expiresInDays=1), admin.new_token("revoked", admin=True)
+    calendar.ahead = 2 * DAY
+    listed = {row["name"]: row["id"] for row in admin.get("/api/tokens").json["tokens"]}
+    assert admin.delete("/api/tokens/" + listed["revoked"]).status == 200
+    owner, other = (admin.new_token(name, sessionMode="stateful") for name in ("owner", "other"))
+    request_id = owner.ask("hello")
+    owner.done(request_id)
+    secrets: Dict[str, Optional[str]] = {"none": None, "malformed": None, "wrong": "cab-" + "0" * 64, "expired": expired.token,
+                                         "revoked": revoked.token, "other": other.token, "admin": admin.token, "owner": owner.token}
+    return Cast(secrets, {"admin": admin, "owner": owner, "other": other}, request_id, running)
+
+
+def test_every_route_has_its_rule_here_and_asks_for_what_the_rule_says() -> None:
+    assert {(route.method, route.path): route.needs for route in cab.ROUTES} == {key: rule.needs for key, rule in RULES.items()}
+
+
+def test_every_route_answers_every_kind_of_caller_as_its_rule_says(cast: Cast) -> None:
+    """Every path of ROUTES, with every method, by every kind of caller, in every format."""
+    wrong: List[Any] = []
+    paths = list(dict.fromkeys(route.path for route in cab.ROUTES))
+    with Line(cast.running.port) as line:
+        for path in paths:
+            for is_anthropic in (False, True) if path.startswith("/v1/") else (False,):
+                for method in METHODS:
+                    for kind in KINDS:
+                        found = outcome(cast, line, method, path, kind, is_anthropic)
+                        status, code = expected(method, path, kind)
+                        form = format_wanted(path, is_anthropic)
+                        wanted = (status, refusal_wanted(status, code, form) if code and method != "HEAD" else None,
+                                  "Bearer" if status == 401 else None)
+                        if found != wanted:
+                            wrong.append((method, path, kind, form, found, wanted))
+    assert not wrong, "\n".join(map(repr, wrong))
+
+
+def outcome(cast: Cast, line: Line, method: str, path: str, kind: str, is_anthropic: bool) -> Tuple[int, Any, Optional[str]]:
+    """-> (status, the body of an error without its words, WWW-Authenticate)."""
+    headers = cast.headers(kind, is_key=is_anthropic)
+    if is_anthropic:
+        headers["anthropic-version"] = "2023-06-01"
+    answer = line.call(method, cast.path(path), headers, b"{}" if method in ("POST", "PUT", "PATCH") else None)
+    if method == "HEAD" or answer.status == 204:
+        assert answer.data == b""
+    body = without_words(answer.json) if answer.status >= 400 and method != "HEAD" else None
+    return answer.status, body, answer.headers.get("www-authenticate")
+
+
+@pytest.mark.parametrize("value", (
+    "", "Bearer", "Bearer ", "Bearer  \t", "Basic %s", "%s", "Bearer\t%s", "Bearer: %s", "Bearer \"%s\"", "Bearer %s x", "Bearer %s,",
+    "Bearer Bearer %s", "Token %s", "bearer=%s", "Bearer %s%s", "Bearer ' OR 1=1 --", "Bearer %%", "Bearer \u00e9\u00ff"))
+def test_an_authorization_that_is_not_quite_one_is_none(bridge: Start, value: str) -> None:
+    api = bridge().admin
+    sent = value.replace("%s", str(api.token))
+    for path in ("/api/requests", "/api/tokens", "/metrics", "/v1/models"):
+        answer = api.with_token(None).get(path, headers={"Authorization": sent})
+        assert answer.status == 401 and str(api.token)[12:].encode() not in answer.data
+
+
+def test_a_token_in_the_url_or_a_cookie_or_the_body_is_none(bridge: Start) -> None:
+    api = bridge().admin
+    stranger, secret = api.with_token(None), str(api.token)
+    for name in ("token", "access_token", "api_key", "key", "authorization"):
+        assert stranger.get("/api/requests?%s=%s" % (name, secret)).status == 401
+    assert stranger.get("/api/requests", headers={"Cookie": "token=%s" % secret}).status == 401
+    assert stranger.get("/api/requests", headers={"Proxy-Authorization": "Bearer " + secret}).status == 401
+    assert stranger.post("/api/ask", {"message": "hi", "token": secret, "authorization": "Bearer " + secret}).status == 401
+
+
+# --- an end in the midst of it ---
+
+def revoke(admin: Api, name: str) -> None:
+    """Revokes the token of this name."""
+    listed = [row["id"] for row in admin.get("/api/tokens").json["tokens"] if row["name"] == name]
+    assert admin.delete("/api/tokens/" + listed[0]).status == 200
+
+
+def running_child(fake: FakeClaude) -> int:
+    """The pid of the one that was started last, once its turn has begun."""
+    wait_until(lambda: fake.prompts())
+    return int(fake.children()[-1]["pid"])
+
+
+def chat(text: str, **more: Any) -> Dict[str, Any]:
+    return {"model": "haiku", "max_tokens": 100, "messages": [{"role": "user", "content": text}], **more}
+
+
+class Reader(threading.Thread):
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], Answer]) -> None:
+        super().__init__(name="reader", daemon=True)
+        self._call = call
+        self.answer: Optional[Answer] = None
+        self.start()
+
+    def run(self) -> None:
+        self.answer = self._call()
+
+    def result(self) -> Answer:
+        self.join(30)
+        assert self.answer is not None
+        return self.answer
+
+
+# By what is open when the token goes: how it is opened (FILE: what a run waits for; ID: a request that runs), and what its end is.
+OPEN: Mapping[str, Tuple[str, str, Optional[Mapping[str, Any]], bytes]] = {
+    "long poll": ("GET", "/api/ask/ID?wait=90", None, b'"code":"invalid_token"'),
+    "events": ("GET", "/api/ask/ID/events", None, b'"code":"invalid_token"'),
+    "events by POST": ("POST", "/api/ask/ID/events", {}, b'"code":"invalid_token"'),
+    "ask and wait": ("POST", "/api/ask", {"message": "hold FILE", "wait": 90}, b'"code":"invalid_token"'),
+    "ask and stream": ("POST", "/api/ask", {"message": "hold FILE", "stream": True}, b'"code":"invalid_token"'),
+    "messages": ("POST", "/v1/messages", chat("hold FILE"), b'"authentication_error"'),
+    "streamed messages": ("POST", "/v1/messages", chat("hold FILE", stream=True), b'"authentication_error"'),
+    "completions": ("POST", "/v1/chat/completions", chat("hold FILE"), b'"invalid_api_key"'),
+    "streamed completions": ("POST", "/v1/chat/completions", chat("hold FILE", stream=True), b'"invalid_api_key"'),
+}
+EXPIRES = "the token expires"
+REVOKED = "the token is revoked"
+
+
+@pytest.mark.parametrize("how", (REVOKED, EXPIRES))
+@pytest.mark.parametrize("what", OPEN)
+def test_what_is_open_ends_with_its_token(bridge: Start, fake_claude: Fakes, gate: Path, monkeypatch: pytest.MonkeyPatch, what: str,
+                                          how: str) -> None:
+    # A revocation rings, so that nobody waits for the next look; that a date has come, only a look finds out.
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 60.0 if how == REVOKED else 0.05)
+    fake, calendar = fake_claude(), Calendar()
+    running = bridge(claude=fake, clock=calendar)
+    app = running.admin.new_token("app", expiresInDays=1)
+    method, path, body, ending = OPEN[what]
+    request_id = app.ask("hold %s" % gate) if "ID" in path else ""
+    sent = None if body is None else json.loads(json.dumps(body).replace("FILE", str(gate)))
+    reader = Reader(lambda: app.call(method, path.replace("ID", request_id), sent))
+    pid = running_child(fake)
+    wait_until(lambda: "app" in {row["name"] for row in running.admin.get("/api/tokens").json["tokens"] if row["lastUsedAt"]})
+    wait_until(lambda: is_followed(running))
+    if how == REVOKED:
+        revoke(running.admin, "app")
+    else:
+        calendar.ahead = 2 * DAY
+    answer = reader.result()
+    assert ending in answer.data and b"held" not in answer.data, answer
+    assert app.get("/api/requests").status == 401
+    if how == REVOKED or "/v1/" in path:                     # what others may still fetch goes on: an admin sees it
+        wait_until(lambda: not is_running(pid))
+    assert not gate.exists()
+
+
+def is_followed(running: RunningBridge) -> bool:
+    """Whether a connection waits for a request, by the one place that counts them."""
+    return bool(service_of(running)._watches)
+
+
+def service_of(running: RunningBridge) -> cab.Service:
+    return running.bridge._server.dispatcher._service
+
+
+@pytest.mark.parametrize("what", ("long poll", "events"))
+@pytest.mark.parametrize("how", (REVOKED, EXPIRES))
+def test_an_admin_who_watches_what_is_anothers_is_sent_away_with_the_token(bridge: Start, fake_claude: Fakes, gate: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch, what: str, how: str) -> None:
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
+    calendar = Calendar()
+    running = bridge(clock=calendar)
+    request_id = running.admin.ask("hold %s" % gate)
+    second = running.admin.new_token("second", admin=True, expiresInDays=1)
+    reader = Reader(lambda: second.get(OPEN[what][1].replace("ID", request_id)))
+    wait_until(lambda: is_followed(running))
+    if how == REVOKED:
+        revoke(running.admin, "second")
+    else:
+        calendar.ahead = 2 * DAY
+    assert b'"code":"invalid_token"' in reader.result().data
+    assert not gate.exists() and running.admin.poll(request_id)["status"] in ("queued", "processing")
+
+
+def test_a_token_that_expires_is_noticed_though_there_is_always_more_text(bridge: Start, gate: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reader meets it that takes longer for a piece than the next one takes to come."""
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
+    calendar = Calendar()
+    running = bridge(clock=calendar)
+    app = running.admin.new_token("app", expiresInDays=1)
+    service = service_of(running)
+    request_id = app.ask("hold %s" % gate)
+    live = wait_until(lambda: service._live(request_id))
+    events = service.follow(service.authenticate(str(app.token)), request_id)
+    until = time.monotonic() + 20
+    with contextlib.closing(events), pytest.raises(cab.InvalidToken):        # type: ignore[type-var]
+        while time.monotonic() < until:
+            live.add("x")
+            next(events)
+            calendar.ahead = 2 * DAY
+
+
+@pytest.mark.parametrize("path, body", (("/api/tokens", {"name": "backdoor", "admin": True}), ("/api/ask", {"message": "late"}),
+                                        ("/v1/messages", chat("late")), ("/v1/chat/completions", chat("late"))))
+@pytest.mark.parametrize("how", (REVOKED, EXPIRES))
+def test_a_token_that_goes_while_its_body_is_sent_does_nothing_more(bridge: Start, how: str, path: str, body: Any) -> None:
+    calendar = Calendar()
+    running = bridge(clock=calendar)
+    second = running.admin.new_token("second", admin=True, expiresInDays=1)
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", running.port), 30) as line:
+        line.sendall(("POST %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\nContent-Length: %d\r\nExpect: 100-continue\r\n"
+                      "Connection: close\r\n\r\n" % (path, second.token, len(data))).encode())
+        assert line.recv(100).startswith(b"HTTP/1.1 100 ")       # so the token was looked at
+        if how == REVOKED:
+            revoke(running.admin, "second")
+        else:
+            calendar.ahead = 2 * DAY
+        line.sendall(data)
+        with line.makefile("rb") as file:
+            assert b" 401 " in file.readline()
+    assert "backdoor" not in [row["name"] for row in running.admin.get("/api/tokens").json["tokens"]]
+    assert running.admin.get("/api/requests").json["requests"] == []
+
+
+TOOL = {"name": "add", "description": "adds", "input_schema": {"type": "object"}}
+CALLING = chat('call [["add", {}]]', tools=[TOOL])
+
+
+def answered(call_id: str, **more: Any) -> Dict[str, Any]:
+    """The conversation of CALLING, one step further: the client's result for this call."""
+    return {**CALLING, "messages": [*CALLING["messages"], {"role": "assistant", "content": [
+        {"type": "text", "text": "Let me see."}, {"type": "tool_use", "id": call_id, "name": "add", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call_id, "content": "41"}]}], **more}
+
+
+def test_a_process_that_waits_for_a_tool_goes_with_its_token(bridge: Start, fake_claude: Fakes) -> None:
+    fake = fake_claude()
+    running = bridge(claude=fake)
+    app = running.admin.new_token("app")
+    assert app.post("/v1/messages", CALLING).json["stop_reason"] == "tool_use"
+    pid = int(fake.children()[-1]["pid"])
+    assert is_running(pid)
+    revoke(running.admin, "app")
+    wait_until(lambda: not is_running(pid), 20)
+
+
+def test_the_warm_process_of_a_conversation_goes_with_its_token(bridge: Start, fake_claude: Fakes) -> None:
+    fake = fake_claude()
+    running = bridge(claude=fake)
+    running.admin.new_token("app", sessionMode="stateful").answer("hello")
+    pid = int(fake.children()[-1]["pid"])
+    assert is_running(pid)
+    revoke(running.admin, "app")
+    wait_until(lambda: not is_running(pid), 20)
+
+
+# --- what is another's is as what is not ---
+
+def bare(answer: Answer, *names: str) -> Tuple[int, List[Tuple[str, str]], bytes]:
+    """All of an answer but its date, its limits left and random names; names: what is replaced where it is echoed."""
+    left_out = ("date", "ratelimit-remaining", "ratelimit-reset", "request-id", "x-request-id")
+    headers = [(name, value) for name, value in answer.headers.items() if name not in left_out]
+    data = answer.data
+    for name in names:
+        data = data.replace(name.encode(), b"NAME")
+    return answer.status, headers, data
+
+
+ACTS = (("GET", "/api/ask/ID", None), ("HEAD", "/api/ask/ID", None), ("GET", "/api/ask/ID?wait=20", None),
+        ("GET", "/api/ask/ID?wait=x", None), ("GET", "/api/ask/ID/events", None),
+        ("GET", "/api/ask/ID/events?after=3", None), ("POST", "/api/ask/ID/events", {}),
+        ("HEAD", "/api/ask/ID/events", None), ("DELETE", "/api/ask/ID", None), ("PUT", "/api/ask/ID", None),
+        ("DELETE", "/api/conversations/ID", None), ("DELETE", "/api/tokens/ID", None), ("GET", "/v1/models/ID", None))
+
+
+@pytest.mark.parametrize("state", ("queued", "processing", "completed", "error"))
+def test_anothers_things_are_the_same_bytes_as_unknown_ones(bridge: Start, gate: Path, state: str) -> None:
+    running = bridge(rate_limit=1_000)
+    owner, other = (running.admin.new_token(name, sessionMode="stateful") for name in ("owner", "other"))
+    if state == "queued":
+        running.admin.ask("hold %s" % gate)
+    message = {"error": "die 1 x", "completed": "hello"}.get(state, "hold %s" % gate)
+    request_id = owner.ask(message, conversation="talk")
+    wait_until(lambda: owner.poll(request_id)["status"] == state)
+    token_id = next(row["id"] for row in running.admin.get("/api/tokens").json["tokens"] if row["name"] == "owner")
+    for method, path, body in ACTS:
+        own = "talk" if "conversations" in path else token_id if "tokens" in path else request_id
+        unknown = "tali" if own == "talk" else UNKNOWN
+        found, nothing = (other.call(method, path.replace("ID", name), body) for name in (own, unknown))
+        assert bare(found, own) == bare(nothing, unknown), (method, path)
+        assert found.status in (400, 403, 404, 405)
+    assert owner.poll(request_id)["status"] == state
+    assert [each["name"] for each in owner.get("/api/conversations").json["conversations"]] == ["talk"]
+
+
+def test_an_idempotency_key_is_known_to_its_own_token_only(bridge: Start) -> None:
+    running = bridge(rate_limit=1_000)
+    owner, other = running.admin.new_token("owner"), running.admin.new_token("other")
+    key = {"Idempotency-Key": "order-1"}
+    own = owner.post("/api/ask", {"message": "hello"}, headers=key).json["requestId"]
+    owner.done(own)
+    for message, name in (("hello", "order-1"), ("hello", "order-2"), ("different", "order-3")):
+        answer = other.post("/api/ask", {"message": message}, headers={"Idempotency-Key": name})
+        assert (answer.status, "idempotent-replayed" in answer.headers) == (202, False)
+        assert answer.json["requestId"] != own and other.done(answer.json["requestId"])["response"] == "Echo: " + message
+    again = owner.post("/api/ask", {"message": "hello"}, headers=key)
+    assert (again.json["requestId"], again.headers["idempotent-replayed"]) == (own, "true")
+    assert other.post("/api/ask", {"message": "unlike"}, headers=key).status == 409      # by its own use, not by the owner's
+
+
+def test_no_cursor_and_no_filter_shows_anothers_requests(bridge: Start) -> None:
+    running = bridge()
+    owner, other = running.admin.new_token("owner"), running.admin.new_token("other")
+    own, theirs = [], []
+    for n in range(3):
+        own.append(owner.ask("secret plan %d" % n))
+        theirs.append(other.ask("mine %d" % n))
+    for request_id in theirs:
+        other.done(request_id)
+    cursor = owner.get("/api/requests?limit=1").json["next"]
+    queries = ["?before=%d" % n for n in range(1, 9)] + [
+        "?before=" + cursor, "?before=%s&limit=100" % cursor, "?status=completed,queued", "?tokenId=x", "?token=owner",
+        "?limit=100&admin=1"]
+    seen = set()
+    for query in queries:
+        answer = other.get("/api/requests" + query)
+        assert b"secret plan" not in answer.data
+        seen |= {row["requestId"] for row in answer.json["requests"]}
+    assert seen == set(theirs)
+
+
+def test_conversations_of_the_same_name_are_two(bridge: Start) -> None:
+    running = bridge()
+    owner, other = (running.admin.new_token(name, sessionMode="stateful") for name in ("owner", "other"))
+    owner.answer("my secret", conversation="talk")
+    other.answer("hello", conversation="talk")
+    assert "my secret" not in other.answer("turns", conversation="talk")["response"]
+    assert other.delete("/api/conversations/talk").status == 200
+    assert "my secret" in owner.answer("turns", conversation="talk")["response"]
+
+
+def test_anothers_waiting_tool_call_is_the_same_as_an_unknown_one(bridge: Start, fake_claude: Fakes) -> None:
+    fake = fake_claude()
+    running = bridge(claude=fake)
+    owner, other = running.admin.new_token("owner"), running.admin.new_token("other")
+    called = owner.post("/v1/messages", CALLING).json
+    call_id, pid = called["content"][1]["id"], int(fake.children()[-1]["pid"])
+    found, nothing = (other.post("/v1/messages", answered(name)) for name in (call_id, "toolu_unknown"))
+    names = [answer.json["id"] for answer in (found, nothing)]
+    assert bare(found, names[0]) == bare(nothing, names[1]) and found.status == 200
+    assert int(fake.children()[-1]["pid"]) != pid and is_running(pid)
+    assert "41" in owner.post("/v1/messages", answered(call_id)).json["content"][0]["text"]
+    assert len(fake.children()) == 3                                            # the owner's went on in the process that waited
+
+
+def test_an_ordinary_token_learns_nothing_of_others_from_figures_and_pages(bridge: Start) -> None:
+    running = bridge()
+    owner, other = running.admin.new_token("secret-project"), running.admin.new_token("other")
+    request_id = owner.ask("hello")
+    owner.done(request_id)
+    ids = [row["id"] for row in running.admin.get("/api/tokens").json["tokens"] if row["name"] != "other"]
+    stranger = other.with_token(None)
+    for path in ("/api/usage", "/api/status", "/api/requests", "/api/conversations", "/v1/models", "/openapi.json", "/dashboard", "/",
+                 "/health", "/metrics", "/api/tokens"):
+        told = other.get(path).data
+        for name in ("secret-project", request_id, *ids):
+            assert name.encode() not in told, path
+        if path in ("/openapi.json", "/", "/health", "/api/status"):
+            assert told == stranger.get(path).data, path
+    assert other.get("/api/usage").json["tokens"] == []
+    assert "worker" in running.admin.get("/api/status").json and "worker" not in other.get("/api/status").json
+
+
+# --- log-ins ---
+
+def test_a_token_is_looked_up_by_its_digest_and_the_secret_meets_no_comparison(bridge: Start) -> None:
+    """What is compared is a digest, in SQL: its time tells nothing that helps to find a token with that digest."""
+    running = bridge()
+    statements: List[str] = []
+    service_of(running)._store._reader.set_trace_callback(statements.append)
+    service_of(running)._store._db.set_trace_callback(statements.append)
+    wrong = "cab-" + "ab" * 32
+    assert running.admin.with_token(wrong).get("/api/requests").status == 401
+    assert running.admin.get("/api/requests").status == 200
+    told = "\n".join(statements)
+    for secret in (wrong, str(running.admin.token)):
+        assert hashlib.sha256(secret.encode()).hexdigest() in told and secret[4:20] not in told
+
+
+def test_the_program_compares_no_secret_with_an_operator() -> None:
+    """An == on a secret ends at the first letter that differs."""
+    secret = re.compile(r"secret|token_hash|token_digest|digest\(|bearer\(|password|api_?key\b|signature", re.IGNORECASE)
+    found = []
+    for node in ast.walk(ast.parse(MODULE.read_text("utf-8"))):
+        if isinstance(node, ast.Compare) and any(isinstance(each, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for each in node.ops):
+            sides = [node.left, *node.comparators]
+            if any(secret.search(ast.unparse(side)) and not isinstance(side, ast.Constant) for side in sides):
+                found.append((node.lineno, ast.unparse(node)))
+    assert found == []
+
+
+FORGED = ("CF-Connecting-IP", "X-Forwarded-For", "X-Real-IP", "Forwarded", "True-Client-IP", "X-Client-IP")
+
+
+@pytest.mark.parametrize("tunnel", (False, True), ids=("direct", "through the tunnel"))
+def test_failed_log_ins_are_limited_for_an_address_whatever_it_claims(bridge: Start, clock: FakeClock, tunnel: bool) -> None:
+    running = bridge(clock=clock, rate_limit=1_000)
+    app, wrong = running.admin.new_token("app"), running.admin.with_token("cab-" + "0" * 64)
+    name = "calm-sea.trycloudflare.com"
+    if tunnel:
+        running.bridge._server.dispatcher._names = cab.Names((), lambda: frozenset((name,)))
+    own = {"Host": name, "CF-Connecting-IP": "203.0.113.9"} if tunnel else {}
+
+    def tried(n: int, **more: str) -> int:
+        forged = {header: "198.51.100.%d" % n for header in FORGED if not (tunnel and header in own)}
+        return wrong.get(("/api/requests", "/health", "/v1/models")[n % 3], headers={**forged, **own, **more}).status
+
+    first = [tried(n) for n in range(10)]
+    assert first == [200 if n % 3 == 1 else 401 for n in range(10)]
+    for n in range(10, 40):
+        assert tried(n) == 429
+        assert app.get("/api/requests", headers=own).status == 200             # the same address, with a token
+    refused = wrong.get("/v1/messages", headers=own)
+    assert (refused.status, refused.headers["retry-after"], "0" * 20 in refused.data.decode()) == (429, "6", False)
+    if tunnel:
+        assert wrong.get("/api/requests", headers={**own, "CF-Connecting-IP": "203.0.113.10"}).status == 401     # another person
+    clock.advance(6)
+    assert [tried(n) for n in (0, 3)] == [401, 429]
+    clock.advance(60)
+    assert [tried(0) for _ in range(11)] == [401] * 10 + [429]
+
+
+def test_a_flood_of_strangers_locks_nobody_out_who_has_a_token(bridge: Start, clock: FakeClock) -> None:
+    running = bridge(clock=clock, rate_limit=5)
+    app, stranger, seen = running.admin.new_token("app"), running.admin.with_token(None), []
+    with Line(running.port) as line:
+        for n in range(300):
+            sent = {header: "198.51.100.%d" % (n % 250) for header in FORGED}
+            sent.update({"Authorization": "Bearer cab-%064d" % n} if n % 2 else {})
+            seen.append(line.call("GET", ("/api/status", "/api/requests", "/nothing", "/")[n % 4], sent).status)
+    assert seen[-200:] == [429] * 200 and seen.count(429) >= 300 - 15
+    assert [app.get("/api/requests").status for _ in range(4)] == [200] * 4    # 5 a minute for holders, and one made the token
+    assert stranger.get("/api/status").status == 429
+
+
+
+def test_tokens_together_leave_places_for_an_admin(bridge: Start, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "CONNECTIONS", 8)
+    monkeypatch.setattr(cab, "WATCHES", 4)
+    monkeypatch.setattr(cab, "ALL_WATCHES", 6)
+    running = bridge()
+    apps = [running.admin.new_token(name) for name in ("one", "two", "three")]
+    asked = [app.ask("hold %s" % gate) for app in apps]
+    readers: List[Reader] = []
+    for n in range(8):
+        before = sum(service_of(running)._watches.values())
+        path = "/api/ask/%s?wait=90" % asked[n // 3]
+        readers.append(Reader(lambda app=apps[n // 3], path=path: app.get(path)))          # type: ignore[misc]
+        wait_until(lambda: sum(service_of(running)._watches.values()) > before or not readers[-1].is_alive())
+    assert [reader.result().status for reader in readers[6:]] == [429, 429]
+    for name in ("one", "two", "three"):
+        revoke(running.admin, name)
+    assert [reader.result().status for reader in readers[:6]] == [401] * 6
+
+
+# --- where a secret must not be ---
+
+def is_in(secret: str, data: bytes) -> bool:
+    """Whether a secret, or any part that helps, is in it; the first 12 characters are its public name."""
+    return secret[12:28].encode() in data or secret[-16:].encode() in data
+
+
+def told_by_system(pid: int, name: str) -> bytes:
+    """A file of a process in /proc; empty once it has ended."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/%d/%s" % (pid, name)).read_bytes()
+    return b""
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """A process and all below it (Linux)."""
+    yield pid
+    with contextlib.suppress(OSError):                       # a thread or a process that ends meanwhile
+        for task in os.listdir("/proc/%d/task" % pid):
+            for child in told_by_system(pid, "task/%s/children" % task).split():
+                yield from descendants(int(child))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at /proc")
+
+
+@needs_proc
+def test_no_secret_is_in_what_the_program_writes_says_or_shows(program: Callable[..., Program], fake_claude: Fakes, gate: Path,
+                                                               tmp_path: Path) -> None:
+    fake, tunnel_token = fake_claude(), "ZZ" + "tunneltoken" * 3
+    started = program("--rate-limit", "0", claude=fake.path, environ={"CAB_TUNNEL_TOKEN": tunnel_token, "CAB_TOKEN": "cab-" + "5" * 64})
+    admin, secrets = started.api, [started.token, "cab-" + "0" * 64]
+    for fields in ({}, {"admin": True}, {"sessionMode": "stateful"}, {"tools": "read"}, {"expiresInDays": 1}):
+        secrets.append(str(admin.new_token("app-%d" % len(secrets), **fields).token))
+    made = run_cli("token", "create", "typed", "--json", "--data-dir", str(tmp_path / "data"), home=tmp_path)
+    secrets.append(json.loads(made.stdout)["token"])
+    told: Dict[str, bytes] = {}
+    for n, secret in enumerate(secrets):
+        api = admin.with_token(secret)
+        for path in ("/api/tokens", "/metrics", "/openapi.json", "/dashboard", "/api/status", "/api/requests", "/api/usage", "/nothing",
+                     "/api/ask/" + UNKNOWN, "/v1/nothing", "/v1/models/x", "/api/requests?limit=x", "/health"):
+            told["%s as %d" % (path, n)] = api.get(path).data
+        for body in (b"{", b'{"message": 5}', b'{"messages": 5}'):
+            for path in ("/api/ask", "/v1/messages", "/v1/chat/completions", "/api/tokens"):
+                told["%s %r as %d" % (path, body, n)] = api.post(path, body).data
+        api.post("/api/ask", {"message": "hello"})
+    with socket.create_connection(("127.0.0.1", started.port), 10) as line:    # a head that is refused before anything is looked at
+        line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\nbad line\r\n\r\n" % secrets[0].encode())
+        with line.makefile("rb") as file:
+            told["malformed"] = file.read()
+    wait_until(lambda: all(row["status"] == "completed" for row in admin.get("/api/requests").json["requests"]), 30)
+    held = admin.with_token(secrets[2]).ask("hold %s" % gate)
+    wait_until(lambda: "partial" in admin.poll(held))
+    pids = list(descendants(started.process.pid))
+    for pid in pids:
+        told["argv of %d" % pid] = told_by_system(pid, "cmdline")
+        if pid != started.process.pid:                                         # our own holds what we were started with
+            told["environ of %d" % pid] = told_by_system(pid, "environ")
+    assert b"stream-json" in b"".join(told["argv of %d" % pid] for pid in pids) and any(told["environ of %d" % pid] for pid in pids[1:])
+    files = {str(path): path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert {"bridge.db", "bridge.db-wal"} <= {Path(name).name for name in files}
+    gate.touch()
+    admin.done(held)
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.stdout is not None
+    later = started.lines[started.lines.index(started.token) + 1:]
+    told["stdout after the token"] = "\n".join(later).encode() + started.process.stdout.read()
+    assert started.process.wait(20) == 0
+    told["stderr"] = started.stderr.encode()
+    told["noted by claude"] = b"".join(path.read_bytes() for path in fake.folder.glob("*.jsonl"))
+    told.update(files)
+    told.update({"after the end: " + str(path): path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()})
+    secrets += [tunnel_token, "cab-" + "5" * 64]
+    assert [(name, secret[:12]) for name, data in told.items() for secret in secrets if is_in(secret, data)] == []
+    digest = hashlib.sha256(secrets[0].encode()).hexdigest().encode()
+    assert any(digest in data for data in files.values())                      # the look sees what is there
+
+
+def test_an_unexpected_error_logs_no_token_and_tells_none(bridge: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = bridge()
+    secret = str(running.admin.token)
+
+    def breaks(*args: Any, **more: Any) -> Any:
+        raise RuntimeError("met %s and Bearer %s, %r" % (secret, secret, {"authorization": ("Bearer " + secret).encode()}))
+
+    for name in ("jobs", "usage", "conversations", "models", "tokens", "counts", "cancel", "authenticate"):
+        monkeypatch.setattr(cab.Service, name, breaks)
+    monkeypatch.setattr(cab.Handler, "_has_left", breaks)
+    for path in ("/api/requests", "/api/usage", "/api/conversations", "/v1/models", "/api/tokens", "/api/status", "/api/ask/" + secret):
+        answer = running.admin.get(path)
+        assert answer.status == 500 and not is_in(secret, answer.data)
+    logged = "\n".join(running.log)
+    assert logged.count("RuntimeError: met") == 7 and not is_in(secret, logged.encode())
+
+
+def test_the_list_of_tokens_shows_no_secret_and_no_digest(bridge: Start) -> None:
+    admin = bridge().admin
+    secret = str(admin.new_token("app").token)
+    for path in ("/api/tokens", "/api/status", "/api/usage", "/metrics"):
+        data = admin.get(path).data
+        for hidden in (secret[12:], secret, hashlib.sha256(secret.encode()).hexdigest()):
+            assert hidden.encode() not in data
+    assert secret[:12].encode() in admin.get("/api/tokens").data
+
+
+@needs_proc
+def test_no_core_file_can_hold_a_secret(program: Callable[..., Program], gate: Path) -> None:
+    """Of the bridge and of its children, whatever the shell allows that started it."""
+    allowing = ("/bin/sh", "-c", 'ulimit -S -c "$(ulimit -H -c)"; exec "$@"', "sh")
+    started = program(command=(*allowing, *IMPORTED))
+    started.api.ask("hold %s" % gate)
+    child = wait_until(lambda: [pid for pid in descendants(started.process.pid) if b"stream-json" in told_by_system(pid, "cmdline")])[0]
+    for pid in (started.process.pid, child):
+        found = re.search(rb"Max core file size +(\S+)", told_by_system(pid, "limits"))
+        assert found and found.group(1) == b"0"

@@ -12,7 +12,7 @@ import re
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 from urllib.parse import quote, unquote
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -500,7 +500,7 @@ class Judge:
         self._schemas, self._secret = spec["components"]["schemas"], secret.encode()
         self._paths = [(re.compile(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(path)), re.IGNORECASE), methods) for path,
             methods in spec["paths"].items()]
-        self._codes: Dict[int, set] = {}
+        self._codes: Dict[int, Set[str]] = {}
         for _, methods in self._paths:
             for told in methods.values():
                 for status, each in told["responses"].items():

@@ -146,5 +146,15 @@ def test_no_path_or_host_of_a_machine_is_named():
             assert not home.search(path.read_text("utf-8")), path.name
 
 
+def test_what_the_threats_are_shown_by_exists() -> None:
+    text = README.read_text("utf-8")
+    table = text[text.index("| Threat |"):text.index("To report a weakness")]
+    tests = {path.name: path.read_text("utf-8") for path in Path(__file__).parent.rglob("*.py")}
+    named = re.findall(r"`(test_\w+)`", table)
+    assert len(named) > 8 and [name for name in named if not any("def %s(" % name in each for each in tests.values())] == []
+    files = re.findall(r"`(?:bench/)?(\w+\.py)`", table)
+    assert len(files) > 8 and [name for name in files if name not in tests] == []
+
+
 if __name__ == "__main__":
     README.write_text(with_tables(README.read_text("utf-8")), "utf-8")

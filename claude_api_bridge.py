@@ -1958,6 +1958,8 @@ def private_directory(path: Path) -> Path:
         for each in (*reversed(path.parents), path):      # parents=True would make them by the umask alone
             each.mkdir(mode=0o700, exist_ok=True)
         if os.name == "posix":
+            if path.stat().st_mode & stat.S_ISVTX:
+                raise PermissionError(errno.EPERM, "all users share it")     # as /tmp: to close it would break their programs
             path.chmod(0o700)
     except OSError as error:
         raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
@@ -4242,6 +4244,9 @@ class Service:
                 if view.job.is_finished:
                     for event in self._ending(view.job, cursor):
                         yield event, self._view(self._job(caller, job_id)) if event.kind in JobStatus.FINISHED else None
+                        if self._clock.monotonic() >= look_at:         # a slow reader
+                            self.check_token(caller)
+                            look_at = self._clock.monotonic() + LOOK_SECONDS
                     return
                 live = self._live_of(view.job)
                 if view.job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
@@ -5813,8 +5818,8 @@ class Handler(BaseHTTPRequestHandler):
             self._continue = False
         self.server.enter(self.connection, Phase.BODY)
         try:
-            with self.server.holding(self.connection, BODY_BYTES if self._unread is None else self._unread):
-                data = self._read_chunks() if self._unread is None else self._read_exactly(self._unread)
+            with contextlib.ExitStack() as held:
+                data = self._read_chunks(held) if self._unread is None else self._read_sized(held, self._unread)
         except (MalformedRequest, BodyTooLarge):
             self._unread, self.close_connection = None, True
             raise
@@ -5828,7 +5833,11 @@ class Handler(BaseHTTPRequestHandler):
             raise MalformedRequest("The body broke off")
         return data
 
-    def _read_chunks(self) -> bytes:
+    def _read_sized(self, held: contextlib.ExitStack, size: int) -> bytes:
+        held.enter_context(self.server.holding(self.connection, size))
+        return self._read_exactly(size)
+
+    def _read_chunks(self, held: contextlib.ExitStack) -> bytes:
         """A chunked body, strictly: sizes in plain hex, no extensions longer than a line, trailers dropped."""
         data, total = bytearray(), 0                        # not a list: its parts may be a byte each
         while True:
@@ -5842,6 +5851,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise BodyTooLarge()
             if not size:
                 break
+            if total - size < LARGE_BYTES <= total:
+                held.enter_context(self.server.holding(self.connection, BODY_BYTES))
             data += self._read_exactly(size)
             if self._read_exactly(2) != b"\r\n":
                 raise MalformedRequest("Malformed chunk")

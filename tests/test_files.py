@@ -225,6 +225,14 @@ def test_the_data_directory_itself_may_be_a_link(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "disk").stat().st_mode) == 0o700 and (tmp_path / "disk" / "bridge.db").is_file()
 
 
+def test_a_folder_that_all_users_share_is_not_closed_to_them(tmp_path: Path) -> None:
+    """As /tmp, whose rights a root process could change."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    refused(run_cli("token", "create", "x", "--data-dir", str(tmp_path / "shared")), "all users share it")
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o1777 and list((tmp_path / "shared").iterdir()) == []
+
+
 def test_links_of_other_names_and_in_workspaces_are_the_owner_s(tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "workspaces").mkdir(parents=True)

@@ -204,7 +204,8 @@ class Fake:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.delta("no")
-        self.act_hang(rest)
+        time.sleep(60)                                   # no second word: it would die of it where the bridge was killed meanwhile
+        os._exit(3)
 
     def act_chatty(self, rest: str) -> None:
         """Never answers, but shows signs of life (at most 60 s)."""

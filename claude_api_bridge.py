@@ -1946,8 +1946,9 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
 DATA_NAMES = ("bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal", "bridge-original.db", "bridge.lock", "ask-tokens.json",
               "cloudflared.yml", "claude-home", "bin", "work", "workspaces")
 SQLITE_VERSION = sqlite3.sqlite_version
-JOB_COLUMNS = ", ".join(row.name for row in fields(Job))
-LIGHT_COLUMNS = ", ".join("NULL" if row.name in ("response", "structured") else row.name for row in fields(Job))
+JOB_FIELDS = tuple(row.name for row in fields(Job))
+JOB_COLUMNS = ", ".join(JOB_FIELDS)
+LIGHT_COLUMNS = ", ".join("NULL" if name in ("response", "structured") else name for name in JOB_FIELDS)
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
                  " requests_per_minute, requests_per_day, models")
 
@@ -2330,11 +2331,6 @@ class Store:
         told = json.loads(rows[0][0]) if rows else None
         return told and Chat(tuple(told["turns"]), functions=tuple(told["functions"]), forced=told["forced"], stops=tuple(told["stops"]))
 
-    def is_unfinished(self, job_id: str, token_id: str) -> bool:
-        """Whether it is a job of this token that has not ended."""
-        rows = self._read("SELECT status FROM jobs WHERE id = ? AND token_id = ?", job_id, token_id)
-        return bool(rows) and rows[0][0] not in JobStatus.FINISHED
-
     def job_status(self, job_id: str) -> Optional[str]:
         rows = self._read("SELECT status FROM jobs WHERE id = ?", job_id)
         return rows[0][0] if rows else None
@@ -2452,7 +2448,7 @@ class Store:
 
     @staticmethod
     def _job(row: Tuple[Any, ...]) -> Job:
-        values = dict(zip((each.name for each in fields(Job)), row))
+        values = dict(zip(JOB_FIELDS, row))
         if values["usage"]:
             values["usage"] = Usage._make(json.loads(values["usage"]))
         if values["ending"]:
@@ -4329,7 +4325,8 @@ class Service:
         return job
 
     def is_own_unfinished(self, caller: Caller, job_id: str) -> bool:
-        return self._store.is_unfinished(job_id, caller.token.id)
+        job = self._store.job(job_id, is_light=True)
+        return job is not None and job.token_id == caller.token.id and not job.is_finished
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
         """-> (token, its secret, which is nowhere else). A token with tools gets a workspace of its own. Raises TokenLimit."""

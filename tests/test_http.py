@@ -607,25 +607,16 @@ def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, mon
         wait_until(lambda: not connection_threads())
 
 
+@pytest.mark.parametrize("behind", [b"", pytest.param(b"G", marks=pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the bytes of a next request hide it"))], ids=["nothing", "a next request"])
 def test_a_client_that_leaves_during_a_long_poll_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+                                                                  monkeypatch: pytest.MonkeyPatch, behind: bytes) -> None:
     monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
     running = bridge(spare=0)
     job_id = processing(running, gate)
     with Wire(running.port) as wire:
         long_poll(running, job_id, wire)
-    wait_until(lambda: not connection_threads())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the bytes of a next request hide it")
-def test_a_client_that_leaves_behind_a_next_request_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
-    running = bridge(spare=0)
-    job_id = processing(running, gate)
-    with Wire(running.port) as wire:
-        long_poll(running, job_id, wire)
-        wire.send(b"G")                                       # in a piece of its own, once the first request was taken
+        wire.send(behind)                                     # in a piece of its own, once the first request was taken
     wait_until(lambda: not connection_threads())
 
 

@@ -496,7 +496,7 @@ def test_readers_that_do_not_read_and_readers_that_vanish_harm_nobody(api: Api, 
 
 
 def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab.Handler, "timeout", 0.5)                         # the last event alone takes longer
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.SEND, 0.5)              # the last event alone takes longer
     setup = cab.Handler.setup
     monkeypatch.setattr(cab.Handler, "setup", lambda handler: (
         handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16), setup(handler)))

@@ -5994,7 +5994,7 @@ class Handler(BaseHTTPRequestHandler):
         if self._unread is not None and self._unread > BODY_BYTES:
             raise BodyTooLarge()
         if self._continue and self._unread != 0:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._continue = False
         self.server.enter(self.connection, Phase.BODY)
         try:
@@ -6090,7 +6090,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
                 self.server.enter(self.connection, Phase.BUSY)
             if is_chunked and self.command != "HEAD":
-                self.connection.sendall(b"0\r\n\r\n")
+                self._send(b"0\r\n\r\n")
 
     def _drain(self) -> None:
         """After a refused body: what still comes is read for a moment, else the client may lose the answer to a reset."""

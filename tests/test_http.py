@@ -600,6 +600,58 @@ def test_where_no_file_can_be_opened_the_connection_longest_without_a_request_ma
             assert idle.rest() == b""
 
 
+def idle_threads() -> List[Optional[int]]:
+    return [thread.ident for thread in threading.enumerate() if thread.name == "http idle"]
+
+
+def test_a_thread_serves_one_connection_after_the_other_and_goes_with_the_bridge(bridge: Callable[..., RunningBridge],
+                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "IDLE_THREAD_SECONDS", 60)
+    running = bridge(spare=0)
+    used = set()
+    for _ in range(5):
+        with Wire(running.port) as wire:
+            assert wire.send(request()).answer().status == 200
+            busy, = connection_threads()
+            assert busy.startswith("http-127.0.0.1:")
+        used.update(wait_until(idle_threads))
+    assert len(used) == 1
+    with Wire(running.port) as one, Wire(running.port) as two:
+        assert [wire.send(request()).answer().status for wire in (one, two)] == [200, 200]
+    wait_until(lambda: len(idle_threads()) == 2)
+    running.bridge.__exit__(None, None, None)
+    wait_until(lambda: not idle_threads())
+
+
+def test_a_thread_for_which_nothing_comes_ends(served: RunningBridge) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(request()).answer().status == 200
+    wait_until(lambda: not connection_threads() and not idle_threads())
+    with Wire(served.port) as wire:                          # and is counted no more
+        assert wire.send(request()).answer().status == 200
+
+
+def test_connections_that_come_as_threads_give_up_are_all_served(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "IDLE_THREAD_SECONDS", 0.0001)
+    for _ in range(200):
+        with Wire(served.port) as wire:
+            assert wire.send(request("GET /health HTTP/1.1", "Connection: close")).last_answer().status == 200
+
+
+@pytest.mark.parametrize("sent", [request("GET /dashboard HTTP/1.1"), request("POST /api/ask HTTP/1.1", "Authorization: Bearer TOKEN",
+                                                                              "Expect: 100-continue", "Content-Length: 2", body=b"{}")])
+def test_a_client_that_takes_no_answer_is_cut_off(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.SEND, 0.2)
+    sent = sent.replace(b"TOKEN", str(served.admin.token).encode())
+    with Wire(served.port, buffer=4_096) as deaf:
+        deaf.socket.settimeout(5)
+        with pytest.raises((ConnectionError, socket.timeout)) as ended:
+            for _ in range(20_000):
+                deaf.send(sent * 20)
+        assert not isinstance(ended.value, socket.timeout)
+    wait_until(lambda: not connection_threads())
+
+
 def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "DRAIN_SECONDS", 0.3)
     with Wire(served.port) as wire:

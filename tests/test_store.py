@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
-from conftest import MODULE, FakeClock
+from conftest import MODULE, FakeClock, wait_until
 
 import claude_api_bridge as cab
 
@@ -233,6 +233,151 @@ def test_a_file_that_cannot_be_written_is_noticed(store: cab.Store) -> None:
     store._db.execute("PRAGMA query_only = ON")
     with pytest.raises(cab.Unavailable):
         store.check_writable()
+
+
+# --- writes that share a commit ---
+
+@contextlib.contextmanager
+def held_up(store: cab.Store, path: Path) -> Iterator[Callable[[Callable[[], Any]], None]]:
+    """begin(task): runs it in a thread of its own, where it waits to write, since another program holds the file until the end."""
+    store.check_writable()
+    threads: List[threading.Thread] = []
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        def begin(task: Callable[[], Any]) -> None:
+            threads.append(threading.Thread(target=task, name="task"))
+            threads[-1].start()
+            wait_until(lambda: store._writes.qsize() == len(threads) - 1)    # all but the first, which is the writer's whole batch
+
+        yield begin
+        other.execute("ROLLBACK")
+    for thread in threads:
+        thread.join(20)
+
+
+def outcome(task: Callable[[], Any], into: List[Any]) -> Callable[[], None]:
+    def run() -> None:
+        try:
+            into.append(task())
+        except BaseException as error:
+            into.append(error)
+    return run
+
+
+def test_writes_that_wait_for_each_other_share_a_commit(store: cab.Store, tmp_path: Path) -> None:
+    token, statements, found = add(store), [], []
+    store._db.set_trace_callback(statements.append)
+    with held_up(store, tmp_path / "bridge.db") as begin:
+        for n in range(12):
+            begin(outcome(lambda n=n: store.enqueue(token.id, cab.Ask(str(n))).position, found))         # type: ignore[misc]
+    assert sorted(found) == list(range(1, 13))
+    assert sorted(int(text) for text, in rows(tmp_path / "bridge.db", "SELECT message FROM jobs")) == list(range(12))
+    assert statements[statements.index("BEGIN IMMEDIATE") + 1:].count("COMMIT") <= 3        # that of `check_writable`, the first, the rest
+
+
+def test_of_writes_that_share_a_commit_only_the_one_that_fails_is_undone(store: cab.Store, tmp_path: Path) -> None:
+    token, found = add(store), []
+
+    def fails(db: sqlite3.Connection) -> None:
+        db.execute("DELETE FROM tokens")
+        raise ValueError("half way")
+
+    with held_up(store, tmp_path / "bridge.db") as begin:
+        begin(outcome(lambda: store.enqueue(token.id, cab.Ask("first")), found))
+        begin(outcome(lambda: store.enqueue(token.id, cab.Ask("second")), found))
+        begin(outcome(lambda: store._write(cab.Write(fails)), found))
+        begin(outcome(lambda: store.enqueue(token.id, cab.Ask("third"), limit=2), found))
+        begin(outcome(lambda: store.enqueue(token.id, cab.Ask("fourth")), found))
+    assert sorted(type(each).__name__ for each in found) == ["QueueFull", "Queued", "Queued", "Queued", "ValueError"]
+    assert rows(tmp_path / "bridge.db", "SELECT message FROM jobs") == [("first",), ("second",), ("fourth",)]
+    assert len(store.tokens()) == 1
+
+
+def test_a_key_that_comes_twice_within_a_commit_leads_to_one_request(store: cab.Store, tmp_path: Path) -> None:
+    token, found = add(store), []
+    with held_up(store, tmp_path / "bridge.db") as begin:
+        for _ in range(4):
+            begin(outcome(lambda: store.enqueue(token.id, cab.Ask("hi"), "key"), found))
+    assert len({queued.job.id for queued in found}) == 1 and sorted(queued.is_new for queued in found) == [False] * 3 + [True]
+    assert [queued.position for queued in found] == [1] * 4 and rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs") == [(1,)]
+
+
+def test_a_commit_that_fails_is_told_to_each_and_leaves_nothing(store: cab.Store, tmp_path: Path) -> None:
+    token, found = add(store), []
+    store._db.execute("PRAGMA max_page_count = %d" % store._db.execute("PRAGMA page_count").fetchone()[0])
+    with held_up(store, tmp_path / "bridge.db") as begin:
+        for _ in range(5):
+            begin(outcome(lambda: store.enqueue(token.id, cab.Ask("x" * 30_000)), found))
+    assert len(found) == 5 and all(isinstance(error, cab.Unavailable) and "full" in str(error) for error in found)
+    assert len({id(error) for error in found}) == 5                        # answers add headers to them
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs") == [(0,)] and len(queue_up(store, token, "hi")) == 1
+
+
+def test_who_was_told_that_the_file_is_locked_has_nothing_stored_later(store: cab.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token, found = add(store), []
+    with held_up(store, tmp_path / "bridge.db") as begin:
+        monkeypatch.setattr(cab, "WRITE_SECONDS", 0.05)
+        for _ in range(3):
+            begin(outcome(lambda: store.enqueue(token.id, cab.Ask("hi")), found))
+        wait_until(lambda: len(found) == 3)
+        monkeypatch.undo()
+    assert all(isinstance(error, cab.Unavailable) and "locked" in str(error) for error in found)
+    store.check_writable()
+    assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs") == [(0,)]
+
+
+def test_a_store_that_is_closed_has_written_what_it_was_given_and_takes_nothing_more(open_store: Callable[..., cab.Store],
+                                                                                   tmp_path: Path) -> None:
+    store = open_store()
+    token = add(store)
+    store.touch_token(token)                                                # nobody waits for it
+    store.close()
+    assert rows(tmp_path / "bridge.db", "SELECT last_used_at IS NULL FROM tokens") == [(0,)]
+    with pytest.raises(cab.Unavailable, match="closed"):
+        add(store)
+
+
+# --- what was read is kept ---
+
+def test_what_was_read_is_kept_until_something_is_written(store: cab.Store) -> None:
+    token = add(store)
+    job = queue_up(store, token, "hi")[0]
+    statements: List[str] = []
+    store._reader.set_trace_callback(statements.append)
+
+    def looks() -> int:
+        before = len(statements)
+        assert store.token(token.id) and store.counts()["tokens"] == 1
+        row = store.job(job.id, is_light=True)
+        assert row and store.places(row) == (0 if row.status == "processing" else 1, 1)
+        return len(statements) - before
+
+    assert looks() >= 4 and looks() == looks() == 0
+    claimed(store)
+    assert (store.job(job.id, is_light=True) or job).status == "processing" and looks() > 0 and looks() == 0
+
+
+def test_what_another_program_changes_counts_after_a_moment(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+    bridge, command_line = open_store(), open_store()
+    token = add(command_line)
+    clock.advance(cab.LOOK_AGAIN_SECONDS)
+    assert bridge.token(token.id) == token
+    command_line.delete_token(token.id)
+    clock.advance(cab.LOOK_AGAIN_SECONDS)
+    assert bridge.token(token.id) is None
+
+
+def test_what_changes_while_it_is_read_is_not_kept(store: cab.Store) -> None:
+    found = store._once("count", lambda: (store.counts()["tokens"], add(store))[0])
+    assert found == 0 and "count" not in store.kept() and store.counts()["tokens"] == 1
+
+
+def test_no_more_is_kept_than_has_a_place(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "KEPT", 10)
+    for n in range(100):
+        assert store.token(str(n)) is None and len(store.kept()) <= 10
 
 
 # --- the original's file ---

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import queue
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -631,6 +633,28 @@ def test_a_thread_for_which_nothing_comes_ends(served: RunningBridge) -> None:
         assert wire.send(request()).answer().status == 200
 
 
+def test_a_thread_that_gives_up_takes_the_connection_that_it_was_promised_meanwhile(served: RunningBridge,
+                                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    server = served.bridge._server
+    wait_until(lambda: not connection_threads() and not idle_threads())
+
+    class Late:
+        """Gives nothing in time, and then what was promised."""
+        came: List[Any] = []
+
+        def get(self, timeout: float) -> Any:
+            if self.came:
+                return self.came.pop()
+            self.came.append(("connection", "address"))
+            server._idle -= 1                                # as `process_request` does
+            raise queue.Empty
+
+    monkeypatch.setattr(server, "_waiting", Late())
+    name, current = threading.current_thread().name, threading.current_thread()
+    assert server._next_connection() == ("connection", "address") and server._idle == 0
+    current.name = name
+
+
 def test_connections_that_come_as_threads_give_up_are_all_served(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "IDLE_THREAD_SECONDS", 0.0001)
     for _ in range(200):
@@ -722,7 +746,8 @@ def check_headers(answer: Answer) -> None:
     assert not [name for name in ABSENT if name in answer.headers]
     if answer.status != 204 and "html" not in answer.headers["content-type"]:
         assert answer.headers["content-type"] == "application/json; charset=utf-8" and isinstance(answer.json, dict)
-    assert answer.headers["date"].endswith(" GMT") and int(answer.headers["content-length"]) == len(answer.data)
+    assert answer.headers["date"].endswith(" GMT") and abs(parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()) < 60
+    assert int(answer.headers["content-length"]) == len(answer.data)
 
 
 @pytest.mark.parametrize("status, sent", [

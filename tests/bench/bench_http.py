@@ -312,7 +312,8 @@ def table(found: Dict[str, Dict[str, List[Load]]], names: Sequence[str]) -> str:
         ratios = "%10.1f x" % ratio(of, "bridge") + "".join("%12.2f x" % ratio(of, "bridge", "baseline") for _ in names[2:])
         lines.append("%-22s" % case + "".join(cells) + ratios)
     least = {"poll, 16, kept": 10, "poll, 16, each": 2.5, "submit, 16, kept": 4}
-    lines += ["", *(judged(case + ": ratio", ratio(found[case], "bridge"), wanted, True) for case, wanted in least.items() if case in found)]
+    lines.append("")
+    lines += [judged(case + ": ratio", ratio(found[case], "bridge"), wanted, True) for case, wanted in least.items() if case in found]
     if "poll, 64, kept" in found:
         lines.append(judged("poll, 64, kept: p99 ms", middle(found["poll, 64, kept"]["bridge"]).p99, 60))
     return "\n".join(lines)
@@ -327,7 +328,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.8, help="for each case and server in a round (default: 0.8)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--clients", type=listed, default=["1", "16", "64", "256"], help="(default: 1,16,64,256; submits: 16,64 of them)")
-    parser.add_argument("--only", type=listed, default=["poll", "limited", "status", "submit"], help="(default: poll,limited,status,submit)")
+    parser.add_argument("--only", type=listed, default=["poll", "limited", "status", "submit"],
+                        help="(default: poll,limited,status,submit)")
     parser.add_argument("--fsync-ms", type=float, default=2, help="how long an fsync lasts for submits (default: 2)")
     parser.add_argument("--baseline", type=Path, help="another claude_api_bridge.py to compare with")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -337,24 +339,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         serve_naive(options.naive)
 
     def cases(kind: str, most: int = 256, least: int = 1) -> List[Case]:
-        return [Case(kind, clients, is_kept) for is_kept in (True, False) for clients in map(int, options.clients) if least <= clients <= most]
+        chosen = [clients for clients in map(int, options.clients) if least <= clients <= most]
+        return [Case(kind, clients, is_kept) for is_kept in (True, False) for clients in chosen]
 
     parts = [Part("poll", cases("poll")), Part("limited", cases("poll", 16, 16), 1_000_000), Part("status", cases("status")),
              Part("submit", cases("submit", 64, 16))]
     modules = {"bridge": MODULE, **({"baseline": options.baseline.absolute()} if options.baseline else {})}
+    began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         slow = slow_fsync(Path(folder), options.fsync_ms)
         if not slow:
             print("submits are left out: there is no C compiler", file=sys.stderr)
         chosen = [part for part in parts if part.name in options.only and (slow or part.name != "submit")]
-        began = time.monotonic()
         found = measure(chosen, max(1, options.rounds), options.seconds, modules, slow, Path(folder))
     if options.json:
         print(json.dumps({case: {**{name: middle(loads)._asdict() for name, loads in of.items()}, "ratio": ratio(of, "bridge")}
                           for case, of in found.items()}))
     else:
         print(table(found, ["naive", *modules]))
-        print("%d rounds of %g s, %.0f s in all; load %.2f" % (options.rounds, options.seconds, time.monotonic() - began, os.getloadavg()[0]))
+        print("%d rounds of %g s, %.0f s in all; load average %.2f" % (
+            options.rounds, options.seconds, time.monotonic() - began, os.getloadavg()[0]))
     bad = {(case, name): middle(loads).bad for case, of in found.items() for name, loads in of.items()}
     for (case, name), count in bad.items():
         if count:

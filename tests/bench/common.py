@@ -59,6 +59,12 @@ def call(at: Served, method: str, path: str, body: Optional[Mapping[str, Any]] =
         return json.loads(connection.getresponse().read())
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process, without its children, has used (Linux)."""
+    words = Path("/proc/%d/stat" % pid).read_text(errors="replace").rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def paced_claude(folder: Path) -> str:
     """-> the path of an executable that is paced_claude.py, with `folder` for its log."""
     folder.mkdir(parents=True)

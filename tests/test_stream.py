@@ -495,6 +495,29 @@ def test_readers_that_do_not_read_and_readers_that_vanish_harm_nobody(api: Api, 
     wait_until(lambda: not connection_threads())
 
 
+def test_a_slow_reader_gets_in_few_pieces_what_the_run_did_not_wait_to_tell_it(api: Api, gate: Path, tmp_path: Path,
+                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = cab.Handler.setup
+    monkeypatch.setattr(cab.Handler, "setup", lambda handler: (
+        handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 11), setup(handler)))
+    words, begin = ["word-%d %s " % (n, "x" * 60) for n in range(300)], tmp_path / "begin"     # more than the buffers between them take
+    job_id, text = api.ask(script({"wait": str(begin)}, *said(*words), {"wait": str(gate)}, {"delta": "end"})), "".join(words)
+    with Deaf(api.port, 1) as slow, contextlib.closing(api.follow(job_id)) as other:
+        slow.send(request(follow_line(job_id), bearer(api)))
+        assert b"200" in slow.file.readline()                                # and nothing more for now
+        other.until("started")
+        begin.touch()
+        assert any(event.id == len(text) for event in other)                 # who reads has all of it
+        told = b""
+        while b"\nid: %d\nevent: delta\n" % len(text) not in told:
+            told += slow.file.readline()                                     # the run still goes on: this comes from its live text
+        assert told.count(b"event: delta") < len(words) / 2
+        gate.touch()
+        told += b"".join(iter(slow.file.readline, b"0\r\n"))
+    deltas = [json.loads(line[6:])["text"] for line in told.splitlines() if line.startswith(b'data: {"text"')]
+    assert "".join(deltas) == text + "end" == api.poll(job_id)["response"]
+
+
 def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.SEND, 0.5)              # the last event alone takes longer
     setup = cab.Handler.setup

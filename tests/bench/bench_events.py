@@ -37,6 +37,11 @@ ROUND_SECONDS = 60.0                                    # the longest that one r
 SETTLE_SECONDS = 0.5                                    # until all that have asked do wait
 
 
+def is_end(data: bytes) -> bool:
+    """Whether a stream ends with this part."""
+    return data.endswith(b"0\r\n\r\n")
+
+
 class Reader:
     """One connection and what came on it, with the moments."""
 
@@ -110,7 +115,7 @@ def fan_out(at: Served, folder: Path, readers: int, count: int, per_second: floa
         crowd.read(lambda data: b"begun" in data)
         began, cpu, own_cpu = time.monotonic(), cpu_seconds(at.pid), time.process_time()
         gate.touch()
-        crowd.read(lambda data: data.endswith(b"0\r\n\r\n"))
+        crowd.read(is_end)
         spent, cpu, own_cpu = time.monotonic() - began, cpu_seconds(at.pid) - cpu, time.process_time() - own_cpu
         text = call(at, "GET", "/api/ask/" + job)["response"]
         deltas = [(moment, event) for reader in crowd.readers for moment, event in reader.events() if b"event: delta\n" in event]
@@ -130,7 +135,7 @@ def endings(at: Served, folder: Path, clients: int, by_events: bool, is_own: boo
     with contextlib.closing(Crowd(at, [path % job for job in (jobs if is_own else jobs * clients)], by_events)) as crowd:
         time.sleep(SETTLE_SECONDS)
         gate.touch()
-        crowd.read(lambda data: data.endswith(b"0\r\n\r\n"))
+        crowd.read(is_end)
         return [lag_of_end(reader, by_events) for reader in crowd.readers]
 
 

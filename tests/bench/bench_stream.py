@@ -5,20 +5,17 @@
 Both drive the same real CLI against a stand-in of the Messages API on loopback that sends a word every 50 ms.
 1. A cold `claude -p` that streams, up to its first text, against a POST with "stream": true up to its first `delta`, the
    spare being ready. Both take turns, so that a busy machine disturbs both alike.
-2. All readers follow one request, from one loop in a process of its own. A program in front of the CLI notes when each
-   piece of text came out of it; the lag is from there to the moment at which a reader has the text up to its end. The words
-   begin once the next spare has started, as with a model that thinks for a second.
+2. All readers follow one request, from one loop. A program in front of the CLI notes when each piece of text came out of it;
+   the lag is from there to the moment at which a reader has the text up to its end. The words begin once the next spare has
+   started, as with a model that thinks for a second. (bench_events.py looks closer, without the real CLI.)
 Linux (it looks into /proc).
 """
 from __future__ import annotations
 
-import argparse
+import contextlib
 import http.client
 import json
 import os
-import re
-import selectors
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,13 +26,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import bench_first_answer as first                      # beside this file; it also makes tests/ importable
+from bench_events import Crowd, is_end
+from common import Served
 from messages_api import MessagesApi, NotingClaude, Reply
 
 WORDS = " ".join("word-%d" % n for n in range(60))
 WORD_SECONDS = 0.05
 TARGET_RATIO = 0.35
 TARGET_LAG_SECONDS = 0.020
-ROUND_SECONDS = 60                                      # the longest that one round may take
 
 
 # --- 1. the first words ---
@@ -107,47 +105,6 @@ def first_words(claude: str, api: MessagesApi, asks: int, folder: Path) -> Tuple
 # --- 2. the lag of many readers ---
 
 
-def read_all(count: int, port: int, request: str, token: str) -> None:
-    """The process of the readers. Says `ready` when each has the head of its stream; at the end prints, for each, a list of
-    [the text's length, epoch seconds at which it had so much]."""
-    ask = ("GET /api/ask/%s/events HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer %s\r\n\r\n" % (request, token)).encode()
-    chunks: Dict[int, List[Tuple[float, bytes]]] = {}
-    chooser, begun, is_ready = selectors.DefaultSelector(), set(), False
-    for n in range(count):
-        connection = socket.create_connection(("127.0.0.1", port), 30)
-        connection.sendall(ask)
-        connection.setblocking(False)
-        chunks[n] = []
-        chooser.register(connection, selectors.EVENT_READ, n)
-    until = time.monotonic() + ROUND_SECONDS
-    while chooser.get_map() and time.monotonic() < until:
-        for key, _ in chooser.select(1):
-            data, at = key.fileobj.recv(1 << 16), time.time()                # type: ignore[union-attr]
-            chunks[key.data].append((at, data))
-            begun.add(key.data)
-            if not data:
-                chooser.unregister(key.fileobj)
-                key.fileobj.close()                                        # type: ignore[union-attr]
-        if len(begun) == count and not is_ready:
-            is_ready = True
-            print("ready", flush=True)
-    print(json.dumps([lengths(chunks[n]) for n in range(count)]))
-
-
-def lengths(chunks: Sequence[Tuple[float, bytes]]) -> List[Tuple[int, float]]:
-    """(length of the text, moment) after each delta in what one reader received."""
-    ends, moments, size = [], [], 0
-    for at, data in chunks:
-        size += len(data)
-        ends.append(size)
-        moments.append(at)
-    found = []
-    for event in re.finditer(rb"id: (\d+)\nevent: delta\n.*?\n\n", b"".join(data for _, data in chunks)):
-        chunk = next(n for n, end in enumerate(ends) if end >= event.end())
-        found.append((int(event.group(1)), moments[chunk]))
-    return found
-
-
 def settle(bridge: int) -> None:
     """Waits until the bridge and all below it used no CPU for a while."""
     until, last, since = time.monotonic() + 20, -1, time.monotonic()
@@ -167,33 +124,24 @@ def settle(bridge: int) -> None:
         time.sleep(0.02)
 
 
-def one_round(port: int, token: str, bridge: int, claude: NotingClaude, readers: int, gate: threading.Event) -> List[float]:
+def one_round(at: Served, claude: NotingClaude, readers: int, gate: threading.Event) -> List[float]:
     """One request with many readers. -> the lags in seconds, of each piece at each reader."""
     before = len(claude.lines())
     gate.clear()
-    request = call(port, token, "POST", "/api/ask", {"message": first.PROMPT})["requestId"]
-    crowd = subprocess.Popen([sys.executable, __file__, "--read", request, "--port", str(port), "--readers", str(readers)],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert crowd.stdin is not None and crowd.stdout is not None
-        crowd.stdin.write(token.encode() + b"\n")
-        crowd.stdin.close()
-        if crowd.stdout.readline() != b"ready\n":
-            raise SystemExit("the readers did not get their streams")
-        settle(bridge)
+    request = call(at.port, at.token, "POST", "/api/ask", {"message": first.PROMPT})["requestId"]
+    with contextlib.closing(Crowd(at, ["/api/ask/%s/events" % request] * readers)) as crowd:
+        crowd.read(bool)                                   # each has the head of its stream
+        settle(at.pid)
         gate.set()
-        told = json.loads(crowd.stdout.readline())
-    finally:
-        gate.set()
-        crowd.kill()
-        crowd.wait(10)
-        assert crowd.stdout is not None
-        crowd.stdout.close()
+        crowd.read(is_end)
+        ahead = time.time() - time.monotonic()             # of the clock that noted when the pieces came out of claude
+        told = [[(int(event.split(b"\n", 1)[0][4:]), moment / 1e9 + ahead) for moment, event in reader.events()
+                 if b"event: delta\n" in event] for reader in crowd.readers]
     length, lags = 0, []
-    for at, line in claude.lines()[before:]:
+    for came_at, line in claude.lines()[before:]:
         length += len(line["event"]["delta"]["text"])
-        lags += [next(moment for has, moment in each if has >= length) - at for each in told]
-    if length != len(WORDS) or len(told) != readers:
+        lags += [next(moment for has, moment in each if has >= length) - came_at for each in told]
+    if length != len(WORDS):
         raise SystemExit("a part of the text is missing")
     return lags
 
@@ -206,7 +154,7 @@ def lag(claude: str, api: MessagesApi, rounds: int, readers: int, folder: Path) 
     program, token, port = first.start_bridge(str(noting.path), first.environment(api), folder / "crowded")
     try:
         for _ in range(rounds):
-            lags += one_round(port, token, program.pid, noting, readers, gate)
+            lags += one_round(Served(program.pid, port, token), noting, readers, gate)
     finally:
         gate.set()
         first.end_bridge(program)
@@ -251,12 +199,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--asks", type=int, default=7, help="first words of each kind (default: 7)")
     parser.add_argument("--rounds", type=int, default=3, help="requests with many readers (default: 3)")
     parser.add_argument("--readers", type=int, default=50, help="readers of each (default: 50)")
-    for name in ("--read", "--port"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.read:
-        read_all(options.readers, int(options.port), options.read, sys.stdin.readline().strip())
-        return 0
     claude = first.found_claude(options.claude)
     if not claude:
         return 2

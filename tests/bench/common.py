@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS)]
 MODULE = TESTS.parent / "claude_api_bridge.py"
 
 
@@ -53,16 +54,21 @@ def environment() -> Dict[str, str]:
 
 def call(at: Served, method: str, path: str, body: Optional[Mapping[str, Any]] = None) -> Any:
     """The JSON that the bridge answers, over a connection of its own."""
-    connection = http.client.HTTPConnection("127.0.0.1", at.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", at.port, timeout=120)
     with contextlib.closing(connection):
         connection.request(method, path, None if body is None else json.dumps(body), {"Authorization": "Bearer " + at.token})
         return json.loads(connection.getresponse().read())
 
 
-def cpu_seconds(pid: int) -> float:
-    """What a process, without its children, has used (Linux)."""
+def cpu_ticks(pid: int) -> Tuple[int, int, bool]:
+    """-> (parent, CPU time in ticks, whether it sleeps) of a process (Linux). Raises OSError."""
     words = Path("/proc/%d/stat" % pid).read_text(errors="replace").rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return int(words[1]), int(words[11]) + int(words[12]), words[0] == "S"
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process, without its children, has used."""
+    return cpu_ticks(pid)[1] / os.sysconf("SC_CLK_TCK")
 
 
 def paced_claude(folder: Path) -> str:

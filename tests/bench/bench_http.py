@@ -353,7 +353,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         chosen = [part for part in parts if part.name in options.only and (slow or part.name != "submit")]
         found = measure(chosen, max(1, options.rounds), options.seconds, modules, slow, Path(folder))
     if options.json:
-        print(json.dumps({case: {**{name: middle(loads)._asdict() for name, loads in of.items()}, "ratio": ratio(of, "bridge")}
+        print(json.dumps({case: {**{name: middle(loads)._asdict() for name, loads in of.items()},
+                                 "ratios": {"to_" + name: ratio(of, "bridge", name) for name in of if name != "bridge"}}
                           for case, of in found.items()}))
     else:
         print(table(found, ["naive", *modules]))

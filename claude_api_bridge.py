@@ -3937,6 +3937,26 @@ def host_of(url: str) -> str:
 # The worker takes jobs from the store, one after the other; the hub wakes those who wait for one.
 
 
+class Bell:
+    """A threading.Event for one who waits, at a fraction of its cost: a lock that is free once it has rung."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """One at a time: the hub does it under its own lock."""
+        if self._lock.locked():
+            self._lock.release()
+
+    def clear(self) -> None:
+        self._lock.acquire(blocking=False)
+
+    def wait(self, seconds: float) -> bool:
+        """-> whether it has rung since the last wait; that is forgotten then."""
+        return self._lock.acquire(timeout=seconds)
+
+
 class Hub:
     """Wakes those who wait for a job. It carries no data: who wakes looks at the store again. Any thread."""
     QUEUE = ""                           # the key under which the worker waits for new jobs
@@ -3944,18 +3964,18 @@ class Hub:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bells: Dict[str, List[threading.Event]] = {}
+        self._bells: Dict[str, List[Bell]] = {}
         self.is_closed = False
 
     @contextlib.contextmanager
-    def watch(self, *keys: str) -> Iterator[threading.Event]:
+    def watch(self, *keys: str) -> Iterator[Bell]:
         """A bell that rings at every `wake` of a key from now on; look at the store after this, and clear it before looking."""
-        bell = threading.Event()
+        bell = Bell()
         with self._lock:
             for key in keys:
                 self._bells.setdefault(key, []).append(bell)
             if self.is_closed:
-                bell.set()
+                bell.ring()
         try:
             yield bell
         finally:
@@ -3968,7 +3988,7 @@ class Hub:
     def wake(self, key: str) -> None:
         with self._lock:
             for bell in self._bells.get(key, ()):
-                bell.set()
+                bell.ring()
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -3976,7 +3996,7 @@ class Hub:
             self.is_closed = True
             for bells in self._bells.values():
                 for bell in bells:
-                    bell.set()
+                    bell.ring()
 
 
 def chat_work(job: Job, token: Token, chat: Chat) -> Work:
@@ -4630,6 +4650,11 @@ def stream_response(pieces: Pieces, headers: Sequence[Tuple[str, str]] = ()) -> 
                     headers=(("Cache-Control", "no-store, no-transform"), ("X-Accel-Buffering", "no"), *headers))
 
 
+@lru_cache(maxsize=16)                                       # all readers of an answer are told the same at about the same time
+def delta_bytes(offset: int, text: str) -> bytes:
+    return sse_event("delta", offset, {"text": text})
+
+
 def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]], first: bytes = b"") -> Pieces:
     """The steps of a job as Server-Sent Events. A reader whose token was revoked gets an `error` without `status`."""
     offset = 0
@@ -4641,7 +4666,7 @@ def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]
             if event.kind == "quiet":
                 yield b": still here\n\n"
             elif event.kind == "delta":
-                yield sse_event("delta", event.offset, {"text": event.text})
+                yield delta_bytes(event.offset, event.text)
             elif event.kind == "started":
                 yield sse_event("started", 0, {"requestId": job_id, **({"model": event.model} if event.model else {})})
             elif view and event.kind == "queued":
@@ -5835,6 +5860,7 @@ def date_line(now: int) -> bytes:
 
 
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d\.\d)")
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)              # not on Windows, where a send waits for its timeout at most
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([ \t\x21-\x7e\x80-\xff]*)")      # one way to match: never slow
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -6072,7 +6098,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection and self._unread != 0:
             self._drain()
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: Union[bytes, memoryview]) -> None:
         """In parts, since a slow reader may take SEND_SECONDS for each."""
         view = memoryview(data)
         for start in range(0, len(view), 1 << 18):
@@ -6085,12 +6111,21 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = not self.close_connection
         with contextlib.closing(pieces):
             self._send(response_head(response, self.close_connection))
+            self.server.enter(self.connection, Phase.BUSY)
             for piece in pieces if self.command != "HEAD" else ():
-                with self.server.holding(self.connection, len(piece)):
-                    self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
-                self.server.enter(self.connection, Phase.BUSY)
+                self._send_piece(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
             if is_chunked and self.command != "HEAD":
                 self._send(b"0\r\n\r\n")
+
+    def _send_piece(self, piece: bytes) -> None:
+        """Nearly all go at once; for what is left of one the connection enters SEND."""
+        rest = memoryview(piece)
+        with contextlib.suppress(BlockingIOError):
+            rest = rest[self.connection.send(rest, DONT_WAIT):]
+        if rest:
+            with self.server.holding(self.connection, len(rest)):
+                self._send(rest)
+            self.server.enter(self.connection, Phase.BUSY)
 
     def _drain(self) -> None:
         """After a refused body: what still comes is read for a moment, else the client may lose the answer to a reset."""

@@ -25,7 +25,7 @@ def test_a_wake_reaches_all_who_watch_that_key_and_nobody_else() -> None:
     hub = cab.Hub()
     with hub.watch("job") as first, hub.watch("job") as second, hub.watch("other") as other:
         hub.wake("job")
-        assert (first.is_set(), second.is_set(), other.is_set()) == (True, True, False)
+        assert (first.wait(0), second.wait(0), other.wait(0)) == (True, True, False)
     hub.wake("job")                                      # nobody watches: nothing happens
 
 
@@ -37,7 +37,7 @@ def test_a_bell_of_several_keys_rings_for_each_of_them() -> None:
             for bell in (narrow, wide):
                 bell.clear()
             hub.wake(key)
-            rung.append((narrow.is_set(), wide.is_set()))
+            rung.append((narrow.wait(0), wide.wait(0)))
     assert rung == [(True, True), (False, True), (False, False)]
 
 
@@ -53,9 +53,9 @@ def test_closing_wakes_all_and_nobody_waits_any_more(keys: Sequence[str]) -> Non
     hub = cab.Hub()
     with hub.watch(*keys) as before:
         hub.close()
-        assert before.is_set() and hub.is_closed
+        assert before.wait(0) and hub.is_closed
     with hub.watch(*keys) as after:
-        assert after.is_set()
+        assert after.wait(0)
 
 
 def test_threads_that_look_again_after_each_wake_see_the_last_state() -> None:
@@ -262,13 +262,13 @@ def test_who_waits_is_woken_at_the_start_and_at_the_end_of_a_run(line: Queue) ->
     job = line.ask("hi")
     with line.hub.watch(job) as bell:
         def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
-            assert bell.is_set() and line.job(job).status == "processing"
+            assert bell.wait(0) and line.job(job).status == "processing"
             bell.clear()
             return cab.Answer("ok")
 
         line.claude.script["hi"] = run
         line.worker.step()
-        assert bell.is_set() and line.job(job).status == "completed"
+        assert bell.wait(0) and line.job(job).status == "completed"
 
 
 def test_the_text_so_far_can_be_read_while_a_job_runs_and_not_after(line: Queue) -> None:
@@ -311,7 +311,7 @@ def test_a_text_can_be_followed_from_the_run_into_what_is_stored(line: Queue, de
     job = line.ask("hi")
     with line.hub.watch(cab.Hub.TEXT + job) as bell:
         line.worker.step()
-        assert bell.is_set()
+        assert bell.wait(0)
     row = line.job(job)
     told[0] += texts[0].news(running)
     told[1] += stored.read(row.restarts, lambda offset: (row.response or "")[offset:], row.model)

@@ -129,7 +129,7 @@ def test_an_ask_is_in_the_store_on_return_and_wakes_the_worker(bench: Bench) -> 
     caller = bench.caller()
     with bench.hub.watch(cab.Hub.QUEUE) as bell:
         job, position, is_new = bench.service.ask(caller, cab.Ask("hi", model="haiku"))
-        assert bell.is_set()
+        assert bell.wait(0)
     stored = bench.store.job(job.id)
     assert (position, is_new) == (1, True) and stored and (stored.message, stored.model, stored.conversation) == ("hi", "haiku", None)
 
@@ -265,7 +265,7 @@ def test_revoking_a_token_rings_for_its_unfinished_jobs(bench: Bench) -> None:
     bench.store.claim()
     with bench.hub.watch(jobs[0].id) as running, bench.hub.watch(jobs[1].id) as waiting:
         bench.service.revoke_token(caller.token.id)
-        assert running.is_set() and waiting.is_set()
+        assert running.wait(0) and waiting.wait(0)
 
 
 def test_only_one_s_own_unfinished_job_is_that(bench: Bench) -> None:
@@ -449,7 +449,7 @@ def test_a_job_that_waits_or_runs_is_cancelled_once(bench: Bench) -> None:
             bench.service.cancel(other, job.id)
         with bench.hub.watch(job.id) as bell:
             view = bench.service.cancel(caller, job.id)
-            assert bell.is_set()
+            assert bell.wait(0)
         assert (view.job.status, view.job.error_code, view.job.completed_at) == ("error", "cancelled", bench.clock.now())
         with pytest.raises(cab.AlreadyFinished):
             bench.service.cancel(caller, job.id)

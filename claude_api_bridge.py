@@ -191,6 +191,7 @@ FINISH_SECONDS = 1.5                 # what a running job gets to finish by itse
 LAST_WORD_SECONDS = 2.0              # after a child's end, for what it wrote to be read
 LEAVE_SECONDS = 1.2                  # what a child in the middle of something gets to leave, before it is killed
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
+REFILL_SECONDS = 0.2                 # what a run gets for itself before the next spare starts beside it: then its request is on its way
 KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
 LOOK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
 ASIDE_SECONDS = 60.0                 # how long a process waits for the results of the client's tools
@@ -260,7 +261,7 @@ class Config:
     claude: str = setting("", "text", "the claude program (default: found in PATH and the usual places)")
     demo: bool = setting(False, "switch", "answer with an echo: no Claude and no subscription needed")
     rate_limit: int = setting(120, "number", "requests a minute; 0 switches the limit off", 0, 1_000_000)
-    spare: int = setting(1, "number", "claude processes kept ready; 0 starts one per request", 0, 1)
+    spare: int = setting(1, "number", "claude processes kept ready, of 90 to 160 MB each; 0 starts one per request", 0, 3)
     run_seconds: float = setting(300, "number", "longest run of one request", 1, 86_400)
     silence_seconds: float = setting(90, "number", "longest time without a sign of life from claude", 1, 86_400)
     warm_seconds: float = setting(600, "number", "how long the process of a conversation stays ready", 0, 86_400)
@@ -3359,7 +3360,7 @@ class ClaudeCli:
         """look: finds claude again, when its program was replaced."""
         self.claude, self._tally, self._look, self._mark = claude, tally or Tally(), look, mark_of(claude.command[0])
         self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
-        self._spare: Optional[Child] = None
+        self._spares: List[Child] = []                  # the oldest first
         self._spare_after = 0.0
         self._warm: "OrderedDict[str, Warm]" = OrderedDict()
         self._asides: List[Aside] = []
@@ -3367,8 +3368,8 @@ class ClaudeCli:
         self._count = 0
 
     @property
-    def has_spare(self) -> bool:
-        return self._spare is not None
+    def spares(self) -> int:
+        return len(self._spares)
 
     @property
     def has_leaving(self) -> bool:
@@ -3413,9 +3414,7 @@ class ClaudeCli:
         is none. Raises RunFailed."""
         if not self._look or mark_of(self.claude.command[0]) in (self._mark, None):
             return
-        if self._spare:
-            self._dismiss(self._spare, Setup(SYSTEM_PROMPT))
-            self._spare = None
+        self._end_spares(self._spares)
         self._spare_after = 0.0
         try:
             self.claude = self._look()
@@ -3425,8 +3424,15 @@ class ClaudeCli:
 
     def _try(self, work: Work, live: LiveText, deadline: float, stop_reason: Callable[[], Optional[str]],
              note_limits: Callable[[Limits], None]) -> Answer:
+        refill_at = self._clock.monotonic() + REFILL_SECONDS
+
+        def look() -> Optional[str]:
+            if self._clock.monotonic() >= refill_at:
+                self.prepare()
+            return stop_reason()
+
         for way in self._ways(work):
-            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, stop_reason, note_limits)
+            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, look, note_limits)
             try:
                 if way.results:
                     turn.resume(way.results, live, way.model)
@@ -3434,7 +3440,6 @@ class ClaudeCli:
                     if not way.is_open:
                         turn.open(self.claude.features, way.history)
                     turn.ask(work.message)
-                self.prepare()
                 answer = replace(turn.answer(live, way.model), session_id=way.session_id)
             except (SessionLost, ChildGone) as lost:
                 self._dismiss(way.child, work.setup, idle=False)
@@ -3470,11 +3475,10 @@ class ClaudeCli:
                 session_id = str(uuid.uuid4())
                 yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
         if work.setup.tools == Tools.NONE and self._config.spare:
-            has_spare = self._spare is not None and not self._needs_effort_flag(work.setup)
+            has_spare = bool(self._spares) and not self._needs_effort_flag(work.setup)
             self._tally.add("cab_spare_total", result="hit" if has_spare else "miss")
-            if self._spare and has_spare:
-                spare, self._spare = self._spare, None
-                yield Way(spare, None, history=history)
+            if has_spare:
+                yield Way(self._spares.pop(0), None, history=history)
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
 
     def _resume(self, work: Work, session_id: str) -> Child:
@@ -3507,6 +3511,11 @@ class ClaudeCli:
             self._asides.remove(aside)
             self._dismiss(aside.child, aside.setup, idle=False)
 
+    def _end_spares(self, spares: Sequence[Child]) -> None:
+        for spare in list(spares):
+            self._spares.remove(spare)
+            self._dismiss(spare, Setup(SYSTEM_PROMPT))
+
     def prepare(self) -> None:
         """Keeps house: a spare is there, cooled conversations leave, as do those whose client stays away, and those that were leaving
         are gone."""
@@ -3515,12 +3524,13 @@ class ClaudeCli:
         for key in [key for key, warm in self._warm.items() if now >= warm.until or not warm.child.is_alive]:
             self.forget(key)
         self.tend()
-        if self._spare and not self._spare.is_alive:
-            self._bury(self._spare)
-            self._spare, self._spare_after = None, now + 30    # one that ends by itself would do it again
-        if self._config.spare and not self._spare and now >= self._spare_after:
+        for spare in [spare for spare in self._spares if not spare.is_alive]:
+            self._spares.remove(spare)
+            self._bury(spare)
+            self._spare_after = now + 30                       # one that ends by itself would do it again
+        while len(self._spares) < self._config.spare and now >= self._spare_after:
             try:
-                self._spare = self._spawn(Setup(SYSTEM_PROMPT))
+                self._spares.append(self._spawn(Setup(SYSTEM_PROMPT)))
             except RunFailed:
                 self._spare_after = now + 30
 
@@ -3583,15 +3593,13 @@ class ClaudeCli:
         self._end_asides(list(self._asides))
         for warm in self._warm.values():
             self._dismiss(warm.child, warm.setup)
-        if self._spare:
-            self._dismiss(self._spare, Setup(SYSTEM_PROMPT))
+        self._end_spares(self._spares)
         until = self._clock.monotonic() + LEAVE_SECONDS
         for child in list(self._leaving):
             child.ended_within(max(0.0, until - self._clock.monotonic()))
             self._bury(child)
         for pid in tagged(self._tag + "."):
             kill_process(pid)
-        self._spare = None
         self._warm.clear()
 
 
@@ -4042,8 +4050,8 @@ class Worker:
         return self._thread.is_alive()
 
     @property
-    def has_spare(self) -> bool:
-        return self._claude.has_spare
+    def spares(self) -> int:
+        return self._claude.spares
 
     def live(self, job_id: str) -> Optional[LiveText]:
         """The text of a running answer; None for a job that does not run."""
@@ -4126,7 +4134,7 @@ class Worker:
                 self._broken_off[job.id] = live.restarts + 1         # more than the store knows of
             if work and work.conversation and not is_kept:
                 self._claude.forget(work.conversation)       # its process may have heard a turn that is not part of it
-            self.running = None
+            self.running, self._housed_at = None, float("-inf")      # at once a new spare, where the run was too short for one
             del self._live[job.id]
             self._hub.wake(job.id)
         return True
@@ -7252,7 +7260,7 @@ class Bridge:
     def _details(self, worker: Worker, store: Store) -> Dict[str, Any]:
         running = worker.running
         return {"worker": {"alive": worker.is_alive, "requestId": running[0] if running else None,
-                           "since": iso_time(running[1]) if running else None, "spareReady": worker.has_spare},
+                           "since": iso_time(running[1]) if running else None, "spareReady": worker.spares > 0},
                 "plan": plan_body(store.windows(), worker.rest(), self._clock.now()),
                 "tunnel": self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": self.config.public_url or None},
                 "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
@@ -7262,7 +7270,7 @@ class Bridge:
         counts, tunnel = store.counts(), self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": None, "starts": 0}
         found: Dict[Tuple[str, Labels], float] = {
             ("cab_info", (("version", __version__), ("claude", self._claude.features.version_text))): 1,
-            ("cab_start_time_seconds", ()): began, ("cab_spares", ()): worker.has_spare, ("cab_resting", ()): worker.rest() is not None,
+            ("cab_start_time_seconds", ()): began, ("cab_spares", ()): worker.spares, ("cab_resting", ()): worker.rest() is not None,
             ("cab_access_tokens", ()): counts["tokens"], ("cab_tunnel_up", ()): tunnel["url"] is not None,
             ("cab_tunnel_state", (("state", tunnel["state"]),)): 1, ("cab_tunnel_starts_total", ()): tunnel["starts"]}
         found.update({("cab_queue_length", (("status", status),)): counts.get(status, 0)

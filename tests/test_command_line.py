@@ -129,7 +129,7 @@ def test_unknown_words_are_refused(typed: Typed, tmp_path: Path, words: List[str
     ([], {"CAB_PORT": "abc"}, "CAB_PORT"),
     ([], {"PORT": "abc"}, "PORT"),
     (["--rate-limit", "many"], {}, "--rate-limit"),
-    (["--spare", "2"], {}, "--spare"),
+    (["--spare", "4"], {}, "--spare"),
     (["--run-seconds", "0"], {}, "--run-seconds"),
     (["--silence-seconds", "1e3"], {}, "--silence-seconds"),
     (["--keep-days", "0"], {}, "--keep-days"),

@@ -244,6 +244,43 @@ def test_a_spare_that_died_is_not_noticed_by_the_caller(bridge: Bridges, fake_cl
     assert spare not in pids_of(fake, "hello")
 
 
+def test_the_next_spare_starts_beside_a_run_that_takes_a_while_and_not_with_it(direct: Directs, gate: Path) -> None:
+    d, seen = direct(spare=1), []
+    d.cli.prepare()
+
+    def look() -> None:
+        seen.append(d.cli.spares)
+        if d.cli.spares:
+            gate.touch()
+
+    assert d.run("hold %s" % gate, look).text == "held"
+    assert (seen[0], seen[-1]) == (0, 1)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_so_many_spares_wait_as_were_wished_and_the_oldest_answers(bridge: Bridges, fake_claude: Fakes, count: int) -> None:
+    fake = fake_claude()
+    b = bridge(claude=fake, spare=count)
+    spares = [child["pid"] for child in wait_until(lambda: fake.children()[count - 1:] and fake.children())]
+    assert "cab_spares %d\n" % count in b.admin.get("/metrics").data.decode()
+    assert b.admin.answer("one")["response"] == "Echo: one" and b.admin.answer("two")["response"] == "Echo: two"
+    first, second = pids_of(fake, "one") + pids_of(fake, "two")
+    assert first != second and {first, second} <= set(spares)
+    wait_until(lambda: len(fake.children()) == count + 2 and sum(is_running(child["pid"]) for child in fake.children()) == count)
+
+
+def test_a_spare_that_ended_by_itself_is_replaced_half_a_minute_later(direct: Directs, clock: FakeClock) -> None:
+    d = direct(spare=2, clock=clock)
+    d.cli.prepare()
+    dead = wait_until(d.fake.children)[0]["pid"]
+    os.kill(dead, signal.SIGKILL)
+    wait_until(lambda: not is_running(dead))
+    for seconds, count in ((0, 1), (29, 1), (2, 2)):
+        clock.advance(seconds)
+        d.cli.prepare()
+        assert d.cli.spares == count
+
+
 ONCE = """
 from pathlib import Path
 act = fake_claude.Fake.act
@@ -733,10 +770,10 @@ def test_ending_one_child_leaves_the_others_alone(direct: Directs, tmp_path: Pat
 @only_linux
 def test_close_ends_every_process_also_deaf_ones(direct: Directs, fake_claude: Fakes) -> None:
     deaf = "import signal, time\nrun = fake_claude.Fake.run\nfake_claude.Fake.run = lambda self: (run(self), time.sleep(60))[0]\n"
-    d = direct(twist(fake_claude(), deaf + "signal.signal(signal.SIGTERM, signal.SIG_IGN)"), spare=1)
+    d = direct(twist(fake_claude(), deaf + "signal.signal(signal.SIGTERM, signal.SIG_IGN)"), spare=2)
     d.cli.prepare()
     d.talk("one", "hello"), d.talk("two", "hello")
-    wait_until(lambda: len(d.fake.children()) == 3)
+    wait_until(lambda: len(d.fake.children()) == 4)
     began = time.monotonic()
     d.cli.close()
     assert not [child for child in d.fake.children() if is_running(child["pid"])]

@@ -91,7 +91,7 @@ def echo(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[
 
 class Scripted:
     """Stands in for ClaudeCli: what a message does is in `script`; any other is echoed. note_limits: of the run that goes on."""
-    has_spare = has_leaving = False
+    spares, has_leaving = 0, False
 
     def __init__(self) -> None:
         self.script: Dict[str, Run] = {}
@@ -331,6 +331,18 @@ def test_jobs_are_run_by_a_thread_of_that_name_as_they_come(line: Queue) -> None
     wait_until(lambda: line.claude.prepared)
     assert line.outcome(line.ask("who")) == ("completed", "worker")
     assert line.outcome(line.ask("again")) == ("completed", "Echo: again")
+
+
+def test_after_a_run_the_next_process_is_made_ready_at_once(lines: Callable[..., Queue], clock: FakeClock) -> None:
+    q = lines(clock)                                         # whose second never ends
+    q.worker.start()
+    try:
+        for n in (1, 2):
+            wait_until(lambda: q.claude.prepared == n)
+            q.outcome(q.ask("hello"))
+        wait_until(lambda: q.claude.prepared == 3)
+    finally:
+        q.worker.close()
 
 
 def test_an_unexpected_error_is_tried_again_then_given_up_and_the_worker_lives_on(line: Queue) -> None:

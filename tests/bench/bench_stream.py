@@ -90,9 +90,8 @@ def first_words(claude: str, api: MessagesApi, asks: int, folder: Path) -> Tuple
     (folder / "bridge").mkdir()
     program, token, port = first.start_bridge(claude, environ, folder / "bridge")
     try:
-        spare = None
         for n in range(asks):
-            spare = first.wait_for_spare(program.pid, spare)
+            first.wait_for_spares(program.pid)
             home = folder / ("home-%d" % n)
             home.mkdir()
             times[0].append(cold(claude, environ, home))

@@ -5,9 +5,11 @@
 Both drive the same real CLI against a stand-in of the Messages API on loopback that answers at once, with the same
 environment. In each round a bridge of each number of spares is started in turn:
 1. Paced: a question when its spares are ready, up to the first token and to the end of the answer, in turn with a cold start.
-2. A burst: so many questions at once, until all are answered; against as many cold starts, one after the other.
+2. A burst: so many questions at once, until all are answered; against so many times the mean of the cold starts before and
+   after it, as if they ran one after the other.
 3. Memory of the bridge's processes of `claude`, idle and at most in the burst: as a sum what is theirs alone and their part of what
    they share (PSS).
+The ratios are those to the cold starts of the same minute, as others may use the machine too.
 Linux (it looks into /proc).
 """
 from __future__ import annotations
@@ -42,10 +44,10 @@ LOOK_SECONDS = 0.1                                      # between two looks at t
 # --- the processes of a bridge ---
 
 
-def cpu_ticks(pid: int) -> Tuple[int, int, bool]:
-    """-> (parent, CPU time in ticks, whether it sleeps) of a process. Raises OSError."""
+def cpu_ticks(pid: int) -> Tuple[int, int]:
+    """-> (parent, CPU time in ticks) of a process. Raises OSError."""
     words = Path("/proc/%d/stat" % pid).read_text(errors="replace").rpartition(")")[2].split()
-    return int(words[1]), int(words[11]) + int(words[12]), words[0] == "S"
+    return int(words[1]), int(words[11]) + int(words[12])
 
 
 def children(pid: int) -> Dict[int, int]:
@@ -53,7 +55,7 @@ def children(pid: int) -> Dict[int, int]:
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            parent, ticks, _ = cpu_ticks(int(entry))
+            parent, ticks = cpu_ticks(int(entry))
             if parent == pid:
                 found[int(entry)] = ticks
     return found
@@ -61,7 +63,8 @@ def children(pid: int) -> Dict[int, int]:
 
 def wait_for_spares(bridge: int, count: int = 1) -> None:
     """Waits until the bridge has just so many children, and all have worked and stand still."""
-    until, last, still_since = time.monotonic() + 60, {}, time.monotonic()
+    until, still_since = time.monotonic() + 60, time.monotonic()
+    last: Dict[int, int] = {}
     while time.monotonic() < until:
         found = children(bridge)
         if len(found) != count or found.keys() != last.keys() or any(found[pid] > last[pid] + 1 for pid in found):
@@ -77,7 +80,8 @@ def memory_mb(bridge: int) -> float:
     total = 0
     for pid in children(bridge):
         with contextlib.suppress(OSError):
-            total += sum(int(line.split()[1]) for line in Path("/proc/%d/smaps_rollup" % pid).read_text().splitlines() if line.startswith("Pss:"))
+            lines = Path("/proc/%d/smaps_rollup" % pid).read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total / 1000
 
 
@@ -100,15 +104,6 @@ def watched_memory(bridge: int) -> Iterator[List[float]]:
 
 
 # --- one question ---
-
-
-class Times:
-    """What was measured of one kind: seconds to the first token and to the end, and the bytes of the largest request to the API."""
-
-    def __init__(self) -> None:
-        self.first: List[float] = []
-        self.total: List[float] = []
-        self.request_bytes = 0
 
 
 def cold(claude: str, environ: Dict[str, str], home: Path) -> Tuple[float, float]:
@@ -196,75 +191,65 @@ def environment(api: MessagesApi) -> Dict[str, str]:
 # --- all of it ---
 
 
-class Figures:
-    """All that was measured. paced, burst, idle and peak: by the number of spares."""
+def measure_one(claude: str, spares: int, options: argparse.Namespace, api: MessagesApi, folder: Path) -> Dict[str, Any]:
+    """One bridge with so many spares, and the cold starts in turn with it."""
+    colds: List[Tuple[float, float]] = []
+    asks: List[Tuple[float, float]] = []
+    environ, sizes = environment(api), {}
+    program, token, port = start_bridge(claude, environ, folder, "--spare", str(spares))
 
-    def __init__(self, spares: Sequence[int]) -> None:
-        self.cold = Times()
-        self.cold_burst: List[float] = []
-        self.paced = {count: Times() for count in spares}
-        self.burst: Dict[int, List[float]] = {count: [] for count in spares}
-        self.idle: Dict[int, List[float]] = {count: [] for count in spares}
-        self.peak: Dict[int, List[float]] = {count: [] for count in spares}
+    def start_cold() -> None:
+        del api.calls[:]
+        colds.append(cold(claude, environ, folder / ("cold-%d" % len(colds))))
+        sizes["cold"] = max(len(call.raw) for call in api.messages())
 
-    def rows(self) -> List[Dict[str, Any]]:
-        """A row for the cold start, and one for each number of spares, with medians and ratios."""
-        found = []
-        for count, times, bursts in [(None, self.cold, self.cold_burst)] + [(n, self.paced[n], self.burst[n]) for n in self.paced]:
-            first, total, burst = map(statistics.median, (times.first, times.total, bursts))
-            found.append({"spares": count, "first": first, "first_ratio": first / statistics.median(self.cold.first),
-                          "total": total, "total_ratio": total / statistics.median(self.cold.total),
-                          "burst": burst, "burst_ratio": burst / statistics.median(self.cold_burst),
-                          "idle_mb": None if count is None else statistics.median(self.idle[count]),
-                          "peak_mb": None if count is None else max(self.peak[count]), "request_bytes": times.request_bytes})
-        return found
-
-
-def measure(claude: str, options: argparse.Namespace, folder: Path) -> Figures:
-    figures = Figures(options.spares)
-    with MessagesApi() as api:
-        environ = environment(api)
-
-        def noted(times: Times, seconds: Tuple[float, float]) -> None:
-            times.first.append(seconds[0])
-            times.total.append(seconds[1])
-            times.request_bytes = max([times.request_bytes] + [len(call.raw) for call in api.messages()])
+    try:
+        for _ in range(options.asks):
+            wait_for_spares(program.pid, spares)
+            start_cold()
             del api.calls[:]
+            asks.append(ask(port, token))
+            sizes["bridge"] = max(len(call.raw) for call in api.messages())
+        wait_for_spares(program.pid, spares)
+        with watched_memory(program.pid) as seen:
+            burst = ask_at_once(options.burst, port, token)
+        for _ in range(options.asks):
+            start_cold()
+    finally:
+        end_bridge(program)
+    (first, total), (cold_first, cold_total) = (map(statistics.median, zip(*each)) for each in (asks, colds))
+    cold_burst = statistics.mean(each for _, each in colds) * options.burst
+    return {"first": first, "total": total, "burst": burst, "cold_first": cold_first, "cold_total": cold_total, "cold_burst": cold_burst,
+            "first_ratio": first / cold_first, "total_ratio": total / cold_total, "burst_ratio": burst / cold_burst,
+            "idle_mb": seen[0], "peak_mb": max(seen), "bytes": sizes["bridge"], "cold_bytes": sizes["cold"]}
 
+
+def measure(claude: str, options: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
+    """-> the medians of all rounds for each number of spares."""
+    found: Dict[int, List[Dict[str, Any]]] = {spares: [] for spares in options.spares}
+    with MessagesApi() as api:
         for n in range(options.rounds):
-            for count in options.spares:
-                place = folder / ("bridge-%d-%d" % (n, count))
+            for spares in options.spares:
+                place = folder / ("bridge-%d-%d" % (n, spares))
                 place.mkdir()
-                program, token, port = start_bridge(claude, environ, place, "--spare", str(count))
-                try:
-                    for m in range(options.asks):
-                        wait_for_spares(program.pid, count)
-                        noted(figures.cold, cold(claude, environ, place / ("cold-%d" % m)))
-                        noted(figures.paced[count], ask(port, token))
-                    wait_for_spares(program.pid, count)
-                    with watched_memory(program.pid) as seen:
-                        figures.burst[count].append(ask_at_once(options.burst, port, token))
-                    figures.idle[count].append(seen[0])
-                    figures.peak[count].append(max(seen))
-                finally:
-                    end_bridge(program)
-            began = time.perf_counter()
-            for m in range(options.burst):
-                cold(claude, environ, folder / ("cold-%d-%d" % (n, m)))
-            figures.cold_burst.append(time.perf_counter() - began)
-    return figures
+                found[spares].append(measure_one(claude, spares, options, api, place))
+                print("round %d, %d spares: done" % (n + 1, spares), file=sys.stderr)
+    return [{"spares": spares, **{name: statistics.median(each[name] for each in rounds) for name in rounds[0]}}
+            for spares, rounds in found.items()]
 
 
 def table(version: str, rows: Sequence[Dict[str, Any]], burst: int) -> str:
-    lines = [version, "%-20s %9s %6s %9s %6s %9s %6s %8s %8s %9s" % (
-        "", "first (s)", "ratio", "total (s)", "ratio", "%d (s)" % burst, "ratio", "idle MB", "peak MB", "bytes")]
-    for row in rows:
-        name = "claude -p, cold" if row["spares"] is None else "bridge, %d spare%s" % (row["spares"], "s" * (row["spares"] != 1))
-        memory = ["%8s" % "" if row[key] is None else "%8.0f" % row[key] for key in ("idle_mb", "peak_mb")]
-        lines.append("%-20s %9.3f %6.3f %9.3f %6.3f %9.2f %6.3f %s %s %9d" % (
-            name, row["first"], row["first_ratio"], row["total"], row["total_ratio"], row["burst"], row["burst_ratio"], *memory,
-            row["request_bytes"]))
-    return "\n".join(lines)
+    def line(name: str, prefix: str, row: Dict[str, Any]) -> str:
+        ratios = [1.0 if prefix else row[key + "_ratio"] for key in ("first", "total", "burst")]
+        memory = ["%8s" % "" if prefix else "%8.0f" % row[key] for key in ("idle_mb", "peak_mb")]
+        return "%-18s %9.3f %6.3f %9.3f %6.3f %9.2f %6.3f %s %s %7d" % (
+            name, row[prefix + "first"], ratios[0], row[prefix + "total"], ratios[1], row[prefix + "burst"], ratios[2], *memory,
+            row[prefix + "bytes"])
+
+    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return "\n".join([version, "%-18s %9s %6s %9s %6s %9s %6s %8s %8s %7s" % (
+        "", "first (s)", "ratio", "total (s)", "ratio", "%d (s)" % burst, "ratio", "idle MB", "peak MB", "bytes"),
+        line("claude -p, cold", "cold_", middle), *(line("bridge, --spare %d" % row["spares"], "", row) for row in rows)])
 
 
 def options_parser(description: str) -> argparse.ArgumentParser:
@@ -291,7 +276,8 @@ def version_of(claude: str, home: str) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = options_parser("Times cold `claude -p` against the bridge, on a stand-in of the Messages API.")
-    parser.add_argument("--asks", type=int, default=4, help="paced requests of each bridge (default: 4)")
+    parser.add_argument("--asks", type=int, default=4,
+                        help="paced requests of each bridge, with as many cold starts before and after the burst (default: 4)")
     parser.add_argument("--burst", type=int, default=20, help="requests at once (default: 20)")
     parser.add_argument("--rounds", type=int, default=3, help="bridges of each kind (default: 3)")
     parser.add_argument("--spares", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2, 3],
@@ -302,7 +288,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         version = version_of(claude, folder)
-        rows = measure(claude, options, Path(folder)).rows()
+        rows = measure(claude, options, Path(folder))
     print(json.dumps({"version": version, "burst": options.burst, "rows": rows}) if options.json else table(version, rows, options.burst))
     return 0
 

@@ -111,7 +111,7 @@ def settle(bridge: int) -> None:
         found = {}
         for entry in filter(str.isdigit, os.listdir("/proc")):
             try:
-                found[int(entry)] = first.cpu_ticks(int(entry))[:2]
+                found[int(entry)] = first.cpu_ticks(int(entry))
             except OSError:
                 continue
         family = {bridge}

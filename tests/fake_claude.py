@@ -5,15 +5,18 @@ The prompt says what happens (see `Fake.act`); everything a well-behaved answer 
 """
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False                   # typing's own would import it
 if TYPE_CHECKING:                       # the fake is started hundreds of times: what one start does not need is imported where it is used
-    from pathlib import Path
     from typing import Any, Dict, List, Mapping, Optional
+
+try:
+    from fake_json import dumps, loads
+except ImportError:                     # another Python than the usual one
+    from json import dumps, loads
 
 FLAGS = ("--tools --setting-sources --strict-mcp-config --input-format --permission-mode --resume --session-id "
          "--include-partial-messages --disable-slash-commands --no-session-persistence --agent --system-prompt-snapshot --restricted")
@@ -24,34 +27,32 @@ def main(folder: str, version: str = "2.1.330 (Claude Code)", flags: str = FLAGS
     """folder: where the fake notes what it was told; auth: what `auth status` prints (default: signed in)."""
     words = sys.argv[1:]
     with open(os.path.join(folder, "starts.jsonl"), "ab", 0) as log:      # in one piece, since others may write, too
-        log.write((json.dumps({"pid": os.getpid(), "argv": words, "env": dict(os.environ), "cwd": os.getcwd()}) + "\n").encode())
+        log.write((dumps({"pid": os.getpid(), "argv": words, "env": dict(os.environ), "cwd": os.getcwd()}) + "\n").encode())
     if "--version" in words:
         print(version)
     elif "--help" in words:
         print(("  auth    Manage authentication\n" if has_auth else "") + "\n".join("  " + flag for flag in flags.split()))
     elif words[-2:] == ["auth", "status"]:
         status = {"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"} if auth is None else auth
-        print(json.dumps(status, indent=2))
+        print(dumps(status))
         return 0 if status.get("loggedIn") else 1
     else:
-        from pathlib import Path
-        return Fake(Path(folder), words).run()
+        return Fake(folder, words).run()
     return 0
 
 
 class Fake:
     """One process in stream-json mode."""
 
-    def __init__(self, folder: Path, words: List[str]) -> None:
+    def __init__(self, folder: str, words: List[str]) -> None:
         self.folder = folder
-        import uuid
         self.turns: List[List[str]] = []                 # [role, text]
         self.said: List[str] = []
         self.setup: Dict[str, Any] = {}
         self.waiting: List[Dict[str, Any]] = []          # lines that came while an answer was waited for
         self.functions: List[Dict[str, Any]] = []        # the client's tools
         self.last_was_error = False
-        self.session = str(uuid.uuid4())
+        self.session = "%s-%s-%s-%s-%s" % tuple(os.urandom(size).hex() for size in (4, 2, 2, 2, 6))
         self.keeps = "--no-session-persistence" not in words
         self.resumes = None
         for word in words:
@@ -62,11 +63,12 @@ class Fake:
 
     def run(self) -> int:
         if self.resumes:
-            if not self._transcript().exists():
+            if not os.path.exists(self._transcript()):
                 self.say(type="result", subtype="error_during_execution", is_error=True, num_turns=0, session_id=self.session,
                          errors=["No conversation found with session ID: " + self.session])
                 return 1
-            self.turns = json.loads(self._transcript().read_text())
+            with open(self._transcript()) as file:
+                self.turns = loads(file.read())
         while True:
             line = self.waiting.pop(0) if self.waiting else self.read()
             if line is None:
@@ -89,7 +91,7 @@ class Fake:
         raw = sys.stdin.buffer.readline()
         if not raw:
             return None
-        line: Dict[str, Any] = json.loads(raw)
+        line: Dict[str, Any] = loads(raw)
         self.note(line)
         return line
 
@@ -113,11 +115,11 @@ class Fake:
             self.waiting.append(line)
 
     def note(self, line: Mapping[str, Any]) -> None:
-        with open(self.folder / "lines.jsonl", "ab", 0) as log:
-            log.write((json.dumps({"pid": os.getpid(), "line": line}) + "\n").encode())
+        with open(os.path.join(self.folder, "lines.jsonl"), "ab", 0) as log:
+            log.write((dumps({"pid": os.getpid(), "line": line}) + "\n").encode())
 
     def say(self, **message: Any) -> None:
-        sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.write(dumps(message).encode() + b"\n")
         sys.stdout.buffer.flush()
 
     def control(self, line: Mapping[str, Any]) -> None:
@@ -159,12 +161,13 @@ class Fake:
         self.say(type="assistant", message={"role": "assistant", "content": [{"type": "text", "text": text}]}, parent_tool_use_id=None)
         self.turns.append(["assistant", text])
         if self.keeps:
-            self._transcript().write_text(json.dumps(self.turns))
+            with open(self._transcript(), "w") as file:
+                file.write(dumps(self.turns))
         fields = {"structured_output": {"answer": text}} if "jsonSchema" in self.setup else {}
         self.result(text, **fields)
 
-    def _transcript(self) -> Path:
-        return self.folder / ("session-%s.json" % self.session)
+    def _transcript(self) -> str:
+        return os.path.join(self.folder, "session-%s.json" % self.session)
 
     def act(self, text: str) -> None:
         """Does what the prompt says: `WORD rest`; any other prompt is echoed."""
@@ -184,7 +187,7 @@ class Fake:
 
     def act_turns(self, rest: str) -> None:
         """Answers with all it remembers, as JSON."""
-        self.answer(json.dumps(self.turns[:-1]))
+        self.answer(dumps(self.turns[:-1]))
 
     def act_hold(self, rest: str) -> None:
         """Says one word, then waits (at most 30 s) until the file `rest` exists, then answers "held"."""
@@ -225,7 +228,7 @@ class Fake:
     def act_call(self, rest: str) -> None:
         """call JSON: says "Let me see." and calls the client's tools in the list of [name, input], one after the other as the real one does;
         answers with their results as JSON. With "deaf" as the first of the list, the process dies when the first result comes."""
-        calls = json.loads(rest)
+        calls = loads(rest)
         is_deaf = calls[0] == "deaf" and bool(calls.pop(0))
         blocks = [{"type": "text", "text": "Let me see."}] + [
             {"type": "tool_use", "id": "toolu_%d" % n, "name": "mcp__api__" + name, "input": given} for n, (name, given) in enumerate(calls)]
@@ -243,15 +246,15 @@ class Fake:
                 os._exit(3)
         self.say(type="stream_event", event={"type": "message_start", "message": {"id": "msg_2", "usage": {
             "input_tokens": 10, "output_tokens": 1}}}, parent_tool_use_id=None)
-        self.answer(json.dumps(results))
+        self.answer(dumps(results))
 
     def act_grandchild(self, rest: str) -> None:
         """Starts a process in a session of its own, notes its pid in the file `rest`, and hangs."""
         import subprocess
-        from pathlib import Path
         code = "import time; time.sleep(60)"
         started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdin=subprocess.DEVNULL)
-        Path(rest + ".part").write_text(str(started.pid))
+        with open(rest + ".part", "w") as file:
+            file.write(str(started.pid))
         os.replace(rest + ".part", rest)
         self.act_hang(rest)
 
@@ -276,7 +279,7 @@ class Fake:
 
     def act_noise(self, rest: str) -> None:
         """Debug output, blank lines, CRLF, unknown types and a question of its own; then an answer."""
-        sys.stdout.buffer.write(b"[DEBUG] hello\n\n   \r\n" + json.dumps({"type": "conversation_reset"}).encode() + b"\r\n")
+        sys.stdout.buffer.write(b"[DEBUG] hello\n\n   \r\n" + dumps({"type": "conversation_reset"}).encode() + b"\r\n")
         sys.stdout.buffer.flush()
         self.say(type="control_request", request_id="q", request={"subtype": "can_use_tool"})
         self.answer("quiet " + rest)
@@ -304,7 +307,7 @@ class Fake:
 
     def act_error(self, rest: str) -> None:
         """error JSON: a result with these fields; `said` goes into an assistant line before it."""
-        fields = json.loads(rest)
+        fields = loads(rest)
         said = fields.pop("said", None)
         if said:
             self.say(type="assistant", message={"role": "assistant", "model": "<synthetic>", "content": []}, error=said)
@@ -315,7 +318,7 @@ class Fake:
         {"delta": TEXT} {"message": true} {"wait": FILE} {"pause": SECONDS} {"limits": rate_limit_info} {"retry": error_status}
         {"result": TEXT} {"fail": fields of a result, and `said`} {"first": FILE, "do": steps}, which is done once: it makes the file.
         Without a result at the end, the deltas since the last `message` are the answer."""
-        if not self.steps(json.loads(rest)):
+        if not self.steps(loads(rest)):
             self.result("".join(self.said))
 
     def steps(self, steps: List[Dict[str, Any]]) -> bool:
@@ -346,7 +349,7 @@ class Fake:
                 self.result(step["result"])
                 return True
             elif "fail" in step:
-                self.act_error(json.dumps(step["fail"]))
+                self.act_error(dumps(step["fail"]))
                 return True
         return False
 
@@ -355,7 +358,7 @@ class Fake:
         self.answer("this was billed")
 
     def act_env(self, rest: str) -> None:
-        self.answer(json.dumps(dict(os.environ)))
+        self.answer(dumps(dict(os.environ)))
 
 
 MODELS = [{"value": "default", "resolvedModel": "claude-sonnet-5", "displayName": "Default (recommended)"},

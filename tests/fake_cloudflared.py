@@ -7,20 +7,22 @@ up, too).
 """
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
 import sys
-import threading
 import time
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False                   # typing's own would import it
 if TYPE_CHECKING:                       # what a start of the fake does not need is not imported by it
+    import socket
     from pathlib import Path
     from typing import Any, Dict, List, Mapping, Optional, Tuple
 
     Step = Dict[str, Any]
+
+try:
+    from fake_json import dumps, loads
+except ImportError:                     # another Python than the usual one
+    from json import dumps, loads
 
 VERSION = "2026.8.2"
 AT = "2026-11-22T06:02:36Z "
@@ -118,7 +120,7 @@ class FakeCloudflared:
 
     def plan(self, *steps: Step) -> None:
         """How the next starts behave."""
-        self.turn("plan.json", json.dumps({"after": len(self.starts()), "steps": steps}))
+        self.turn("plan.json", dumps({"after": len(self.starts()), "steps": steps}))
 
     def turn(self, switch: str, to: str) -> None:
         part = self.folder / (switch + ".part")
@@ -129,7 +131,7 @@ class FakeCloudflared:
         """Every time it was run: {"pid", "argv", "env"}."""
         path = self.folder / "runs.jsonl"
         written = path.read_text().rpartition("\n")[0] if path.exists() else ""          # the last line may be half there
-        return [json.loads(line) for line in written.splitlines()]
+        return [loads(line) for line in written.splitlines()]
 
     def starts(self) -> List[Dict[str, Any]]:
         """The runs as a tunnel."""
@@ -144,15 +146,15 @@ class FakeCloudflared:
 def main(folder: str) -> int:
     path = os.path.join(folder, "runs.jsonl")
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.write(log, (json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ)}) + "\n").encode())   # in one piece
+    os.write(log, (dumps({"pid": os.getpid(), "argv": sys.argv[1:], "env": dict(os.environ)}) + "\n").encode())   # in one piece
     os.close(log)
     if sys.argv[1:] == ["version", "--short"]:
         print(VERSION)
         return 0
     with open(path) as file:
-        number = sum(json.loads(line)["argv"][:1] == ["tunnel"] for line in file)
+        number = sum(loads(line)["argv"][:1] == ["tunnel"] for line in file)
     with open(os.path.join(folder, "plan.json")) as file:
-        plan = json.load(file)
+        plan = loads(file.read())
     return Fake(folder, plan["steps"][min(number - 1 - plan["after"], len(plan["steps"]) - 1)]).run()
 
 
@@ -162,6 +164,7 @@ class Fake:
     def __init__(self, folder: str, step: Step) -> None:
         self.folder, self.step = folder, step
         self.is_asked_to_go = False
+        import _signal as signal         # without names for its numbers
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         if step.get("leaves") == "never":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -232,6 +235,8 @@ class Fake:
     # --- the metrics server ---
 
     def serve(self) -> None:
+        import socket
+        import threading
         listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self.answer_all, args=(listener,), name="metrics", daemon=True).start()
         self.say(AT + "INF Starting metrics server on 127.0.0.1:%d/metrics\n" % listener.getsockname()[1])
@@ -263,12 +268,12 @@ class Fake:
             return 0, ""
         if path == "/quicktunnel":
             told = self.step.get("told", self.step["host"])
-            return 200, json.dumps({"hostname": told if self.step.get("quicktunnel", True) else ""})
+            return 200, dumps({"hostname": told if self.step.get("quicktunnel", True) else ""})
         if path == "/config":
-            return 200, self.read("config.json") or json.dumps(self.step.get("config", {}))
+            return 200, self.read("config.json") or dumps(self.step.get("config", {}))
         if path == "/ready":
             status = int(self.read("ready") or (200 if self.connects() else 503))
-            return status, json.dumps({"status": status, "readyConnections": int(status == 200), "connectorId": "a2eeedac"})
+            return status, dumps({"status": status, "readyConnections": int(status == 200), "connectorId": "a2eeedac"})
         return 404, "404 page not found\n"
 
     def connects(self) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from select import select
 
 TYPE_CHECKING = False                   # typing's own would import it
 if TYPE_CHECKING:                       # the fake is started hundreds of times: what one start does not need is imported where it is used
+    from pathlib import Path
     from typing import Any, Dict, List, Mapping, Optional
 
 try:
@@ -63,12 +65,11 @@ class Fake:
 
     def run(self) -> int:
         if self.resumes:
-            if not os.path.exists(self._transcript()):
+            if not self._transcript().exists():
                 self.say(type="result", subtype="error_during_execution", is_error=True, num_turns=0, session_id=self.session,
                          errors=["No conversation found with session ID: " + self.session])
                 return 1
-            with open(self._transcript()) as file:
-                self.turns = loads(file.read())
+            self.turns = loads(self._transcript().read_text())
         while True:
             line = self.waiting.pop(0) if self.waiting else self.read()
             if line is None:
@@ -161,13 +162,13 @@ class Fake:
         self.say(type="assistant", message={"role": "assistant", "content": [{"type": "text", "text": text}]}, parent_tool_use_id=None)
         self.turns.append(["assistant", text])
         if self.keeps:
-            with open(self._transcript(), "w") as file:
-                file.write(dumps(self.turns))
+            self._transcript().write_text(dumps(self.turns))
         fields = {"structured_output": {"answer": text}} if "jsonSchema" in self.setup else {}
         self.result(text, **fields)
 
-    def _transcript(self) -> str:
-        return os.path.join(self.folder, "session-%s.json" % self.session)
+    def _transcript(self) -> Path:
+        from pathlib import Path
+        return Path(self.folder, "session-%s.json" % self.session)
 
     def act(self, text: str) -> None:
         """Does what the prompt says: `WORD rest`; any other prompt is echoed."""
@@ -190,10 +191,25 @@ class Fake:
         self.answer(dumps(self.turns[:-1]))
 
     def act_hold(self, rest: str) -> None:
-        """Says one word, then waits (at most 30 s) until the file `rest` exists, then answers "held"."""
+        """Says one word, then waits (at most 30 s) until the file `rest` exists, then answers "held"; leaves when it is interrupted."""
         self.delta("he")
-        wait_for_file(rest)
+        self.wait(rest)
         self.answer("held")
+
+    def wait(self, path: str) -> None:
+        """Until the file exists, at most 30 s; an interruption meanwhile ends the process."""
+        until, inputs = time.monotonic() + 30, [0]
+        while not os.path.exists(path) and time.monotonic() < until:
+            if not select(inputs, [], [], 0.005)[0]:
+                continue
+            line = self.read()
+            if line is None:
+                inputs = []                              # the input has ended, and the bridge may be gone: no reason to leave
+            elif line["type"] == "control_request" and line["request"]["subtype"] == "interrupt":
+                self.control(line)
+                sys.exit(1)
+            else:
+                self.waiting.append(line)
 
     def act_hang(self, rest: str) -> None:
         """Never answers, and leaves at SIGTERM or SIGINT only (or after 60 s)."""
@@ -217,7 +233,7 @@ class Fake:
             time.sleep(0.05)
 
     def act_tool(self, rest: str) -> None:
-        """Runs a silent tool until the file `rest` exists, then answers."""
+        """Runs a silent tool until the file `rest` exists, deaf meanwhile, then answers."""
         self.say(type="assistant", message={"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "Bash", "input": {}}]},
                  parent_tool_use_id=None)
         wait_for_file(rest)
@@ -331,7 +347,7 @@ class Fake:
                 self.said.clear()
                 self.say(type="stream_event", event={"type": "message_start", "message": {}}, parent_tool_use_id=None)
             elif "wait" in step:
-                wait_for_file(step["wait"])
+                self.wait(step["wait"])
             elif "pause" in step:
                 time.sleep(step["pause"])
             elif "retry" in step:

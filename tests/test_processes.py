@@ -282,12 +282,12 @@ def test_a_spare_that_ended_by_itself_is_replaced_half_a_minute_later(direct: Di
 
 
 ONCE = """
-from pathlib import Path
+import os
 act = fake_claude.Fake.act
 def once(self, text):
-    mark = self.folder / "died"
-    if not mark.exists():
-        mark.touch()
+    mark = self.folder + "/died"
+    if not os.path.exists(mark):
+        open(mark, "w").close()
         text = "die-early 1"
     act(self, text)
 fake_claude.Fake.act = once
@@ -395,8 +395,9 @@ def test_silence_counts_again_once_the_tool_is_done(direct: Directs, fake_claude
     assert "no sign of life" in direct(fake, silence_seconds=0.3, run_seconds=20).failure("forgotten")[1]
 
 
-def test_a_dead_process_is_noticed_though_its_pipes_are_held_and_what_it_started_ends(bridge: Bridges, fake_claude: Fakes,
-                                                                                     tmp_path: Path) -> None:
+def test_a_dead_process_is_noticed_though_its_pipes_are_held_and_what_it_started_ends(bridge: Bridges, fake_claude: Fakes, tmp_path: Path,
+                                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "LAST_WORD_SECONDS", 0.1)
     fake, note = fake_claude(), tmp_path / "pid"
     b = bridge(claude=fake, silence_seconds=20)
     request = b.admin.new_token(tools="all").ask("grandchild %s" % note)
@@ -672,7 +673,7 @@ def test_a_token_with_tools_gets_a_process_of_its_own_in_its_workspace(bridge: B
 MUTE = """
 run = fake_claude.Fake.run
 fake_claude.Fake.act_mute = lambda self, rest: self.delta("thinking")
-fake_claude.Fake.run = lambda self: (run(self), (self.folder / "left").touch())[0]
+fake_claude.Fake.run = lambda self: (run(self), open(self.folder + "/left", "w").close())[0]
 """
 
 
@@ -851,14 +852,15 @@ def test_the_process_of_a_conversation_leaves_when_its_time_is_over(direct: Dire
 
 
 SLOW_TO_LEAVE = """
-import time
+import os, time
 run = fake_claude.Fake.run
 def slow(self):
     if self.resumes:
-        (self.folder / "saw").write_text("gone" if (self.folder / "gone").exists() else "there")
+        with open(self.folder + "/saw", "w") as saw:
+            saw.write("gone" if os.path.exists(self.folder + "/gone") else "there")
     status = run(self)
     time.sleep(0.3)
-    (self.folder / "gone").touch()
+    open(self.folder + "/gone", "w").close()
     return status
 fake_claude.Fake.run = slow
 """

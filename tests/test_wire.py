@@ -351,12 +351,13 @@ def test_a_request_that_waits_is_gone_at_once_and_the_next_move_up(bridge: Start
     assert claude.prompts()[:3] == ["hold %s" % gate, "say second", "say third"]
 
 
-def test_a_running_request_is_cancelled_at_once_and_its_process_goes(bridge: Start, fake_claude: Fakes, gate: Path,
+def test_a_running_request_is_cancelled_at_once_and_its_process_goes(bridge: Start, fake_claude: Fakes,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "LEAVE_SECONDS", 100.0)
     clock, claude = Skipped(), fake_claude()
     api = bridge(claude, spare=0, clock=clock).admin
-    running, after = processing(api, gate), api.ask("say next")
+    running, after = api.ask("hang"), api.ask("say next")
+    wait_until(lambda: api.poll(running).get("partial"))
     child = claude.children()[-1]["pid"]
     assert api.delete("/api/ask/" + running).json["errorCode"] == "cancelled"
     assert (api.poll(running)["status"], api.poll(running)["errorCode"]) == ("error", "cancelled")
@@ -372,7 +373,8 @@ def test_a_cancelled_run_is_interrupted(bridge: Start, fake_claude: Fakes, gate:
     monkeypatch.setattr(cab, "LEAVE_SECONDS", 20.0)                        # the fake reads what it was told when the gate is open
     claude = fake_claude()
     api = bridge(claude, spare=0).admin
-    running = processing(api, gate)
+    running = api.ask("tool %s" % gate)
+    wait_until(claude.prompts)
     api.delete("/api/ask/" + running)
     wait_until(lambda: api.get("/api/status").json["worker"]["requestId"] is None)
     gate.touch()

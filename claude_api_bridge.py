@@ -193,6 +193,7 @@ LEAVE_SECONDS = 1.2                  # what a child in the middle of something g
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
 REFILL_SECONDS = 0.2                 # what a run gets for itself before the next spare starts beside it: then its request is on its way
 KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
+ROUND_SECONDS = 1.0                  # how often an idle worker looks though nothing rang, and how long it rests after an error
 LOOK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
 ASIDE_SECONDS = 60.0                 # how long a process waits for the results of the client's tools
 HELD_SECONDS = 300.0                 # the longest rest for the plan that a request of /v1 is held for
@@ -4084,12 +4085,12 @@ class Worker:
                         if not self.step():
                             rest = self.rest()
                             bell.wait(TICK_SECONDS if self._claude.has_leaving
-                                      else min(1.0, max(0.01, rest.until - self._clock.now())) if rest else 1.0)
+                                      else min(ROUND_SECONDS, max(0.01, rest.until - self._clock.now())) if rest else ROUND_SECONDS)
                     except Exception:
                         if not failed:
                             self._report("The worker met an error and tries again every second:\n" + redact(traceback.format_exc()))
                         failed = True
-                        self._stopping.wait(1)
+                        self._stopping.wait(ROUND_SECONDS)
         finally:
             self._claude.close()
 

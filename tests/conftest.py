@@ -99,6 +99,7 @@ def short_rounds() -> Iterator[None]:
         patch.setattr(cab, "LEAVE_SECONDS", 0.4)          # the fake leaves at once, or is made to stay
         patch.setattr(cab, "FINISH_SECONDS", 0.4)
         patch.setattr(cab, "IDLE_THREAD_SECONDS", 0.02)      # each test looks for threads that were left
+        patch.setattr(cab, "ROUND_SECONDS", 0.1)
         patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})     # forking this large process is slow
         yield
 

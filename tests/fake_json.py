@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 class Reading:
-    strict, object_hook, object_pairs_hook, parse_float, parse_int, memo = True, None, None, float, int, {}      # type: ignore[var-annotated]
-    parse_constant = float
+    strict, parse_float, parse_int, parse_constant = True, float, int, float
+    object_hook = object_pairs_hook = None
 
 
 def refuse(value: Any) -> Any:

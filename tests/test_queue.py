@@ -504,9 +504,10 @@ def test_the_house_is_kept_also_during_a_run(lines: Callable[..., Queue], clock:
 
 def test_an_idle_worker_looks_often_after_those_that_leave(line: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(cab, "ROUND_SECONDS", 60.0)
     line.claude.has_leaving = True
     line.worker.start()
-    wait_until(lambda: line.claude.tended >= 30)             # else it would look once a second
+    wait_until(lambda: line.claude.tended >= 30)             # else it would look once a round
 
 
 def test_a_locked_database_does_not_end_a_run(line: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

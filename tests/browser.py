@@ -1,6 +1,7 @@
 """A headless Chromium driven over the DevTools protocol, with the standard library only; for test_page.py.
 
-`Browser` owns the process and the one connection, `Page` is a tab with storage of its own. No thread: events are gathered while
+`Browser` owns the process and the one connection, `Page` is a tab (with a sessionStorage of its own; all share one renderer, since one
+takes long to start). No thread: events are gathered while
 an answer is waited for.
 """
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Dict, List, Optional
 from conftest import missing, wait_until
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-quic", "--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0")
+         "--disable-sync", "--disable-quic", "--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0", "--renderer-process-limit=1")
 
 READ = "[...document.querySelectorAll(%s)].filter((each) => each.checkVisibility()).map((each) => each.innerText).join(' ')"
 
@@ -114,9 +115,8 @@ class Page:
 
     def __init__(self, browser: Browser, url: str, width: int = 1280, height: int = 900) -> None:
         self._browser, self.complaints = browser, []    # type: Browser, List[str]
-        self._context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
-        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         browser.pages[self._session] = self
         for domain in ("Page", "Runtime", "Log", "Accessibility"):
             self.call(domain + ".enable")
@@ -210,7 +210,7 @@ class Page:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=is_whole)["data"]))
 
     def close(self) -> None:
-        self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
+        self._browser.call("Target.closeTarget", targetId=self._target)
         self._browser.pages.pop(self._session, None)
 
 

@@ -13,6 +13,7 @@ import claude_api_bridge as cab
 
 SOURCE = MODULE.read_text("utf-8")
 TREE = ast.parse(SOURCE)
+NODES = list(ast.walk(TREE))
 LINES = SOURCE.splitlines()
 HEADING = re.compile(r"# === (\d+) (\w[\w ]*?) =+")
 ROOMS = [(number, int(found.group(1)), found.group(2)) for number, found in enumerate(map(HEADING.fullmatch, LINES), 1) if found]
@@ -41,7 +42,7 @@ OWNERS = owners()
 
 def uses() -> Iterator[Tuple[ast.AST, str]]:
     """Every use of a top-level name, also those in quoted annotations."""
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in OWNERS:
             yield node, node.id
         annotation = getattr(node, "annotation", None) or getattr(node, "returns", None)
@@ -54,7 +55,7 @@ def uses() -> Iterator[Tuple[ast.AST, str]]:
 
 def attributes(module: str) -> Iterator[ast.Attribute]:
     """Every `module.x`."""
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module:
             yield node
 
@@ -63,8 +64,11 @@ def place(node: ast.AST) -> str:
     return "line %d, room %d: %s" % (node.lineno, room(node), LINES[node.lineno - 1].strip()[:80])       # type: ignore[attr-defined]
 
 
+CALLS = [(ast.unparse(node.func), node) for node in NODES if isinstance(node, ast.Call)]
+
+
 def calls(name: str) -> List[ast.Call]:
-    return [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
+    return [node for called, node in CALLS if called == name]
 
 
 def test_there_are_thirteen_rooms_in_order_and_the_docstring_is_their_map() -> None:
@@ -104,7 +108,7 @@ def test_only_the_processes_room_starts_programs_and_downloads() -> None:
 
 def test_the_core_is_pure() -> None:
     forbidden = {"open", "os", "Path", "socket", "subprocess", "sqlite3", "time", "shutil", "signal", "print", "sys", "uuid"}
-    assert [place(node) for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id in forbidden and room(node) == 4] == []
+    assert [place(node) for node in NODES if isinstance(node, ast.Name) and node.id in forbidden and room(node) == 4] == []
     assert [place(node) for node in attributes("secrets") if room(node) == 4 and "new_token" not in LINES[node.lineno - 2]] == []
 
 
@@ -115,7 +119,7 @@ def test_store_queue_service_and_routes_take_the_time_from_their_clock() -> None
 
 def imported() -> Set[str]:
     found: Set[str] = set()
-    for node in ast.walk(TREE):
+    for node in NODES:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -172,13 +176,13 @@ def test_what_runs_text_as_code_is_not_called(name: str) -> None:
 
 
 def test_no_shell_is_used_and_no_script_commits_behind_our_back() -> None:
-    assert [place(node) for node in ast.walk(TREE) if isinstance(node, ast.keyword) and node.arg == "shell"] == []
-    assert [place(node) for node in ast.walk(TREE) if isinstance(node, ast.Attribute) and node.attr == "executescript"] == []
+    assert [place(node) for node in NODES if isinstance(node, ast.keyword) and node.arg == "shell"] == []
+    assert [place(node) for node in NODES if isinstance(node, ast.Attribute) and node.attr == "executescript"] == []
 
 
 def test_sql_holds_no_values() -> None:
     # Values go in by `?`; what is put into a statement's text are our own names of columns.
-    executed = [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    executed = [node for node in NODES if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
                 and node.func.attr in ("execute", "_read") and room(node) == 5]
     formatted = [part for call in executed for part in ast.walk(call.args[0]) if isinstance(part, (ast.BinOp, ast.JoinedStr))]
     names = {name.id for part in formatted for name in ast.walk(part) if isinstance(name, ast.Name)}
@@ -186,7 +190,7 @@ def test_sql_holds_no_values() -> None:
 
 
 def test_sql_is_what_old_systems_know() -> None:
-    assert [place(node) for node in ast.walk(TREE) if isinstance(node, ast.Constant) and isinstance(node.value, str) and room(node) == 5
+    assert [place(node) for node in NODES if isinstance(node, ast.Constant) and isinstance(node.value, str) and room(node) == 5
             and re.search(r"\bRETURNING\b|\bSTRICT\b|unixepoch\(|\bUPSERT\b|ON CONFLICT|->>", node.value)] == []
 
 

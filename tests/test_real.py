@@ -220,19 +220,20 @@ PROMPTS = ("@/etc/hostname", "what is in @/etc/hostname ?", "@~/.ssh/id_rsa", '@
            "a\u2028b\u2029c", "a\r\nb\n", "é" * 16_384)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt)[1:24])
-def test_prompt_is_only_text(shared: Site, prompt: str) -> None:
+def test_a_prompt_is_only_text_also_for_an_old_version(shared: Site) -> None:
+    if shared.version >= (2, 1, 197):
+        pytest.skip("all of these, and what surrounds them, are asked in test_hostile_prompts")
     before = shared.files()
-    body = shared.ask(prompt)
-    sent = " " + prompt if prompt.startswith("/") else prompt
-    assert [last_text(call.body) for call in shared.calls()] == [sent]
-    assert body["status"] == "completed" and body["response"] == "Echo: " + sent
-    told = everything(shared.calls())
-    assert "SECRET-OF-THE-OWNER" not in told and "Called the Read tool" not in told
-    assert [message["role"] for message in shared.calls()[0].body["messages"]].count("user") == 1
+    for prompt in PROMPTS:
+        del shared.messages.calls[:]
+        body = shared.ask(prompt)
+        sent = " " + prompt if prompt.startswith("/") else prompt
+        assert [last_text(call.body) for call in shared.calls()] == [sent]
+        assert body["status"] == "completed" and body["response"] == "Echo: " + sent
+        told = everything(shared.calls())
+        assert "SECRET-OF-THE-OWNER" not in told and "Called the Read tool" not in told
+        assert [message["role"] for message in shared.calls()[0].body["messages"]].count("user") == 1
     assert shared.files() == before and not any(name.endswith(("settings.json", ".heapsnapshot")) for name in before)
-    if shared.version >= (2, 1, 197):                   # older ones call home from every process, whatever they are told
-        assert not shared.messages.outside
 
 
 def test_lone_surrogate_arrives_as_replacement(shared: Site) -> None:

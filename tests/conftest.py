@@ -338,8 +338,10 @@ def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
 # The program without compiling its source at each start and without looking for packages, which it has none of: both take longer
 # than most of what it is started for.
 def imported(patch: str = "") -> Tuple[str, ...]:
-    """Its command line. patch: code that changes `cab` first."""
-    code = "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; %s; cab.run()"
+    """Its command line. patch: code that changes `cab` first. Its rounds are as short as those of `short_rounds`."""
+    code = ("import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; serve = cab.BridgeServer.serve_forever; "
+            "cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.02); cab.LEAVE_SECONDS, cab.ROUND_SECONDS = 0.4, 0.1; "
+            "%s; cab.run()")
     return sys.executable, "-S", "-c", code % (str(MODULE.parent), str(MODULE), patch or "pass")
 
 

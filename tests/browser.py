@@ -1,8 +1,7 @@
 """A headless Chromium driven over the DevTools protocol, with the standard library only; for test_page.py.
 
-`Browser` owns the process and the one connection, `Page` is a tab (with a sessionStorage of its own; all share one renderer, since one
-takes long to start). No thread: events are gathered while
-an answer is waited for.
+`Browser` owns the process and the one connection, `Page` is a tab with a sessionStorage of its own; all share a
+renderer, since one takes long to start. No thread: events are gathered while an answer is waited for.
 """
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ from typing import Any, Dict, List, Optional
 from conftest import missing, wait_until
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-quic", "--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0", "--renderer-process-limit=1")
+         "--disable-sync", "--disable-quic", "--disable-dev-shm-usage", "--no-proxy-server", "--remote-debugging-port=0",
+         "--renderer-process-limit=1")
 
 READ = "[...document.querySelectorAll(%s)].filter((each) => each.checkVisibility()).map((each) => each.innerText).join(' ')"
 

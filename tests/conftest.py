@@ -337,18 +337,19 @@ def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
 
 # The program without compiling its source at each start and without looking for packages, which it has none of: both take longer
 # than most of what it is started for.
-def imported(patch: str = "") -> Tuple[str, ...]:
-    """Its command line. patch: code that changes `cab` first. Its rounds are as short as those of `short_rounds`."""
-    code = ("import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; serve = cab.BridgeServer.serve_forever; "
-            "cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.02); cab.LEAVE_SECONDS, cab.ROUND_SECONDS = 0.4, 0.1; "
-            "%s; cab.run()")
-    return sys.executable, "-S", "-c", code % (str(MODULE.parent), str(MODULE), patch or "pass")
+def imported(change: str = "") -> Tuple[str, ...]:
+    """Its command line. change: code that changes `cab` first."""
+    code = "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; %s; cab.run()"
+    return sys.executable, "-S", "-c", code % (str(MODULE.parent), str(MODULE), change or "pass")
 
 
-IMPORTED = imported()
+# What `short_rounds` does to a bridge in this process.
+SHORT = ("serve = cab.BridgeServer.serve_forever; cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.02); "
+         "cab.LEAVE_SECONDS, cab.ROUND_SECONDS = 0.4, 0.1")
+IMPORTED = imported(SHORT)
 # Its demo, whose stand-in for `claude` is started in the same way.
-DEMO = imported("find = cab.claude_command; cab.claude_command = lambda config, environ: %r if config.demo else find(config, environ)"
-                % ((*IMPORTED, "demo-claude"),))
+DEMO = imported(SHORT + "; find = cab.claude_command; "
+                "cab.claude_command = lambda config, environ: %r if config.demo else find(config, environ)" % ((*IMPORTED, "demo-claude"),))
 
 
 class Program:

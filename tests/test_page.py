@@ -38,7 +38,7 @@ class Visit(Page):
         self.press("Sign in")
 
     def hasten(self) -> None:
-        """From now on what the page does after some seconds it does after a tenth of that, and no clock of its shows less than has passed."""
+        """From now on what the page does after some seconds it does after a tenth of them, and its clock goes as fast."""
         self.js("""((wait, now, since) => {
             setTimeout = (what, after, ...more) => wait(what, after / 10, ...more);
             Date.now = () => since + (now() - since) * 10 })(setTimeout, Date.now, Date.now()); hurry(); 1""")

@@ -28,7 +28,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 import pytest
 
 import claude_api_bridge as cab
-from conftest import MODULE, Api, Program, Stream, is_running, text_of, wait_until
+from conftest import Api, Program, Stream, imported, is_running, text_of, wait_until
 from messages_api import Call, MessagesApi, NotingClaude, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
@@ -55,8 +55,8 @@ class Site:
 
     def start(self, *flags: str, **environ: str) -> None:
         """The bridge, once it serves."""
-        self.program = Program([sys.executable, str(MODULE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir",
-                                str(self.data), "--claude", str(self.claude), "--rate-limit", "0", *flags],
+        self.program = Program([*imported(), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(self.data),
+                                "--claude", str(self.claude), "--rate-limit", "0", *flags],
                                {**self.environ, **environ}, self.folder)
         self._admin = self._admin or self.program.token
 

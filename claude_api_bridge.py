@@ -193,7 +193,7 @@ LEAVE_SECONDS = 1.2                  # what a child in the middle of something g
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
 REFILL_SECONDS = 0.2                 # what a run gets for itself before the next spare starts beside it: then its request is on its way
 KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
-ROUND_SECONDS = 1.0                  # how often an idle worker looks though nothing rang, and how long it rests after an error
+ROUND_SECONDS = 1.0                  # how often the worker keeps house, or looks though nothing rang; its rest after an error
 LOOK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
 ASIDE_SECONDS = 60.0                 # how long a process waits for the results of the client's tools
 HELD_SECONDS = 300.0                 # the longest rest for the plan that a request of /v1 is held for
@@ -4209,7 +4209,7 @@ class Worker:
         """Once a second, also during a run: the processes of conversations that are gone end; once an hour old jobs are deleted."""
         self._claude.tend()
         now = self._clock.monotonic()
-        if now - self._housed_at >= 1:
+        if now - self._housed_at >= ROUND_SECONDS:
             self._housed_at = now
             self._claude.prepare()
             self._claude.keep_only(self._store.has_conversation, lambda token_id: self._store.token(token_id) is not None)

@@ -485,7 +485,8 @@ def test_a_conversation_begun_afresh_after_it_was_deleted_is_another_one(line: Q
     assert first.conversation != second.conversation and list(second.history()) == []
 
 
-def test_the_house_is_kept_also_during_a_run(lines: Callable[..., Queue], clock: FakeClock) -> None:
+def test_the_house_is_kept_also_during_a_run(lines: Callable[..., Queue], clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "ROUND_SECONDS", 1.0)
     q = lines(clock)
     found = []
 

@@ -315,6 +315,7 @@ def test_a_rest_is_told_with_its_end(visit: Callable[..., Visit], bridge: Start)
     running = bridge()
     limits = {"status": "rejected", "rateLimitType": "five_hour", "resetsAt": cab.Clock().now() + 7200}
     running.admin.ask(script({"limits": limits}, {"fail": {"said": "rate_limit", "result": "limit reached", "api_error_status": 429}}))
+    wait_until(lambda: running.admin.get("/api/usage").json["plan"]["waitingFor"])        # the page would ask again after 15 s only
     page = visit(running, running.admin.token)
     page.sees("Resting until", "#rest")
     page.sees("Waits for the plan's limit until", "#waiting")

@@ -2914,7 +2914,8 @@ class Child:
         return "claude ended (exit code %s) without an answer%s" % (self.process.returncode, ": " + words if words else ".")
 
     def leave(self, now: float, grace: float, interrupt: bool = False, family: bool = False) -> None:
-        """Asks the child to go: interrupt, end of input; an idle one does within 0.1 s. `tend` and `stop` do the rest.
+        """The child is to go: by an interrupt, and by the end of its input, at which an idle one leaves within 0.1 s; `tend` and
+        `stop` see to it.
 
         grace: seconds until it is killed. family: it may have started others (a child without tools has not).
         """
@@ -2923,10 +2924,11 @@ class Child:
             self._family = {pid: started_at(pid) for pid in (descendants(self.pid) if self.is_alive else ())}
         if interrupt:
             self.send({"type": "control_request", "request_id": "stop", "request": {"subtype": "interrupt"}})
-        self._orders.put(None)
 
     def tend(self, now: float) -> bool:
-        """Goes on with the end of a child that was asked to leave. -> whether it is time to `stop` it."""
+        """Goes on with the end of a child that leaves: only now its input ends, as its last work would slow down the storing of
+        its answer. -> whether it is time to `stop` it."""
+        self._orders.put(None)
         if now >= self.term_at and self.is_alive:
             self.process.terminate()
         return now >= self.kill_at or not self.is_alive
@@ -2945,6 +2947,7 @@ class Child:
             pump.join(1)
 
     def ended_within(self, seconds: float) -> bool:
+        self._orders.put(None)
         try:
             self.process.wait(seconds)
             return True

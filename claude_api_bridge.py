@@ -191,6 +191,7 @@ FINISH_SECONDS = 1.5                 # what a running job gets to finish by itse
 LAST_WORD_SECONDS = 2.0              # after a child's end, for what it wrote to be read
 LEAVE_SECONDS = 1.2                  # what a child in the middle of something gets to leave, before it is killed
 TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
+PLAIN_IN_ROW = 50                    # requests after which the next one is taken to have no settings of its own either
 REFILL_SECONDS = 0.2                 # what a run gets for itself before the next spare starts beside it: then its request is on its way
 KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
 ROUND_SECONDS = 1.0                  # how often the worker keeps house, or looks though nothing rang; its rest after an error
@@ -1185,6 +1186,9 @@ class Setup:
     tools: Union[str, Tuple[str, ...]] = Tools.NONE
     workspace: Optional[str] = None
     functions: Tuple[Mapping[str, Any], ...] = ()      # the client's tools, as Chat has them
+
+
+PLAIN = Setup(SYSTEM_PROMPT)                           # of a request without settings of its own
 
 
 def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated: Optional[str]) -> Dict[str, str]:
@@ -2813,6 +2817,7 @@ class Child:
     def __init__(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str], tag: str) -> None:
         self.tag = tag
         self.session_id: Optional[str] = None
+        self.is_told = False
         self.spent_usd = 0.0
         self._orders: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
@@ -2912,6 +2917,14 @@ class Child:
             words = re.sub(r"^\S*", "...", words)
         words = redact(words.strip())
         return "claude ended (exit code %s) without an answer%s" % (self.process.returncode, ": " + words if words else ".")
+
+    def tell(self, setup: Setup, features: Features) -> Sequence[Mapping[str, Any]]:
+        """Says what it is to be; once, since the CLI hears the first time only. -> what was sent."""
+        requests = [] if self.is_told else initialize_request(setup, features)
+        if requests:
+            self.is_told = True
+            self.send(*requests)
+        return requests
 
     def leave(self, now: float, grace: float, interrupt: bool = False, family: bool = False) -> None:
         """The child is to go: by an interrupt, and by the end of its input, at which an idle one leaves within 0.1 s; `tend` and
@@ -3060,7 +3073,7 @@ def ask_models(claude: Claude, data_dir: Path) -> Tuple[Model, ...]:
     """The models that `claude` offers, by its own word; nothing is asked of the API. Any thread. Raises Unavailable."""
     folder = private_directory(data_dir / "work")
     argv = claude_argv(claude.command, claude.features, Tools.NONE)
-    line = json.dumps(initialize_request(Setup(SYSTEM_PROMPT), claude.features)[0]).encode() + b"\n"
+    line = json.dumps(initialize_request(PLAIN, claude.features)[0]).encode() + b"\n"
     try:
         said = subprocess.run(argv, cwd=str(folder), env=claude.environment, input=line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               timeout=30, **group_options()).stdout
@@ -3204,8 +3217,7 @@ class Turn:
         setup = self._setup
         if history and features.version < SEED_CLI:
             setup, history = replace(setup, system_prompt=prompt_with_history(setup.system_prompt, history)), ()
-        requests = initialize_request(setup, features)
-        self._child.send(*requests)
+        requests = self._child.tell(setup, features)
         if len(requests) > 1:
             self._acknowledged(requests[-1]["request_id"])
         for n, exchange in enumerate(history):
@@ -3365,6 +3377,7 @@ class ClaudeCli:
         self.claude, self._tally, self._look, self._mark = claude, tally or Tally(), look, mark_of(claude.command[0])
         self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
         self._spares: List[Child] = []                  # the oldest first
+        self._plain_in_row = PLAIN_IN_ROW               # requests without settings of their own, since the last that had some
         self._spare_after = 0.0
         self._warm: "OrderedDict[str, Warm]" = OrderedDict()
         self._asides: List[Aside] = []
@@ -3479,10 +3492,13 @@ class ClaudeCli:
                 session_id = str(uuid.uuid4())
                 yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
         if work.setup.tools == Tools.NONE and self._config.spare:
-            has_spare = bool(self._spares) and not self._needs_effort_flag(work.setup)
+            self._plain_in_row = self._plain_in_row + 1 if work.setup == PLAIN else 0
+            spare = next((each for each in self._spares if work.setup == PLAIN or not each.is_told), None)
+            has_spare = spare is not None and not self._needs_effort_flag(work.setup)
             self._tally.add("cab_spare_total", result="hit" if has_spare else "miss")
-            if has_spare:
-                yield Way(self._spares.pop(0), None, history=history)
+            if spare and has_spare:
+                self._spares.remove(spare)
+                yield Way(spare, None, history=history)
         yield Way(self._spawn(work.setup), None, history=history, fresh=True)
 
     def _resume(self, work: Work, session_id: str) -> Child:
@@ -3518,7 +3534,7 @@ class ClaudeCli:
     def _end_spares(self, spares: Sequence[Child]) -> None:
         for spare in list(spares):
             self._spares.remove(spare)
-            self._dismiss(spare, Setup(SYSTEM_PROMPT))
+            self._dismiss(spare, PLAIN)
 
     def prepare(self) -> None:
         """Keeps house: a spare is there, cooled conversations leave, as do those whose client stays away, and those that were leaving
@@ -3532,11 +3548,15 @@ class ClaudeCli:
             self._spares.remove(spare)
             self._bury(spare)
             self._spare_after = now + 30                       # one that ends by itself would do it again
+        is_usual = self._plain_in_row >= PLAIN_IN_ROW and self.claude.features.version >= SEED_CLI
+        self._end_spares([spare for spare in self._spares if spare.is_told and not is_usual])
         while len(self._spares) < self._config.spare and now >= self._spare_after:
             try:
-                self._spares.append(self._spawn(Setup(SYSTEM_PROMPT)))
+                self._spares.append(self._spawn(PLAIN))
             except RunFailed:
                 self._spare_after = now + 30
+        for spare in self._spares[:1] if is_usual else ():     # it can be told only once: another request needs another process
+            spare.tell(PLAIN, self.claude.features)
 
     def tend(self) -> None:
         """Sees to those that are leaving; often, since it ends what does not go."""
@@ -7771,7 +7791,7 @@ def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
             cli = ClaudeCli(find_claude(alone, environ), alone, clock, tag, lambda pid, started: None)
             began = clock.monotonic()
             with contextlib.closing(cli):
-                answer = cli.run(Work("Answer with the word: ready", Setup(SYSTEM_PROMPT)), LiveText(), lambda: None)
+                answer = cli.run(Work("Answer with the word: ready", PLAIN), LiveText(), lambda: None)
     except CannotStart:
         return []                                             # told by check_claude
     except RunFailed as failure:

@@ -262,11 +262,68 @@ def test_so_many_spares_wait_as_were_wished_and_the_oldest_answers(bridge: Bridg
     fake = fake_claude()
     b = bridge(claude=fake, spare=count)
     spares = [child["pid"] for child in wait_until(lambda: fake.children()[count - 1:] and fake.children())]
-    assert "cab_spares %d\n" % count in b.admin.get("/metrics").data.decode()
+    wait_until(lambda: "cab_spares %d\n" % count in b.admin.get("/metrics").data.decode())
     assert b.admin.answer("one")["response"] == "Echo: one" and b.admin.answer("two")["response"] == "Echo: two"
     first, second = pids_of(fake, "one") + pids_of(fake, "two")
     assert first != second and {first, second} <= set(spares)
     wait_until(lambda: len(fake.children()) == count + 2 and sum(is_running(child["pid"]) for child in fake.children()) == count)
+
+
+def told(fake: FakeClaude) -> Dict[int, List[str]]:
+    """The instructions that each process got."""
+    found: Dict[int, List[str]] = {}
+    for entry in fake._log("lines.jsonl"):
+        request = entry["line"].get("request") or {}
+        if request.get("subtype") == "initialize":
+            found.setdefault(entry["pid"], []).append(request["systemPrompt"])
+    return found
+
+
+def test_a_spare_is_told_ahead_what_most_requests_need_and_only_once(direct: Directs) -> None:
+    d = direct(spare=1)
+    d.cli.prepare()
+    spare = spare_of(d.fake)
+    wait_until(lambda: told(d.fake) == {spare: [cab.SYSTEM_PROMPT]})
+    assert not d.fake.prompts() and d.run("hi").text == "Echo: hi"
+    assert pids_of(d.fake, "hi") == [spare] and told(d.fake) == {spare: [cab.SYSTEM_PROMPT]}
+
+
+@pytest.mark.parametrize("own", [{"system_prompt": "Be brief."}, {"model": "haiku"}, {"json_schema": "{}"}, {"effort": "low"}],
+                         ids=lambda own: next(iter(own)))
+def test_a_request_with_settings_of_its_own_never_gets_a_process_that_was_told_others(direct: Directs, monkeypatch: pytest.MonkeyPatch,
+                                                                                     own: Mapping[str, str]) -> None:
+    monkeypatch.setattr(cab, "PLAIN_IN_ROW", 3)
+    d = direct(spare=1)
+
+    def prepared(count: int) -> int:
+        """The pid of the spare, which is the last of so many processes."""
+        d.cli.prepare()
+        return int(wait_until(lambda: len(d.fake.children()) == count and d.fake.children()[-1]["pid"]))
+
+    first = prepared(1)
+    d.run("one", **own)
+    second = prepared(3)                                     # the first was told too much, and leaves; this one waits untold
+    d.run("two", **own)
+    one, two = pids_of(d.fake, "one") + pids_of(d.fake, "two")
+    assert first != one and two == second
+    assert told(d.fake)[one] == told(d.fake)[two] == [own.get("system_prompt", cab.SYSTEM_PROMPT)]
+    d.wait_for_end(first)
+    for n in range(3):
+        spare = prepared(4 + n)
+        d.run("plain %d" % n)
+        assert pids_of(d.fake, "plain %d" % n) == [spare]
+    spare = prepared(7)                                      # so many had none that the next one is told again
+    wait_until(lambda: told(d.fake).get(spare) == [cab.SYSTEM_PROMPT])
+
+
+def test_of_several_spares_one_is_told_ahead_so_that_every_request_finds_one(direct: Directs) -> None:
+    d = direct(spare=2)
+    d.cli.prepare()
+    first, second = (child["pid"] for child in wait_until(lambda: d.fake.children()[1:] and d.fake.children()))
+    wait_until(lambda: told(d.fake))
+    ahead, = told(d.fake)
+    d.run("own", system_prompt="Be brief.")
+    assert {first, second} == {ahead, *pids_of(d.fake, "own")} and told(d.fake)[pids_of(d.fake, "own")[0]] == ["Be brief."]
 
 
 def test_a_spare_that_ended_by_itself_is_replaced_half_a_minute_later(direct: Directs, clock: FakeClock) -> None:

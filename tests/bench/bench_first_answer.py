@@ -9,7 +9,8 @@ environment. In each round a bridge of each number of spares is started in turn:
    after it, as if they ran one after the other.
 3. Memory of the bridge's processes of `claude`, idle and at most in the burst: as a sum what is theirs alone and their part of what
    they share (PSS).
-The ratios are those to the cold starts of the same minute, as others may use the machine too.
+The ratios are those to the cold starts of the same minute, as others may use the machine too. For the first token there are two: to
+that of a `claude -p` which streams, and ("to end") to the end of one, where it says its words when it is not asked to stream.
 Linux (it looks into /proc).
 """
 from __future__ import annotations
@@ -220,7 +221,7 @@ def measure_one(claude: str, spares: int, options: argparse.Namespace, api: Mess
     (first, total), (cold_first, cold_total) = (map(statistics.median, zip(*each)) for each in (asks, colds))
     cold_burst = statistics.mean(each for _, each in colds) * options.burst
     return {"first": first, "total": total, "burst": burst, "cold_first": cold_first, "cold_total": cold_total, "cold_burst": cold_burst,
-            "first_ratio": first / cold_first, "total_ratio": total / cold_total, "burst_ratio": burst / cold_burst,
+            "first_ratio": first / cold_first, "end_ratio": first / cold_total, "total_ratio": total / cold_total, "burst_ratio": burst / cold_burst,
             "idle_mb": seen[0], "peak_mb": max(seen), "bytes": sizes["bridge"], "cold_bytes": sizes["cold"]}
 
 
@@ -241,14 +242,15 @@ def measure(claude: str, options: argparse.Namespace, folder: Path) -> List[Dict
 def table(version: str, rows: Sequence[Dict[str, Any]], burst: int) -> str:
     def line(name: str, prefix: str, row: Dict[str, Any]) -> str:
         ratios = [1.0 if prefix else row[key + "_ratio"] for key in ("first", "total", "burst")]
+        to_end = "%7s" % "" if prefix else "%7.3f" % row["end_ratio"]
         memory = ["%8s" % "" if prefix else "%8.0f" % row[key] for key in ("idle_mb", "peak_mb")]
-        return "%-18s %9.3f %6.3f %9.3f %6.3f %9.2f %6.3f %s %s %7d" % (
-            name, row[prefix + "first"], ratios[0], row[prefix + "total"], ratios[1], row[prefix + "burst"], ratios[2], *memory,
+        return "%-18s %9.3f %6.3f %s %9.3f %6.3f %9.2f %6.3f %s %s %7d" % (
+            name, row[prefix + "first"], ratios[0], to_end, row[prefix + "total"], ratios[1], row[prefix + "burst"], ratios[2], *memory,
             row[prefix + "bytes"])
 
     middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    return "\n".join([version, "%-18s %9s %6s %9s %6s %9s %6s %8s %8s %7s" % (
-        "", "first (s)", "ratio", "total (s)", "ratio", "%d (s)" % burst, "ratio", "idle MB", "peak MB", "bytes"),
+    return "\n".join([version, "%-18s %9s %6s %7s %9s %6s %9s %6s %8s %8s %7s" % (
+        "", "first (s)", "ratio", "to end", "total (s)", "ratio", "%d (s)" % burst, "ratio", "idle MB", "peak MB", "bytes"),
         line("claude -p, cold", "cold_", middle), *(line("bridge, --spare %d" % row["spares"], "", row) for row in rows)])
 
 

@@ -221,7 +221,8 @@ def measure_one(claude: str, spares: int, options: argparse.Namespace, api: Mess
     (first, total), (cold_first, cold_total) = (map(statistics.median, zip(*each)) for each in (asks, colds))
     cold_burst = statistics.mean(each for _, each in colds) * options.burst
     return {"first": first, "total": total, "burst": burst, "cold_first": cold_first, "cold_total": cold_total, "cold_burst": cold_burst,
-            "first_ratio": first / cold_first, "end_ratio": first / cold_total, "total_ratio": total / cold_total, "burst_ratio": burst / cold_burst,
+            "first_ratio": first / cold_first, "end_ratio": first / cold_total, "total_ratio": total / cold_total,
+            "burst_ratio": burst / cold_burst,
             "idle_mb": seen[0], "peak_mb": max(seen), "bytes": sizes["bridge"], "cold_bytes": sizes["cold"]}
 
 

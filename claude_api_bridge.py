@@ -32,6 +32,14 @@ import sys
 if sys.version_info < (3, 9):
     sys.exit("claude_api_bridge needs Python 3.9 or newer; this is Python %d.%d." % sys.version_info[:2])
 
+__version__ = "0.2.0"
+
+# Told before the imports, which take most of a start. Who merely imports this module has a program of another name.
+if sys.argv[1:] in (["--version"], ["-v"]) and sys.argv[0].endswith((
+        "claude-api-bridge", "claude-api-bridge.exe", "claude_api_bridge.py", "claude_api_bridge.pyz")):
+    print(__version__)
+    sys.exit()
+
 import argparse
 import base64
 import contextlib
@@ -77,8 +85,6 @@ from pathlib import Path
 from typing import (Any, Callable, ContextManager, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
-
-__version__ = "0.2.0"
 
 # === 1 Vocabulary =============================================================================================
 # The words and numbers that all rooms share. A limit carries its unit in its name.
@@ -7471,12 +7477,14 @@ def allow_files(wanted: int) -> None:
 
 def give_back_memory() -> None:
     """Keeps memory flat under load. glibc gives each of many threads a heap of its own, up to eight for each processor, and each keeps
-    the most that it ever held. Call it before there are threads. Source: mallopt(3)."""
+    the most that it ever held; so does the first one with what compiling this source took. Call it before there are threads.
+    Source: mallopt(3), malloc_trim(3)."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):      # another C library
             library = ctypes.CDLL(None)
             library.mallopt(-8, 2)                          # M_ARENA_MAX
             library.mallopt(-3, LARGE_BYTES)                # M_MMAP_THRESHOLD, which else rises to what was freed last
+            library.malloc_trim(0)
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
@@ -7988,7 +7996,7 @@ class DemoClaude:
 
 
 def run() -> None:
-    """The entry point of the installed command and of the .pyz; zipapp's own would drop the status."""
+    """The entry point of the installed command and of the .pyz."""
     sys.exit(main())
 
 

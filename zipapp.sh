@@ -9,8 +9,16 @@ trap 'rm -rf "$stage"' EXIT
 "$python" - "$stage/app.zip" <<'PY'
 import pathlib, sys, zipfile
 
-parts = {"__main__.py": b"from claude_api_bridge import run\n\nrun()\n",
-         "claude_api_bridge.py": pathlib.Path("claude_api_bridge.py").read_bytes()}
+# What `import claude_api_bridge` would do, but that compiles what is in an archive twice: to find it, and to run it.
+main = b"""import sys
+
+name = "claude_api_bridge"
+module = sys.modules[name] = type(sys)(name)
+module.__loader__, module.__file__ = __spec__.loader, __file__[:-len("__main__.py")] + name + ".py"
+exec(compile(module.__loader__.get_data(module.__file__), module.__file__, "exec"), module.__dict__)
+module.run()
+"""
+parts = {"__main__.py": main, "claude_api_bridge.py": pathlib.Path("claude_api_bridge.py").read_bytes()}
 with zipfile.ZipFile(sys.argv[1], "w") as archive:
     for name, data in parts.items():
         info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))

@@ -63,15 +63,11 @@ import socket
 import sqlite3
 import stat
 import subprocess
-import tarfile
 import tempfile
 import threading
 import time
 import traceback
-import urllib.error
-import urllib.request
 import uuid
-import zlib
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
@@ -3695,8 +3691,15 @@ class CloudflaredInstall:
 
     def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
         """Raises OSError, HTTPException for what may pass: no network, a broken-off or endless file, too slow, or the bridge ends."""
+        import urllib.error                                 # here alone: a start does without
+        import urllib.request
         until, got, told = self._clock.monotonic() + DOWNLOAD_SECONDS, 0, -1
-        with urllib.request.urlopen(url, timeout=5) as source, open(target, "xb") as file:
+        try:
+            source = urllib.request.urlopen(url, timeout=5)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise OSError(str(error)) from None
+        with source, open(target, "xb") as file:
             for data in iter(lambda: source.read1(1 << 16), b""):
                 got += len(data)
                 if got > asset.size:
@@ -3721,6 +3724,8 @@ def sha256_of(path: Path) -> str:
 
 def unpack_program(archive: Path, target: Path) -> None:
     """Takes the one regular file `cloudflared` out of a .tgz, whatever else it holds. Raises CannotTunnel."""
+    import tarfile                                          # on macOS alone
+    import zlib
     with contextlib.suppress(tarfile.TarError, OSError, EOFError, zlib.error), tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             source = tar.extractfile(member) if member.name == "cloudflared" and member.isreg() and member.size <= UNPACKED_BYTES else None
@@ -3734,7 +3739,6 @@ def unpack_program(archive: Path, target: Path) -> None:
 class Cloudflared:
     """One process of cloudflared, and what it tells in its log and at its metrics address. Owns the thread "cloudflared-log",
     which reads the log for as long as the process lives: it would die of a closed pipe, and stop serving at a full one."""
-    _plain = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], tag: str) -> None:
         """Raises OSError."""
@@ -3772,11 +3776,10 @@ class Cloudflared:
         if not self.metrics:
             return 0, None
         try:
-            with self._plain.open("http://%s%s" % (self.metrics, path), timeout=1) as answer:
-                return answer.status, json.loads(answer.read(1 << 20))
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, None
+            with contextlib.closing(http.client.HTTPConnection(self.metrics, timeout=1)) as connection:
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                return answer.status, json.loads(answer.read(1 << 20)) if answer.status == 200 else None
         except (OSError, ValueError, http.client.HTTPException):
             return 0, None
 
@@ -3943,9 +3946,6 @@ class Tunnel:
             return Sight(True, True, words="%s (%s)" % (error, error.hint))
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "reason", None) or error
-            if isinstance(error, urllib.error.HTTPError):
-                why = str(error)
-                error.close()
             return Sight(True, words="cloudflared could not be downloaded from %s: %s" % (self._config.cloudflared_url, why))
         empty = self._config.data_dir / "cloudflared.yml"
         argv = tunnel_argv(str(program), str(empty), self._config.origin(self._port), self._policy.protocol, bool(self._token))

@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import (
@@ -22,7 +25,7 @@ from typing import (
 )
 
 import pytest
-from conftest import IMPORTED as US, Api, FakeClaude, Program, run_cli, wait_until
+from conftest import IMPORTED as US, MODULE, Api, FakeClaude, Program, run_cli, wait_until
 from fake_claude import FLAGS
 
 import claude_api_bridge as cab
@@ -92,6 +95,32 @@ def tokens(typed: Typed) -> Dict[str, Dict[str, Any]]:
 @pytest.mark.parametrize("words", [["--version"], ["-v"]])
 def test_the_version_is_all_that_is_printed(typed: Typed, words: List[str]) -> None:
     assert typed(*words) == (0, cab.__version__ + "\n", "")
+
+
+def run_code(code: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """A program that can import the module."""
+    return subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path.insert(0, %r); %s" % (str(MODULE.parent), code), *words],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
+
+
+@pytest.mark.parametrize("word", ["--version", "-v"])
+@pytest.mark.parametrize("name", ["/bin/claude-api-bridge", r"C:\Scripts\claude-api-bridge.exe", "claude_api_bridge.py",
+                                  "dist/claude_api_bridge.pyz"])
+def test_the_version_is_told_without_importing_the_server(word: str, name: str) -> None:
+    code = "sys.argv[0] = %r; import atexit; atexit.register(lambda: print({'http', 'sqlite3', 'subprocess'} & set(sys.modules)))"
+    done = run_code(code % name + "; import claude_api_bridge", word)
+    assert (done.returncode, done.stdout, done.stderr) == (0, cab.__version__ + "\nset()\n", "")
+
+
+@pytest.mark.parametrize("name", ["-c", "/claude_api_bridge/other.py", "other-claude_api_bridge/claude_api_bridge_test.py", ""])
+def test_a_program_that_only_imports_the_module_has_its_own_version(name: str) -> None:
+    for words in (["--version"], ["-v"]):
+        done = run_code("sys.argv[0] = %r; import claude_api_bridge; print('mine')" % name, *words)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+
+
+def test_a_start_does_not_load_what_only_a_download_needs() -> None:
+    assert run_code("import claude_api_bridge; print({'urllib.request', 'tarfile'} & set(sys.modules))").stdout == "set()\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -417,6 +446,56 @@ def test_ctrl_c_while_claude_is_looked_at_is_no_traceback(fake_claude: Fakes, tm
     os.killpg(running.pid, signal.SIGINT)
     out, err = running.communicate(timeout=30)
     assert running.returncode == 1 and out == b"" and err.endswith(b"error: Interrupted.\n") and b"Traceback" not in err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="needs glibc and /proc")
+def test_a_start_gives_back_what_compiling_the_source_took() -> None:
+    code = ("import claude_api_bridge as cab, re; rss = lambda: int(re.findall(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[0]);"
+            " held = compile(open(cab.__file__, 'rb').read(), 'x', 'exec'); before = rss(); cab.give_back_memory(); print(before - rss())")
+    assert int(run_code(code).stdout) > 6_000                # kB; some 17,000 are given back
+
+
+# --- the .pyz ---
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bridge as zipapp.sh builds it."""
+    return build_pyz(tmp_path_factory.mktemp("pyz"))
+
+
+def build_pyz(folder: Path) -> Path:
+    if not shutil.which("sh"):
+        pytest.skip("needs a shell")
+    for name in ("claude_api_bridge.py", "zipapp.sh"):
+        shutil.copyfile(MODULE.parent / name, folder / name)
+    subprocess.run(["sh", str(folder / "zipapp.sh")], env={**os.environ, "PYTHON": sys.executable}, check=True, stdout=subprocess.DEVNULL,
+                   timeout=60)
+    return folder / "dist" / "claude_api_bridge.pyz"
+
+
+def test_the_same_source_gives_the_same_pyz(pyz: Path, tmp_path: Path) -> None:
+    assert build_pyz(tmp_path).read_bytes() == pyz.read_bytes()
+
+
+def test_the_pyz_compiles_its_source_once_and_keeps_its_lines(pyz: Path) -> None:
+    code = ("import linecache, runpy; seen = []; sys.addaudithook(lambda event, words: event == 'compile' and seen.append(words[1]));"
+            " sys.argv = [%r, '--help']\ntry: runpy.run_path(%r, run_name='__main__')\n"
+            "finally: module = sys.modules['claude_api_bridge']; print(seen.count(module.__file__),"
+            " linecache.getline(module.__file__, 2, vars(module)))")
+    done = run_code(code % (str(pyz), str(pyz)))
+    assert done.returncode == 0 and done.stdout.endswith("\n1 # SPDX-License-Identifier: MIT\n\n"), (done.stdout[-100:], done.stderr)
+
+
+def test_the_pyz_tells_its_version_and_passes_on_the_status(pyz: Path) -> None:
+    said = [subprocess.run([sys.executable, str(pyz), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
+            for words in (["--version"], ["nonsense"])]
+    assert [(done.returncode, done.stdout) for done in said] == [(0, cab.__version__ + "\n"), (2, "")]
+
+
+def test_the_pyz_is_a_whole_bridge_that_is_its_own_demo(program: Programs, pyz: Path) -> None:
+    running = program("--demo", "--spare", "0", command=(sys.executable, str(pyz)), demo=True)
+    assert running.api.answer("hello")["response"].endswith("You said: hello")
+    assert running.end(signal.SIGTERM) == 0
 
 
 # --- the demo ---

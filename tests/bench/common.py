@@ -25,10 +25,12 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def bridge(folder: Path, environ: Mapping[str, str], *options: str, module: Path = MODULE) -> Iterator[Served]:
-    """A bridge as a program of its own, without a limit on requests. folder: its home, with its data."""
+def bridge(folder: Path, environ: Mapping[str, str], *options: str, module: Path = MODULE,
+           command: Sequence[str] = ()) -> Iterator[Served]:
+    """A bridge as a program of its own, without a limit on requests. folder: its home, with its data; command: what to run in place
+    of the module."""
     folder.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, str(module), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--rate-limit", "0",
+    argv = [*(command or (sys.executable, str(module))), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--rate-limit", "0",
             "--data-dir", str(folder / "data"), *options]
     with subprocess.Popen(argv, env={**environ, "HOME": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True) as program:

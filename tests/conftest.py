@@ -95,10 +95,10 @@ def short_rounds() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:            # as a shell leaves it to what it starts in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.02))
+        patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.005))
         patch.setattr(cab, "LEAVE_SECONDS", 0.4)          # the fake leaves at once, or is made to stay
         patch.setattr(cab, "FINISH_SECONDS", 0.4)
-        patch.setattr(cab, "IDLE_THREAD_SECONDS", 0.02)      # each test looks for threads that were left
+        patch.setattr(cab, "IDLE_THREAD_SECONDS", 0.002)      # each test looks for threads that were left
         patch.setattr(cab, "ROUND_SECONDS", 0.1)
         patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})     # forking this large process is slow
         yield
@@ -344,7 +344,7 @@ def imported(change: str = "") -> Tuple[str, ...]:
 
 
 # What `short_rounds` does to a bridge in this process.
-SHORT = ("serve = cab.BridgeServer.serve_forever; cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.02); "
+SHORT = ("serve = cab.BridgeServer.serve_forever; cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.005); "
          "cab.LEAVE_SECONDS, cab.ROUND_SECONDS = 0.4, 0.1")
 IMPORTED = imported(SHORT)
 # Its demo, whose stand-in for `claude` is started in the same way.

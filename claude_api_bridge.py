@@ -6206,7 +6206,7 @@ class BridgeServer(ThreadingHTTPServer):
         self._clock, self._report = clock, report
         self._lock = threading.Lock()
         self._phases: Dict[socket.socket, Tuple[str, float, float]] = {}     # connection -> (phase, deadline, since)
-        self._waiting: "queue.SimpleQueue[Optional[Tuple[Any, Any]]]" = queue.SimpleQueue()    # connections for the threads that are idle
+        self._waiting: "queue.Queue[Optional[Tuple[Any, Any]]]" = queue.Queue()  # for idle threads; a SimpleQueue may miss a time-out
         self._idle, self._closing, self._looked_at = 0, False, 0.0
         self._held: Dict[socket.socket, int] = {}            # large answers on their way, oldest first: their bytes
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="http", daemon=True)

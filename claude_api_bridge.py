@@ -78,7 +78,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, count, islice, repeat
 from pathlib import Path
-from typing import (Any, Callable, ContextManager, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Set, Tuple, Type, TypeVar, Union)
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 

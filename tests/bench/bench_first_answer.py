@@ -21,7 +21,6 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,12 +30,9 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS)]
+import common                                           # beside this file; it also makes tests/ importable
+from messages_api import MessagesApi
 
-from messages_api import MessagesApi  # noqa: E402
-
-BRIDGE = TESTS.parent / "claude_api_bridge.py"
 PROMPT = "What is the capital of France?"
 READY_SECONDS = 0.3                                     # a process that used no CPU for so long is waiting for its input
 LOOK_SECONDS = 0.1                                      # between two looks at the memory
@@ -45,18 +41,12 @@ LOOK_SECONDS = 0.1                                      # between two looks at t
 # --- the processes of a bridge ---
 
 
-def cpu_ticks(pid: int) -> Tuple[int, int]:
-    """-> (parent, CPU time in ticks) of a process. Raises OSError."""
-    words = Path("/proc/%d/stat" % pid).read_text(errors="replace").rpartition(")")[2].split()
-    return int(words[1]), int(words[11]) + int(words[12])
-
-
 def children(pid: int) -> Dict[int, int]:
     """The living processes whose parent is `pid`, with their CPU time in ticks."""
     found = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            parent, ticks = cpu_ticks(int(entry))
+            parent, ticks, _ = common.cpu_ticks(int(entry))
             if parent == pid:
                 found[int(entry)] = ticks
     return found
@@ -157,35 +147,9 @@ def ask_at_once(count: int, port: int, token: str) -> float:
     return took
 
 
-# --- a bridge ---
-
-
-def start_bridge(claude: str, environ: Dict[str, str], folder: Path, *flags: str) -> Tuple["subprocess.Popen[bytes]", str, int]:
-    """-> (the program, the admin token, the port), once it serves."""
-    program = subprocess.Popen([sys.executable, str(BRIDGE), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0",
-                                "--rate-limit", "0", "--data-dir", str(folder / "data"), "--claude", claude, *flags],
-                               env={**environ, "HOME": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL)
-    token = ""
-    assert program.stdout is not None
-    for line in (raw.decode().strip() for raw in program.stdout):
-        if line.startswith("cab-"):
-            token = line
-        if line.startswith("http"):
-            return program, token, int(line.rpartition(":")[2])
-    raise SystemExit("the bridge did not start (status %s)" % program.wait())
-
-
-def end_bridge(program: "subprocess.Popen[bytes]") -> None:
-    program.send_signal(signal.SIGTERM)
-    program.wait(30)
-    assert program.stdout is not None
-    program.stdout.close()
-
-
 def environment(api: MessagesApi) -> Dict[str, str]:
     """What both sides run with, but HOME: nothing of this machine's own, and no other way out than the stand-in."""
-    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
+    return {**common.environment(), "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
             "HTTPS_PROXY": api.url, "NO_PROXY": "127.0.0.1"}
 
 
@@ -197,27 +161,24 @@ def measure_one(claude: str, spares: int, options: argparse.Namespace, api: Mess
     colds: List[Tuple[float, float]] = []
     asks: List[Tuple[float, float]] = []
     environ, sizes = environment(api), {}
-    program, token, port = start_bridge(claude, environ, folder, "--spare", str(spares))
 
     def start_cold() -> None:
         del api.calls[:]
         colds.append(cold(claude, environ, folder / ("cold-%d" % len(colds))))
         sizes["cold"] = max(len(call.raw) for call in api.messages())
 
-    try:
+    with common.bridge(folder, environ, "--claude", claude, "--spare", str(spares)) as at:
         for _ in range(options.asks):
-            wait_for_spares(program.pid, spares)
+            wait_for_spares(at.pid, spares)
             start_cold()
             del api.calls[:]
-            asks.append(ask(port, token))
+            asks.append(ask(at.port, at.token))
             sizes["bridge"] = max(len(call.raw) for call in api.messages())
-        wait_for_spares(program.pid, spares)
-        with watched_memory(program.pid) as seen:
-            burst = ask_at_once(options.burst, port, token)
+        wait_for_spares(at.pid, spares)
+        with watched_memory(at.pid) as seen:
+            burst = ask_at_once(options.burst, at.port, at.token)
         for _ in range(options.asks):
             start_cold()
-    finally:
-        end_bridge(program)
     (first, total), (cold_first, cold_total) = (map(statistics.median, zip(*each)) for each in (asks, colds))
     cold_burst = statistics.mean(each for _, each in colds) * options.burst
     return {"first": first, "total": total, "burst": burst, "cold_first": cold_first, "cold_total": cold_total, "cold_burst": cold_burst,
@@ -232,9 +193,7 @@ def measure(claude: str, options: argparse.Namespace, folder: Path) -> List[Dict
     with MessagesApi() as api:
         for n in range(options.rounds):
             for spares in options.spares:
-                place = folder / ("bridge-%d-%d" % (n, spares))
-                place.mkdir()
-                found[spares].append(measure_one(claude, spares, options, api, place))
+                found[spares].append(measure_one(claude, spares, options, api, folder / ("bridge-%d-%d" % (n, spares))))
                 print("round %d, %d spares: done" % (n + 1, spares), file=sys.stderr)
     return [{"spares": spares, **{name: statistics.median(each[name] for each in rounds) for name in rounds[0]}}
             for spares, rounds in found.items()]

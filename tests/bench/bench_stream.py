@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import bench_first_answer as first                      # beside this file; it also makes tests/ importable
+import bench_first_answer as first                      # beside this file
 from bench_events import Crowd, is_end
-from common import Served
+from common import Served, bridge, call, cpu_ticks
 from messages_api import MessagesApi, NotingClaude, Reply
 
 WORDS = " ".join("word-%d" % n for n in range(60))
@@ -55,11 +55,11 @@ def cold(claude: str, environ: Dict[str, str], home: Path) -> float:
     return came - began
 
 
-def bridged(port: int, token: str) -> float:
+def bridged(at: Served) -> float:
     """The time until the first `delta` of a request, connection included, in seconds; it is cancelled then."""
     began = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/api/ask", json.dumps({"message": first.PROMPT, "stream": True}), {"Authorization": "Bearer " + token})
+    connection = http.client.HTTPConnection("127.0.0.1", at.port, timeout=60)
+    connection.request("POST", "/api/ask", json.dumps({"message": first.PROMPT, "stream": True}), {"Authorization": "Bearer " + at.token})
     response, request = connection.getresponse(), ""
     for line in response:
         if line.startswith(b"data: ") and not request:
@@ -69,55 +69,43 @@ def bridged(port: int, token: str) -> float:
             break
     else:
         raise SystemExit("the stream ended without a delta")
-    assert call(port, token, "DELETE", "/api/ask/" + request)["errorCode"] == "cancelled"
+    assert call(at, "DELETE", "/api/ask/" + request)["errorCode"] == "cancelled"
     response.close()
     connection.close()
     return took
-
-
-def call(port: int, token: str, method: str, path: str, body: Any = None) -> Dict[str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, None if body is None else json.dumps(body), {"Authorization": "Bearer " + token})
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
-    return dict(answer)
 
 
 def first_words(claude: str, api: MessagesApi, asks: int, folder: Path) -> Tuple[List[float], List[float]]:
     """-> (the times of the cold starts, those of the bridge)."""
     environ = first.environment(api)
     times: Tuple[List[float], List[float]] = ([], [])
-    (folder / "bridge").mkdir()
-    program, token, port = first.start_bridge(claude, environ, folder / "bridge")
-    try:
+    with bridge(folder / "bridge", environ, "--claude", claude) as at:
         for n in range(asks):
-            first.wait_for_spares(program.pid)
+            first.wait_for_spares(at.pid)
             home = folder / ("home-%d" % n)
             home.mkdir()
             times[0].append(cold(claude, environ, home))
-            times[1].append(bridged(port, token))
-    finally:
-        first.end_bridge(program)
+            times[1].append(bridged(at))
     return times
 
 
 # --- 2. the lag of many readers ---
 
 
-def settle(bridge: int) -> None:
+def settle(pid: int) -> None:
     """Waits until the bridge and all below it used no CPU for a while."""
     until, last, since = time.monotonic() + 20, -1, time.monotonic()
     while time.monotonic() < until and time.monotonic() - since < first.READY_SECONDS:
         found = {}
         for entry in filter(str.isdigit, os.listdir("/proc")):
             try:
-                found[int(entry)] = first.cpu_ticks(int(entry))
+                found[int(entry)] = cpu_ticks(int(entry))
             except OSError:
                 continue
-        family = {bridge}
+        family = {pid}
         for _ in range(4):
-            family |= {pid for pid, (parent, _) in found.items() if parent in family}
-        ticks = sum(found[pid][1] for pid in family if pid in found)
+            family |= {each for each, (parent, *_) in found.items() if parent in family}
+        ticks = sum(found[each][1] for each in family if each in found)
         if abs(ticks - last) > 1:                                          # one tick may be a timer of its own
             last, since = ticks, time.monotonic()
         time.sleep(0.02)
@@ -127,7 +115,7 @@ def one_round(at: Served, claude: NotingClaude, readers: int, gate: threading.Ev
     """One request with many readers. -> the lags in seconds, of each piece at each reader."""
     before = len(claude.lines())
     gate.clear()
-    request = call(at.port, at.token, "POST", "/api/ask", {"message": first.PROMPT})["requestId"]
+    request = call(at, "POST", "/api/ask", {"message": first.PROMPT})["requestId"]
     with contextlib.closing(Crowd(at, ["/api/ask/%s/events" % request] * readers)) as crowd:
         crowd.read(bool)                                   # each has the head of its stream
         settle(at.pid)
@@ -149,14 +137,12 @@ def lag(claude: str, api: MessagesApi, rounds: int, readers: int, folder: Path) 
     noting, gate = NotingClaude(folder / "noting", Path(claude), b'"text_delta"'), threading.Event()
     lags: List[float] = []
     api.reply = lambda body: Reply(WORDS, word_seconds=WORD_SECONDS, hold=gate)
-    (folder / "crowded").mkdir()
-    program, token, port = first.start_bridge(str(noting.path), first.environment(api), folder / "crowded")
-    try:
-        for _ in range(rounds):
-            lags += one_round(Served(program.pid, port, token), noting, readers, gate)
-    finally:
-        gate.set()
-        first.end_bridge(program)
+    with bridge(folder / "crowded", first.environment(api), "--claude", str(noting.path)) as at:
+        try:
+            for _ in range(rounds):
+                lags += one_round(at, noting, readers, gate)
+        finally:
+            gate.set()
     return lags
 
 

@@ -2140,15 +2140,10 @@ class Store:
             self._keep_copy(path.with_name("bridge-original.db"))
         self._use_wal()
         self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._begun():
             for statement in (line for step in MIGRATIONS[self._version():] for line in step):
                 self._db.execute(statement)
             self._db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
-            self._db.execute("COMMIT")
-        finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
         self._db.execute("PRAGMA foreign_keys=ON")
         self._reader.execute("PRAGMA query_only=ON")
 
@@ -2219,8 +2214,6 @@ class Store:
             try:
                 self._commit(writes)
             except Exception as error:                       # of all: the disk is full, or the file locked or gone
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
                 for write in writes:
                     write.error = write.error or self._told(error)
             self._kept = {}
@@ -2230,20 +2223,30 @@ class Store:
     def _commit(self, writes: Sequence[Write]) -> None:
         """What one of them did before it failed is undone; the others are stored."""
         self._check_place()
+        with self._begun():
+            for write in writes:
+                if not write.claim.acquire(blocking=False):
+                    continue
+                self._db.execute("SAVEPOINT one")
+                try:
+                    write.result = write.act(self._db)
+                except BaseException as error:                # its caller's matter
+                    write.error = self._told(error)
+                    if not self._db.in_transaction:          # SQLite gave up all of it
+                        raise sqlite3.OperationalError(str(error)) from error
+                    self._db.execute("ROLLBACK TO one")
+                self._db.execute("RELEASE one")
+
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[None]:
+        """A transaction; what fails is undone."""
         self._db.execute("BEGIN IMMEDIATE")
-        for write in writes:
-            if not write.claim.acquire(blocking=False):
-                continue
-            self._db.execute("SAVEPOINT one")
-            try:
-                write.result = write.act(self._db)
-            except BaseException as error:                    # its caller's matter
-                write.error = self._told(error)
-                if not self._db.in_transaction:              # SQLite gave up all of it
-                    raise sqlite3.OperationalError(str(error)) from error
-                self._db.execute("ROLLBACK TO one")
-            self._db.execute("RELEASE one")
-        self._db.execute("COMMIT")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
 
     def _check_place(self) -> None:
         """SQLite would go on writing to a file that was deleted, for nobody to find."""
@@ -6001,7 +6004,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """-> False when it answered with an error (the connection is then closed)."""
-        self.path, self.request_version, self.close_connection = "", "HTTP/1.1", True
+        self.close_connection = True
         self.command = "HEAD" if self.raw_requestline.startswith(b"HEAD ") else ""       # whose answer has no body, whatever else is wrong
         self._unread: Optional[int] = 0                     # bytes of body to come; None: chunked
         self._continue = False
@@ -6011,7 +6014,7 @@ class Handler(BaseHTTPRequestHandler):
         except BridgeError as error:
             self._refuse(error)
             return False
-        self.command, self.path, self.request_version, self.close_connection = head.method, head.path, "HTTP/" + head.version, head.closes
+        self.command, self.close_connection = head.method, head.closes
         self._unread, self._continue = head.length, head.is_expected
         return True
 
@@ -6145,7 +6148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write_stream(self, response: Response, pieces: Pieces) -> None:
         """Pieces as they come: chunked, or until the connection closes."""
-        self.close_connection = self.close_connection or self.request_version == "HTTP/1.0"
+        self.close_connection = self.close_connection or self._head.version == "1.0"
         is_chunked = not self.close_connection
         with contextlib.closing(pieces):
             self._send(response_head(response, self.close_connection))

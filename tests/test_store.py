@@ -242,13 +242,17 @@ def held_up(store: cab.Store, path: Path) -> Iterator[Callable[[Callable[[], Any
     """begin(task): runs it in a thread of its own, where it waits to write, since another program holds the file until the end."""
     store.check_writable()
     threads: List[threading.Thread] = []
-    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as other:
+    looks, check = [], store._check_place
+    with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as other, pytest.MonkeyPatch.context() as patch:
         other.execute("BEGIN IMMEDIATE")
+        patch.setattr(store, "_check_place", lambda: looks.append(check()))
+        store._writes.put(cab.Write(lambda db: None))
+        wait_until(lambda: looks)                            # the writer has this one alone, and waits for the file
 
         def begin(task: Callable[[], Any]) -> None:
             threads.append(threading.Thread(target=task, name="task"))
             threads[-1].start()
-            wait_until(lambda: store._writes.qsize() == len(threads) - 1)    # all but the first, which is the writer's whole batch
+            wait_until(lambda: store._writes.qsize() == len(threads))
 
         yield begin
         other.execute("ROLLBACK")

@@ -2365,17 +2365,20 @@ class Store:
 
     # --- jobs ---
 
-    @transaction
-    def enqueue(self, db: sqlite3.Connection, token_id: str, ask: Union[Ask, Chat], key: Optional[str] = None,
-                limit: int = QUEUE_JOBS) -> Queued:
+    def enqueue(self, token_id: str, ask: Union[Ask, Chat], key: Optional[str] = None, limit: int = QUEUE_JOBS) -> Queued:
         """Adds a job at the end of the queue, or finds the one that this key made; durable on return.
 
         key: the caller's Idempotency-Key; limit: most jobs that may wait or run.  Raises IdempotencyConflict, QueueFull;
         RateLimited and DailyLimit for the limits of the token; InvalidToken when the token was revoked meanwhile.
         """
-        now, job_id = self._clock.now(), str(uuid.uuid4())
-        chat, api = (ask.to_json(), ask.api) if isinstance(ask, Chat) else (None, None)
+        chat, api = (ask.to_json(), ask.api) if isinstance(ask, Chat) else (None, None)      # may be large: not in the writer's thread
         fingerprint = ask.fingerprint if isinstance(ask, Ask) and key else None
+        return self._enqueue(token_id, ask, key, limit, chat, api, fingerprint)
+
+    @transaction
+    def _enqueue(self, db: sqlite3.Connection, token_id: str, ask: Union[Ask, Chat], key: Optional[str], limit: int,
+                 chat: Optional[str], api: Optional[str], fingerprint: Optional[str]) -> Queued:
+        now, job_id = self._clock.now(), str(uuid.uuid4())
         known = key and db.execute("SELECT id, fingerprint FROM jobs WHERE token_id = ? AND idempotency_key = ?",
                                    (token_id, key)).fetchone()
         if known and known[1] != fingerprint:

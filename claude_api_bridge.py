@@ -328,6 +328,26 @@ class Clock:
     monotonic = staticmethod(time.monotonic)
 
 
+class Bell:
+    """A threading.Event for one who waits, at a fraction of its cost: a lock that is free once it has rung."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """One at a time."""
+        if self._lock.locked():
+            self._lock.release()
+
+    def clear(self) -> None:
+        self._lock.acquire(blocking=False)
+
+    def wait(self, seconds: float) -> bool:
+        """-> whether it has rung since the last wait; that is forgotten then."""
+        return self._lock.acquire(timeout=seconds)
+
+
 # === 3 Errors =================================================================================================
 # Two families, never mixed. A BridgeError answers the caller; a RunFailed is stored with the job and reaches
 # the caller as HTTP 200 with "status": "error". CannotStart is for the person at the terminal.
@@ -3981,26 +4001,6 @@ def host_of(url: str) -> str:
 # The worker takes jobs from the store, one after the other; the hub wakes those who wait for one.
 
 
-class Bell:
-    """A threading.Event for one who waits, at a fraction of its cost: a lock that is free once it has rung."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        """One at a time: the hub does it under its own lock."""
-        if self._lock.locked():
-            self._lock.release()
-
-    def clear(self) -> None:
-        self._lock.acquire(blocking=False)
-
-    def wait(self, seconds: float) -> bool:
-        """-> whether it has rung since the last wait; that is forgotten then."""
-        return self._lock.acquire(timeout=seconds)
-
-
 class Hub:
     """Wakes those who wait for a job. It carries no data: who wakes looks at the store again. Any thread."""
     QUEUE = ""                           # the key under which the worker waits for new jobs
@@ -4562,8 +4562,8 @@ class Service:
 
 
 class Request(NamedTuple):
-    """What arrived. headers: lower-case names; body: reads the bytes when they are wanted; has_left: whether the caller
-    hung up; parts: those of the path."""
+    """What arrived. headers: lower-case names; address: of who is connected; body: reads the bytes when they are wanted;
+    has_left: whether the caller hung up."""
     method: str
     path: str
     query: Mapping[str, str]
@@ -4571,7 +4571,6 @@ class Request(NamedTuple):
     address: str
     body: Callable[[], bytes]
     has_left: Callable[[], bool] = lambda: False
-    parts: Mapping[str, str] = {}
 
 
 Pieces = Generator[bytes, None, None]
@@ -4596,11 +4595,19 @@ class Backstage:
 
 
 class Call(NamedTuple):
-    """A request on its way to an answer: what came, from whom, and what can be done about it."""
+    """A request on its way to an answer: what came, from whom, and what can be done about it. parts: those of the path."""
     service: Service
     backstage: Backstage
     caller: Optional[Caller]
     request: Request
+    parts: Mapping[str, str]
+
+    def body(self) -> bytes:
+        """The body, whole. Raises InvalidToken where the token went while it came: it may take its time."""
+        data = self.request.body()
+        if self.caller:
+            self.service.check_token(self.caller)
+        return data
 
     @property
     def holder(self) -> Caller:
@@ -4665,7 +4672,7 @@ def job_body(view: JobView) -> Dict[str, Any]:
 
 
 def answer_ask(call: Call) -> Response:
-    ask, warnings = Ask.parse(parsed_json(call.request.body() or b"{}"))
+    ask, warnings = Ask.parse(parsed_json(call.body() or b"{}"))
     job, position, is_new = call.service.ask(call.holder, ask, check_key(call.request.headers.get("idempotency-key")))
     headers = () if is_new else (("Idempotent-Replayed", "true"),)
     more = {"warnings": warnings} if warnings else {}
@@ -4682,9 +4689,9 @@ def answer_ask(call: Call) -> Response:
 
 
 def answer_events(call: Call) -> Response:
-    call.request.body()                                      # nothing is taken from it, but what is not read hides a hang-up
+    call.body()                                      # nothing is taken from it, but what is not read hides a hang-up
     after = check_offset(call.request.headers.get("last-event-id") or call.request.query.get("after")) or 0
-    job_id = call.request.parts["requestId"]
+    job_id = call.parts["requestId"]
     return stream_response(event_bytes(job_id, call.service.follow(call.holder, job_id, after, has_left=call.request.has_left)))
 
 
@@ -4724,7 +4731,7 @@ def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]
 
 
 def answer_cancel(call: Call) -> Response:
-    return json_response(200, {"ok": True, **job_body(call.service.cancel(call.holder, call.request.parts["requestId"]))})
+    return json_response(200, {"ok": True, **job_body(call.service.cancel(call.holder, call.parts["requestId"]))})
 
 
 def asked_body(job: Job) -> Dict[str, Any]:
@@ -4749,7 +4756,7 @@ def answer_conversations(call: Call) -> Response:
 
 
 def answer_forget(call: Call) -> Response:
-    call.service.delete_conversation(call.holder, call.request.parts["name"])
+    call.service.delete_conversation(call.holder, call.parts["name"])
     return json_response(200, {"ok": True, "message": "Conversation deleted"})
 
 
@@ -4785,7 +4792,7 @@ def plan_body(windows: Iterable[PlanWindow], rest: Optional[Rest], now: float) -
 
 
 def answer_poll(call: Call) -> Response:
-    wait, job_id = check_wait(call.request.query.get("wait")), call.request.parts["requestId"]
+    wait, job_id = check_wait(call.request.query.get("wait")), call.parts["requestId"]
     kept, key = call.service.kept(), ("answer", call.holder.token.id, job_id)
     if key in kept:
         return kept[key]                                     # type: ignore[no-any-return]
@@ -4797,7 +4804,7 @@ def answer_poll(call: Call) -> Response:
 
 
 def answer_new_token(call: Call) -> Response:
-    new, warnings = NewToken.parse(parsed_json(call.request.body() or b"{}"))
+    new, warnings = NewToken.parse(parsed_json(call.body() or b"{}"))
     token, secret = call.service.create_token(new)
     body = {"ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
             "warning": "Save this token now. It cannot be retrieved again."}
@@ -4816,7 +4823,7 @@ def answer_tokens(call: Call) -> Response:
 
 
 def answer_revoke(call: Call) -> Response:
-    call.service.revoke_token(call.request.parts["id"])
+    call.service.revoke_token(call.parts["id"])
     return json_response(200, {"ok": True, "message": "Token revoked"})
 
 
@@ -5238,7 +5245,7 @@ def chat_steps(call: Call, job: Job) -> ChatSteps:
 def answer_chat(call: Call, format: "Format") -> Response:
     """A conversation, answered whole or as it comes. What fails before the first word has a status of its own. An answer that takes so
     long that a proxy would cut the silence begins with blanks, which JSON allows."""
-    chat = format.read(parsed_json(call.request.body() or b"{}"))
+    chat = format.read(parsed_json(call.body() or b"{}"))
     job = call.service.ask(call.holder, chat).job
     names = (("request-id", job.id), ("x-request-id", job.id))
     steps, until = chat_steps(call, job), call.service.now() + WAIT_SECONDS - KEEP_ALIVE_SECONDS
@@ -5439,7 +5446,7 @@ def answer_models(call: Call) -> Response:
 
 
 def answer_model(call: Call) -> Response:
-    wanted = call.request.parts["id"]
+    wanted = call.parts["id"]
     found = [model for model in call.service.models(call.holder) if model.id == wanted]
     if not found:
         raise NotFound("There is no model %s here. GET /v1/models lists them" % clean_text(wanted)[:128])
@@ -5716,21 +5723,13 @@ class Buckets:
         return bucket
 
 
-@contextlib.contextmanager
-def charged(bucket: TokenBucket) -> Iterator[TokenBucket]:
-    """One request from the bucket; what is refused inside tells the limits, too. Raises RateLimited."""
-    try:
-        seconds = bucket.take()
-        if seconds:
-            refusal = too_many(RateLimited, "", seconds)
-            refusal.headers += bucket.headers()
-            raise refusal
-        yield bucket
-    except (RateLimited, DailyLimit):                       # of this bucket, or of the token's own limits, which tell when themselves
-        raise
-    except BridgeError as error:
-        error.headers += bucket.headers()
-        raise
+def charge(bucket: TokenBucket) -> None:
+    """One request from the bucket. Raises RateLimited."""
+    seconds = bucket.take()
+    if seconds:
+        refusal = too_many(RateLimited, "", seconds)
+        refusal.headers += bucket.headers()
+        raise refusal
 
 
 class Names:
@@ -5795,19 +5794,18 @@ class Dispatcher:
         return response
 
     def _respond(self, request: Request) -> Response:
-        format = format_of(request.path, request.headers)
         try:
             self._names.check(request)
             if request.method == "OPTIONS":
                 return Response(204, headers=PREFLIGHT_HEADERS)
-            return self._answer(request._replace(address=self._names.address(request)))
+            return self._answer(request)
         except BridgeError as error:
-            return self.refusal(error, format)
+            return self.refusal(error, format_of(request.path, request.headers))
         except (ConnectionError, socket.timeout):
             raise
         except Exception:
             self._report(redact("Unexpected error in %s %s:\n%s" % (request.method, request.path, traceback.format_exc())))
-            return self.refusal(BridgeError(), format)
+            return self.refusal(BridgeError(), format_of(request.path, request.headers))
 
     @staticmethod
     def refusal(error: BridgeError, format: Optional[Format] = None) -> Response:
@@ -5828,21 +5826,21 @@ class Dispatcher:
             route, parts = match(request.method, request.path)
         except BridgeError as error:
             refusal = error
-        with charged(self._bucket(route, caller, request, parts)) as bucket:
+        bucket = self._bucket(route, caller, request, parts)
+        charge(bucket)
+        try:
             if route is None or caller is None and route.needs != Needs.NOTHING:
                 raise refusal
             if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
                 raise AdminRequired()
-            checked = request._replace(parts=parts, body=lambda: self._body(request, caller))
-            response = route.answer(Call(self._service, self._backstage, caller, checked))
-        return response._replace(headers=response.headers + bucket.headers())
-
-    def _body(self, request: Request, caller: Optional[Caller]) -> bytes:
-        """The body, whole. Raises InvalidToken where the token went while it came: it may take its time."""
-        data = request.body()
-        if caller:
-            self._service.check_token(caller)
-        return data
+            response = route.answer(Call(self._service, self._backstage, caller, request, parts))
+        except (RateLimited, DailyLimit):                   # of the token's own limits, which tell when themselves
+            raise
+        except BridgeError as error:
+            error.headers += bucket.headers()
+            raise
+        limits = bucket.headers()
+        return response._replace(headers=response.headers + limits) if limits else response
 
     def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
         """Who calls, or None and why. Raises RateLimited after too many wrong tokens from one address; a right one always passes."""
@@ -5852,13 +5850,13 @@ class Dispatcher:
         try:
             return self._service.authenticate(secret), MissingToken()
         except InvalidToken as error:
-            with charged(self._buckets.login(request.address)):
-                return None, error
+            charge(self._buckets.login(self._names.address(request)))
+            return None, error
 
     def _bucket(self, route: Optional[Route], caller: Optional[Caller], request: Request, parts: Mapping[str, str]) -> TokenBucket:
         """A wait costs like any request; polls without one of one's own unfinished job have a bucket of their own."""
         if caller is None:
-            return self._buckets.stranger(request.address)
+            return self._buckets.stranger(self._names.address(request))
         if route and route.polls and "wait" not in request.query and self._service.is_own_unfinished(caller, parts["requestId"]):
             return self._buckets.polls(caller.token.id)
         return self._buckets.holders
@@ -5873,6 +5871,22 @@ class Phase:
     BUSY = "busy"
     SEND = "send"
     SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"), SEND: SEND_SECONDS}
+
+
+class Place:
+    """A connection's, of CONNECTIONS: its phase, until when, and since when no request of it was complete. Its own thread alone enters
+    a phase; others only look, each at one of them, and then close the connection at most."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.enter(Phase.IDLE)
+
+    def enter(self, phase: str) -> None:
+        """Past its deadline the connection is closed."""
+        now = self._clock.monotonic()
+        if phase != Phase.HEAD and phase != Phase.BODY:
+            self.since = now
+        self.deadline, self.phase = now + Phase.SECONDS[phase], phase
 
 
 def response_head(response: Response, closes: bool) -> bytes:
@@ -5993,14 +6007,20 @@ class Handler(BaseHTTPRequestHandler):
     server: "BridgeServer"
     raw_requestline: bytes
 
+    def setup(self) -> None:
+        super().setup()
+        self._place = self.server.place(self.connection)
+
     def handle_one_request(self) -> None:
         """Waits for a request's first byte, so that an idle connection is known as such, then has it read and answered."""
         try:
-            self.server.enter(self.connection, Phase.IDLE)
-            if not self.rfile.peek(1):                      # type: ignore[attr-defined]
+            self._place.enter(Phase.IDLE)
+            come = self.rfile.peek(1)                       # type: ignore[attr-defined]
+            if not come:
                 self.close_connection = True
                 return
-            self.server.enter(self.connection, Phase.HEAD)
+            if b"\r\n\r\n" not in come:
+                self._place.enter(Phase.HEAD)
             super().handle_one_request()
         except (ConnectionError, socket.timeout, ValueError):
             self.close_connection = True
@@ -6041,7 +6061,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(lines)
 
     def _serve(self) -> None:
-        self.server.enter(self.connection, Phase.BUSY)
+        self._place.enter(Phase.BUSY)
         head = self._head
         request = Request(head.method, head.path, head.query, head.headers, self.client_address[0], self._body, self._has_left)
         response = self.server.dispatcher.dispatch(request)
@@ -6052,7 +6072,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._write_stream(response, response.stream)
         if self._unread and not self.close_connection:     # a small body that nobody read is skipped, the connection goes on
-            self.server.enter(self.connection, Phase.BODY)
+            self._place.enter(Phase.BODY)
             self.close_connection = len(self.rfile.read(self._unread)) < self._unread
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
@@ -6066,14 +6086,14 @@ class Handler(BaseHTTPRequestHandler):
         if self._continue and self._unread != 0:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._continue = False
-        self.server.enter(self.connection, Phase.BODY)
+        self._place.enter(Phase.BODY)
         try:
             with contextlib.ExitStack() as held:
                 data = self._read_chunks(held) if self._unread is None else self._read_sized(held, self._unread)
         except (MalformedRequest, BodyTooLarge):
             self._unread, self.close_connection = None, True
             raise
-        self.server.enter(self.connection, Phase.BUSY)
+        self._place.enter(Phase.BUSY)
         self._unread = 0
         return data
 
@@ -6133,21 +6153,31 @@ class Handler(BaseHTTPRequestHandler):
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
         head, body = response_head(response, self.close_connection), b"" if self.command == "HEAD" else response.body
-        with self.server.holding(self.connection, len(body)):
-            if len(body) < LARGE_BYTES:
-                self._send(head + body)
-            else:                                           # no second copy
-                self._send(head)
-                self._send(body)
+        if len(body) < LARGE_BYTES:
+            self._send(head + body)
+        else:                                               # no second copy
+            self._send(head)
+            self._send(body)
         if self.close_connection and self._unread != 0:
             self._drain()
 
-    def _send(self, data: Union[bytes, memoryview]) -> None:
+    def _send(self, data: bytes) -> None:
+        """Nearly all goes at once; for what is left the connection enters SEND."""
+        try:
+            sent = self.connection.send(data, DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            self._send_rest(data, sent)
+
+    def _send_rest(self, data: bytes, sent: int) -> None:
         """In parts, since a slow reader may take SEND_SECONDS for each."""
         view = memoryview(data)
-        for start in range(0, len(view), 1 << 18):
-            self.server.enter(self.connection, Phase.SEND)
-            self.connection.sendall(view[start:start + (1 << 18)])
+        with self.server.holding(self.connection, len(data)):
+            for start in range(sent, len(data), 1 << 18):
+                self._place.enter(Phase.SEND)
+                self.connection.sendall(view[start:start + (1 << 18)])
+        self._place.enter(Phase.BUSY)
 
     def _write_stream(self, response: Response, pieces: Pieces) -> None:
         """Pieces as they come: chunked, or until the connection closes."""
@@ -6155,25 +6185,14 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = not self.close_connection
         with contextlib.closing(pieces):
             self._send(response_head(response, self.close_connection))
-            self.server.enter(self.connection, Phase.BUSY)
             for piece in pieces if self.command != "HEAD" else ():
-                self._send_piece(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
             if is_chunked and self.command != "HEAD":
                 self._send(b"0\r\n\r\n")
 
-    def _send_piece(self, piece: bytes) -> None:
-        """Nearly all go at once; for what is left of one the connection enters SEND."""
-        rest = memoryview(piece)
-        with contextlib.suppress(BlockingIOError):
-            rest = rest[self.connection.send(rest, DONT_WAIT):]
-        if rest:
-            with self.server.holding(self.connection, len(rest)):
-                self._send(rest)
-            self.server.enter(self.connection, Phase.BUSY)
-
     def _drain(self) -> None:
         """After a refused body: what still comes is read for a moment, else the client may lose the answer to a reset."""
-        self.server.enter(self.connection, Phase.BODY)
+        self._place.enter(Phase.BODY)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             until, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
@@ -6211,9 +6230,10 @@ class BridgeServer(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._clock, self._report = clock, report
         self._lock = threading.Lock()
-        self._phases: Dict[socket.socket, Tuple[str, float, float]] = {}     # connection -> (phase, deadline, since)
-        self._waiting: "queue.Queue[Optional[Tuple[Any, Any]]]" = queue.Queue()  # for idle threads; a SimpleQueue may miss a time-out
-        self._idle, self._closing, self._looked_at = 0, False, 0.0
+        self._places: Dict[socket.socket, Place] = {}
+        self._idle: List[Bell] = []                          # one for each thread without a connection
+        self._given: Dict[Bell, Tuple[Any, Any]] = {}        # its next one
+        self._closing, self._looked_at = False, 0.0
         self._held: Dict[socket.socket, int] = {}            # large answers on their way, oldest first: their bytes
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="http", daemon=True)
         super().__init__((host, port), Handler)
@@ -6231,13 +6251,10 @@ class BridgeServer(ThreadingHTTPServer):
 
     # --- connections and their deadlines ---
 
-    def enter(self, connection: socket.socket, phase: str) -> None:
-        """A connection begins a phase; past its deadline it is closed. `since` is kept until a request was complete."""
-        now = self._clock.monotonic()
+    def place(self, connection: socket.socket) -> Place:
+        """A connection's; of one that was closed to make room, one that nobody looks at."""
         with self._lock:
-            if connection in self._phases:
-                since = now if phase in (Phase.IDLE, Phase.BUSY, Phase.SEND) else self._phases[connection][2]
-                self._phases[connection] = (phase, now + Phase.SECONDS[phase], since)
+            return self._places.get(connection) or Place(self._clock)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Where no file may be opened any more, the connection longest without a complete request makes room."""
@@ -6254,11 +6271,13 @@ class BridgeServer(ThreadingHTTPServer):
         """A thread for the connection. At the cap the one longest without a complete request makes room; 503 when all are busy."""
         if not self._has_place(request):
             return self._turn_away(request)
+        bell: Optional[Bell] = None
         with self._lock:
-            is_taken = self._idle > 0                      # to begin a thread costs more than a short request
-            self._idle -= is_taken
-        if is_taken:
-            self._waiting.put((request, client_address))
+            if self._idle:                                 # to begin a thread costs more than a short request
+                bell = self._idle.pop()
+                self._given[bell] = (request, client_address)
+        if bell:
+            bell.ring()
         else:
             threading.Thread(target=self._serve_connections, args=(request, client_address), name="http", daemon=True).start()
 
@@ -6271,18 +6290,18 @@ class BridgeServer(ThreadingHTTPServer):
             taken = self._next_connection()
 
     def _next_connection(self) -> Optional[Tuple[Any, Any]]:
+        """None when none came soon, and at the end."""
         threading.current_thread().name = "http idle"
+        bell = Bell()
         with self._lock:
             if self._closing:
                 return None
-            self._idle += 1
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._waiting.get(timeout=IDLE_THREAD_SECONDS)
-            with self._lock:
-                if self._idle:                               # else one was promised meanwhile
-                    self._idle -= 1
-                    return None
+            self._idle.append(bell)
+        bell.wait(IDLE_THREAD_SECONDS)
+        with self._lock:
+            if bell in self._idle:
+                self._idle.remove(bell)
+            return self._given.pop(bell, None)
 
     @contextlib.contextmanager
     def holding(self, connection: socket.socket, size: int) -> Iterator[None]:
@@ -6304,20 +6323,19 @@ class BridgeServer(ThreadingHTTPServer):
                 self._held.pop(connection, None)
 
     def _has_place(self, connection: socket.socket) -> bool:
-        now = self._clock.monotonic()
         with self._lock:
-            if len(self._phases) >= CONNECTIONS and not self._make_room(now):
+            if len(self._places) >= CONNECTIONS and not self._make_room(self._clock.monotonic()):
                 return False
-            self._phases[connection] = (Phase.IDLE, now + IDLE_SECONDS, now)
+            self._places[connection] = Place(self._clock)
         return True
 
     def _make_room(self, now: float) -> bool:
         """Closes the connection longest without a complete request; False when all are busy. Under the lock."""
-        waiting = [(since, other) for other, (phase, _, since) in self._phases.items()
-                   if phase != Phase.BUSY and (phase != Phase.SEND or now - since >= STUCK_SECONDS)]
+        waiting = [connection for connection, place in self._places.items()
+                   if place.phase != Phase.BUSY and (place.phase != Phase.SEND or now - place.since >= STUCK_SECONDS)]
         if waiting:
-            oldest = min(waiting, key=lambda pair: pair[0])[1]
-            del self._phases[oldest]
+            oldest = min(waiting, key=lambda connection: self._places[connection].since)
+            del self._places[oldest]
             shut(oldest)
         return bool(waiting)
 
@@ -6334,7 +6352,7 @@ class BridgeServer(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:
-            self._phases.pop(request, None)
+            self._places.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
@@ -6344,7 +6362,7 @@ class BridgeServer(ThreadingHTTPServer):
             return
         self._looked_at = now
         with self._lock:
-            late = [connection for connection, (_, deadline, _) in self._phases.items() if now >= deadline]
+            late = [connection for connection, place in self._places.items() if now >= place.deadline]
         for connection in late:
             shut(connection)
 
@@ -6362,23 +6380,23 @@ class BridgeServer(ThreadingHTTPServer):
         """Lets answers that are being made go out, then ends every connection. Idempotent."""
         self.stop_accepting()
         until = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < until and any(phase in (Phase.BUSY, Phase.SEND) for phase, _, _ in self._snapshot()):
+        while time.monotonic() < until and any(place.phase in (Phase.BUSY, Phase.SEND) for place in self._snapshot()):
             time.sleep(0.01)
         with self._lock:
-            connections = list(self._phases)
+            connections = list(self._places)
         for connection in connections:
             shut(connection)
         while time.monotonic() < until + 1 and self._snapshot():
             time.sleep(0.01)
         with self._lock:
-            idle, self._idle, self._closing = self._idle, 0, True
-        for _ in range(idle):
-            self._waiting.put(None)
+            idle, self._idle, self._closing = self._idle, [], True
+        for bell in idle:
+            bell.ring()
         self.server_close()
 
-    def _snapshot(self) -> List[Tuple[str, float, float]]:
+    def _snapshot(self) -> List[Place]:
         with self._lock:
-            return list(self._phases.values())
+            return list(self._places.values())
 
 
 def shut(connection: socket.socket) -> None:

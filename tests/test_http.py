@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import queue
 import socket
 import sqlite3
 import subprocess
@@ -500,11 +499,11 @@ def test_no_deadline_cuts_an_answer_that_is_waited_for(bridge: Callable[..., Run
 def test_at_the_cap_the_connection_longest_without_a_request_makes_room(served: RunningBridge, monkeypatch: pytest.MonkeyPatch,
                                                                         first: bytes) -> None:
     set_cap(monkeypatch, 2)
-    phases: List[None] = []
-    enter = cab.BridgeServer.enter
-    monkeypatch.setattr(cab.BridgeServer, "enter", lambda *args: phases.append(enter(*args)))    # type: ignore[func-returns-value]
+    began: List[None] = []
+    setup = cab.Handler.setup
+    monkeypatch.setattr(cab.Handler, "setup", lambda *args: began.append(setup(*args)))      # type: ignore[func-returns-value]
     with Wire(served.port) as used, Wire(served.port) as waiting:
-        wait_until(lambda: len(phases) == 2)              # both began to wait for a request
+        wait_until(lambda: len(began) == 2)               # both wait for a request
         assert waiting.send(first) and used.send(request()).answer().status == 200
         with Wire(served.port) as new:
             assert new.send(request()).answer().status == 200
@@ -537,7 +536,7 @@ def test_a_stream_keeps_its_place_for_as_long_as_it_is_silent(bridge: Callable[.
         stream.send(request("GET /api/ask/%s/events HTTP/1.1" % job_id, "Authorization: Bearer %s" % running.admin.token))
         assert stream.answer(has_body=False).status == 200
         assert next(line for line in iter(stream.file.readline, b"") if line == b"event: delta\n")
-        wait_until(lambda: [phase for phase, _, _ in running.bridge._server._snapshot()] == ["busy"])
+        wait_until(lambda: [place.phase for place in running.bridge._server._snapshot()] == ["busy"])
         for phase in (cab.Phase.IDLE, cab.Phase.HEAD, cab.Phase.BODY):
             monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.05)
         for _ in range(20):                                   # until after the deadlines of all other phases
@@ -563,7 +562,7 @@ def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(se
         with pytest.raises(socket.timeout):               # its answers fill the buffers, then the bridge stops reading
             for _ in range(5_000):
                 deaf.send(request("GET /dashboard HTTP/1.1") * 100)
-        wait_until(lambda: [phase for phase, _, _ in served.bridge._server._snapshot()] == ["send"])
+        wait_until(lambda: [place.phase for place in served.bridge._server._snapshot()] == ["send"])
         with Wire(served.port) as new:
             assert new.send(request()).answer().status == 200
 
@@ -575,7 +574,7 @@ def test_of_too_many_large_answers_the_oldest_is_broken_off(bridge: Callable[...
     wanted = request("GET /api/ask/%s HTTP/1.1" % job_id, "Authorization: Bearer " + running.admin.token)
     monkeypatch.setattr(cab, "HELD_BYTES", size * 3 // 2)
     held = running.bridge._server._held
-    with Wire(running.port, buffer=4_096) as deaf, Wire(running.port) as reader:
+    with Wire(running.port, buffer=4_096) as deaf, Wire(running.port, buffer=65_536) as reader:
         deaf.send(wanted)
         wait_until(lambda: held)
         answer = reader.send(wanted).answer()
@@ -638,21 +637,17 @@ def test_a_thread_that_gives_up_takes_the_connection_that_it_was_promised_meanwh
     server = served.bridge._server
     wait_until(lambda: not connection_threads() and not idle_threads())
 
-    class Late:
-        """Gives nothing in time, and then what was promised."""
-        came: List[Any] = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        def late(bell: cab.Bell, seconds: float) -> bool:    # a connection comes as the time is up
+            server.process_request(ours, ("127.0.0.1", 1))
+            return False
 
-        def get(self, timeout: float) -> Any:
-            if self.came:
-                return self.came.pop()
-            self.came.append(("connection", "address"))
-            server._idle -= 1                                # as `process_request` does
-            raise queue.Empty
-
-    monkeypatch.setattr(server, "_waiting", Late())
-    name, current = threading.current_thread().name, threading.current_thread()
-    assert server._next_connection() == ("connection", "address") and server._idle == 0
-    current.name = name
+        monkeypatch.setattr(cab.Bell, "wait", late)
+        name, current = threading.current_thread().name, threading.current_thread()
+        assert server._next_connection() == (ours, ("127.0.0.1", 1)) and not server._idle
+        current.name = name
+        server.shutdown_request(ours)
 
 
 def test_connections_that_come_as_threads_give_up_are_all_served(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2344,8 +2344,11 @@ class Store:
         return self._one_token("id", token_id)
 
     def _one_token(self, column: str, value: str) -> Optional[Token]:
-        sql = "SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column)
-        return self._once((column, value), lambda: next(map(self._token, self._read(sql, value)), None))
+        def read() -> Optional[Token]:
+            rows = self._read("SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column), value)
+            return next(map(self._token, rows), None)
+
+        return self._once((column, value), read)
 
     def tokens(self) -> List[Token]:
         """Newest first."""
@@ -5830,7 +5833,7 @@ class Dispatcher:
         charge(bucket)
         try:
             if route is None or caller is None and route.needs != Needs.NOTHING:
-                raise refusal
+                raise refusal or MissingToken()
             if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
                 raise AdminRequired()
             response = route.answer(Call(self._service, self._backstage, caller, request, parts))
@@ -5842,13 +5845,13 @@ class Dispatcher:
         limits = bucket.headers()
         return response._replace(headers=response.headers + limits) if limits else response
 
-    def _caller(self, request: Request) -> Tuple[Optional[Caller], BridgeError]:
-        """Who calls, or None and why. Raises RateLimited after too many wrong tokens from one address; a right one always passes."""
+    def _caller(self, request: Request) -> Tuple[Optional[Caller], Optional[BridgeError]]:
+        """Who calls, or why nobody does. Raises RateLimited after too many wrong tokens from one address; a right one always passes."""
         secret = bearer(request.headers)
         if secret is None:
             return None, MissingToken()
         try:
-            return self._service.authenticate(secret), MissingToken()
+            return self._service.authenticate(secret), None
         except InvalidToken as error:
             charge(self._buckets.login(self._names.address(request)))
             return None, error

@@ -14,7 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
 
@@ -87,6 +87,22 @@ def nothing_is_left() -> Iterator[None]:
     wait_until(lambda: set(threading.enumerate()) <= threads and set(our_children()) <= children, 8)
 
 
+def asked_once(probe: Callable[..., str]) -> Callable[..., str]:
+    """`probe` for hundreds of bridges over the same fake: what its shell says does not depend on where it is."""
+    known: Dict[Tuple[str, ...], str] = {}
+
+    def ask(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+        words, begins = tuple(argv[1:]), b""
+        with contextlib.suppress(OSError), open(argv[0], "rb") as file:
+            begins = file.read(len(PLAIN))
+        if begins != PLAIN.encode():
+            return probe(argv, environment)
+        if words not in known:
+            known[words] = probe(argv, environment)
+        return known[words]
+    return ask
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_rounds() -> Iterator[None]:
     """The listening thread looks at deadlines, and whether it is to end, more often, and less is waited for what does not end
@@ -100,6 +116,8 @@ def short_rounds() -> Iterator[None]:
         patch.setattr(cab, "FINISH_SECONDS", 0.4)
         patch.setattr(cab, "IDLE_THREAD_SECONDS", 0.002)      # each test looks for threads that were left
         patch.setattr(cab, "ROUND_SECONDS", 0.1)
+        patch.setattr(cab, "TICK_SECONDS", 0.02)
+        patch.setattr(cab, "probe", asked_once(cab.probe))
         patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})     # forking this large process is slow
         yield
 
@@ -111,7 +129,8 @@ def gate(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "gate").touch()
 
 
-PROBES = """case "$1" in
+PLAIN = """#!/bin/sh
+case "$1" in
 --version) echo "2.1.330 (Claude Code)"; exit ;;
 --help) echo "  auth %s"; exit ;;
 --setting-sources=) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
@@ -128,7 +147,7 @@ class FakeClaude:
         folder.mkdir(parents=True, exist_ok=True)
         self.script.write_text("import sys\nsys.path.insert(0, %r)\nimport fake_claude\nsys.exit(fake_claude.main(%r, **%r))\n"
                                % (str(TESTS), str(folder), options))
-        self.path.write_text("#!/bin/sh\n%sexec %s -S %s \"$@\"\n" % ("" if options else PROBES, *map(shlex.quote, (
+        self.path.write_text("%sexec %s -S %s \"$@\"\n" % ("#!/bin/sh\n" if options else PLAIN, *map(shlex.quote, (
             sys.executable, str(self.script)))))
         self.path.chmod(0o755)
 
@@ -335,17 +354,18 @@ def bridge(tmp_path: Path, fake_claude: Callable[..., FakeClaude]) -> Iterator[C
         each.__exit__(None, None, None)
 
 
-# The program without compiling its source at each start and without looking for packages, which it has none of: both take longer
-# than most of what it is started for.
+# The program without compiling its source at each start, without looking for packages, which it has none of, and without looking for
+# garbage among what stays to its end: all take longer than most of what it is started for.
 def imported(change: str = "") -> Tuple[str, ...]:
     """Its command line. change: code that changes `cab` first."""
-    code = "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import claude_api_bridge as cab; %s; cab.run()"
+    code = ("import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import gc; gc.disable(); "
+            "import claude_api_bridge as cab; gc.freeze(); gc.enable(); %s\ncab.run()")
     return sys.executable, "-S", "-c", code % (str(MODULE.parent), str(MODULE), change or "pass")
 
 
 # What `short_rounds` does to a bridge in this process.
 SHORT = ("serve = cab.BridgeServer.serve_forever; cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.005); "
-         "cab.LEAVE_SECONDS, cab.ROUND_SECONDS = 0.4, 0.1")
+         "cab.LEAVE_SECONDS, cab.ROUND_SECONDS, cab.TICK_SECONDS = 0.4, 0.1, 0.02")
 IMPORTED = imported(SHORT)
 # Its demo, whose stand-in for `claude` is started in the same way.
 DEMO = imported(SHORT + "; find = cab.claude_command; "

@@ -12,7 +12,6 @@ from select import select
 
 TYPE_CHECKING = False                   # typing's own would import it
 if TYPE_CHECKING:                       # the fake is started hundreds of times: what one start does not need is imported where it is used
-    from pathlib import Path
     from typing import Any, Dict, List, Mapping, Optional
 
 try:
@@ -65,11 +64,12 @@ class Fake:
 
     def run(self) -> int:
         if self.resumes:
-            if not self._transcript().exists():
+            if not os.path.exists(self._transcript()):
                 self.say(type="result", subtype="error_during_execution", is_error=True, num_turns=0, session_id=self.session,
                          errors=["No conversation found with session ID: " + self.session])
                 return 1
-            self.turns = loads(self._transcript().read_text())
+            with open(self._transcript(), "rb") as file:
+                self.turns = loads(file.read())
         while True:
             line = self.waiting.pop(0) if self.waiting else self.read()
             if line is None:
@@ -162,13 +162,13 @@ class Fake:
         self.say(type="assistant", message={"role": "assistant", "content": [{"type": "text", "text": text}]}, parent_tool_use_id=None)
         self.turns.append(["assistant", text])
         if self.keeps:
-            self._transcript().write_text(dumps(self.turns))
+            with open(self._transcript(), "w") as file:
+                file.write(dumps(self.turns))
         fields = {"structured_output": {"answer": text}} if "jsonSchema" in self.setup else {}
         self.result(text, **fields)
 
-    def _transcript(self) -> Path:
-        from pathlib import Path
-        return Path(self.folder, "session-%s.json" % self.session)
+    def _transcript(self) -> str:
+        return os.path.join(self.folder, "session-%s.json" % self.session)
 
     def act(self, text: str) -> None:
         """Does what the prompt says: `WORD rest`; any other prompt is echoed."""

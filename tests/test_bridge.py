@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
-from conftest import Api, FakeClaude, Program, imported, is_running, run_cli, text_of, wait_until
+from conftest import IMPORTED, Api, FakeClaude, Program, imported, is_running, run_cli, text_of, wait_until
 from test_http import Wire, request
 from test_stream import chunks
 
@@ -313,7 +313,7 @@ def test_an_answer_that_is_nearly_there_goes_out_before_the_end(program: Program
 
 
 def test_a_bridge_under_nohup_outlives_its_terminal(program: Programs) -> None:
-    running = program(command=("nohup", sys.executable, str(cab.__file__)))
+    running = program(command=("nohup", *IMPORTED))
     running.process.send_signal(signal.SIGHUP)
     assert running.api.answer("hello")["response"] == "Echo: hello"
     assert "Shutting down" not in running.stderr

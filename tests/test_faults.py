@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 
 import claude_api_bridge as cab
-from conftest import MODULE, Answer, Api, FakeClaude, Program, RunningBridge, is_running, wait_until
+from conftest import MODULE, TESTS, Answer, Api, FakeClaude, Program, RunningBridge, is_running, wait_until
 
 Bridges = Callable[..., RunningBridge]
 Fakes = Callable[..., FakeClaude]
@@ -486,7 +486,9 @@ def test_after_an_update_the_new_claude_answers_and_the_spare_of_the_old_one_goe
 
 # --- claude misbehaves at each point of its protocol ---
 
-RAW = """import json, os, signal, subprocess, sys, time
+RAW = """import os, sys, time
+sys.path.insert(0, %r)
+from fake_json import dumps, loads
 out = sys.stdout.buffer
 
 def put(data):
@@ -494,10 +496,10 @@ def put(data):
     out.flush()
 
 def say(**message):
-    put(json.dumps(message).encode() + b"\\n")
+    put(dumps(message).encode() + b"\\n")
 
 def hear():
-    return json.loads(sys.stdin.buffer.readline())
+    return loads(sys.stdin.buffer.readline())
 
 def greet():
     say(type="control_response", response={"subtype": "success", "request_id": hear()["request_id"], "response": {}})
@@ -526,18 +528,18 @@ with open(%r, "a") as log:
 # what it does; how the request ends: its answer, or (code, a part of the text)
 MISDEEDS: Dict[str, Tuple[str, Any]] = {
     "dies before it was greeted": ("sys.stderr.write('oh no'); sys.exit(3)", ("cli_error", "(exit code 3) without an answer: oh no")),
-    "dies of a signal": ("os.kill(os.getpid(), signal.SIGKILL)", ("cli_error", "exit code -9")),
+    "dies of a signal": ("os.kill(os.getpid(), 9)", ("cli_error", "exit code -9")),
     "dies after the greeting": ("greet(); os._exit(4)", ("cli_error", "exit code 4")),
     "dies after the prompt": ("greet(); hear(); os._exit(5)", ("cli_error", "exit code 5")),
     "dies in the middle": ("begin(); delta(); os._exit(6)", ("cli_error", "exit code 6")),
     "dies in a line": ("begin(); put(b'{\"type\": \"resu'); os._exit(7)", ("cli_error", "exit code 7")),
     "dies after the result": ("answer(); os._exit(8)", "fine"),
-    "is killed after the result": ("answer(); os.kill(os.getpid(), signal.SIGKILL)", "fine"),
+    "is killed after the result": ("answer(); os.kill(os.getpid(), 9)", "fine"),
     "ends well without an answer": ("begin(); sys.exit(0)", ("cli_error", "exit code 0")),
     "closes its output and stays": ("begin(); os.close(1); time.sleep(60)", ("cli_error", "without an answer")),
     "never reads": ("result('deaf'); time.sleep(60)", "deaf"),
     "reads nothing more": ("greet(); result('rude'); time.sleep(60)", "rude"),
-    "stays after the result and ignores all": ("signal.signal(signal.SIGTERM, signal.SIG_IGN); answer(); time.sleep(60)", "fine"),
+    "stays after the result and ignores all": ("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); answer(); time.sleep(60)", "fine"),
     "tells two results": ("answer(); result('other')", "fine"),
     "goes on after the result": ("answer(); put(b'{broken\\n' * 1000); time.sleep(60)", "fine"),
     "writes all bytes": ("put(bytes(range(256)) * 40 + b'\\n'); answer()", "fine"),
@@ -571,7 +573,7 @@ class Misdeeds:
         self.fake, self.running, self.pids = fake, running, fake.folder / "pids"
 
     def do(self, code: str) -> Dict[str, Any]:
-        self.fake.script.write_text(RAW % str(self.pids) + code + "\n")
+        self.fake.script.write_text(RAW % (str(TESTS), str(self.pids)) + code + "\n")
         return self.running.admin.answer("hi" + "!" * 1000)
 
 
@@ -600,9 +602,11 @@ def test_whatever_claude_does_the_request_ends_so_and_the_bridge_lives_on(misdee
 
 
 @pytest.mark.parametrize("code", ["time.sleep(60)", "greet(); time.sleep(60)", "begin(); delta(); put(b'{'); time.sleep(60)",
-                                  "signal.signal(signal.SIGTERM, signal.SIG_IGN); begin(); time.sleep(60)"])
-def test_a_claude_that_falls_silent_anywhere_is_ended(misdeeds: Callable[..., Misdeeds], code: str) -> None:
-    made = misdeeds(silence_seconds=0.3)
+                                  "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); begin(); time.sleep(60)"])
+def test_a_claude_that_falls_silent_anywhere_is_ended(misdeeds: Callable[..., Misdeeds], monkeypatch: pytest.MonkeyPatch,
+                                                     code: str) -> None:
+    monkeypatch.setattr(cab, "LEAVE_SECONDS", 0.1)
+    made = misdeeds(silence_seconds=0.15)
     body = made.do(code)
     assert (body["status"], body["errorCode"]) == ("error", "timeout")
     wait_until(lambda: not [pid for pid in made.pids.read_text().split() if is_running(int(pid))] if made.pids.exists() else True)
@@ -648,7 +652,7 @@ def test_a_process_that_cannot_be_had_for_a_moment_is_waited_for(fake_claude: Fa
                                                                 scarcity: Callable[[pytest.MonkeyPatch], Callable[[], None]], passes: bool) -> None:
     monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.05,))
     fake = fake_claude()
-    config = cab.Config(data_dir=tmp_path / "data", claude=str(fake.path), spare=0, run_seconds=10 if passes else 0.3)
+    config = cab.Config(data_dir=tmp_path / "data", claude=str(fake.path), spare=0, run_seconds=10 if passes else 0.15)
     cli = cab.ClaudeCli(cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}), config, cab.Clock(), "scarce",
                         lambda *_: None)
     live = cab.LiveText()

@@ -1395,8 +1395,8 @@ def test_a_run_that_is_cancelled_by_another_hand_or_whose_token_is_revoked(bridg
 
 def test_a_late_answer_begins_with_blanks(bridge: Start, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch, quick: None,
                                           tmp_path: Path) -> None:
-    monkeypatch.setattr(cab, "WAIT_SECONDS", 0.12)
-    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.06)
+    monkeypatch.setattr(cab, "WAIT_SECONDS", 0.04)
+    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.02)
     running = bridge(fake)
     for api in PATHS:
         for n, (step, kind) in enumerate((({"result": "late"}, ""), ({"fail": {"result": "It broke"}},

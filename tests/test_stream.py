@@ -519,7 +519,7 @@ def test_a_slow_reader_gets_in_few_pieces_what_the_run_did_not_wait_to_tell_it(a
 
 
 def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.SEND, 0.5)              # the last event alone takes longer
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.SEND, 0.25)             # the last event alone takes longer
     setup = cab.Handler.setup
     monkeypatch.setattr(cab.Handler, "setup", lambda handler: (
         handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16), setup(handler)))
@@ -529,7 +529,7 @@ def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Ap
     with Deaf(api.port, 1 << 16) as wire:
         wire.send(request(follow_line(job_id), bearer(api)))
         while not data.endswith(b"0\r\n\r\n"):
-            pace.wait(0.02)
+            pace.wait(0.01)
             part = wire.socket.recv(1 << 16)
             assert part, "cut after %d bytes" % len(data)
             data += part

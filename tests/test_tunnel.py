@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
-from conftest import IMPORTED, MODULE, Api, FakeClaude, FakeClock, Program, RunningBridge, is_running, run_cli, wait_until
+from conftest import IMPORTED, SHORT, Api, FakeClaude, FakeClock, Program, RunningBridge, imported, is_running, run_cli, wait_until
 from fake_cloudflared import FAILURES, HANGING, HARMLESS, PRE_CHECKS, WELCOME, FakeCloudflared, box, failing, ingress, named, quick
 
 import claude_api_bridge as cab
@@ -646,7 +646,7 @@ def test_one_that_neither_answers_nor_goes_is_gone_when_the_tunnel_is_closed(rig
     fake.turn("ready", "drip")
     one.clock.advance(5)
     join = one.tunnel._thread.join
-    monkeypatch.setattr(one.tunnel._thread, "join", lambda seconds: join(min(seconds, 1.0)))
+    monkeypatch.setattr(one.tunnel._thread, "join", lambda seconds: join(min(seconds, 0.2)))
     wait_until((fake.folder / "dripping").exists)            # the look at it is under way, and would go on for minutes
     one.tunnel.close()
     assert (alive(fake), one.tunnel._thread.is_alive(), one.tunnel.state, one.noted) == ([], False, "stopped", {})
@@ -1340,8 +1340,7 @@ def test_a_local_peer_is_believed_by_each_of_its_addresses(peer: str) -> None:
 
 # --- as a program ---
 
-PATCHED = """
-import claude_api_bridge as cab
+PATCHED = SHORT + """
 cab.TUNNEL_BACK_OFF_SECONDS, cab.READY_SECONDS, cab.CLOSE_SECONDS = (0.1,) * 5, 0.1, 0.8
 class Impatient(cab.threading.Event):
     def wait(self, timeout=None):
@@ -1352,7 +1351,6 @@ def impatient(tunnel, *told):
     tunnel._stopping = Impatient()
 cab.Tunnel.__init__ = impatient
 %s
-cab.run()
 """
 
 
@@ -1389,9 +1387,8 @@ def start(tmp_path: Path, fake: FakeCloudflared, fake_claude: Callable[..., Fake
     claude = fake_claude()
 
     def make(*flags: str, patch: Optional[str] = "", environ: Optional[Mapping[str, str]] = None) -> TunnelProgram:
-        command = list(IMPORTED) if patch is None else [sys.executable, "-c", PATCHED % patch]
-        environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "LANG": "C.UTF-8",
-                       **({} if patch is None else {"PYTHONPATH": str(MODULE.parent)}), **(environ or {})}
+        command = IMPORTED if patch is None else imported(PATCHED % patch)
+        environment = {"PATH": "/nowhere", "HOME": str(tmp_path), "LANG": "C.UTF-8", **(environ or {})}
         started.append(TunnelProgram([*command, "start", "--port", "0", "--data-dir", str(tmp_path / "data"), "--claude", str(claude.path),
                                       "--spare", "0", "--cloudflared", str(fake.path), *flags], environment, tmp_path))
         return started[-1]

@@ -12,6 +12,7 @@ from select import select
 
 TYPE_CHECKING = False                   # typing's own would import it
 if TYPE_CHECKING:                       # the fake is started hundreds of times: what one start does not need is imported where it is used
+    from pathlib import Path
     from typing import Any, Dict, List, Mapping, Optional
 
 try:
@@ -64,11 +65,11 @@ class Fake:
 
     def run(self) -> int:
         if self.resumes:
-            if not os.path.exists(self._transcript()):
+            if not os.path.exists(self.kept):
                 self.say(type="result", subtype="error_during_execution", is_error=True, num_turns=0, session_id=self.session,
                          errors=["No conversation found with session ID: " + self.session])
                 return 1
-            with open(self._transcript(), "rb") as file:
+            with open(self.kept, "rb") as file:
                 self.turns = loads(file.read())
         while True:
             line = self.waiting.pop(0) if self.waiting else self.read()
@@ -162,13 +163,19 @@ class Fake:
         self.say(type="assistant", message={"role": "assistant", "content": [{"type": "text", "text": text}]}, parent_tool_use_id=None)
         self.turns.append(["assistant", text])
         if self.keeps:
-            with open(self._transcript(), "w") as file:
+            with open(self.kept, "w") as file:
                 file.write(dumps(self.turns))
         fields = {"structured_output": {"answer": text}} if "jsonSchema" in self.setup else {}
         self.result(text, **fields)
 
-    def _transcript(self) -> str:
+    @property
+    def kept(self) -> str:
+        """The file of the session."""
         return os.path.join(self.folder, "session-%s.json" % self.session)
+
+    def _transcript(self) -> Path:
+        from pathlib import Path                         # not for an ordinary answer: it takes as long as all else in a start
+        return Path(self.kept)
 
     def act(self, text: str) -> None:
         """Does what the prompt says: `WORD rest`; any other prompt is echoed."""

@@ -99,7 +99,7 @@ def test_the_version_is_all_that_is_printed(typed: Typed, words: List[str]) -> N
 
 def run_code(code: str, *words: str) -> "subprocess.CompletedProcess[str]":
     """A program that can import the module."""
-    return subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path.insert(0, %r); %s" % (str(MODULE.parent), code), *words],
+    return subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path.insert(0, %r)\n%s" % (str(MODULE.parent), code), *words],
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
 
 
@@ -112,11 +112,18 @@ def test_the_version_is_told_without_importing_the_server(word: str, name: str) 
     assert (done.returncode, done.stdout, done.stderr) == (0, cab.__version__ + "\nset()\n", "")
 
 
-@pytest.mark.parametrize("name", ["-c", "/claude_api_bridge/other.py", "other-claude_api_bridge/claude_api_bridge_test.py", ""])
-def test_a_program_that_only_imports_the_module_has_its_own_version(name: str) -> None:
-    for words in (["--version"], ["-v"]):
-        done = run_code("sys.argv[0] = %r; import claude_api_bridge; print('mine')" % name, *words)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "mine\n", "")
+def test_a_program_that_only_imports_the_module_has_its_own_version() -> None:
+    names = ["-c", "/claude_api_bridge/other.py", "other-claude_api_bridge/claude_api_bridge_test.py", ""]
+    done = run_code("""
+for name in %r:
+    for word in ("--version", "-v"):
+        sys.argv = [name, word]
+        sys.modules.pop("claude_api_bridge", None)
+        import claude_api_bridge
+        print("mine", name, word)
+""" % names)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["mine %s %s" % (name, word) for name in names for word in ("--version", "-v")]
 
 
 def test_a_start_does_not_load_what_only_a_download_needs() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 import pytest
 
 import claude_api_bridge as cab
-from conftest import MODULE, FakeClaude, Program, run_cli, wait_until
+from conftest import MODULE, SHORT, FakeClaude, Program, run_cli, wait_until
 from test_store import ORIGINAL
 from test_tunnel import FakeCloudflared, FileServer, fake, pin, pinned_fake, serve, whole
 
@@ -50,21 +50,22 @@ def look(event, words):
     finally:
         looking.discard(me)
 
-os.umask({umask})
+os.umask(0)
 sys.addaudithook(look)
 import claude_api_bridge as cab
+{short}
 {patch}
 cab.run()
 """
 
 
 class Watched:
-    """The program, looking at `root` and noting every file and its rights. umask: under which it is started."""
+    """The program, looking at `root` and noting every file and its rights. It is started under a umask that closes nothing."""
 
-    def __init__(self, folder: Path, umask: int, patch: str = "") -> None:
+    def __init__(self, folder: Path, patch: str = "") -> None:
         self.root, self._notes = folder / "root", folder / "notes"
         self.root.mkdir()
-        code = LOOKING.format(folder=str(MODULE.parent), module=str(MODULE), notes=str(self._notes), root=str(self.root), umask=umask,
+        code = LOOKING.format(folder=str(MODULE.parent), module=str(MODULE), notes=str(self._notes), root=str(self.root), short=SHORT,
                               patch=patch)
         self.command = (sys.executable, "-S", "-c", code)
         self.data = self.root / "made" / "on the way" / "data"
@@ -95,11 +96,10 @@ def umask_of(pid: int) -> str:
     return next(line.split()[1] for line in Path("/proc/%d/status" % pid).read_text().splitlines() if line.startswith("Umask:"))
 
 
-@pytest.mark.parametrize("umask", (0, 0o077), ids=oct)
 def test_every_file_is_closed_to_others_from_its_first_moment(tmp_path: Path, fake_claude: Callable[..., FakeClaude], fake: FakeCloudflared,
-                                                              serve: Callable[..., FileServer], umask: int) -> None:
+                                                              serve: Callable[..., FileServer]) -> None:
     data, claude = pinned_fake(fake), fake_claude()
-    watched = Watched(tmp_path, umask, pin(data))
+    watched = Watched(tmp_path, pin(data))
     watched.run("token", "create", "first", "--tools", "read")           # also where there is no folder yet
     (tmp_path / ".claude.json").write_text('{"oauthAccount": {"accountUuid": "1"}}')
     running = Program([*watched.command, "start", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(watched.data), "--claude",
@@ -127,7 +127,7 @@ def test_every_file_is_closed_to_others_from_its_first_moment(tmp_path: Path, fa
 
 
 def test_a_copy_of_the_original_s_database_is_closed_to_others_from_its_first_moment(tmp_path: Path) -> None:
-    watched = Watched(tmp_path, 0)
+    watched = Watched(tmp_path)
     watched.data.mkdir(parents=True)
     for each in (watched.data, *watched.data.relative_to(watched.root).parents):
         (watched.root / each).chmod(0o700)

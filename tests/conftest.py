@@ -367,9 +367,14 @@ def imported(change: str = "") -> Tuple[str, ...]:
 SHORT = ("serve = cab.BridgeServer.serve_forever; cab.BridgeServer.serve_forever = lambda server, *_: serve(server, 0.005); "
          "cab.LEAVE_SECONDS, cab.ROUND_SECONDS, cab.TICK_SECONDS = 0.4, 0.1, 0.02")
 IMPORTED = imported(SHORT)
-# Its demo, whose stand-in for `claude` is started in the same way.
-DEMO = imported(SHORT + "; find = cab.claude_command; "
-                "cab.claude_command = lambda config, environ: %r if config.demo else find(config, environ)" % ((*IMPORTED, "demo-claude"),))
+# Its demo, whose stand-in for `claude` is started in the same way, and asked within the program what it is.
+DEMO = imported(SHORT + """
+import contextlib, io
+def probe(argv, environment):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        cab.DemoClaude(argv[argv.index("demo-claude") + 1:]).run()
+    return said.getvalue()
+cab.claude_command, cab.probe = lambda config, environ: %r, probe""" % ((*IMPORTED, "demo-claude"),))
 
 
 class Program:

@@ -449,7 +449,7 @@ fake_claude.Fake.act_forgotten = forgotten
 
 def test_silence_counts_again_once_the_tool_is_done(direct: Directs, fake_claude: Fakes, hasty: None) -> None:
     fake = twist(fake_claude(), FORGOTTEN)
-    assert "no sign of life" in direct(fake, silence_seconds=0.3, run_seconds=20).failure("forgotten")[1]
+    assert "no sign of life" in direct(fake, silence_seconds=0.15, run_seconds=20).failure("forgotten")[1]
 
 
 def test_a_dead_process_is_noticed_though_its_pipes_are_held_and_what_it_started_ends(bridge: Bridges, fake_claude: Fakes, tmp_path: Path,

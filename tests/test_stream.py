@@ -442,9 +442,9 @@ def test_readers_that_come_and_go_have_the_text_in_the_end(bridge: Start, fake_c
     monkeypatch.setattr(cab, "DELTA_CHARACTERS", 7)
     chance, claude = random.Random(5), fake_claude()
     api = bridge(claude, spare=0).admin.new_token(sessionMode="stateful")    # one process answers all, since its conversation stays warm
-    asked = [random_steps(chance) for _ in range(200)]
+    asked = [random_steps(chance) for _ in range(100)]
     with ThreadPoolExecutor(4) as readers:
-        for start in range(0, 200, 50):
+        for start in range(0, 100, 50):
             ids = [api.ask(script(*steps)) for steps in asked[start:start + 50]]
             found = readers.map(lambda job_id: read_with_breaks(api, job_id, random.Random(job_id)), ids)
             for steps, (text, response) in zip(asked[start:], found):

@@ -12,6 +12,6 @@ import kill  # noqa: E402
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_SET_PDEATHSIG")
 def test_what_was_accepted_ends_once_and_in_order_however_often_the_bridge_is_killed(tmp_path: Path) -> None:
-    found = kill.campaign(kills=2, seed=7, clients=3, folder=tmp_path)
+    found = kill.campaign(kills=3, seed=7, clients=3, folder=tmp_path)
     assert found["violations"] == []
     assert found["accepted"] > 0 and found["completed"] > 0

@@ -180,6 +180,7 @@ KEPT_BYTES = 16_384                  # and the largest answer among them
 WRITE_SECONDS = 10.0                 # how long a write waits for others, and for the lock of another program
 LOOK_AGAIN_SECONDS = 0.05            # after which a change that another program made to the database counts
 CHECK_SECONDS = 5.0                  # how often /health really writes
+HEALTH_SECONDS = 1.0                 # and how long it waits for that
 WAIT_SECONDS = 90.0                  # below the 100 s after which tunnels and proxies cut a silent answer
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
@@ -344,7 +345,7 @@ class Bell:
         self._lock.acquire(blocking=False)
 
     def wait(self, seconds: float) -> bool:
-        """-> whether it has rung since the last wait; that is forgotten then."""
+        """-> whether it has rung since the last wait; that is forgotten then. seconds: -1 for without end."""
         return self._lock.acquire(timeout=seconds)
 
 
@@ -561,6 +562,7 @@ def error_body(error: BridgeError) -> Dict[str, Any]:
 # callers send, then the records that the rooms pass around, then the words of HTTP and of the CLI.
 
 
+@lru_cache(maxsize=256)
 def to_wire(name: str) -> str:
     """system_prompt -> systemPrompt."""
     head, *rest = name.split("_")
@@ -2097,7 +2099,7 @@ class Write:
     gives it up, whoever is first; done: set once it is on disk, or has failed with `error`."""
 
     def __init__(self, act: Callable[[sqlite3.Connection], Any]) -> None:
-        self.act, self.claim, self.done = act, threading.Lock(), threading.Event()
+        self.act, self.claim, self.done = act, threading.Lock(), Bell()
         self.result: Any = None
         self.error: Optional[BaseException] = None
 
@@ -2123,6 +2125,8 @@ class Store:
         self._writer = threading.Thread(target=self._write_all, name="writer", daemon=True)
         self._touched: Dict[str, float] = {}                 # token -> when its use was noted last
         self._kept: Dict[Any, Any] = {}
+        self._kept_tokens: Dict[Tuple[str, str], Optional[Token]] = {}      # also over our own changes of anything else
+        self._are_tokens_changed = False                     # by what is being written
         self._version_seen, self._look_at = 0, float("-inf")
         self._is_closed = False
         self._read_lock = threading.Lock()
@@ -2216,7 +2220,7 @@ class Store:
         if not write.done.wait(WRITE_SECONDS if wait_seconds is None else wait_seconds):
             if write.claim.acquire(blocking=False):
                 raise self._told(sqlite3.OperationalError("it is busy, or locked by another program"))
-            write.done.wait()                                # it was begun: the end is near
+            write.done.wait(-1)                              # it was begun: the end is near
         if write.error:
             raise write.error
         return write.result
@@ -2237,8 +2241,10 @@ class Store:
                 for write in writes:
                     write.error = write.error or self._told(error)
             self._kept = {}
+            if self._are_tokens_changed:
+                self._are_tokens_changed, self._kept_tokens = False, {}
             for write in writes:
-                write.done.set()
+                write.done.ring()
 
     def _commit(self, writes: Sequence[Write]) -> None:
         """What one of them did before it failed is undone; the others are stored."""
@@ -2296,12 +2302,12 @@ class Store:
     def kept(self) -> Dict[Any, Any]:
         """What was read since the database changed last, by anything that names it; empty after a change. Whoever adds to it asks for it
         *before* reading: what changes meanwhile puts a new one in its place. Changes of other programs count after LOOK_AGAIN_SECONDS."""
-        now = self._clock.monotonic()
-        if now >= self._look_at or len(self._kept) >= KEPT:
+        now, is_full = self._clock.monotonic(), len(self._kept) + len(self._kept_tokens) >= KEPT
+        if now >= self._look_at or is_full:
             self._look_at = now + LOOK_AGAIN_SECONDS
             version = self._read("PRAGMA data_version")[0][0]
-            if version != self._version_seen or len(self._kept) >= KEPT:
-                self._version_seen, self._kept = version, {}
+            if version != self._version_seen or is_full:
+                self._version_seen, self._kept, self._kept_tokens = version, {}, {}
         return self._kept
 
     def check_writable(self) -> None:
@@ -2309,7 +2315,7 @@ class Store:
         now = self._clock.monotonic()
         is_due = now - self._checked_at >= CHECK_SECONDS         # anybody may ask, and each is a write to disk
         self._write(Write(lambda db: db.execute(                 # of a page, since a full disk is noticed only then
-            "INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?", (str(now), is_due))), wait_seconds=1)
+            "INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?", (str(now), is_due))), HEALTH_SECONDS)
         self._checked_at = now if is_due else self._checked_at
 
     def _once(self, key: Any, read: Callable[[], Read]) -> Read:
@@ -2335,6 +2341,7 @@ class Store:
                    (token.id, token.name, token.prefix, token.session_mode, token.expires_at, token.created_at, None,
                     int(token.is_admin), as_json(token.tools), token.workspace, token.requests_per_minute, token.requests_per_day,
                     as_json(token.models), digest(secret)))
+        self._are_tokens_changed = True
         return token
 
     def token_by_digest(self, token_hash: str) -> Optional[Token]:
@@ -2344,11 +2351,12 @@ class Store:
         return self._one_token("id", token_id)
 
     def _one_token(self, column: str, value: str) -> Optional[Token]:
-        def read() -> Optional[Token]:
-            rows = self._read("SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column), value)
-            return next(map(self._token, rows), None)
-
-        return self._once((column, value), read)
+        self.kept()                                          # other programs make and revoke tokens, too
+        kept, key = self._kept_tokens, (column, value)
+        if key not in kept:
+            sql = "SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column)
+            kept[key] = next(map(self._token, self._read(sql, value)), None)
+        return kept[key]
 
     def tokens(self) -> List[Token]:
         """Newest first."""
@@ -2359,7 +2367,11 @@ class Store:
         now = self._clock.now()
         if not 0 <= now - self._touched.get(token.id, token.last_used_at or 0.0) < 60:
             self._touched[token.id] = now
-            self._writes.put(Write(lambda db: db.execute("UPDATE tokens SET last_used_at = ? WHERE id = ?", (now, token.id))))
+            self._writes.put(Write(lambda db: self._touch(db, token.id, now)))
+
+    def _touch(self, db: sqlite3.Connection, token_id: str, now: float) -> None:
+        db.execute("UPDATE tokens SET last_used_at = ? WHERE id = ?", (now, token_id))
+        self._are_tokens_changed = True
 
     def has_admin(self) -> bool:
         return bool(self._read("SELECT 1 FROM tokens WHERE is_admin AND (expires_at IS NULL OR expires_at > ?)", self._clock.now()))
@@ -2377,6 +2389,7 @@ class Store:
             raise LastAdmin()
         open_jobs = db.execute("SELECT id FROM jobs WHERE token_id = ? AND status IN ('queued', 'processing')", (token_id,)).fetchall()
         db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
+        self._are_tokens_changed = True
         return [job_id for job_id, in open_jobs]
 
     @staticmethod
@@ -4204,7 +4217,7 @@ class Worker:
             except Unavailable as error:
                 if n == 0:
                     self._report("What came of a request cannot be stored, and is tried again every second: %s" % error)
-                if self._stopping.wait(1):
+                if self._stopping.wait(ROUND_SECONDS):
                     raise
                 self._claude.tend()
         raise AssertionError("unreachable")
@@ -4513,6 +4526,7 @@ class Service:
     def _job(self, caller: Caller, job_id: str, is_light: bool = False) -> Job:
         job = self._store.job(job_id, is_light)
         if job is None or not (caller.is_admin or job.token_id == caller.token.id):
+            self.check_token(caller)                         # if it was revoked meanwhile, its requests went with it
             raise NotFound("Request not found")
         return job
 

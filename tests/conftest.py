@@ -117,6 +117,7 @@ def short_rounds() -> Iterator[None]:
         patch.setattr(cab, "IDLE_THREAD_SECONDS", 0.002)      # each test looks for threads that were left
         patch.setattr(cab, "ROUND_SECONDS", 0.1)
         patch.setattr(cab, "TICK_SECONDS", 0.02)
+        patch.setattr(cab, "HEALTH_SECONDS", 0.3)
         patch.setattr(cab, "probe", asked_once(cab.probe))
         patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})     # forking this large process is slow
         yield

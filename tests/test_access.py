@@ -627,7 +627,6 @@ def test_tokens_together_leave_places_for_an_admin(bridge: Start, gate: Path, mo
     monkeypatch.setattr(cab, "CONNECTIONS", 8)
     monkeypatch.setattr(cab, "WATCHES", 4)
     monkeypatch.setattr(cab, "ALL_WATCHES", 6)
-    monkeypatch.setattr(cab, "TICK_SECONDS", 0.1)            # the line moves on at the end of a run: not while tokens are revoked
     running = bridge()
     apps = [running.admin.new_token(name) for name in ("one", "two", "three")]
     asked = [app.ask("hold %s" % gate) for app in apps]

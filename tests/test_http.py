@@ -574,7 +574,7 @@ def test_of_too_many_large_answers_the_oldest_is_broken_off(bridge: Callable[...
     wanted = request("GET /api/ask/%s HTTP/1.1" % job_id, "Authorization: Bearer " + running.admin.token)
     monkeypatch.setattr(cab, "HELD_BYTES", size * 3 // 2)
     held = running.bridge._server._held
-    with Wire(running.port, buffer=4_096) as deaf, Wire(running.port, buffer=65_536) as reader:
+    with Wire(running.port, buffer=4_096) as deaf, Wire(running.port, buffer=4_096) as reader:
         deaf.send(wanted)
         wait_until(lambda: held)
         answer = reader.send(wanted).answer()

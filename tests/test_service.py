@@ -259,6 +259,20 @@ def test_a_wait_ends_when_the_token_is_revoked(bench: Bench) -> None:
     assert isinstance(result(), cab.InvalidToken)
 
 
+def test_a_token_that_goes_between_two_looks_of_a_wait_is_told_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    caller, check = bench.caller(), bench.service.check_token
+    job = bench.ask(caller)
+
+    def goes_then(who: cab.Caller) -> None:                  # with its requests, so that none is found any more
+        check(who)
+        bench.service.revoke_token(who.token.id)
+
+    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(bench.service, "check_token", goes_then)
+    with pytest.raises(cab.InvalidToken):
+        bench.service.poll(caller, job.id, wait=30)
+
+
 def test_revoking_a_token_rings_for_its_unfinished_jobs(bench: Bench) -> None:
     caller = bench.caller()
     jobs = [bench.ask(caller) for _ in range(2)]

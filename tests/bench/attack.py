@@ -1092,7 +1092,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--settle", type=float, default=40.0, help="how long threads and files may need to go (default: 40)")
     parser.add_argument("--median-ms", type=float, default=100.0, help="most at the median of the good client's polls (default: 100)")
     parser.add_argument("--longest-ms", type=float, default=5000.0, help="most for any of its polls (default: 5000)")
-    parser.add_argument("--memory-mb", type=float, default=150.0, help="most memory of the bridge (default: 150)")
+    parser.add_argument("--memory-mb", type=float, default=160.0, help="most memory of the bridge (default: 160)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--good", type=int, default=0, help=argparse.SUPPRESS)

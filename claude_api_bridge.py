@@ -4706,7 +4706,7 @@ def answer_ask(call: Call) -> Response:
 
 
 def answer_events(call: Call) -> Response:
-    call.body()                                      # nothing is taken from it, but what is not read hides a hang-up
+    call.body()                                              # nothing is taken from it, but what is not read hides a hang-up
     after = check_offset(call.request.headers.get("last-event-id") or call.request.query.get("after")) or 0
     job_id = call.parts["requestId"]
     return stream_response(event_bytes(job_id, call.service.follow(call.holder, job_id, after, has_left=call.request.has_left)))
@@ -5959,6 +5959,8 @@ def read_head(block: bytes) -> Head:
     Replaces the lenient parser of http.server, which lets two differing lengths or a bare CR pass. Raises MalformedRequest and others;
     the connection is then closed, since nobody knows where the next request begins.
     """
+    if not block.endswith(b"\r\n\r\n"):                     # a blank line behind one that a bare LF ends
+        raise MalformedRequest("Malformed header line")
     first, *lines = block[:-4].split(b"\r\n")
     found = REQUEST_LINE.fullmatch(first)
     if not found:
@@ -6036,7 +6038,8 @@ class Handler(BaseHTTPRequestHandler):
             if not come:
                 self.close_connection = True
                 return
-            if b"\r\n\r\n" not in come:
+            self._head_bytes = come.find(b"\r\n\r\n") + 4   # 3 where not all of it is there
+            if self._head_bytes < 4:
                 self._place.enter(Phase.HEAD)
             super().handle_one_request()
         except (ConnectionError, socket.timeout, ValueError):
@@ -6060,12 +6063,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _head_block(self) -> bytes:
         """Up to and with the blank line. Raises HeadTooLarge, MalformedRequest."""
-        first = self.raw_requestline if self.raw_requestline.strip() else self.rfile.readline(HEAD_BYTES + 1)   # one blank line may lead
-        if first.endswith(b"\r\n") and len(first) < HEAD_BYTES // 2:
-            come = first[-2:] + self.rfile.peek(1)          # type: ignore[attr-defined]
-            end = come.find(b"\r\n\r\n")
-            if end >= 0:                                    # as nearly always: all of it is there
-                return first + self.rfile.read(end + 2)
+        first, left = self.raw_requestline, self._head_bytes - len(self.raw_requestline)
+        if not first.strip():                               # one blank line may lead
+            first = self.rfile.readline(HEAD_BYTES + 1)
+            left -= len(first)
+        if left > 0:                                        # as nearly always: all of it is there
+            return first + self.rfile.read(left)
         lines, size = [first], len(first)
         while lines[-1] != b"\r\n":
             if size > HEAD_BYTES:

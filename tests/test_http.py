@@ -318,6 +318,12 @@ def test_a_bare_lf_in_a_value_hides_no_request(served: RunningBridge) -> None:
         assert wire.send(request("GET /health HTTP/1.1", "X: a\n\n" + HIDDEN.decode())).last_answer().status == 400
 
 
+@pytest.mark.parametrize("sent", [b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\n\r\n", b"GET /health HTTP/1.0x\n\r\n", b"\n\r\n\r\n"])
+def test_a_blank_line_behind_a_bare_lf_ends_no_head(served: RunningBridge, sent: bytes) -> None:
+    with Wire(served.port) as wire:
+        assert wire.send(sent).last_answer().status == 400
+
+
 def test_a_refused_head_is_refused_on_a_used_connection_too(served: RunningBridge) -> None:
     with Wire(served.port) as wire:
         assert wire.send(request()).answer().status == 200

@@ -355,15 +355,19 @@ async def crowd(count: int, one: Callable[[int], Awaitable[None]], at_once: int 
 
 
 async def exchange(field: Field, sent: bytes, expected: Sequence[str] = (), name: str = "", seconds: float = 20.0, answers: int = 0,
-                   ends: bool = False) -> bytes:
-    """One connection: sends, hears, closes. ends: whether the sending side is shut before. -> what came."""
+                   ends: bool = False, cut: int = 0) -> bytes:
+    """One connection: sends, hears, closes. ends: whether the sending side is shut before; cut: so many bytes come in a packet of their
+    own. -> what came."""
     try:
         wire = await Wire(field).open()
     except (OSError, asyncio.TimeoutError) as error:
         field.note(type(error).__name__)
         return b""
     try:
-        await wire.send(sent)
+        if cut:
+            await wire.send(sent[:cut])
+            await asyncio.sleep(0.01)
+        await wire.send(sent[cut:])
         if ends:
             try:
                 wire.socket.shutdown(socket.SHUT_WR)
@@ -398,6 +402,8 @@ SMUGGLES: Sequence[Tuple[str, bytes, Sequence[str]]] = (
       for value in (b"0, 0", b"+0", b"-1", b"0x0", b"1e1", b"", b"9" * 30, b"1_0", "٣".encode())),
     ("bare LF at each line", HIDDEN.replace(b"\r\n", b"\n") + HIDDEN, ["400"]),
     ("bare LF in a value", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\n" + HIDDEN, ["400"]),
+    ("bare LF before the blank line", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\n\r\n" + HIDDEN, ["400"]),
+    ("bare LF behind the request line", b"GET / HTTP/1.0x\n\r\n" + HIDDEN, ["400"]),
     ("CR only", b"GET / HTTP/1.1\rHost: localhost\r\r" + HIDDEN, ["400"]),
     ("CR in a value", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\rY: b\r\n\r\n" + HIDDEN, ["400"]),
     ("folded line", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\r\n b\r\n\r\n" + HIDDEN, ["400"]),
@@ -432,9 +438,10 @@ SMUGGLES: Sequence[Tuple[str, bytes, Sequence[str]]] = (
 async def smuggle(field: Field) -> None:
     async def one(number: int) -> None:
         name, sent, expected = SMUGGLES[number % len(SMUGGLES)]
-        await exchange(field, sent, expected, name)
+        await exchange(field, sent, expected, name, cut=number // len(SMUGGLES) * len(sent) // tries)
 
-    await crowd(field.count(10) * len(SMUGGLES), one, 16)
+    tries = field.count(10)
+    await crowd(tries * len(SMUGGLES), one, 16)
 
 
 @attack("chunks that hide a request")

@@ -2318,8 +2318,8 @@ class Store:
             "INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?", (str(now), is_due))), HEALTH_SECONDS)
         self._checked_at = now if is_due else self._checked_at
 
-    def _once(self, key: Any, read: Callable[[], Read]) -> Read:
-        kept = self.kept()
+    @staticmethod
+    def _once(kept: Dict[Any, Any], key: Any, read: Callable[[], Read]) -> Read:
         if key not in kept:
             kept[key] = read()
         found: Read = kept[key]
@@ -2351,12 +2351,9 @@ class Store:
         return self._one_token("id", token_id)
 
     def _one_token(self, column: str, value: str) -> Optional[Token]:
+        sql = "SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column)
         self.kept()                                          # other programs make and revoke tokens, too
-        kept, key = self._kept_tokens, (column, value)
-        if key not in kept:
-            sql = "SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column)
-            kept[key] = next(map(self._token, self._read(sql, value)), None)
-        return kept[key]
+        return self._once(self._kept_tokens, (column, value), lambda: next(map(self._token, self._read(sql, value)), None))
 
     def tokens(self) -> List[Token]:
         """Newest first."""
@@ -2471,7 +2468,7 @@ class Store:
     def job(self, job_id: str, is_light: bool = False) -> Optional[Job]:
         """is_light: without what was asked and answered, which may be large."""
         if is_light:
-            return self._once(("job", job_id), lambda: self._one_job(LIGHT_COLUMNS, job_id))
+            return self._once(self.kept(), ("job", job_id), lambda: self._one_job(LIGHT_COLUMNS, job_id))
         with self._large:
             return self._one_job(JOB_COLUMNS, job_id)
 
@@ -2500,7 +2497,7 @@ class Store:
         def read() -> Tuple[int, int]:
             with self._reading() as db:
                 return self._places(db, job)
-        return self._once(("places", job.id, job.status), read)
+        return self._once(self.kept(), ("places", job.id, job.status), read)
 
     @staticmethod
     def _places(db: sqlite3.Connection, job: Job) -> Tuple[int, int]:
@@ -2610,8 +2607,8 @@ class Store:
 
     def counts(self) -> Dict[str, int]:
         """Jobs per status, and `tokens`."""
-        return self._once("counts", lambda: {"tokens": self._read("SELECT count(*) FROM tokens")[0][0],
-                                             **dict(self._read("SELECT status, count(*) FROM jobs GROUP BY status"))})
+        return self._once(self.kept(), "counts", lambda: {"tokens": self._read("SELECT count(*) FROM tokens")[0][0],
+                                                          **dict(self._read("SELECT status, count(*) FROM jobs GROUP BY status"))})
 
     @staticmethod
     def _job(row: Tuple[Any, ...]) -> Job:

@@ -5857,10 +5857,10 @@ class Dispatcher:
         return response._replace(headers=response.headers + limits) if limits else response
 
     def _caller(self, request: Request) -> Tuple[Optional[Caller], Optional[BridgeError]]:
-        """Who calls, or why nobody does. Raises RateLimited after too many wrong tokens from one address; a right one always passes."""
+        """Who calls, or why a token is refused. Raises RateLimited after too many wrong ones from one address; a right one passes."""
         secret = bearer(request.headers)
         if secret is None:
-            return None, MissingToken()
+            return None, None
         try:
             return self._service.authenticate(secret), None
         except InvalidToken as error:
@@ -6064,7 +6064,7 @@ class Handler(BaseHTTPRequestHandler):
         if not first.strip():                               # one blank line may lead
             first = self.rfile.readline(HEAD_BYTES + 1)
             left -= len(first)
-        if left > 0:                                        # as nearly always: all of it is there
+        if left > 0 and self._head_bytes <= HEAD_BYTES:     # as nearly always: all of it is there
             return first + self.rfile.read(left)
         lines, size = [first], len(first)
         while lines[-1] != b"\r\n":

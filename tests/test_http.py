@@ -324,6 +324,12 @@ def test_a_blank_line_behind_a_bare_lf_ends_no_head(served: RunningBridge, sent:
         assert wire.send(sent).last_answer().status == 400
 
 
+def test_a_head_is_too_large_also_where_all_of_it_fits_in_a_buffer(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab.Handler, "rbufsize", 1 << 17)    # as with Python 3.14
+    with Wire(served.port) as wire:
+        assert wire.send(request("GET /health HTTP/1.1", *["X: " + "y" * 96] * 200)).last_answer().status == 431
+
+
 def test_a_refused_head_is_refused_on_a_used_connection_too(served: RunningBridge) -> None:
     with Wire(served.port) as wire:
         assert wire.send(request()).answer().status == 200

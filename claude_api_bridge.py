@@ -102,7 +102,7 @@ class SessionMode:
     STATEFUL = "stateful"
 
 
-class Needs:
+class AuthLevel:
     """Who may use a route."""
     NOTHING = "nothing"
     TOKEN = "token"
@@ -145,7 +145,7 @@ LOG_LINES = 200                      # of cloudflared's log, kept to say why it 
 UNPACKED_BYTES = 200 << 20
 DRAIN_BYTES = 8 << 20
 LARGE_BYTES = 1 << 18
-HELD_BYTES = 32 << 20                # large bodies and answers on their way, of all connections
+LARGE_PAYLOAD_BUDGET_BYTES = 32 << 20                # large bodies and answers on their way, of all connections
 
 JSON_LEVELS = 100
 
@@ -155,30 +155,30 @@ TOKENS = 100
 NAME_CHARACTERS = 100
 TOOL_RULES = 50
 TOKEN_MODELS = 20
-FUNCTIONS = 256                      # tools of a client in one request
+MAX_CLIENT_TOOLS = 256                      # tools of a client in one request
 STOP_SEQUENCES = 16
 DESCRIPTION_CHARACTERS = 2_000       # of a client's tool; the CLI cuts a longer one (2.1.197 at 2,048, 2.1.330 at 4,096)
 RESULT_CHARACTERS = 40_000           # of tool results told to a waiting process; the CLI replaces larger ones by a file's name
-WARM_CHILDREN = 4
+MAX_KEPT_PROCESSES = 4
 PAGE_JOBS = 100                      # most requests in one page of a list, and how large it may grow before it ends
 PAGE_CHARACTERS = 1 << 20
 USAGE_DAYS = 400                     # how long the daily figures are kept
-NEWS = 16                            # most events of a running answer that are made before they are sent
+EVENT_BATCH = 16                            # most events of a running answer that are made before they are sent
 TEXT_CHARACTERS = 1 << 18            # of an answer that are read for a stream at once
 DELTA_CHARACTERS = 16_384            # a longer text is told in pieces, so that a reader who leaves has got some of it
 CONNECTIONS = 256
 KNOWN_HEAD_BYTES = 2_048             # of a request head that is kept, since it may come again
-WATCHES = 128                        # open streams and waits of one token, so that one cannot take all connections
-ALL_WATCHES = 192                    # and of all tokens but admins', so that there is a place for other calls
+MAX_STREAMS_PER_TOKEN = 128                        # open streams and waits of one token, so that one cannot take all connections
+MAX_STREAMS = 192                    # and of all tokens but admins', so that there is a place for other calls
 OPEN_FILES = 2_048
 ADDRESSES = 10_000                   # client addresses remembered by the limiter
 
 WRITES = 64                          # by how many callers one commit may be shared
-KEPT = 1_000                         # things read that are kept until the database changes
-KEPT_BYTES = 16_384                  # and the largest answer among them
+CACHE_ENTRIES = 1_000                         # things read that are kept until the database changes
+CACHED_RESPONSE_BYTES = 16_384                  # and the largest answer among them
 
 WRITE_SECONDS = 10.0                 # how long a write waits for others, and for the lock of another program
-LOOK_AGAIN_SECONDS = 0.05            # after which a change that another program made to the database counts
+CACHE_REVALIDATE_SECONDS = 0.05            # after which a change that another program made to the database counts
 CHECK_SECONDS = 5.0                  # how often /health really writes
 HEALTH_SECONDS = 1.0                 # and how long it waits for that
 WAIT_SECONDS = 90.0                  # below the 100 s after which tunnels and proxies cut a silent answer
@@ -187,22 +187,22 @@ BODY_SECONDS = 30.0
 IDLE_SECONDS = 15.0
 IDLE_THREAD_SECONDS = 5.0            # how long a thread waits for a next connection
 SEND_SECONDS = 30.0
-STUCK_SECONDS = 0.2                  # an answer that was not taken for so long may have to make room
+EVICTABLE_SEND_SECONDS = 0.2                  # an answer that was not taken for so long may have to make room
 DRAIN_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 FINISH_SECONDS = 1.5                 # what a running job gets to finish by itself at an ordered end
-LAST_WORD_SECONDS = 2.0              # after a child's end, for what it wrote to be read
-LEAVE_SECONDS = 1.2                  # what a child in the middle of something gets to leave, before it is killed
-TICK_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
-PLAIN_IN_ROW = 50                    # requests after which the next one is taken to have no settings of its own either
+DRAIN_AFTER_EXIT_SECONDS = 2.0              # after a child's end, for what it wrote to be read
+SHUTDOWN_GRACE_SECONDS = 1.2                  # what a child in the middle of something gets to leave, before it is killed
+POLL_SECONDS = 0.1                   # how often a silent run looks whether it is still wanted
+DEFAULT_STREAK_TO_PREINIT = 50                    # requests after which the next one is taken to have no settings of its own either
 REFILL_SECONDS = 0.2                 # what a run gets for itself before the next spare starts beside it: then its request is on its way
-KEEP_ALIVE_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
-ROUND_SECONDS = 1.0                  # how often the worker keeps house, or looks though nothing rang; its rest after an error
-LOOK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
-ASIDE_SECONDS = 60.0                 # how long a process waits for the results of the client's tools
-HELD_SECONDS = 300.0                 # the longest rest for the plan that a request of /v1 is held for
-REST_SECONDS = 900.0                 # for a used-up limit whose reset is not told
-LONGEST_REST_SECONDS = 8 * 86_400.0
+HEARTBEAT_SECONDS = 15.0            # a silent stream says so, before a proxy cuts it
+MAINTENANCE_SECONDS = 1.0                  # how often the worker keeps house, or looks though nothing rang; its rest after an error
+RECHECK_SECONDS = 1.0                   # how often a stream looks at the store though nothing rang
+TOOL_RESULT_WAIT_SECONDS = 60.0                 # how long a process waits for the results of the client's tools
+MAX_INLINE_WAIT_SECONDS = 300.0                 # the longest rest for the plan that a request of /v1 is held for
+DEFAULT_PAUSE_SECONDS = 900.0                 # for a used-up limit whose reset is not told
+LONGEST_PAUSE_SECONDS = 8 * 86_400.0
 BACK_OFF_SECONDS = (2, 4, 8, 16, 30)  # between tries while the service is overloaded; the last one repeats
 ADDRESS_SECONDS = 30.0               # for cloudflared to get an address
 CONNECT_SECONDS = 30.0               # and to connect it by one protocol; the last one gets longer
@@ -327,26 +327,6 @@ class Clock:
     """The two clocks: moments (`now`, UTC epoch seconds) and spans (`monotonic`). Tests pass their own."""
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
-
-
-class Bell:
-    """A threading.Event for one who waits, at a fraction of its cost: a lock that is free once it has rung."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        """One at a time."""
-        if self._lock.locked():
-            self._lock.release()
-
-    def clear(self) -> None:
-        self._lock.acquire(blocking=False)
-
-    def wait(self, seconds: float) -> bool:
-        """-> whether it has rung since the last wait; that is forgotten then. seconds: -1 for without end."""
-        return self._lock.acquire(timeout=seconds)
 
 
 # === 3 Errors =================================================================================================
@@ -522,9 +502,9 @@ class RunFailed(Exception):
     """The outcome of a run that did not succeed. code: a key of RUN_ERRORS; the text is for the caller; resets_at: when
     a used-up limit works again (epoch seconds), where it was told; is_of_model: other models may go on."""
 
-    def __init__(self, code: str, text: str, resets_at: Optional[float] = None, is_of_model: bool = False) -> None:
+    def __init__(self, code: str, text: str, resets_at: Optional[float] = None, is_model_limit: bool = False) -> None:
         super().__init__(text)
-        self.code, self.resets_at, self.is_of_model = code, resets_at, is_of_model
+        self.code, self.resets_at, self.is_model_limit = code, resets_at, is_model_limit
 
 
 class CannotStart(Exception):
@@ -535,7 +515,7 @@ class CannotStart(Exception):
         self.hint = hint
 
 
-class Damaged(CannotStart):
+class DatabaseCorrupt(CannotStart):
     """The database is none, or broken: it is of no use as it is."""
 
 
@@ -547,7 +527,7 @@ class CannotTunnel(Exception):
         self.hint = hint
 
 
-def too_many(kind: Type[BridgeError], text: str, seconds: float, **extra: Any) -> BridgeError:
+def retry_later(kind: Type[BridgeError], text: str, seconds: float, **extra: Any) -> BridgeError:
     """A 429 that says when the next request is welcome."""
     wait = max(1, math.ceil(seconds))
     return kind(text, (("Retry-After", str(wait)),), retryAfter=wait, **extra)
@@ -563,7 +543,7 @@ def error_body(error: BridgeError) -> Dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def to_wire(name: str) -> str:
+def camel_case(name: str) -> str:
     """system_prompt -> systemPrompt."""
     head, *rest = name.split("_")
     return head + "".join(word.capitalize() for word in rest)
@@ -574,7 +554,7 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def clean_text(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Lone surrogates (which UTF-8 and SQLite cannot hold) become U+FFFD, as the CLI itself does it."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -591,7 +571,7 @@ def iso_time(moment: Optional[float]) -> Optional[str]:
     return datetime.fromtimestamp(moment, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def is_deep(value: Any, levels: int) -> bool:
+def nests_deeper_than(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested in more than `levels` levels."""
     layer = [value]
     for _ in range(levels + 1):
@@ -601,10 +581,10 @@ def is_deep(value: Any, levels: int) -> bool:
     return True
 
 
-LARGE_JSON = threading.Lock()            # one large body at a time: 1 MiB can be half a million values, each far larger in memory
+_LARGE_JSON_LOCK = threading.Lock()            # one large body at a time: 1 MiB can be half a million values, each far larger in memory
 
 
-def parsed_json(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """The value in a body. Raises InvalidJson with the place of the fault."""
     def refuse(word: str) -> None:
         raise ValueError("%s is not JSON" % word[:40])
@@ -613,9 +593,9 @@ def parsed_json(data: bytes) -> Any:
         return refuse(word) if abs(float(word)) == float("inf") else float(word)  # type: ignore[return-value,func-returns-value]
 
     try:
-        with LARGE_JSON if len(data) > 1 << 16 else contextlib.nullcontext():
+        with _LARGE_JSON_LOCK if len(data) > 1 << 16 else contextlib.nullcontext():
             value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse, parse_float=finite)
-            if is_deep(value, JSON_LEVELS):
+            if nests_deeper_than(value, JSON_LEVELS):
                 raise RecursionError
         return value
     except UnicodeDecodeError as error:
@@ -626,28 +606,28 @@ def parsed_json(data: bytes) -> Any:
         raise InvalidJson("Body is not valid JSON: %s" % error) from None
 
 
-def text_check(what: str, limit: int) -> Callable[[Any], Optional[str]]:
+def max_bytes(what: str, limit: int) -> Callable[[Any], Optional[str]]:
     """A check for an optional text of at most `limit` bytes."""
     def check(value: Any) -> Optional[str]:
         if value is None:
             return None
         if not isinstance(value, str):
             raise InvalidRequest("%s must be a string" % what)
-        if len(clean_text(value).encode()) > limit:
+        if len(replace_surrogates(value).encode()) > limit:
             raise InvalidRequest("%s exceeds %d byte limit" % (what, limit))
-        return clean_text(value) or None
+        return replace_surrogates(value) or None
     return check
 
 
-def check_message(value: Any) -> str:
+def validate_message(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise InvalidRequest("message field is required (string)")
     if not value.strip():
         raise InvalidRequest("message must not be blank")
-    return text_check("Message", MESSAGE_BYTES)(value) or ""
+    return max_bytes("Message", MESSAGE_BYTES)(value) or ""
 
 
-def pattern_check(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
+def matching(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
     """A check for an optional text that matches `pattern` whole."""
     def check(value: Any) -> Optional[str]:
         if value is None:
@@ -658,16 +638,16 @@ def pattern_check(pattern: str, advice: str) -> Callable[[Any], Optional[str]]:
     return check
 
 
-MODEL_CHECK = pattern_check(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku")
+validate_model_name = matching(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}", "model must be an alias or a full model name, such as haiku")
 
 
-def check_model(value: Any) -> Optional[str]:
+def validate_model(value: Any) -> Optional[str]:
     """A model's name; `default` is the same as none (an agent's model is sent as it is, so the CLI would not resolve it)."""
-    name = MODEL_CHECK(value)
+    name = validate_model_name(value)
     return None if name == "default" else name
 
 
-def choice_check(choices: Sequence[Any], advice: str) -> Callable[[Any], Any]:
+def one_of(choices: Sequence[Any], advice: str) -> Callable[[Any], Any]:
     """A check for an optional value out of `choices`; 7.0 is 7, but True is not 1."""
     def check(value: Any) -> Any:
         for choice in (None, *choices):
@@ -677,15 +657,15 @@ def choice_check(choices: Sequence[Any], advice: str) -> Callable[[Any], Any]:
     return check
 
 
-def check_schema(value: Any) -> Optional[str]:
+def validate_schema(value: Any) -> Optional[str]:
     if value is None:
         return None
     if not isinstance(value, dict):
         raise InvalidRequest("jsonSchema must be a JSON object (a JSON Schema)")
-    return clean_text(as_json(value))
+    return replace_surrogates(as_json(value))
 
 
-def check_wait(value: Any) -> float:
+def validate_wait(value: Any) -> float:
     """Seconds, from a JSON number or from the text of a query."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
@@ -696,7 +676,7 @@ def check_wait(value: Any) -> float:
     return float(seconds)
 
 
-def number_check(what: str, least: int, most: int) -> Callable[[Any], Optional[int]]:
+def integer(what: str, least: int, most: int) -> Callable[[Any], Optional[int]]:
     """A check for an optional whole number, from JSON or from the text of a query."""
     def check(value: Any) -> Optional[int]:
         if value is None:
@@ -708,31 +688,31 @@ def number_check(what: str, least: int, most: int) -> Callable[[Any], Optional[i
     return check
 
 
-check_offset = number_check("after", 0, 999_999_999)
+validate_offset = integer("after", 0, 999_999_999)
 
 
-def flag_check(what: str) -> Callable[[Any], bool]:
+def boolean(what: str) -> Callable[[Any], bool]:
     """A check for an optional true or false."""
-    return lambda value: bool(choice_check((True, False), "%s must be true or false" % what)(value))
+    return lambda value: bool(one_of((True, False), "%s must be true or false" % what)(value))
 
 
-def check_models(value: Any) -> Optional[Tuple[str, ...]]:
+def validate_models(value: Any) -> Optional[Tuple[str, ...]]:
     """The models that a token may use; none is no limit."""
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not 0 < len(value) <= TOKEN_MODELS:
         raise InvalidRequest("models must be a list of 1 to %d model names, or null" % TOKEN_MODELS)
-    return tuple(str(MODEL_CHECK("" if each is None else each)) for each in value)
+    return tuple(str(validate_model_name("" if each is None else each)) for each in value)
 
 
-def check_key(value: Optional[str]) -> Optional[str]:
+def validate_idempotency_key(value: Optional[str]) -> Optional[str]:
     """The Idempotency-Key of a request."""
     if value is not None and not 1 <= len(value) <= 200:
         raise InvalidRequest("Idempotency-Key must have 1 to 200 characters", field="Idempotency-Key")
     return value
 
 
-def check_statuses(value: Optional[str]) -> Tuple[str, ...]:
+def validate_statuses(value: Optional[str]) -> Tuple[str, ...]:
     """The statuses of a query, joined by commas; none is all."""
     wanted = tuple(dict.fromkeys(value.split(","))) if value else ()
     if not set(wanted) <= set(JobStatus.ALL):
@@ -740,20 +720,20 @@ def check_statuses(value: Optional[str]) -> Tuple[str, ...]:
     return wanted
 
 
-def check_name(value: Any) -> str:
+def validate_token_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InvalidRequest("Token name is required")
     if len(value) > NAME_CHARACTERS:
         raise InvalidRequest("Token name must be %d characters or less" % NAME_CHARACTERS)
-    return clean_text(value.strip())
+    return replace_surrogates(value.strip())
 
 
-def check_session_mode(value: Any) -> str:
-    return choice_check((SessionMode.STATEFUL, SessionMode.STATELESS),
+def validate_session_mode(value: Any) -> str:
+    return one_of((SessionMode.STATEFUL, SessionMode.STATELESS),
                         'sessionMode must be "stateful" or "stateless"')(value or None) or SessionMode.STATELESS
 
 
-def check_tools(value: Any) -> Union[str, Tuple[str, ...]]:
+def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:
     """A level, or a tuple of Claude Code rules such as "Read" or "Bash(git log:*)"."""
     if value is None:
         return Tools.NONE
@@ -767,7 +747,7 @@ def check_tools(value: Any) -> Union[str, Tuple[str, ...]]:
                          % TOOL_RULES)
 
 
-def wire(check: Callable[[Any], Any], kind: str, doc: str, example: Any, default: Any = None) -> Any:
+def body_field(check: Callable[[Any], Any], kind: str, doc: str, example: Any, default: Any = None) -> Any:
     """A field of a command: its check, and what the documentation says of it."""
     return field(default=default, metadata={"check": check, "kind": kind, "doc": doc, "example": example})
 
@@ -782,29 +762,29 @@ class Command:
         values = {}
         for row in fields(cls):  # type: ignore[arg-type]
             try:
-                values[row.name] = row.metadata["check"](given.pop(to_wire(row.name), None))
+                values[row.name] = row.metadata["check"](given.pop(camel_case(row.name), None))
             except InvalidRequest as error:
-                error.extra.setdefault("field", to_wire(row.name))
+                error.extra.setdefault("field", camel_case(row.name))
                 raise
-        return cls(**values), ["unknown field '%s' ignored" % clean_text(name)[:64] for name in list(given)[:10]]
+        return cls(**values), ["unknown field '%s' ignored" % replace_surrogates(name)[:64] for name in list(given)[:10]]
 
 
 @dataclass(frozen=True)
 class Ask(Command):
     """A message for Claude."""
-    message: str = wire(check_message, "string", "what to ask; 1 to 32,768 bytes of UTF-8", "Why is the sky blue?", "")
-    model: Optional[str] = wire(check_model, "string", "alias or full name of a model; default: the one claude would take", "haiku")
-    system_prompt: Optional[str] = wire(text_check("systemPrompt", SYSTEM_PROMPT_BYTES), "string",
+    message: str = body_field(validate_message, "string", "what to ask; 1 to 32,768 bytes of UTF-8", "Why is the sky blue?", "")
+    model: Optional[str] = body_field(validate_model, "string", "alias or full name of a model; default: the one claude would take", "haiku")
+    system_prompt: Optional[str] = body_field(max_bytes("systemPrompt", SYSTEM_PROMPT_BYTES), "string",
                                         "instructions for the model, up to 32,768 bytes", "Answer in one sentence.")
-    json_schema: Optional[str] = wire(check_schema, "object", "JSON Schema that the answer must satisfy; it comes back as `structured`",
+    json_schema: Optional[str] = body_field(validate_schema, "object", "JSON Schema that the answer must satisfy; it comes back as `structured`",
                                       {"type": "object", "properties": {"answer": {"type": "string"}}})
-    conversation: Optional[str] = wire(
-        pattern_check(r"[A-Za-z0-9._-]{1,64}", "conversation must be 1 to 64 letters, digits, dots, dashes or underscores"),
+    conversation: Optional[str] = body_field(
+        matching(r"[A-Za-z0-9._-]{1,64}", "conversation must be 1 to 64 letters, digits, dots, dashes or underscores"),
         "string", "stateful tokens: which conversation this belongs to; default: `default`", "trip-to-rome")
-    effort: Optional[str] = wire(choice_check(EFFORTS, "effort must be one of: " + ", ".join(EFFORTS)), "string",
+    effort: Optional[str] = body_field(one_of(EFFORTS, "effort must be one of: " + ", ".join(EFFORTS)), "string",
                                  "how hard to think: " + ", ".join(EFFORTS), "low")
-    wait: float = wire(check_wait, "number", "hold the answer up to so many seconds, 0 to 90", 30, 0.0)
-    stream: bool = wire(flag_check("stream"), "boolean", "answer at once with Server-Sent Events; see Streaming", True, False)
+    wait: float = body_field(validate_wait, "number", "hold the answer up to so many seconds, 0 to 90", 30, 0.0)
+    stream: bool = body_field(boolean("stream"), "boolean", "answer at once with Server-Sent Events; see Streaming", True, False)
 
     @property
     def fingerprint(self) -> str:
@@ -826,11 +806,11 @@ class Chat:
     model: Optional[str] = None
     json_schema: Optional[str] = None
     effort: Optional[str] = None
-    functions: Tuple[Mapping[str, Any], ...] = ()
-    forced: Optional[str] = None
-    stops: Tuple[str, ...] = ()
+    client_tools: Tuple[Mapping[str, Any], ...] = ()
+    forced_tool: Optional[str] = None
+    stop_sequences: Tuple[str, ...] = ()
     stream: bool = False
-    tells_usage: bool = True             # whether a stream ends with the figures
+    include_usage: bool = True             # whether a stream ends with the figures
     api: str = "anthropic"               # whose format it came in, or openai
     conversation: Optional[str] = None   # the memory is the client's
 
@@ -842,25 +822,25 @@ class Chat:
 
     def to_json(self) -> str:
         """All that a job does not tell by itself, to be kept with it."""
-        return clean_text(as_json({"turns": self.turns, "functions": self.functions, "forced": self.forced, "stops": self.stops}))
+        return replace_surrogates(as_json({"turns": self.turns, "functions": self.client_tools, "forced": self.forced_tool, "stops": self.stop_sequences}))
 
 
 @dataclass(frozen=True)
 class NewToken(Command):
     """A token to be made."""
-    name: str = wire(check_name, "string", "what it is for; 1 to 100 characters", "my-app", "")
-    session_mode: str = wire(check_session_mode, "string", "`stateless` (default) or `stateful`: asks share a memory", "stateless",
+    name: str = body_field(validate_token_name, "string", "what it is for; 1 to 100 characters", "my-app", "")
+    session_mode: str = body_field(validate_session_mode, "string", "`stateless` (default) or `stateful`: asks share a memory", "stateless",
                              SessionMode.STATELESS)
-    expires_in_days: Optional[int] = wire(choice_check(EXPIRY_DAYS, "expiresInDays must be 1, 7, 30, 90, or null (never)"), "number",
+    expires_in_days: Optional[int] = body_field(one_of(EXPIRY_DAYS, "expiresInDays must be 1, 7, 30, 90, or null (never)"), "number",
                                           "1, 7, 30, 90 or null (never)", 30)
-    admin: bool = wire(flag_check("admin"), "boolean", "may manage tokens and read every request", False, False)
-    tools: Union[str, Tuple[str, ...]] = wire(check_tools, "string or array",
+    admin: bool = body_field(boolean("admin"), "boolean", "may manage tokens and read every request", False, False)
+    tools: Union[str, Tuple[str, ...]] = body_field(validate_tools, "string or array",
                                               "`none` (default), `read`, `web`, `all` or a list of rules", "read", Tools.NONE)
-    requests_per_minute: Optional[int] = wire(number_check("requestsPerMinute", 1, 10_000), "number",
+    requests_per_minute: Optional[int] = body_field(integer("requestsPerMinute", 1, 10_000), "number",
                                               "most asks within 60 seconds, or null", 10)
-    requests_per_day: Optional[int] = wire(number_check("requestsPerDay", 1, 1_000_000), "number",
+    requests_per_day: Optional[int] = body_field(integer("requestsPerDay", 1, 1_000_000), "number",
                                            "most asks within a day (UTC), or null", 200)
-    models: Optional[Tuple[str, ...]] = wire(check_models, "array", "the models it may use, or null for all; the first is its default",
+    models: Optional[Tuple[str, ...]] = body_field(validate_models, "array", "the models it may use, or null for all; the first is its default",
                                              ["haiku", "sonnet"])
 
 
@@ -894,18 +874,18 @@ class Usage(NamedTuple):
     cost_usd: float = 0.0
 
 
-class FunctionCall(NamedTuple):
+class ToolCall(NamedTuple):
     """A call of a client's tool. arguments: a JSON object."""
     id: str
     name: str
     arguments: Mapping[str, Any]
 
 
-class Ending(NamedTuple):
+class StopInfo(NamedTuple):
     """Why an answer ended: end_turn, tool_use, stop_sequence, ... in the words of the Messages API, and what is called."""
     reason: str = "end_turn"
     stop: Optional[str] = None
-    calls: Tuple[FunctionCall, ...] = ()
+    calls: Tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -932,8 +912,8 @@ class Job:
     usage: Optional[Usage] = None
     error: Optional[str] = None
     error_code: Optional[str] = None
-    restarts: int = 0
-    ending: Optional[Ending] = None
+    generation: int = 0
+    stop_info: Optional[StopInfo] = None
     api: Optional[str] = None
 
     @property
@@ -941,7 +921,7 @@ class Job:
         return self.status in JobStatus.FINISHED
 
 
-class Queued(NamedTuple):
+class EnqueueResult(NamedTuple):
     """What became of an ask. position: those waiting and running before it + 1, 0 when finished; is_new: False where an
     Idempotency-Key led to an earlier request."""
     job: Job
@@ -949,7 +929,7 @@ class Queued(NamedTuple):
     is_new: bool = True
 
 
-class Exchange(NamedTuple):
+class HistoryTurn(NamedTuple):
     """One completed turn of a conversation: texts, or lists of blocks of the Messages API."""
     message: Content
     response: Content
@@ -981,7 +961,7 @@ class DayUsage(NamedTuple):
     usage: Usage
 
 
-class PlanWindow(NamedTuple):
+class RateLimitWindow(NamedTuple):
     """One limit of the plan, as the CLI last told it. kind: five_hour, seven_day, ... or overage (paid extra usage, status
     `in_use` while requests draw on it); utilization: 0 to 1, where told. Times are epoch seconds."""
     kind: str
@@ -991,17 +971,17 @@ class PlanWindow(NamedTuple):
     seen_at: float = 0.0
 
 
-class Limits(NamedTuple):
+class RateLimitStatus(NamedTuple):
     """What a `rate_limit_event` says. is_used_up: a limit of the plan refuses requests; is_using_overage: it would, but
     they go on as paid extra usage; resets_at: when the plan gives again; is_of_model: it is the limit of one model only."""
     is_used_up: bool = False
     is_using_overage: bool = False
     resets_at: Optional[float] = None
-    windows: Tuple[PlanWindow, ...] = ()
-    is_of_model: bool = False
+    windows: Tuple[RateLimitWindow, ...] = ()
+    is_model_limit: bool = False
 
 
-class Rest(NamedTuple):
+class Pause(NamedTuple):
     """Why nothing runs now: usage_limit or overloaded, and until when (epoch seconds)."""
     reason: str
     until: float
@@ -1017,7 +997,7 @@ class Answer:
     model: Optional[str] = None
     session_id: Optional[str] = None
     spent_usd: float = 0.0
-    ending: Ending = Ending()
+    stop_info: StopInfo = StopInfo()
 
 
 def new_token() -> str:
@@ -1113,7 +1093,7 @@ HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 Labels = Tuple[Tuple[str, str], ...]
 
 
-class Tally:
+class Metrics:
     """Counts what happens, for /metrics. Any thread."""
 
     def __init__(self) -> None:
@@ -1153,7 +1133,7 @@ def metrics_text(values: Mapping[Tuple[str, Labels], float]) -> str:
     return text
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Text for a terminal: control characters, which could move the cursor or forge lines, become `?`; lines stay lines."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)
 
@@ -1164,8 +1144,8 @@ SYSTEM_PROMPT = "You are Claude, a helpful assistant. Answer the user's message.
 MINIMUM_CLI = (2, 0, 76)        # the first with --tools; older ones cannot be kept away from the owner's files
 AGENT_MODEL_CLI = (2, 1, 197)   # from here on `initialize` can set the model; 2.1.50 takes full names for its default
 JSON_SCHEMA_CLI = (2, 1, 197)   # before, an answer without the structure is asked for again without end
-FUNCTIONS_CLI = (2, 1, 197)     # what the client's tools were tried with
-SEED_CLI = (2, 1, 197)          # before, an earlier message is asked again (2.1.50) or ends the process (2.0.76)
+CLIENT_TOOLS_CLI = (2, 1, 197)     # what the client's tools were tried with
+HISTORY_REPLAY_CLI = (2, 1, 197)          # before, an earlier message is asked again (2.1.50) or ends the process (2.0.76)
 NEEDED_FLAGS = frozenset(("--tools", "--setting-sources", "--strict-mcp-config", "--input-format", "--permission-mode", "--resume",
                           "--session-id"))
 OPTIONAL_FLAGS = frozenset(("--include-partial-messages", "--disable-slash-commands", "--no-session-persistence", "--agent"))
@@ -1176,14 +1156,14 @@ ALL_TOOLS = ("Bash", "Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit", "W
 
 # Variables of ours that never reach the CLI: they choose who pays, which server, model or prompt is used, or
 # load code. Everything ANTHROPIC_* and CLAUDE* goes unless it is in the second list.
-STRIPPED = re.compile(r"ANTHROPIC_.*|CLAUDE.*|CAB_.*|MAX_THINKING_TOKENS|OTEL_.*|NODE_OPTIONS|BUN_OPTIONS|ENABLE_CLAUDEAI_MCP_SERVERS|"
+STRIPPED_ENV = re.compile(r"ANTHROPIC_.*|CLAUDE.*|CAB_.*|MAX_THINKING_TOKENS|OTEL_.*|NODE_OPTIONS|BUN_OPTIONS|ENABLE_CLAUDEAI_MCP_SERVERS|"
                       r"DISABLE_(?:TELEMETRY|AUTOUPDATER|ERROR_REPORTING)", re.IGNORECASE)
-HANDED_ON = frozenset(("ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_GIT_BASH_PATH", "CLAUDE_CODE_CERT_STORE",
+PASSED_ENV = frozenset(("ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_GIT_BASH_PATH", "CLAUDE_CODE_CERT_STORE",
                        "CLAUDE_CODE_CLIENT_CERT", "CLAUDE_CODE_CLIENT_KEY", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE",
                        "CLAUDE_SECURESTORAGE_CONFIG_DIR"))
 API_KEYS = frozenset(("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
 MCP_SERVER = "api"              # as which the client's tools are offered
-FUNCTION_PREFIX = "mcp__%s__" % MCP_SERVER
+TOOL_PREFIX = "mcp__%s__" % MCP_SERVER
 
 
 class Features(NamedTuple):
@@ -1201,7 +1181,7 @@ class Features(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setup:
+class SessionConfig:
     """What a child is told before the first prompt. Two turns can share a child only when their setups are equal."""
     system_prompt: str
     model: Optional[str] = None
@@ -1209,10 +1189,10 @@ class Setup:
     effort: Optional[str] = None
     tools: Union[str, Tuple[str, ...]] = Tools.NONE
     workspace: Optional[str] = None
-    functions: Tuple[Mapping[str, Any], ...] = ()      # the client's tools, as Chat has them
+    client_tools: Tuple[Mapping[str, Any], ...] = ()      # the client's tools, as Chat has them
 
 
-PLAIN = Setup(SYSTEM_PROMPT)                           # of a request without settings of its own
+DEFAULT_SESSION = SessionConfig(SYSTEM_PROMPT)                           # of a request without settings of its own
 
 
 def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated: Optional[str]) -> Dict[str, str]:
@@ -1222,7 +1202,7 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool, isolated:
     Source: measured on 2.0.76 to 2.1.330; CLAUDE_CODE_DISABLE_ATTACHMENTS is what makes @/path inert.
     """
     kept = {name: value for name, value in environ.items()
-            if not STRIPPED.fullmatch(name) or name in HANDED_ON or allow_api_key and name in API_KEYS}
+            if not STRIPPED_ENV.fullmatch(name) or name in PASSED_ENV or allow_api_key and name in API_KEYS}
     kept.update(CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
                 CLAUDE_CODE_DISABLE_TERMINAL_TITLE="1", CLAUDE_CODE_DISABLE_CLAUDE_MDS="1",
                 CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", CLAUDE_CODE_DISABLE_BACKGROUND_TASKS="1",
@@ -1272,17 +1252,17 @@ def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[st
                           for rule in rules if rule not in ("Read", "Glob", "Grep")})
     if features.version < CONFINED_CLI:
         exist = [name for name in exist if name != "Glob"]
-    if features.version >= FUNCTIONS_CLI:                     # nothing, until a request declares the client's tools
-        allowed = (*allowed, FUNCTION_PREFIX.rstrip("_"))
+    if features.version >= CLIENT_TOOLS_CLI:                     # nothing, until a request declares the client's tools
+        allowed = (*allowed, TOOL_PREFIX.rstrip("_"))
     confined = ["--restricted"] if tools in (Tools.READ, Tools.ALL) and "--restricted" in features.flags else []
     return ["--tools", ",".join(exist), "--permission-mode", mode, *confined, *(("--allowedTools", *allowed) if allowed else ())]
 
 
-def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]:
+def initialize_request(setup: SessionConfig, features: Features) -> List[Dict[str, Any]]:
     """The control requests that turn a fresh child into one for `setup`; the answer to the first has id "1"."""
     agent: Dict[str, Any] = {"description": "answers API requests", "prompt": setup.system_prompt}
     if setup.tools == Tools.NONE:
-        agent["tools"] = [FUNCTION_PREFIX + each["name"] for each in setup.functions]
+        agent["tools"] = [TOOL_PREFIX + each["name"] for each in setup.client_tools]
     by_agent = features.version >= AGENT_MODEL_CLI and "--agent" in features.flags
     if setup.model and by_agent:
         agent["model"] = setup.model
@@ -1290,7 +1270,7 @@ def initialize_request(setup: Setup, features: Features) -> List[Dict[str, Any]]
                                "agents": {"bridge": agent}}
     if setup.json_schema:
         request["jsonSchema"] = json.loads(setup.json_schema)
-    if setup.functions:
+    if setup.client_tools:
         request["sdkMcpServers"] = [MCP_SERVER]
     requests = [request]
     if setup.model and not by_agent:
@@ -1332,7 +1312,7 @@ def plain_text(content: Content) -> str:
         block.get("input") or block.get("content"))) if block["type"].startswith("tool") else "[%s]" % block["type"] for block in content)
 
 
-def prompt_with_history(system_prompt: str, history: Sequence[Exchange]) -> str:
+def prompt_with_history(system_prompt: str, history: Sequence[HistoryTurn]) -> str:
     """Instructions that tell what was said so far, for a CLI that cannot be told in turns."""
     turns = "".join("\n\nUser: %s\n\nYou: %s" % tuple(map(plain_text, exchange)) for exchange in history)
     return "%s\n\nThe conversation so far, which the next message continues:%s" % (system_prompt, turns)
@@ -1340,30 +1320,30 @@ def prompt_with_history(system_prompt: str, history: Sequence[Exchange]) -> str:
 
 # --- the client's tools, as a server of the Model Context Protocol ---
 
-def offered_functions(functions: Sequence[Mapping[str, Any]]) -> Tuple[Tuple[Mapping[str, Any], ...], str]:
+def truncate_descriptions(client_tools: Sequence[Mapping[str, Any]]) -> Tuple[Tuple[Mapping[str, Any], ...], str]:
     """The client's tools -> (the same, with descriptions that the CLI does not cut; instructions with those that are longer)."""
     told, more = [], ""
-    for each in functions:
+    for each in client_tools:
         text = each["description"]
         if len(text) > DESCRIPTION_CHARACTERS:
-            more += "\n\nThe description of the tool %s%s:\n%s" % (FUNCTION_PREFIX, each["name"], text)
+            more += "\n\nThe description of the tool %s%s:\n%s" % (TOOL_PREFIX, each["name"], text)
             text = text[:DESCRIPTION_CHARACTERS - 60] + "... (see the instructions for the whole description)"
         told.append({**each, "description": text})
     return tuple(told), more
 
 
-def named_for_cli(turn: Mapping[str, Any]) -> List[Block]:
+def prefix_tool_names(turn: Mapping[str, Any]) -> List[Block]:
     """The content of a turn, in which calls have the names that the model knows."""
-    return [{**block, "name": FUNCTION_PREFIX + block["name"]} if block["type"] == "tool_use" else block for block in turn["content"]]
+    return [{**block, "name": TOOL_PREFIX + block["name"]} if block["type"] == "tool_use" else block for block in turn["content"]]
 
 
-def mcp_result(message: Mapping[str, Any], functions: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+def mcp_result(message: Mapping[str, Any], client_tools: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """What the server of the client's tools answers to a request of the CLI, but for calls."""
     method = message.get("method")
     if method == "initialize":
         return {"protocolVersion": (message.get("params") or {}).get("protocolVersion"), "capabilities": {"tools": {}},
                 "serverInfo": {"name": MCP_SERVER, "version": __version__}}
-    return {"tools": functions} if method == "tools/list" else {}
+    return {"tools": client_tools} if method == "tools/list" else {}
 
 
 def mcp_content(block: Block) -> Optional[Dict[str, Any]]:
@@ -1426,7 +1406,7 @@ class CliEvent(NamedTuple):
     tools: Tuple[str, ...] = ()
 
 
-def read_cli_event(line: bytes) -> CliEvent:
+def parse_cli_event(line: bytes) -> CliEvent:
     """What a line of `claude` says; debug output and unknown types are noise. Raises ValueError for broken JSON."""
     if not line.lstrip().startswith(b"{"):
         return CliEvent("noise")
@@ -1450,7 +1430,7 @@ def read_cli_event(line: bytes) -> CliEvent:
     return CliEvent(names.get(str(kind), "noise"), body)
 
 
-def read_limits(body: Mapping[str, Any], now: float) -> Limits:
+def parse_rate_limits(body: Mapping[str, Any], now: float) -> RateLimitStatus:
     """The limits in a `rate_limit_event`. One without a type and a reset is no limit of the plan (any other 429 gives it).
 
     Source: seen on 2.1.50, 2.1.197 and 2.1.330, which alone tells all windows each time.
@@ -1465,7 +1445,7 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
     parts.pop("overage", None)
     for name, part in list(parts.items())[:10]:
         of_event = part.get("status") or (status if name == kind else None)
-        windows.append(PlanWindow(clean_text(name[:40]), clean_text(str(of_event)[:40]) if of_event else None,
+        windows.append(RateLimitWindow(replace_surrogates(name[:40]), replace_surrogates(str(of_event)[:40]) if of_event else None,
                                   number_or_none(part.get("utilization")), number_or_none(part.get("resetsAt")), now))
     is_using = told.get("isUsingOverage") is True
     resets = [window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1]
@@ -1473,8 +1453,8 @@ def read_limits(body: Mapping[str, Any], now: float) -> Limits:
         resets.append(resets_at or 0)
     if windows or kind:      # extra usage is drawn on for as long as the plan gives nothing
         overage, until = ("in_use", max(resets)) if is_using else (told.get("overageStatus"), number_or_none(told.get("overageResetsAt")))
-        windows.append(PlanWindow("overage", clean_text(str(overage)[:40]) if overage else None, None, until or None, now))
-    return Limits(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows),
+        windows.append(RateLimitWindow("overage", replace_surrogates(str(overage)[:40]) if overage else None, None, until or None, now))
+    return RateLimitStatus(status == "rejected" and bool(kind or resets_at) and not is_using, is_using, max(resets) or None, tuple(windows),
                   str(kind).startswith("seven_day_"))
 
 
@@ -1484,21 +1464,21 @@ def number_or_none(value: Any) -> Optional[float]:
     return float(value) if is_number else None
 
 
-def used_up(rest: Rest) -> str:
+def limit_message(rest: Pause) -> str:
     return "The plan's limit is used up until %s." % iso_time(rest.until)
 
 
-def rest_seconds(resets_at: Optional[float], now: float) -> float:
+def pause_seconds(resets_at: Optional[float], now: float) -> float:
     """How long to rest for a limit that resets then. A reset that is not told, or long past (a wrong clock), is a guess."""
     if resets_at is None or resets_at < now - 60:
-        return REST_SECONDS
-    return min(max(resets_at - now, 5.0), LONGEST_REST_SECONDS)
+        return DEFAULT_PAUSE_SECONDS
+    return min(max(resets_at - now, 5.0), LONGEST_PAUSE_SECONDS)
 
 
 OVERLOADED = (500, 502, 503, 504, 529)
 
 
-def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) -> RunFailed:
+def classify_failure(result: Mapping[str, Any], said: str, limits: RateLimitStatus = RateLimitStatus()) -> RunFailed:
     """The outcome behind a `result` line that is an error. said: the `error` word of the last assistant line; limits: the
     last ones the process told.
 
@@ -1511,7 +1491,7 @@ def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) 
         return RunFailed("auth_required", text)
     if said == "rate_limit" or status == 429:
         is_plan = limits.is_used_up or not text.startswith("API Error")
-        return RunFailed("usage_limit", text, limits.resets_at, limits.is_of_model) if is_plan else RunFailed("overloaded", text)
+        return RunFailed("usage_limit", text, limits.resets_at, limits.is_model_limit) if is_plan else RunFailed("overloaded", text)
     if said == "model_not_found" or status == 404 or text.startswith("There's an issue with the selected model"):
         return RunFailed("model_not_found", text)
     if status == 413 or result.get("terminal_reason") == "prompt_too_long" or text.startswith(("Prompt is too long", "Request too large")):
@@ -1524,7 +1504,7 @@ def failure_of(result: Mapping[str, Any], said: str, limits: Limits = Limits()) 
 USAGE_NAMES = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
-def usage_of(result: Mapping[str, Any], spent_usd: float, told: Usage = Usage()) -> Tuple[Usage, float]:
+def turn_usage(result: Mapping[str, Any], spent_usd: float, told: Usage = Usage()) -> Tuple[Usage, float]:
     """-> (the figures of one turn, the cost so far). Tokens come per turn, of which a part may have been told at a call of a tool;
     the cost is the sum of the process, and with --resume of the session (2.1.330) or not (2.1.197): a sum below what was spent
     has begun anew."""
@@ -1548,23 +1528,23 @@ class Model(NamedTuple):
 
 def read_models(line: bytes) -> Tuple[Model, ...]:
     """The models in the CLI's answer to `initialize`: its aliases, then the full names behind them; none in any other line."""
-    event = read_cli_event(line)
+    event = parse_cli_event(line)
     told = ((event.body.get("response") or {}).get("response") or {}).get("models") if event.kind == "control" else None
     found: Dict[str, str] = {}
     for key in ("value", "resolvedModel"):
         for each in told or ():
-            found.setdefault(clean_text(str(each.get(key) or each["value"])), clean_text(str(each.get("displayName") or each["value"])))
+            found.setdefault(replace_surrogates(str(each.get(key) or each["value"])), replace_surrogates(str(each.get("displayName") or each["value"])))
     return tuple(Model(*pair) for pair in found.items())
 
 
 class Login(NamedTuple):
     """Whose account `claude` uses. payer: in words; is_billed: by an API key, per token."""
     is_signed_in: bool
-    payer: str
-    is_billed: bool = False
+    billing_account: str
+    is_billed_per_token: bool = False
 
 
-def payer_of(status: Mapping[str, Any]) -> Login:
+def billing_account(status: Mapping[str, Any]) -> Login:
     """What `claude auth status` says about the bill: an apiKeySource means an API key, whatever else it says."""
     if not status.get("loggedIn"):
         return Login(False, "nobody: claude is not signed in")
@@ -1650,7 +1630,7 @@ def check_tunnel_token(text: str) -> str:
 QUICK_HOST = re.compile(r"(?!api\.)[a-z0-9-]+\.trycloudflare\.com")
 
 
-def read_tunnel_line(line: str) -> Tuple[str, str]:
+def parse_tunnel_line(line: str) -> Tuple[str, str]:
     """What a line of cloudflared's log tells: ("host", name), ("metrics", "127.0.0.1:39911") or ("", "").
 
     Source: the log of 2026.8.2. Other addresses stand in it, api.trycloudflare.com in its error lines, and healthy starts have ERR lines.
@@ -1674,7 +1654,7 @@ def hosts_in_ingress(config: Any, port: int, origin: str = "") -> Tuple[List[str
     return [host for host, service in rules if "*" not in host and service.rstrip("/") in ours], ["%s -> %s" % rule for rule in rules]
 
 
-class Sight(NamedTuple):
+class TunnelStatus(NamedTuple):
     """What was seen of cloudflared. is_ended: it exited, with these words; is_hopeless: trying again will not help;
     has_host: the address is known; is_ready: it is connected."""
     is_ended: bool = False
@@ -1717,7 +1697,7 @@ class TunnelPolicy:
         """cloudflared was started; what went before, as a download, does not count."""
         self._at = now
 
-    def step(self, now: float, sight: Sight) -> str:
+    def step(self, now: float, sight: TunnelStatus) -> str:
         """-> what to do: "start", "stop" (cloudflared, perhaps to start it anew later) or nothing."""
         if self.state == TunnelState.BACKOFF and now >= self.retry_at:
             return self.start(now)
@@ -1739,7 +1719,7 @@ class TunnelPolicy:
         self._down_at = now if self._down_at is None else self._down_at
         return "" if now - self._down_at < DOWN_SECONDS else self._rest(now, "the connection was lost for %d s" % DOWN_SECONDS)
 
-    def _wait(self, now: float, sight: Sight) -> str:
+    def _wait(self, now: float, sight: TunnelStatus) -> str:
         """Not connected yet: how long is it given?"""
         is_last = self._tries >= len(self._protocols)
         limit = NAMED_CONNECT_SECONDS if self._is_named else LAST_CONNECT_SECONDS if is_last else CONNECT_SECONDS
@@ -1775,15 +1755,15 @@ class JobEvent(NamedTuple):
     model: Optional[str] = None
 
 
-def cut_at_stop(text: str, stops: Sequence[str]) -> Tuple[str, Optional[str]]:
+def cut_at_stop(text: str, stop_sequences: Sequence[str]) -> Tuple[str, Optional[str]]:
     """-> (the text before the stop sequence that is complete first, and that one; or all of it and None)."""
-    found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
+    found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stop_sequences if stop in text]
     return (text[:min(found)[0] + min(found)[1]], min(found)[2]) if found else (text, None)
 
 
-def possible_stop(text: str, stops: Sequence[str]) -> int:
+def possible_stop(text: str, stop_sequences: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of a stop sequence."""
-    return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+    return max((size for stop in stop_sequences for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
 
 
 class TextCursor:
@@ -1791,16 +1771,16 @@ class TextCursor:
     nothing, so that such a reader is told all of it, after a `started`."""
 
     def __init__(self, after: int) -> None:
-        self.restarts, self.offset = 0 if after else -1, after
+        self.generation, self.offset = 0 if after else -1, after
 
-    def rewind(self) -> None:
-        self.restarts, self.offset = -1, 0
+    def reset(self) -> None:
+        self.generation, self.offset = -1, 0
 
-    def read(self, restarts: int, rest: Callable[[int], str], model: Optional[str]) -> Iterator[JobEvent]:
+    def read(self, generation: int, rest: Callable[[int], str], model: Optional[str]) -> Iterator[JobEvent]:
         """What is new in a text. restarts: how often that text began anew; rest: reads it from an offset on, or
         a part of that."""
-        if restarts != self.restarts:
-            self.restarts, self.offset = restarts, 0
+        if generation != self.generation:
+            self.generation, self.offset = generation, 0
             yield JobEvent("started", 0, model=model)
         text = rest(self.offset)
         while text:
@@ -1818,20 +1798,20 @@ class LiveText:
     of which `stopped_by` is the one that was met.
     """
 
-    def __init__(self, restarts: int = 0, changed: Callable[[], None] = lambda: None, stops: Sequence[str] = ()) -> None:
+    def __init__(self, generation: int = 0, changed: Callable[[], None] = lambda: None, stop_sequences: Sequence[str] = ()) -> None:
         self._lock = threading.RLock()
         self._changed = changed
         self._parts: List[str] = []
         self._ends: List[int] = []           # where each part ends
         self._joined = 0                     # so many parts are large
         self._held = ""                      # half a character or stop sequence, which may go on with the next delta
-        self.stops = stops
+        self.stop_sequences = stop_sequences
         self.stopped_by: Optional[str] = None
         self._is_begun = False
         self.size = 0                        # bytes that came, of all tries
-        self.restarts = restarts
+        self.generation = generation
         self.model: Optional[str] = None
-        self.rest: Optional[Rest] = None     # why nothing comes for a while
+        self.rest: Optional[Pause] = None     # why nothing comes for a while
 
     def begin(self, model: Optional[str]) -> None:
         """Claude has taken the prompt."""
@@ -1840,17 +1820,17 @@ class LiveText:
 
     def add(self, text: str) -> None:
         text = self._held + text
-        if self.stops and not text.isascii():                # two halves become one character
+        if self.stop_sequences and not text.isascii():                # two halves become one character
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-        text, self.stopped_by = cut_at_stop(text, self.stops)
+        text, self.stopped_by = cut_at_stop(text, self.stop_sequences)
         half = int("\ud800" <= text[-1:] <= "\udbff")
-        held = 0 if self.stopped_by else half + possible_stop(text[:len(text) - half], self.stops)
+        held = 0 if self.stopped_by else half + possible_stop(text[:len(text) - half], self.stop_sequences)
         text, self._held = text[:len(text) - held], text[len(text) - held:]
         self._append(text)
         self._changed()
 
     def _append(self, text: str) -> None:
-        text = clean_text(text)
+        text = replace_surrogates(text)
         with self._lock:
             self._is_begun = True
             if text:
@@ -1865,10 +1845,10 @@ class LiveText:
     def restart(self) -> None:
         """A new message begins: what was said before belonged to a tool call or to a broken-off try."""
         with self._lock:
-            self.restarts += bool(self._parts)
+            self.generation += bool(self._parts)
             self._parts, self._ends, self._joined, self._held = [], [], 0, ""
 
-    def pause(self, rest: Rest) -> None:
+    def pause(self, rest: Pause) -> None:
         """Nothing comes until then; what came is void."""
         self.restart()
         self.rest = rest
@@ -1891,11 +1871,11 @@ class LiveText:
             before = self._ends[first - 1] if first else 0
             return "".join(self._parts[first:last + 1])[offset - before:]
 
-    def news(self, cursor: TextCursor) -> List[JobEvent]:
+    def events_since(self, cursor: TextCursor) -> List[JobEvent]:
         """What a reader has not been told yet, at most NEWS events of it."""
         with self._lock:
-            told = cursor.read(self.restarts, lambda offset: self.read(offset, TEXT_CHARACTERS), self.model)
-            return list(islice(told, NEWS)) if self._is_begun else []
+            told = cursor.read(self.generation, lambda offset: self.read(offset, TEXT_CHARACTERS), self.model)
+            return list(islice(told, EVENT_BATCH)) if self._is_begun else []
 
 
 def sse_event(kind: str, offset: Optional[int], data: Mapping[str, Any]) -> bytes:
@@ -1984,9 +1964,10 @@ DATA_NAMES = ("bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal"
               "cloudflared.yml", "claude-home", "bin", "work", "workspaces")
 SQLITE_VERSION = sqlite3.sqlite_version
 JOB_FIELDS = tuple(row.name for row in fields(Job))
-JOB_COLUMNS = ", ".join(JOB_FIELDS)
-LARGE_COLUMNS = {"message": "''", **dict.fromkeys(("response", "structured", "ending", "system_prompt", "json_schema"), "NULL")}
-LIGHT_COLUMNS = ", ".join(LARGE_COLUMNS.get(name, name) for name in JOB_FIELDS)
+JOB_COLUMN_OF = {"generation": "restarts", "stop_info": "ending"}
+JOB_COLUMNS = ", ".join(JOB_COLUMN_OF.get(name, name) for name in JOB_FIELDS)
+BLANKED_COLUMNS = {"message": "''", **dict.fromkeys(("response", "structured", "stop_info", "system_prompt", "json_schema"), "NULL")}
+SUMMARY_COLUMNS = ", ".join(BLANKED_COLUMNS.get(name, JOB_COLUMN_OF.get(name, name)) for name in JOB_FIELDS)
 TOKEN_COLUMNS = ("id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools, workspace,"
                  " requests_per_minute, requests_per_day, models")
 
@@ -2006,7 +1987,7 @@ def private_directory(path: Path) -> Path:
     return path
 
 
-def planted_in(folder: Path) -> Optional[str]:
+def find_foreign_files(folder: Path) -> Optional[str]:
     """What lies in the place of a file of ours but is none: a link, which would take what we write elsewhere, or another user's."""
     for name in DATA_NAMES:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -2020,13 +2001,13 @@ def planted_in(folder: Path) -> Optional[str]:
 
 def data_directory(path: Path) -> Path:
     """The data directory, closed to others before it is looked at. It may be a link itself, by its owner's choice. Raises CannotStart."""
-    planted = planted_in(private_directory(path))
+    planted = find_foreign_files(private_directory(path))
     if planted:
         raise CannotStart("The folder %s cannot be used: %s." % (path, planted), "move that away, or choose another folder with --data-dir")
     return path
 
 
-def write_private(path: Path, text: str) -> None:
+def write_file_atomically(path: Path, text: str) -> None:
     """Puts a file in place, whole or not at all, readable by the owner only. Raises OSError."""
     handle, part = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=str(path.parent))
     try:
@@ -2038,12 +2019,12 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
-def is_damage(error: BaseException) -> bool:
+def is_corrupt(error: BaseException) -> bool:
     """Whether SQLite says that a file is broken or no database; for a full disk, a lock or missing rights it raises a class below."""
     return type(error) is sqlite3.DatabaseError
 
 
-def keep_aside(path: Path, now: float) -> Path:
+def quarantine_database(path: Path, now: float) -> Path:
     """Renames a damaged database with what belongs to it, so that a new one can begin. -> its new name. Raises CannotStart."""
     stem, n = "%s-damaged-%s" % (path.stem, day_of(now)), 1
     kept = path.with_name(stem + path.suffix)
@@ -2059,12 +2040,12 @@ def keep_aside(path: Path, now: float) -> Path:
     return kept
 
 
-def marks(values: Sequence[Any]) -> str:
+def placeholders(values: Sequence[Any]) -> str:
     """The place holders of a list in a statement."""
     return ", ".join("?" * len(values))
 
 
-class Glance(NamedTuple):
+class DatabaseInfo(NamedTuple):
     """What a database tells to one who only looks. fault: what is wrong with it, None for a good one, or none; latest: when its newest
     request was made; children: those of the last bridge, as `Store.children` tells them."""
     fault: Optional[str] = None
@@ -2072,10 +2053,10 @@ class Glance(NamedTuple):
     children: Sequence[Tuple[int, str, Optional[str]]] = ()
 
 
-def glance_at(path: Path) -> Glance:
+def inspect_database(path: Path) -> DatabaseInfo:
     """Looks at a database without changing it."""
     if not path.exists():
-        return Glance()
+        return DatabaseInfo()
     try:
         with contextlib.closing(sqlite3.connect("file:%s?mode=ro" % quote(str(path)), uri=True)) as db:
             found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
@@ -2085,21 +2066,21 @@ def glance_at(path: Path) -> Glance:
             if found == "ok":
                 is_ours = version >= 3
                 latest = db.execute("SELECT max(created_at) FROM jobs").fetchone()[0] if is_ours else 0
-                return Glance(None, latest or 0.0, db.execute("SELECT pid, started, program FROM children").fetchall() if is_ours else ())
+                return DatabaseInfo(None, latest or 0.0, db.execute("SELECT pid, started, program FROM children").fetchall() if is_ours else ())
     except sqlite3.Error as error:
         found = str(error)
-    return Glance("The database %s cannot be used: %s" % (path, found))
+    return DatabaseInfo("The database %s cannot be used: %s" % (path, found))
 
 
 Read = TypeVar("Read")
 
 
-class Write:
+class WriteTask:
     """A transaction on its way to the thread "writer". act: what to do; claim: taken by the writer who begins it, or by the caller who
     gives it up, whoever is first; done: set once it is on disk, or has failed with `error`."""
 
     def __init__(self, act: Callable[[sqlite3.Connection], Any]) -> None:
-        self.act, self.claim, self.done = act, threading.Lock(), Bell()
+        self.act, self.claim, self.done = act, threading.Lock(), threading.Event()
         self.result: Any = None
         self.error: Optional[BaseException] = None
 
@@ -2108,26 +2089,26 @@ def transaction(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of the Store that writes. It is given the connection, runs in the writer's thread, and what it did is on disk on return."""
     @wraps(method)
     def write(self: "Store", *args: Any, **more: Any) -> Any:
-        return self._write(Write(lambda db: method(self, db, *args, **more)))
+        return self._write(WriteTask(lambda db: method(self, db, *args, **more)))
     return write
 
 
-class Store:
+class Database:
     """Owns bridge.db: a connection that only reads, so that no reader waits for a disk or for another program's lock, and one that
     writes, in the thread "writer": what many callers wrote meanwhile is brought to disk by one commit (Source: measured, with a disk
     that takes 2 ms for each this is 5 to 8 times as fast). Any thread; `close` it last. tally: is told of what was accepted and finished.
     """
 
-    def __init__(self, path: Path, clock: Clock, tally: Optional[Tally] = None) -> None:
-        self._clock, self._tally, self._path = clock, tally or Tally(), path
+    def __init__(self, path: Path, clock: Clock, metrics: Optional[Metrics] = None) -> None:
+        self._clock, self._metrics, self._path = clock, metrics or Metrics(), path
         self._place, self._checked_at = 0, float("-inf")     # the file's number, 0 while that is not known; of `check_writable`
-        self._writes: "queue.SimpleQueue[Optional[Write]]" = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write_all, name="writer", daemon=True)
-        self._touched: Dict[str, float] = {}                 # token -> when its use was noted last
-        self._kept: Dict[Any, Any] = {}
-        self._kept_tokens: Dict[Tuple[str, str], Optional[Token]] = {}      # also over our own changes of anything else
-        self._are_tokens_changed = False                     # by what is being written
-        self._version_seen, self._look_at = 0, float("-inf")
+        self._write_queue: "queue.SimpleQueue[Optional[Write]]" = queue.SimpleQueue()
+        self._writer_thread = threading.Thread(target=self._execute_writes, name="writer", daemon=True)
+        self._last_used_written_at: Dict[str, float] = {}                 # token -> when its use was noted last
+        self._cache: Dict[Any, Any] = {}
+        self._token_cache: Dict[Tuple[str, str], Optional[Token]] = {}      # also over our own changes of anything else
+        self._tokens_dirty = False                     # by what is being written
+        self._cached_data_version, self._look_at = 0, float("-inf")
         self._is_closed = False
         self._read_lock = threading.Lock()
         self._large = threading.Lock()                       # one large answer is read at a time, so that small ones come between
@@ -2140,11 +2121,11 @@ class Store:
                               "make it writable, or choose another folder with --data-dir") from None
         try:
             self._open(path)
-            self._writer.start()
+            self._writer_thread.start()
         except (sqlite3.Error, Unavailable) as error:
             self.close()
-            text, broken = "The database %s cannot be used: %s." % (path, error), is_damage(error.__cause__ or error)
-            raise (Damaged(text, "start the bridge: it keeps the file aside and begins a new one") if broken else CannotStart(
+            text, broken = "The database %s cannot be used: %s." % (path, error), is_corrupt(error.__cause__ or error)
+            raise (DatabaseCorrupt(text, "start the bridge: it keeps the file aside and begins a new one") if broken else CannotStart(
                 text, "make room on the disk, or end the program that uses the file")) from None
         except BaseException:
             self.close()
@@ -2164,7 +2145,7 @@ class Store:
             self._keep_copy(path.with_name("bridge-original.db"))
         self._use_wal()
         self._db.execute("PRAGMA synchronous=FULL")
-        with self._begun():
+        with self._transaction():
             for statement in (line for step in MIGRATIONS[self._version():] for line in step):
                 self._db.execute(statement)
             self._db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
@@ -2192,9 +2173,9 @@ class Store:
     def close(self) -> None:
         """What was given to the writer before is written. Idempotent."""
         self._is_closed = True
-        if self._writer.ident:
-            self._writes.put(None)
-            self._writer.join()
+        if self._writer_thread.ident:
+            self._write_queue.put(None)
+            self._writer_thread.join()
         with self._read_lock:
             self._reader.close()
             self._db.close()
@@ -2204,7 +2185,7 @@ class Store:
         """A full disk, a locked or broken file becomes an answer that says so; a new one for each caller."""
         if isinstance(error, Unavailable):
             return Unavailable(str(error))
-        if is_damage(error):
+        if is_corrupt(error):
             return Unavailable("The database is damaged (%s). Restart the bridge: it keeps the file aside." % error)
         if isinstance(error, sqlite3.OperationalError):
             return Unavailable("The database cannot be used now (%s). Try again in a few seconds." % error, (("Retry-After", "5"),))
@@ -2212,44 +2193,44 @@ class Store:
 
     # --- writing ---
 
-    def _write(self, write: Write, wait_seconds: Optional[float] = None) -> Any:
+    def _write(self, write: WriteTask, wait_seconds: Optional[float] = None) -> Any:
         """Has it written. wait_seconds: for those who write before, and for the lock of another program."""
         if self._is_closed:
             raise self._told(sqlite3.OperationalError("it is closed"))
-        self._writes.put(write)
+        self._write_queue.put(write)
         if not write.done.wait(WRITE_SECONDS if wait_seconds is None else wait_seconds):
             if write.claim.acquire(blocking=False):
                 raise self._told(sqlite3.OperationalError("it is busy, or locked by another program"))
-            write.done.wait(-1)                              # it was begun: the end is near
+            write.done.wait()                              # it was begun: the end is near
         if write.error:
             raise write.error
         return write.result
 
-    def _write_all(self) -> None:
+    def _execute_writes(self) -> None:
         """The thread "writer": all that waits is one transaction."""
         is_open = True
         while is_open:
-            batch = [self._writes.get()]
+            batch = [self._write_queue.get()]
             with contextlib.suppress(queue.Empty):
                 while len(batch) < WRITES:
-                    batch.append(self._writes.get_nowait())
+                    batch.append(self._write_queue.get_nowait())
             is_open = None not in batch
             writes = [write for write in batch if write]
             try:
-                self._commit(writes)
+                self._run_batch(writes)
             except Exception as error:                       # of all: the disk is full, or the file locked or gone
                 for write in writes:
                     write.error = write.error or self._told(error)
-            self._kept = {}
-            if self._are_tokens_changed:
-                self._are_tokens_changed, self._kept_tokens = False, {}
+            self._cache = {}
+            if self._tokens_dirty:
+                self._tokens_dirty, self._token_cache = False, {}
             for write in writes:
-                write.done.ring()
+                write.done.set()
 
-    def _commit(self, writes: Sequence[Write]) -> None:
+    def _run_batch(self, writes: Sequence[WriteTask]) -> None:
         """What one of them did before it failed is undone; the others are stored."""
-        self._check_place()
-        with self._begun():
+        self._check_file_not_replaced()
+        with self._transaction():
             for write in writes:
                 if not write.claim.acquire(blocking=False):
                     continue
@@ -2264,7 +2245,7 @@ class Store:
                 self._db.execute("RELEASE one")
 
     @contextlib.contextmanager
-    def _begun(self) -> Iterator[None]:
+    def _transaction(self) -> Iterator[None]:
         """A transaction; what fails is undone."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -2274,7 +2255,7 @@ class Store:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
 
-    def _check_place(self) -> None:
+    def _check_file_not_replaced(self) -> None:
         """SQLite would go on writing to a file that was deleted, for nobody to find."""
         try:
             found = os.stat(self._path)
@@ -2287,7 +2268,7 @@ class Store:
     # --- reading ---
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def _read_connection(self) -> Iterator[sqlite3.Connection]:
         """What is committed; one thread at a time."""
         with self._read_lock:
             try:
@@ -2296,25 +2277,25 @@ class Store:
                 raise self._told(error) from error
 
     def _read(self, sql: str, *values: Any) -> List[Tuple[Any, ...]]:
-        with self._reading() as db:
+        with self._read_connection() as db:
             return db.execute(sql, values).fetchall()
 
     def kept(self) -> Dict[Any, Any]:
         """What was read since the database changed last, by anything that names it; empty after a change. Whoever adds to it asks for it
         *before* reading: what changes meanwhile puts a new one in its place. Changes of other programs count after LOOK_AGAIN_SECONDS."""
-        now, is_full = self._clock.monotonic(), len(self._kept) + len(self._kept_tokens) >= KEPT
+        now, is_full = self._clock.monotonic(), len(self._cache) + len(self._token_cache) >= CACHE_ENTRIES
         if now >= self._look_at or is_full:
-            self._look_at = now + LOOK_AGAIN_SECONDS
+            self._look_at = now + CACHE_REVALIDATE_SECONDS
             version = self._read("PRAGMA data_version")[0][0]
-            if version != self._version_seen or is_full:
-                self._version_seen, self._kept, self._kept_tokens = version, {}, {}
-        return self._kept
+            if version != self._cached_data_version or is_full:
+                self._cached_data_version, self._cache, self._token_cache = version, {}, {}
+        return self._cache
 
     def check_writable(self) -> None:
         """Raises Unavailable where a write would fail."""
         now = self._clock.monotonic()
         is_due = now - self._checked_at >= CHECK_SECONDS         # anybody may ask, and each is a write to disk
-        self._write(Write(lambda db: db.execute(                 # of a page, since a full disk is noticed only then
+        self._write(WriteTask(lambda db: db.execute(                 # of a page, since a full disk is noticed only then
             "INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?", (str(now), is_due))), HEALTH_SECONDS)
         self._checked_at = now if is_due else self._checked_at
 
@@ -2341,19 +2322,19 @@ class Store:
                    (token.id, token.name, token.prefix, token.session_mode, token.expires_at, token.created_at, None,
                     int(token.is_admin), as_json(token.tools), token.workspace, token.requests_per_minute, token.requests_per_day,
                     as_json(token.models), digest(secret)))
-        self._are_tokens_changed = True
+        self._tokens_dirty = True
         return token
 
     def token_by_digest(self, token_hash: str) -> Optional[Token]:
-        return self._one_token("token_hash", token_hash)
+        return self._load_token("token_hash", token_hash)
 
     def token(self, token_id: str) -> Optional[Token]:
-        return self._one_token("id", token_id)
+        return self._load_token("id", token_id)
 
-    def _one_token(self, column: str, value: str) -> Optional[Token]:
+    def _load_token(self, column: str, value: str) -> Optional[Token]:
         sql = "SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column)
         self.kept()                                          # other programs make and revoke tokens, too
-        return self._once(self._kept_tokens, (column, value), lambda: next(map(self._token, self._read(sql, value)), None))
+        return self._once(self._token_cache, (column, value), lambda: next(map(self._token, self._read(sql, value)), None))
 
     def tokens(self) -> List[Token]:
         """Newest first."""
@@ -2362,13 +2343,13 @@ class Store:
     def touch_token(self, token: Token) -> None:
         """Notes that the token was used; at most once a minute, since each note is a write to disk, for which nobody waits."""
         now = self._clock.now()
-        if not 0 <= now - self._touched.get(token.id, token.last_used_at or 0.0) < 60:
-            self._touched[token.id] = now
-            self._writes.put(Write(lambda db: self._touch(db, token.id, now)))
+        if not 0 <= now - self._last_used_written_at.get(token.id, token.last_used_at or 0.0) < 60:
+            self._last_used_written_at[token.id] = now
+            self._write_queue.put(WriteTask(lambda db: self._touch(db, token.id, now)))
 
     def _touch(self, db: sqlite3.Connection, token_id: str, now: float) -> None:
         db.execute("UPDATE tokens SET last_used_at = ? WHERE id = ?", (now, token_id))
-        self._are_tokens_changed = True
+        self._tokens_dirty = True
 
     def has_admin(self) -> bool:
         return bool(self._read("SELECT 1 FROM tokens WHERE is_admin AND (expires_at IS NULL OR expires_at > ?)", self._clock.now()))
@@ -2386,7 +2367,7 @@ class Store:
             raise LastAdmin()
         open_jobs = db.execute("SELECT id FROM jobs WHERE token_id = ? AND status IN ('queued', 'processing')", (token_id,)).fetchall()
         db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
-        self._are_tokens_changed = True
+        self._tokens_dirty = True
         return [job_id for job_id, in open_jobs]
 
     @staticmethod
@@ -2398,7 +2379,7 @@ class Store:
 
     # --- jobs ---
 
-    def enqueue(self, token_id: str, ask: Union[Ask, Chat], key: Optional[str] = None, limit: int = QUEUE_JOBS) -> Queued:
+    def enqueue(self, token_id: str, ask: Union[Ask, Chat], key: Optional[str] = None, limit: int = QUEUE_JOBS) -> EnqueueResult:
         """Adds a job at the end of the queue, or finds the one that this key made; durable on return.
 
         key: the caller's Idempotency-Key; limit: most jobs that may wait or run.  Raises IdempotencyConflict, QueueFull;
@@ -2410,7 +2391,7 @@ class Store:
 
     @transaction
     def _enqueue(self, db: sqlite3.Connection, token_id: str, ask: Union[Ask, Chat], key: Optional[str], limit: int,
-                 chat: Optional[str], api: Optional[str], fingerprint: Optional[str]) -> Queued:
+                 chat: Optional[str], api: Optional[str], fingerprint: Optional[str]) -> EnqueueResult:
         now, job_id = self._clock.now(), str(uuid.uuid4())
         known = key and db.execute("SELECT id, fingerprint FROM jobs WHERE token_id = ? AND idempotency_key = ?",
                                    (token_id, key)).fetchone()
@@ -2418,18 +2399,18 @@ class Store:
             raise IdempotencyConflict()
         if known:
             job = self._job(db.execute("SELECT %s FROM jobs WHERE id = ?" % JOB_COLUMNS, known[:1]).fetchone())
-            return Queued(job, self._places(db, job)[1], is_new=False)
+            return EnqueueResult(job, self._places(db, job)[1], is_new=False)
         self._check_limits(db, token_id, now)
         ahead = db.execute("SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
         if ahead >= limit:
-            raise too_many(QueueFull, "", 10)
+            raise retry_later(QueueFull, "", 10)
         seq = db.execute("INSERT INTO jobs (id, token_id, status, message, created_at, model, system_prompt, json_schema,"
                          " conversation, effort, idempotency_key, fingerprint, chat, api) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                          (job_id, token_id, JobStatus.QUEUED, ask.message, now, ask.model, ask.system_prompt, ask.json_schema,
                           ask.conversation, ask.effort, key, fingerprint, chat, api)).lastrowid
         self._count(db, token_id, now, requests=1)
         job = self._job(db.execute("SELECT %s FROM jobs WHERE seq = ?" % JOB_COLUMNS, (seq,)).fetchone())
-        return Queued(job, ahead + 1)
+        return EnqueueResult(job, ahead + 1)
 
     @staticmethod
     def _check_limits(db: sqlite3.Connection, token_id: str, now: float) -> None:
@@ -2442,37 +2423,37 @@ class Store:
             last = db.execute("SELECT created_at FROM jobs WHERE token_id = ? ORDER BY seq DESC LIMIT 1 OFFSET ?",
                               (token_id, per_minute - 1)).fetchone()
             if last and now - 60 < last[0] <= now:
-                raise too_many(RateLimited, "This token may send %d requests a minute." % per_minute, last[0] + 60 - now)
+                raise retry_later(RateLimited, "This token may send %d requests a minute." % per_minute, last[0] + 60 - now)
         used = per_day and db.execute("SELECT requests FROM usage WHERE day = ? AND token_id = ?", (day_of(now), token_id)).fetchone()
         if used and used[0] >= per_day:
             midnight = (now // 86_400 + 1) * 86_400
-            raise too_many(DailyLimit, "This token may send %d requests a day. It works again at %s." % (per_day, iso_time(midnight)),
+            raise retry_later(DailyLimit, "This token may send %d requests a day. It works again at %s." % (per_day, iso_time(midnight)),
                            midnight - now, resetsAt=iso_time(midnight))
 
     def _count(self, db: sqlite3.Connection, token_id: str, at: float, requests: int = 0, completed: int = 0, errors: int = 0,
                usage: Usage = Usage(), code: str = "") -> None:
         """Adds to the figures of a token for the day of the request."""
         if requests:
-            self._tally.add("cab_requests_accepted_total")
+            self._metrics.add("cab_requests_accepted_total")
         else:
-            self._tally.add("cab_requests_finished_total", status=JobStatus.COMPLETED if completed else JobStatus.ERROR, code=code)
+            self._metrics.add("cab_requests_finished_total", status=JobStatus.COMPLETED if completed else JobStatus.ERROR, code=code)
         for kind, count in zip(("input", "output", "cache_read", "cache_creation"), usage if completed else ()):
-            self._tally.add("cab_tokens_total", count, kind=kind)
-        self._tally.add("cab_cost_usd_total", usage.cost_usd)
+            self._metrics.add("cab_tokens_total", count, kind=kind)
+        self._metrics.add("cab_cost_usd_total", usage.cost_usd)
         db.execute("INSERT OR IGNORE INTO usage (day, token_id) VALUES (?, ?)", (day_of(at), token_id))
         db.execute("UPDATE usage SET requests = requests + ?, completed = completed + ?, errors = errors + ?,"
                    " input_tokens = input_tokens + ?, output_tokens = output_tokens + ?, cache_read_tokens = cache_read_tokens + ?,"
                    " cache_creation_tokens = cache_creation_tokens + ?, cost_usd = cost_usd + ? WHERE day = ? AND token_id = ?",
                    (requests, completed, errors, *usage, day_of(at), token_id))
 
-    def job(self, job_id: str, is_light: bool = False) -> Optional[Job]:
+    def job(self, job_id: str, without_bodies: bool = False) -> Optional[Job]:
         """is_light: without what was asked and answered, which may be large."""
-        if is_light:
-            return self._once(self.kept(), ("job", job_id), lambda: self._one_job(LIGHT_COLUMNS, job_id))
+        if without_bodies:
+            return self._once(self.kept(), ("job", job_id), lambda: self._load_job(SUMMARY_COLUMNS, job_id))
         with self._large:
-            return self._one_job(JOB_COLUMNS, job_id)
+            return self._load_job(JOB_COLUMNS, job_id)
 
-    def _one_job(self, columns: str, job_id: str) -> Optional[Job]:
+    def _load_job(self, columns: str, job_id: str) -> Optional[Job]:
         return next(map(self._job, self._read("SELECT %s FROM jobs WHERE id = ?" % columns, job_id)), None)
 
     def response(self, job_id: str, start: int, count: int) -> str:
@@ -2485,7 +2466,7 @@ class Store:
         """What was asked over /v1, as far as its job does not tell it; None for another job, or a finished one."""
         rows = self._read("SELECT chat FROM jobs WHERE id = ? AND chat IS NOT NULL", job_id)
         told = json.loads(rows[0][0]) if rows else None
-        return told and Chat(tuple(told["turns"]), functions=tuple(told["functions"]), forced=told["forced"], stops=tuple(told["stops"]))
+        return told and Chat(tuple(told["turns"]), client_tools=tuple(told["functions"]), forced_tool=told["forced"], stop_sequences=tuple(told["stops"]))
 
     def job_status(self, job_id: str) -> Optional[str]:
         rows = self._read("SELECT status FROM jobs WHERE id = ?", job_id)
@@ -2495,7 +2476,7 @@ class Store:
         """-> (those waiting before it + 1, or 0 for one that does not wait; those waiting and running before it + 1, or 0
         for one that is finished)."""
         def read() -> Tuple[int, int]:
-            with self._reading() as db:
+            with self._read_connection() as db:
                 return self._places(db, job)
         return self._once(self.kept(), ("places", job.id, job.status), read)
 
@@ -2512,10 +2493,10 @@ class Store:
         page ended.  -> (at most `limit` jobs, fewer where they are large; where the next page begins, or None)."""
         wanted = statuses or JobStatus.ALL
         sql = ("SELECT %s FROM jobs WHERE %s AND status IN (%s) AND seq < ? ORDER BY seq DESC LIMIT ?" % (
-            JOB_COLUMNS, "token_id = ?" if token_id else "? IS NULL", marks(wanted)))
+            JOB_COLUMNS, "token_id = ?" if token_id else "? IS NULL", placeholders(wanted)))
         found: List[Job] = []
         size = 0
-        with self._large, self._reading() as db:
+        with self._large, self._read_connection() as db:
             rows = db.execute(sql, (token_id, *wanted, before or 1 << 62, limit + 1))
             for row in rows:
                 if len(found) == limit or size > PAGE_CHARACTERS:
@@ -2529,7 +2510,7 @@ class Store:
     def claim(self, db: sqlite3.Connection, but: Sequence[str] = ()) -> Optional[Job]:
         """Takes the oldest waiting job: it is `processing` on return, and counts as attempted. but: models whose jobs rest, ""
         for the default one."""
-        sql = "SELECT seq FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s) ORDER BY seq LIMIT 1" % marks(but)
+        sql = "SELECT seq FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s) ORDER BY seq LIMIT 1" % placeholders(but)
         found = db.execute(sql, tuple(but)).fetchone()
         if not found:
             return None
@@ -2539,17 +2520,17 @@ class Store:
 
     def has_queued(self, but: Sequence[str] = ()) -> bool:
         """Whether `claim` would find one."""
-        sql = "SELECT 1 FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s) LIMIT 1" % marks(but)
+        sql = "SELECT 1 FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s) LIMIT 1" % placeholders(but)
         return bool(self._read(sql, *but))
 
     @transaction
-    def complete(self, db: sqlite3.Connection, job: Job, answer: Answer, restarts: int = 0) -> bool:
+    def complete(self, db: sqlite3.Connection, job: Job, answer: Answer, generation: int = 0) -> bool:
         """Stores the answer, and what continues the conversation. -> False when the job was no longer wanted."""
         now = self._clock.now()
         done = db.execute("UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?, usage = ?, ending = ?,"
                           " model = coalesce(?, model), restarts = ?, chat = NULL WHERE id = ? AND status = 'processing'",
-                          (now, clean_text(answer.text), answer.structured and clean_text(answer.structured), as_json(answer.usage),
-                           clean_text(as_json(answer.ending)), answer.model, restarts, job.id)).rowcount
+                          (now, replace_surrogates(answer.text), answer.structured and replace_surrogates(answer.structured), as_json(answer.usage),
+                           replace_surrogates(as_json(answer.stop_info)), answer.model, generation, job.id)).rowcount
         if done:
             # by the row's conversation: none when it was deleted meanwhile
             db.execute("UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ?"
@@ -2560,11 +2541,11 @@ class Store:
 
     def fail(self, job: Job, code: str, text: str, only: Sequence[str] = (JobStatus.PROCESSING,)) -> bool:
         """Stores why the job failed. only: the statuses that it may be in. -> False when it was in another."""
-        return bool(self._fail_where(code, text, "id = ? AND status IN (%s)" % marks(only), job.id, *only))
+        return bool(self._fail_where(code, text, "id = ? AND status IN (%s)" % placeholders(only), job.id, *only))
 
     def fail_chats(self, code: str, text: str, statuses: Sequence[str], model: str = ALL_MODELS) -> List[str]:
         """Ends the requests of /v1 in these statuses. model: only those for it, "" for the default one. -> their ids."""
-        return self._fail_where(code, text, "chat IS NOT NULL AND status IN (%s) AND ? IN (?, coalesce(model, ''))" % marks(statuses),
+        return self._fail_where(code, text, "chat IS NOT NULL AND status IN (%s) AND ? IN (?, coalesce(model, ''))" % placeholders(statuses),
                                 *statuses, model, ALL_MODELS)
 
     @transaction
@@ -2574,15 +2555,15 @@ class Store:
         rows = db.execute(found, values).fetchall()
         for job_id, token_id, created_at in rows:
             db.execute("UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?, chat = NULL WHERE id = ?",
-                       (self._clock.now(), clean_text(text), code, job_id))
+                       (self._clock.now(), replace_surrogates(text), code, job_id))
             self._count(db, token_id, created_at, errors=1, code=code)
         return [job_id for job_id, *_ in rows]
 
     @transaction
-    def requeue(self, db: sqlite3.Connection, job: Job, restarts: int = 0) -> bool:
+    def requeue(self, db: sqlite3.Connection, job: Job, generation: int = 0) -> bool:
         """Back to the head of the queue, as if it had not been claimed (what the job cannot help is no attempt)."""
         return bool(db.execute("UPDATE jobs SET status = 'queued', attempts = attempts - 1, started_at = NULL, restarts = ?"
-                               " WHERE id = ? AND status = 'processing'", (restarts, job.id)).rowcount)
+                               " WHERE id = ? AND status = 'processing'", (generation, job.id)).rowcount)
 
     def recover(self) -> Tuple[int, int]:
         """After a crash: what was processing waits again at its old place, unless it was attempted JOB_ATTEMPTS times.
@@ -2615,9 +2596,9 @@ class Store:
         values = dict(zip(JOB_FIELDS, row))
         if values["usage"]:
             values["usage"] = Usage._make(json.loads(values["usage"]))
-        if values["ending"]:
-            reason, stop, calls = json.loads(values["ending"])
-            values["ending"] = Ending(reason, stop, tuple(FunctionCall(*call) for call in calls))
+        if values["stop_info"]:
+            reason, stop, calls = json.loads(values["stop_info"])
+            values["stop_info"] = StopInfo(reason, stop, tuple(ToolCall(*call) for call in calls))
         return Job(**values)
 
     # --- conversations ---
@@ -2654,18 +2635,18 @@ class Store:
                    (token_id, name))
         return bool(rows)
 
-    def history(self, job: Job) -> List[Exchange]:
+    def history(self, job: Job) -> List[HistoryTurn]:
         """The completed turns before this one, oldest first; the latest HISTORY_TURNS within HISTORY_BYTES, the last one cut to fit."""
         rows = self._read("SELECT message, response FROM jobs WHERE token_id = ? AND conversation = ? AND seq < ?"
                           " AND status = 'completed' AND response IS NOT NULL ORDER BY seq DESC LIMIT ?",
                           job.token_id, job.conversation, job.seq, HISTORY_TURNS)
-        kept: List[Exchange] = []
+        kept: List[HistoryTurn] = []
         left = HISTORY_BYTES
         for message, response in rows:
             left -= len(message.encode())
             if kept and len(response.encode()) > left:
                 break
-            kept.insert(0, Exchange(message, response.encode()[:left].decode("utf-8", "ignore")))
+            kept.insert(0, HistoryTurn(message, response.encode()[:left].decode("utf-8", "ignore")))
             left -= len(response.encode())
         return kept
 
@@ -2679,16 +2660,16 @@ class Store:
         return [DayUsage._make((*row[:5], Usage._make(row[5:]))) for row in rows]
 
     @transaction
-    def note_windows(self, db: sqlite3.Connection, windows: Sequence[PlanWindow]) -> None:
+    def save_plan_limits(self, db: sqlite3.Connection, windows: Sequence[RateLimitWindow]) -> None:
         db.executemany("INSERT OR REPLACE INTO plan (kind, status, utilization, resets_at, seen_at) VALUES (?,?,?,?,?)", windows)
 
-    def windows(self) -> List[PlanWindow]:
+    def windows(self) -> List[RateLimitWindow]:
         """The limits of the plan, as they were told last."""
-        return [PlanWindow(*row) for row in self._read("SELECT kind, status, utilization, resets_at, seen_at FROM plan ORDER BY kind")]
+        return [RateLimitWindow(*row) for row in self._read("SELECT kind, status, utilization, resets_at, seen_at FROM plan ORDER BY kind")]
 
     # --- children ---
 
-    def note_child(self, pid: int, started: Optional[str], program: Optional[str] = None) -> None:
+    def record_process(self, pid: int, started: Optional[str], program: Optional[str] = None) -> None:
         """Remembers a process of ours (or, with started None, forgets it), for the next start to end it; on Linux its tag
         finds it, too, so that a full disk does no harm. program: its file, where a process cannot change what is told of it."""
         def note(db: sqlite3.Connection) -> None:
@@ -2697,7 +2678,7 @@ class Store:
                 db.execute("INSERT INTO children (pid, started, program) VALUES (?, ?, ?)", (pid, started, program))
 
         with contextlib.suppress(Unavailable):
-            self._write(Write(note))
+            self._write(WriteTask(note))
 
     def children(self) -> List[Tuple[int, str, Optional[str]]]:
         return [(int(pid), str(started), program) for pid, started, program in self._read("SELECT pid, started, program FROM children")]
@@ -2706,9 +2687,9 @@ class Store:
 
     def remember(self, name: str, value: str) -> None:
         with contextlib.suppress(Unavailable):
-            self._write(Write(lambda db: db.execute("INSERT OR REPLACE INTO remembered (name, value) VALUES (?, ?)", (name, value))))
+            self._write(WriteTask(lambda db: db.execute("INSERT OR REPLACE INTO remembered (name, value) VALUES (?, ?)", (name, value))))
 
-    def remembered(self, name: str) -> Optional[str]:
+    def get_state(self, name: str) -> Optional[str]:
         rows = self._read("SELECT value FROM remembered WHERE name = ?", name)
         return str(rows[0][0]) if rows else None
 
@@ -2717,7 +2698,7 @@ class Store:
 # them; find_claude says which program that is and who pays for it. All of it is used from the worker's thread:
 # on Linux the kernel ends a child together with the *thread* that forked it. Read ClaudeCli.run first.
 
-TAG = "CAB_CHILD"                     # in the environment of every child, and so of all that it starts
+OWNER_ENV_VAR = "CAB_CHILD"                     # in the environment of every child, and so of all that it starts
 PR_SET_PDEATHSIG = 1                  # <linux/prctl.h>
 
 
@@ -2739,7 +2720,7 @@ def group_options(last_signal: int = signal.SIGINT) -> Dict[str, Any]:
     return {"start_new_session": True, "preexec_fn": die_with_bridge}
 
 
-def ps(pid: int, column: str) -> Optional[str]:
+def ps_field(pid: int, column: str) -> Optional[str]:
     """What `ps` says of a process, where there is no /proc."""
     found = subprocess.run(["ps", "-o", column + "=", "-p", str(pid)], stdout=subprocess.PIPE, timeout=5)
     return found.stdout.decode().strip() or None
@@ -2759,7 +2740,7 @@ def started_at(pid: int) -> Optional[str]:
             found = kernel.GetProcessTimes(handle, *(ctypes.byref(times, 8 * n) for n in range(4)))
             kernel.CloseHandle(handle)
             return str(times[0]) if found else None
-        return ps(pid, "lstart")
+        return ps_field(pid, "lstart")
     except (OSError, IndexError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -2776,14 +2757,14 @@ def program_of(pid: int) -> Optional[str]:
             found = kernel.QueryFullProcessImageNameW(handle, 0, name, ctypes.byref(size))
             kernel.CloseHandle(handle)
             return name.value if found else None
-        return ps(pid, "comm")
+        return ps_field(pid, "comm")
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
-def tagged(tag: str) -> List[int]:
+def processes_tagged(tag: str) -> List[int]:
     """Linux: our processes whose environment holds TAG=tag..., descendants of dead children included; not this one."""
-    found, mark = [], ("\0%s=%s" % (TAG, tag)).encode()
+    found, mark = [], ("\0%s=%s" % (OWNER_ENV_VAR, tag)).encode()
     for entry in os.listdir("/proc") if sys.platform == "linux" else ():
         if entry.isdigit() and int(entry) != os.getpid():
             try:
@@ -2794,7 +2775,7 @@ def tagged(tag: str) -> List[int]:
     return found
 
 
-def parents() -> List[Tuple[int, int]]:
+def process_table() -> List[Tuple[int, int]]:
     """(pid, parent) of every process; none on Windows, where taskkill knows."""
     if sys.platform == "linux":
         found = []
@@ -2813,7 +2794,7 @@ def parents() -> List[Tuple[int, int]]:
 
 def descendants(pid: int) -> List[int]:
     """The processes below one, by parent; those whose parent died are not found (Linux finds them by tag)."""
-    pairs, below, grew = parents(), {pid}, True
+    pairs, below, grew = process_table(), {pid}, True
     while grew:
         more = {child for child, parent in pairs if parent in below} - below
         below, grew = below | more, bool(more)
@@ -2829,16 +2810,16 @@ def kill_process(pid: int, group: bool = False) -> None:
         (os.killpg if group else os.kill)(pid, signal.SIGKILL)
 
 
-def find_leftovers(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> Dict[int, Optional[str]]:
+def find_orphans(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> Dict[int, Optional[str]]:
     """What a dead bridge with this tag left behind: by tag on Linux, elsewhere by pid, start time and, where it was noted, program.
     -> pid: start time."""
     mine = {pid for pid, started, program in recorded if started_at(pid) == started and program in (None, program_of(pid))}
-    return {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), tagged(tag)) - {os.getpid()}}
+    return {pid: started_at(pid) for pid in mine.union(*map(descendants, mine), processes_tagged(tag)) - {os.getpid()}}
 
 
-def end_leftovers(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> List[int]:
+def kill_orphans(tag: str, recorded: Iterable[Tuple[int, str, Optional[str]]]) -> List[int]:
     """Ends what a dead bridge left behind. -> pids, gone."""
-    found = find_leftovers(tag, recorded)
+    found = find_orphans(tag, recorded)
     for pid in found:
         kill_process(pid)
     for _ in range(200):
@@ -2852,24 +2833,24 @@ class ChildGone(Exception):
     """The child ended (or broke off its output) before the turn was over."""
 
 
-class Child:
+class ClaudeProcess:
     """One process of `claude`: its pipes, its pumps and its end. Used from one thread; the owner calls `stop`."""
 
     def __init__(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str], tag: str) -> None:
         self.tag = tag
         self.session_id: Optional[str] = None
-        self.is_told = False
+        self.initialized = False
         self.spent_usd = 0.0
-        self._orders: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
+        self._stdin_queue: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
         self._lines: "queue.Queue[Union[bytes, Exception, None]]" = queue.Queue(2_000)
-        self._complaints: Deque[bytes] = deque(maxlen=8)
+        self._stderr_tail: Deque[bytes] = deque(maxlen=8)
         self._closing, self._dead_seconds = False, 0.0
         self.calls: Dict[str, Tuple[str, Any]] = {}     # of the client's tools, not answered yet: by the call's id those of its request
         self.told_usage = Usage()           # of the turn that goes on, at its calls
-        self.limits = Limits()              # of the plan, as it told them last: it tells them again only when they change
-        self._family: Optional[Dict[int, Optional[str]]] = None
+        self.limits = RateLimitStatus()              # of the plan, as it told them last: it tells them again only when they change
+        self._descendants: Optional[Dict[int, Optional[str]]] = None
         self.term_at = self.kill_at = float("inf")
-        self.process = subprocess.Popen(list(argv), cwd=str(cwd), env={**environment, TAG: tag}, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen(list(argv), cwd=str(cwd), env={**environment, OWNER_ENV_VAR: tag}, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, **group_options())
         self.pid = self.process.pid
         self._pumps = [threading.Thread(target=pump, name="%s-%d" % (name, self.pid), daemon=True)
@@ -2878,7 +2859,7 @@ class Child:
             for pump in self._pumps:
                 pump.start()
         except RuntimeError as error:                        # no thread to be had: else nobody would end the process
-            self._orders.put(None)
+            self._stdin_queue.put(None)
             kill_process(self.pid, group=True)
             self.process.wait()
             for pump, pipe in zip(self._pumps, (self.process.stdin, self.process.stdout, self.process.stderr)):
@@ -2892,7 +2873,7 @@ class Child:
         pipe = self.process.stdin
         assert pipe is not None
         with contextlib.suppress(OSError, ValueError), pipe:
-            for order in iter(self._orders.get, None):
+            for order in iter(self._stdin_queue.get, None):
                 view = memoryview(order)
                 while view:
                     view = view[pipe.write(view):]
@@ -2921,7 +2902,7 @@ class Child:
         assert pipe is not None
         with pipe:
             for data in iter(lambda: os.read(pipe.fileno(), STDERR_BYTES // 8), b""):
-                self._complaints.append(data)
+                self._stderr_tail.append(data)
 
     @property
     def is_alive(self) -> bool:
@@ -2929,7 +2910,7 @@ class Child:
 
     def send(self, *messages: Mapping[str, Any]) -> None:
         """Writes JSON lines in one piece; returns at once."""
-        self._orders.put(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+        self._stdin_queue.put(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
 
     def next_event(self, timeout: float) -> Optional[CliEvent]:
         """The next line's meaning, or None when `timeout` seconds brought none. Raises ChildGone, RunFailed."""
@@ -2937,33 +2918,33 @@ class Child:
             item = self._lines.get(timeout=max(0.0, timeout))
         except queue.Empty:
             self._dead_seconds += 0.0 if self.is_alive else timeout
-            if self._dead_seconds < LAST_WORD_SECONDS:
+            if self._dead_seconds < DRAIN_AFTER_EXIT_SECONDS:
                 return None
             item = None                     # its pipes are held open by what it started
         if item is None:
-            raise ChildGone(self._last_words())
+            raise ChildGone(self._exit_message())
         if isinstance(item, Exception):
             raise item
         try:
-            return read_cli_event(item)
+            return parse_cli_event(item)
         except (ValueError, RecursionError, AttributeError):
             raise RunFailed("cli_error", "claude wrote a line that is not valid JSON: %s" % item[:200].decode("utf-8", "replace")) from None
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(1)
         self._pumps[2].join(1)
-        words = b"".join(self._complaints).decode("utf-8", "replace")
-        if len(self._complaints) == self._complaints.maxlen:       # the beginning is lost: so is the first word, which may be half a secret
+        words = b"".join(self._stderr_tail).decode("utf-8", "replace")
+        if len(self._stderr_tail) == self._stderr_tail.maxlen:       # the beginning is lost: so is the first word, which may be half a secret
             words = re.sub(r"^\S*", "...", words)
         words = redact(words.strip())
         return "claude ended (exit code %s) without an answer%s" % (self.process.returncode, ": " + words if words else ".")
 
-    def tell(self, setup: Setup, features: Features) -> Sequence[Mapping[str, Any]]:
+    def tell(self, setup: SessionConfig, features: Features) -> Sequence[Mapping[str, Any]]:
         """Says what it is to be; once, since the CLI hears the first time only. -> what was sent."""
-        requests = [] if self.is_told else initialize_request(setup, features)
+        requests = [] if self.initialized else initialize_request(setup, features)
         if requests:
-            self.is_told = True
+            self.initialized = True
             self.send(*requests)
         return requests
 
@@ -2975,33 +2956,33 @@ class Child:
         """
         self.term_at, self.kill_at = now + grace * 0.6, now + grace
         if family:
-            self._family = {pid: started_at(pid) for pid in (descendants(self.pid) if self.is_alive else ())}
+            self._descendants = {pid: started_at(pid) for pid in (descendants(self.pid) if self.is_alive else ())}
         if interrupt:
             self.send({"type": "control_request", "request_id": "stop", "request": {"subtype": "interrupt"}})
 
     def tend(self, now: float) -> bool:
         """Goes on with the end of a child that leaves: only now its input ends, as its last work would slow down the storing of
         its answer. -> whether it is time to `stop` it."""
-        self._orders.put(None)
+        self._stdin_queue.put(None)
         if now >= self.term_at and self.is_alive:
             self.process.terminate()
         return now >= self.kill_at or not self.is_alive
 
     def stop(self) -> None:
         """Ends the child for good, and all that it started; it is gone on return."""
-        self._orders.put(None)
+        self._stdin_queue.put(None)
         if os.name != "nt" or self.is_alive:
             kill_process(self.pid, group=True)
         self.process.wait()
-        if self._family is not None:
-            for pid in [pid for pid, started in self._family.items() if started and started_at(pid) == started] + tagged(self.tag):
+        if self._descendants is not None:
+            for pid in [pid for pid, started in self._descendants.items() if started and started_at(pid) == started] + processes_tagged(self.tag):
                 kill_process(pid)
         self._closing = True
         for pump in self._pumps:
             pump.join(1)
 
-    def ended_within(self, seconds: float) -> bool:
-        self._orders.put(None)
+    def close_stdin_and_wait(self, seconds: float) -> bool:
+        self._stdin_queue.put(None)
         try:
             self.process.wait(seconds)
             return True
@@ -3010,17 +2991,17 @@ class Child:
 
 
 @dataclass(frozen=True)
-class Claude:
+class ClaudeInstall:
     """Which program is driven, what it can do, and who pays. environment: of every child."""
     command: Tuple[str, ...]
     features: Features
     environment: Dict[str, str]
-    payer: str
-    is_billed: bool = False
+    billing_account: str
+    is_billed_per_token: bool = False
     notes: Tuple[str, ...] = ()
 
 
-def find_claude(config: Config, environ: Mapping[str, str]) -> Claude:
+def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
     """Looks at the `claude` of this machine. Raises CannotStart when there is none, or it is too old or not signed in."""
     command = claude_command(config, environ)
     plain = child_environment(environ, config.allow_api_key, None)
@@ -3036,15 +3017,15 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> Claude:
             "update it: claude update (2.0.76 or newer is needed)")
     notes = tuple("This Claude Code lacks %s: the bridge does without." % flag for flag in sorted(OPTIONAL_FLAGS - features.flags))
     if not features.has_auth:
-        return Claude(command, features, plain, "unknown: this Claude Code cannot say (2.1.50 or newer can)", notes=notes)
+        return ClaudeInstall(command, features, plain, "unknown: this Claude Code cannot say (2.1.50 or newer can)", notes=notes)
     home = private_directory(config.data_dir / "claude-home")
     write_account(home, environ)
     isolated = child_environment(environ, config.allow_api_key, str(home))
     shared = "This Claude Code keeps its login in its own settings folder, which the bridge therefore shares."
     for environment, note in ((isolated, ()), (plain, (shared,))):
-        login = payer_of(login_status(command, environment))
+        login = billing_account(login_status(command, environment))
         if login.is_signed_in:
-            return Claude(command, features, environment, login.payer, login.is_billed, notes + note)
+            return ClaudeInstall(command, features, environment, login.billing_account, login.is_billed_per_token, notes + note)
     raise CannotStart("Claude Code is installed but not signed in.",
                       "run claude and sign in, or set CLAUDE_CODE_OAUTH_TOKEN (claude setup-token makes one), or try: start --demo")
 
@@ -3098,7 +3079,7 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
     wanted["profileFetchedAt"] = 4_102_444_800_000
     if known.get("oauthAccount") != wanted:
         with contextlib.suppress(OSError):      # then the CLI asks for the profile itself
-            write_private(target, as_json({**known, "oauthAccount": wanted}))
+            write_file_atomically(target, as_json({**known, "oauthAccount": wanted}))
 
 
 def read_object(path: Path) -> Dict[str, Any]:
@@ -3110,11 +3091,11 @@ def read_object(path: Path) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def ask_models(claude: Claude, data_dir: Path) -> Tuple[Model, ...]:
+def ask_models(claude: ClaudeInstall, data_dir: Path) -> Tuple[Model, ...]:
     """The models that `claude` offers, by its own word; nothing is asked of the API. Any thread. Raises Unavailable."""
     folder = private_directory(data_dir / "work")
     argv = claude_argv(claude.command, claude.features, Tools.NONE)
-    line = json.dumps(initialize_request(PLAIN, claude.features)[0]).encode() + b"\n"
+    line = json.dumps(initialize_request(DEFAULT_SESSION, claude.features)[0]).encode() + b"\n"
     try:
         said = subprocess.run(argv, cwd=str(folder), env=claude.environment, input=line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               timeout=30, **group_options()).stdout
@@ -3127,56 +3108,56 @@ def ask_models(claude: Claude, data_dir: Path) -> Tuple[Model, ...]:
 
 
 @dataclass(frozen=True)
-class Work:
+class RunRequest:
     """What a run needs to know. conversation: its key, or None for a stateless ask; session_id: the CLI's, to resume,
     and spent_usd its cost so far. history: reads the turns so far; asked only when they have to be told again. owner: the token,
     whose own processes alone may go on with its calls."""
     message: Content
-    setup: Setup
+    setup: SessionConfig
     conversation: Optional[str] = None
     session_id: Optional[str] = None
     spent_usd: float = 0.0
-    history: Callable[[], Sequence[Exchange]] = tuple
+    history: Callable[[], Sequence[HistoryTurn]] = tuple
     owner: str = ""
 
 
-class Warm(NamedTuple):
+class ConversationProcess(NamedTuple):
     """The process of a conversation, kept for its next turn."""
-    child: Child
-    setup: Setup
+    child: ClaudeProcess
+    setup: SessionConfig
     session_id: Optional[str]
     until: float
 
 
-class Aside(NamedTuple):
+class PendingToolCall(NamedTuple):
     """A process in the middle of a turn that waits for the results of the client's tools. before: what was said until this turn, and
     prompt: what began it."""
-    child: Child
-    setup: Setup
+    child: ClaudeProcess
+    setup: SessionConfig
     model: Optional[str]
     owner: str
-    before: Sequence[Exchange]
+    before: Sequence[HistoryTurn]
     prompt: Content
-    calls: Sequence[FunctionCall]
+    calls: Sequence[ToolCall]
     until: float
 
-    def fits(self, work: Work, results: Mapping[str, Any], history: Sequence[Exchange]) -> bool:
+    def fits(self, work: RunRequest, results: Mapping[str, Any], history: Sequence[HistoryTurn]) -> bool:
         """Whether it is this process whose calls the work answers: the same caller, conversation and calls."""
         *before, (prompt, answer) = history
-        calls = [FunctionCall(block["id"], block["name"][len(FUNCTION_PREFIX):], block["input"])
+        calls = [ToolCall(block["id"], block["name"][len(TOOL_PREFIX):], block["input"])
                  for block in answer if isinstance(block, dict) and block["type"] == "tool_use"]
         return (self.owner == work.owner and self.setup == work.setup and self.child.is_alive
                 and [*self.before, self.prompt] == [*before, prompt] and {call.id for call in calls} == set(results)
                 and {call.id: call for call in calls} == {call.id: call for call in self.calls})
 
 
-class Way(NamedTuple):
+class Candidate(NamedTuple):
     """One way to take a turn. history: told again first; fresh: the child was started for this turn; results: what its calls are
     answered with, where it is in the middle of a turn, and model: which one answers there."""
-    child: Child
+    child: ClaudeProcess
     session_id: Optional[str]
     is_open: bool = False
-    history: Sequence[Exchange] = ()
+    history: Sequence[HistoryTurn] = ()
     fresh: bool = False
     results: Mapping[str, Dict[str, Any]] = {}
     model: Optional[str] = None
@@ -3186,7 +3167,7 @@ class SessionLost(Exception):
     """The CLI does not know the session that was to be resumed."""
 
 
-def check_wanted(reason: Optional[str]) -> None:
+def raise_if_stopped(reason: Optional[str]) -> None:
     """Raises RunFailed where there is a reason, a key of RUN_ERRORS, to end a run."""
     if reason:
         raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
@@ -3195,9 +3176,9 @@ def check_wanted(reason: Optional[str]) -> None:
 class Turn:
     """One turn with one child: its deadlines, and what is read until the result."""
 
-    def __init__(self, child: Child, setup: Setup, clock: Clock, config: Config, deadline: float,
-                 stop_reason: Callable[[], Optional[str]], note_limits: Callable[[Limits], None]) -> None:
-        self._child, self._setup, self._clock, self._config, self._note_limits = child, setup, clock, config, note_limits
+    def __init__(self, child: ClaudeProcess, setup: SessionConfig, clock: Clock, config: Config, deadline: float,
+                 stop_reason: Callable[[], Optional[str]], on_rate_limits: Callable[[RateLimitStatus], None]) -> None:
+        self._child, self._setup, self._clock, self._config, self._record_rate_limits = child, setup, clock, config, on_rate_limits
         self._deadline, self._stop_reason, self._look_at = deadline, stop_reason, float("-inf")
         self._tools: Set[str] = set()    # those that run: a command may be silent for long
         self.heard = False               # the prompt was taken: from now on a lost child is a failed run
@@ -3206,7 +3187,7 @@ class Turn:
         self._results: Mapping[str, Dict[str, Any]] = {}      # of the client's tools, by call
         self._message = ""               # the id of the present message, its blocks, and whether they are all
         self._blocks: List[Block] = []
-        self._is_whole = False
+        self._message_complete = False
         self._used: Dict[str, Dict[str, int]] = {}            # token counts by message
 
     def event(self) -> CliEvent:
@@ -3215,30 +3196,30 @@ class Turn:
         while True:
             now = self._clock.monotonic()
             if now >= self._look_at:             # not for every word of a fast answer: it asks the database
-                self._look_at = now + TICK_SECONDS
-                check_wanted(self._stop_reason())
+                self._look_at = now + POLL_SECONDS
+                raise_if_stopped(self._stop_reason())
             if now >= self._deadline:
                 raise RunFailed("overloaded" if self._is_overloaded else "timeout", "The run took longer than %g seconds%s." % (
                     self._config.run_seconds, ", in which the service was overloaded" if self._is_overloaded else ""))
             if now >= silent_at and not self._tools:
                 raise RunFailed("timeout", "claude gave no sign of life for %g seconds." % self._config.silence_seconds)
-            event = self._child.next_event(min(TICK_SECONDS, self._deadline - now))
+            event = self._child.next_event(min(POLL_SECONDS, self._deadline - now))
             if event is not None:
                 if event.kind == "message":
                     self._tools.clear()
                 self._tools = self._tools.union(event.tools) if event.kind == "assistant" else self._tools.difference(event.tools)
                 if event.kind == "asks":
-                    self._take_request(str(event.body.get("request_id")), event.body.get("request") or {})
+                    self._handle_control_request(str(event.body.get("request_id")), event.body.get("request") or {})
                 return event
 
-    def _take_request(self, request_id: str, request: Mapping[str, Any]) -> None:
+    def _handle_control_request(self, request_id: str, request: Mapping[str, Any]) -> None:
         """The CLI asks us. As the server of the client's tools we tell what there is; calls are for the client to answer."""
         message = request.get("message")
-        if not self._setup.functions or request.get("subtype") != "mcp_message" or not isinstance(message, dict):
+        if not self._setup.client_tools or request.get("subtype") != "mcp_message" or not isinstance(message, dict):
             return self._child.send({"type": "control_response", "response": {
                 "subtype": "error", "request_id": request_id, "error": "not supported by this client"}})
         if message.get("method") != "tools/call":
-            return self._reply(request_id, message.get("id"), mcp_result(message, self._setup.functions))
+            return self._reply(request_id, message.get("id"), mcp_result(message, self._setup.client_tools))
         call_id = str(((message.get("params") or {}).get("_meta") or {}).get("claudecode/toolUseId"))
         if call_id in self._results:
             return self._reply(request_id, message.get("id"), self._results[call_id])
@@ -3252,11 +3233,11 @@ class Turn:
         self._child.send({"type": "control_response", "response": {
             "subtype": "success", "request_id": request_id, "response": {"mcp_response": answer}}})
 
-    def open(self, features: Features, history: Sequence[Exchange]) -> None:
+    def open(self, features: Features, history: Sequence[HistoryTurn]) -> None:
         """Tells a fresh child who it is, and what was said before. Each earlier message must be acknowledged before
         its answer is told, else the CLI puts all messages after all answers."""
         setup = self._setup
-        if history and features.version < SEED_CLI:
+        if history and features.version < HISTORY_REPLAY_CLI:
             setup, history = replace(setup, system_prompt=prompt_with_history(setup.system_prompt, history)), ()
         requests = self._child.tell(setup, features)
         if len(requests) > 1:
@@ -3299,7 +3280,7 @@ class Turn:
                     text = live.read()
                     usage = self._usage()
                     return Answer(text, None, usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4)), model,
-                                  ending=Ending("stop_sequence", live.stopped_by))
+                                  stop_info=StopInfo("stop_sequence", live.stopped_by))
             elif event.kind == "message":
                 self.heard = True
                 self._begin_message(event.body["event"].get("message") or {})
@@ -3308,19 +3289,19 @@ class Turn:
             elif event.kind == "usage":
                 self._used.setdefault(self._message, {}).update(token_counts(event.body["event"].get("usage")))
             elif event.kind == "stop":
-                self._is_whole = True
+                self._message_complete = True
             elif event.kind == "retry":
                 self._is_overloaded = event.body.get("error_status") in (429, *OVERLOADED)
                 seconds = number_or_none(event.body.get("retry_delay_ms")) or 0
-                live.rest = Rest("overloaded", self._clock.now() + seconds / 1000) if self._is_overloaded else None
+                live.rest = Pause("overloaded", self._clock.now() + seconds / 1000) if self._is_overloaded else None
             elif event.kind == "init":
                 self.heard, model = True, event.body.get("model")
                 self._guard_billing(event.body.get("apiKeySource"))
-                self._check_functions(event.body.get("tools"))
+                self._check_client_tools(event.body.get("tools"))
                 live.begin(model)
             elif event.kind == "limits":
-                self._child.limits = read_limits(event.body, self._clock.now())
-                self._note_limits(self._child.limits)
+                self._child.limits = parse_rate_limits(event.body, self._clock.now())
+                self._record_rate_limits(self._child.limits)
             elif event.kind == "assistant":
                 said = str(event.body.get("error") or said)
                 self._add_blocks(event.body)
@@ -3328,11 +3309,11 @@ class Turn:
                 self._check_control(event.body.get("response") or {})
             elif event.kind == "result":
                 return self._result(event.body, said, model, live)
-            if self._child.calls and self._is_whole:
+            if self._child.calls and self._message_complete:
                 return self._call(model)
 
     def _begin_message(self, message: Mapping[str, Any]) -> None:
-        self._message, self._blocks, self._is_whole = str(message.get("id")), [], False
+        self._message, self._blocks, self._message_complete = str(message.get("id")), [], False
         self._used[self._message] = token_counts(message.get("usage"))
 
     def _add_blocks(self, body: Mapping[str, Any]) -> None:
@@ -3344,7 +3325,7 @@ class Turn:
             self._begin_message(message)
         self._blocks += message["content"]
         if message.get("stop_reason"):
-            self._is_whole = True
+            self._message_complete = True
             self._used[self._message] = token_counts(message.get("usage"))
 
     def _usage(self) -> Usage:
@@ -3355,10 +3336,10 @@ class Turn:
         """The model wants something done by the client."""
         usage = self._usage()
         self._child.told_usage = Usage(*map(sum, zip(self._child.told_usage, usage)))
-        calls = tuple(FunctionCall(block["id"], block["name"][len(FUNCTION_PREFIX):], block.get("input") or {}) for block in self._blocks
-                      if block.get("id") in self._tools and str(block.get("name")).startswith(FUNCTION_PREFIX))
+        calls = tuple(ToolCall(block["id"], block["name"][len(TOOL_PREFIX):], block.get("input") or {}) for block in self._blocks
+                      if block.get("id") in self._tools and str(block.get("name")).startswith(TOOL_PREFIX))
         text = "".join(block["text"] for block in self._blocks if block.get("type") == "text")
-        return Answer(text, None, usage, model, ending=Ending("tool_use", None, calls))
+        return Answer(text, None, usage, model, stop_info=StopInfo("tool_use", None, calls))
 
     def _guard_billing(self, source: Any) -> None:
         if source and source != "none" and not self._config.allow_api_key:
@@ -3366,10 +3347,10 @@ class Turn:
             raise RunFailed("billing_guard", "claude would have billed this run to an API key (%s), so it was stopped. Sign claude in"
                             " to the subscription, or allow it with --allow-api-key." % redact(str(source)))
 
-    def _check_functions(self, tools: Any) -> None:
+    def _check_client_tools(self, tools: Any) -> None:
         """An answer without the client's tools would be another one than was asked for."""
-        wanted = [each["name"] for each in self._setup.functions]
-        missing = [name for name in wanted if FUNCTION_PREFIX + name not in (tools or ())]
+        wanted = [each["name"] for each in self._setup.client_tools]
+        missing = [name for name in wanted if TOOL_PREFIX + name not in (tools or ())]
         if missing:
             raise RunFailed("cli_error", "claude did not take the tools %s." % ", ".join(missing))
 
@@ -3381,7 +3362,7 @@ class Turn:
     def _result(self, body: Mapping[str, Any], said: str, model: Optional[str], live: LiveText) -> Answer:
         self.over = True
         if body.get("is_error") or body.get("subtype") != "success":
-            failure = failure_of(body, said, self._child.limits)
+            failure = classify_failure(body, said, self._child.limits)
             if not self.heard and "No conversation found" in str(failure):
                 raise SessionLost()
             raise failure
@@ -3392,14 +3373,14 @@ class Turn:
             structured = as_json(body["structured_output"])
         if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
             raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
-        usage, self._child.spent_usd = usage_of(body, self._child.spent_usd, self._child.told_usage)
-        text, stop = cut_at_stop(text, live.stops)
+        usage, self._child.spent_usd = turn_usage(body, self._child.spent_usd, self._child.told_usage)
+        text, stop = cut_at_stop(text, live.stop_sequences)
         reason = "stop_sequence" if stop else str(body.get("stop_reason") or "end_turn")
         return Answer(text, structured, usage, model, spent_usd=self._child.spent_usd,
-                      ending=Ending("end_turn" if reason == "tool_use" else reason, stop))      # of the tool that takes what is structured
+                      stop_info=StopInfo("end_turn" if reason == "tool_use" else reason, stop))      # of the tool that takes what is structured
 
 
-def mark_of(program: str) -> Optional[Tuple[float, ...]]:
+def file_fingerprint(program: str) -> Optional[Tuple[float, ...]]:
     """What differs once a program was replaced; None where there is none."""
     try:
         found = os.stat(program)
@@ -3408,51 +3389,51 @@ def mark_of(program: str) -> Optional[Tuple[float, ...]]:
         return None
 
 
-class ClaudeCli:
+class ClaudePool:
     """Answers jobs by `claude`. Owns its children: a spare, those of conversations, those that wait for the client's tools, and those
     that are leaving."""
 
-    def __init__(self, claude: Claude, config: Config, clock: Clock, tag: str, note_child: Callable[[int, Optional[str]], None],
-                 tally: Optional[Tally] = None, look: Optional[Callable[[], Claude]] = None) -> None:
+    def __init__(self, claude: ClaudeInstall, config: Config, clock: Clock, tag: str, record_process: Callable[[int, Optional[str]], None],
+                 metrics: Optional[Metrics] = None, look: Optional[Callable[[], ClaudeInstall]] = None) -> None:
         """look: finds claude again, when its program was replaced."""
-        self.claude, self._tally, self._look, self._mark = claude, tally or Tally(), look, mark_of(claude.command[0])
-        self._config, self._clock, self._tag, self._note_child = config, clock, tag, note_child
-        self._spares: List[Child] = []                  # the oldest first
-        self._plain_in_row = PLAIN_IN_ROW               # requests without settings of their own, since the last that had some
+        self.claude, self._metrics, self._look, self._mark = claude, metrics or Metrics(), look, file_fingerprint(claude.command[0])
+        self._config, self._clock, self._tag, self._note_child = config, clock, tag, record_process
+        self._idle_processes: List[ClaudeProcess] = []                  # the oldest first
+        self._default_streak = DEFAULT_STREAK_TO_PREINIT               # requests without settings of their own, since the last that had some
         self._spare_after = 0.0
-        self._warm: "OrderedDict[str, Warm]" = OrderedDict()
-        self._asides: List[Aside] = []
-        self._leaving: List[Child] = []
+        self._conversations: "OrderedDict[str, Warm]" = OrderedDict()
+        self._awaiting_tools: List[PendingToolCall] = []
+        self._terminating: List[ClaudeProcess] = []
         self._count = 0
 
     @property
     def spares(self) -> int:
-        return len(self._spares)
+        return len(self._idle_processes)
 
     @property
-    def has_leaving(self) -> bool:
-        return bool(self._leaving)
+    def has_terminating(self) -> bool:
+        return bool(self._terminating)
 
-    def run(self, work: Work, live: LiveText, stop_reason: Callable[[], Optional[str]],
-            note_limits: Callable[[Limits], None] = lambda limits: None) -> Answer:
+    def run(self, work: RunRequest, live: LiveText, stop_reason: Callable[[], Optional[str]],
+            on_rate_limits: Callable[[RateLimitStatus], None] = lambda limits: None) -> Answer:
         """One turn, from the prompt to the answer; tried again, within its time, while the service is overloaded. Raises RunFailed.
 
         stop_reason: asked ten times a second; a key of RUN_ERRORS ends the run. note_limits: is told what the CLI says of the plan.
         """
-        self._look_again()
+        self._redetect_if_replaced()
         if work.setup.json_schema and self.claude.features.version < JSON_SCHEMA_CLI:
             raise RunFailed("cli_error", "jsonSchema needs Claude Code 2.1.197 or newer; this is %s." % self.claude.features.version_text)
-        if work.setup.functions and self.claude.features.version < FUNCTIONS_CLI:
+        if work.setup.client_tools and self.claude.features.version < CLIENT_TOOLS_CLI:
             raise RunFailed("cli_error", "Tools of the client need Claude Code 2.1.197 or newer; this is %s."
                             % self.claude.features.version_text)
-        if self.claude.is_billed and not self._config.allow_api_key:      # known before: not even the first request goes out
+        if self.claude.is_billed_per_token and not self._config.allow_api_key:      # known before: not even the first request goes out
             raise RunFailed("billing_guard", "claude is signed in with %s, which would be billed per token. Sign it in to the"
-                            " subscription and restart the bridge, or allow it with --allow-api-key." % self.claude.payer)
+                            " subscription and restart the bridge, or allow it with --allow-api-key." % self.claude.billing_account)
         deadline = self._clock.monotonic() + self._config.run_seconds
         overload: Optional[RunFailed] = None
         for seconds in chain(BACK_OFF_SECONDS, repeat(BACK_OFF_SECONDS[-1])):
             try:
-                return self._try(work, live, deadline, stop_reason, note_limits)
+                return self._try(work, live, deadline, stop_reason, on_rate_limits)
             except RunFailed as failure:
                 if failure.code == "timeout" and overload:
                     raise overload from None
@@ -3460,28 +3441,28 @@ class ClaudeCli:
                     raise
                 overload = failure
             work = replace(work, session_id=None)            # its transcript may hold the failed turn
-            live.pause(Rest("overloaded", self._clock.now() + seconds))
+            live.pause(Pause("overloaded", self._clock.now() + seconds))
             until = self._clock.monotonic() + seconds
             while self._clock.monotonic() < until:
-                check_wanted(stop_reason())
-                time.sleep(TICK_SECONDS)
+                raise_if_stopped(stop_reason())
+                time.sleep(POLL_SECONDS)
         raise AssertionError("unreachable")
 
-    def _look_again(self) -> None:
+    def _redetect_if_replaced(self) -> None:
         """After an update of claude: asks what the new one can do, and lets go of the spare of the old one, which serves on while there
         is none. Raises RunFailed."""
-        if not self._look or mark_of(self.claude.command[0]) in (self._mark, None):
+        if not self._look or file_fingerprint(self.claude.command[0]) in (self._mark, None):
             return
-        self._end_spares(self._spares)
+        self._end_spares(self._idle_processes)
         self._spare_after = 0.0
         try:
             self.claude = self._look()
         except CannotStart as error:
             raise RunFailed("cli_error", "%s Hint: %s." % (error, error.hint)) from None
-        self._mark = mark_of(self.claude.command[0])
+        self._mark = file_fingerprint(self.claude.command[0])
 
-    def _try(self, work: Work, live: LiveText, deadline: float, stop_reason: Callable[[], Optional[str]],
-             note_limits: Callable[[Limits], None]) -> Answer:
+    def _try(self, work: RunRequest, live: LiveText, deadline: float, stop_reason: Callable[[], Optional[str]],
+             on_rate_limits: Callable[[RateLimitStatus], None]) -> Answer:
         refill_at = self._clock.monotonic() + REFILL_SECONDS
 
         def look() -> Optional[str]:
@@ -3489,8 +3470,8 @@ class ClaudeCli:
                 self.prepare()
             return stop_reason()
 
-        for way in self._ways(work):
-            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, look, note_limits)
+        for way in self._candidates(work):
+            turn = Turn(way.child, work.setup, self._clock, self._config, deadline, look, on_rate_limits)
             try:
                 if way.results:
                     turn.resume(way.results, live, way.model)
@@ -3500,124 +3481,124 @@ class ClaudeCli:
                     turn.ask(work.message)
                 answer = replace(turn.answer(live, way.model), session_id=way.session_id)
             except (SessionLost, ChildGone) as lost:
-                self._dismiss(way.child, work.setup, idle=False)
+                self._terminate(way.child, work.setup, idle=False)
                 if isinstance(lost, ChildGone) and (turn.heard or way.fresh):
                     raise RunFailed("cli_error", str(lost)) from None
             except BaseException:
-                self._dismiss(way.child, work.setup, idle=turn.over)
+                self._terminate(way.child, work.setup, idle=turn.over)
                 raise
             else:
                 self._keep(work, way, answer, turn.over)
                 return answer
         raise RunFailed("cli_error", "claude could not be started.")
 
-    def _ways(self, work: Work) -> Iterator[Way]:
+    def _candidates(self, work: RunRequest) -> Iterator[Candidate]:
         """The children that could take the turn, best first; the next is asked for only when one was lost unheard."""
-        history: Sequence[Exchange] = ()
+        history: Sequence[HistoryTurn] = ()
         if not work.conversation:
             history, results = work.history(), mcp_results(work.message)
-            aside = next((each for each in self._asides if results and history and each.fits(work, results, history)), None)
+            aside = next((each for each in self._awaiting_tools if results and history and each.fits(work, results, history)), None)
             if aside and results:
-                self._asides.remove(aside)
-                yield Way(aside.child, None, is_open=True, results=results, model=aside.model)
+                self._awaiting_tools.remove(aside)
+                yield Candidate(aside.child, None, is_open=True, results=results, model=aside.model)
         else:
-            warm = self._warm.pop(work.conversation, None)
+            warm = self._conversations.pop(work.conversation, None)
             if warm and warm.child.is_alive and warm.setup == work.setup:
-                yield Way(warm.child, warm.session_id, is_open=True)
+                yield Candidate(warm.child, warm.session_id, is_open=True)
             elif warm:
-                self._dismiss(warm.child, warm.setup)
+                self._terminate(warm.child, warm.setup)
             if work.session_id:
-                yield Way(self._resume(work, work.session_id), work.session_id)
+                yield Candidate(self._resume(work, work.session_id), work.session_id)
             history = work.history()
             if not history:
                 session_id = str(uuid.uuid4())
-                yield Way(self._spawn(work.setup, "--session-id=" + session_id), session_id)
+                yield Candidate(self._spawn(work.setup, "--session-id=" + session_id), session_id)
         if work.setup.tools == Tools.NONE and self._config.spare:
-            self._plain_in_row = self._plain_in_row + 1 if work.setup == PLAIN else 0
-            spare = next((each for each in self._spares if work.setup == PLAIN or not each.is_told), None)
+            self._default_streak = self._default_streak + 1 if work.setup == DEFAULT_SESSION else 0
+            spare = next((each for each in self._idle_processes if work.setup == DEFAULT_SESSION or not each.initialized), None)
             has_spare = spare is not None and not self._needs_effort_flag(work.setup)
-            self._tally.add("cab_spare_total", result="hit" if has_spare else "miss")
+            self._metrics.add("cab_spare_total", result="hit" if has_spare else "miss")
             if spare and has_spare:
-                self._spares.remove(spare)
-                yield Way(spare, None, history=history)
-        yield Way(self._spawn(work.setup), None, history=history, fresh=True)
+                self._idle_processes.remove(spare)
+                yield Candidate(spare, None, history=history)
+        yield Candidate(self._spawn(work.setup), None, history=history, fresh=True)
 
-    def _resume(self, work: Work, session_id: str) -> Child:
+    def _resume(self, work: RunRequest, session_id: str) -> ClaudeProcess:
         """A child that knows the session, once the last one that had it is gone: two must not write one session.
 
         --model default: else a turn without a model would keep the one of the last turn.
         """
-        for leaving in [child for child in self._leaving if child.session_id == session_id]:
-            leaving.ended_within(LEAVE_SECONDS)
-            self._bury(leaving)
+        for leaving in [child for child in self._terminating if child.session_id == session_id]:
+            leaving.close_stdin_and_wait(SHUTDOWN_GRACE_SECONDS)
+            self._reap(leaving)
         child = self._spawn(work.setup, "--resume=" + session_id, *(() if work.setup.model else ("--model", "default")))
         child.spent_usd = work.spent_usd
         return child
 
-    def _keep(self, work: Work, way: Way, answer: Answer, is_idle: bool) -> None:
+    def _keep(self, work: RunRequest, way: Candidate, answer: Answer, is_idle: bool) -> None:
         """After a success: the child of a conversation stays, one that waits for the client's tools waits aside, any other leaves."""
-        if answer.ending.calls:
-            self._asides.append(Aside(way.child, work.setup, answer.model, work.owner, work.history(), work.message,
-                                      answer.ending.calls, self._clock.monotonic() + ASIDE_SECONDS))
-            return self._end_asides(self._asides[:-WARM_CHILDREN])
+        if answer.stop_info.calls:
+            self._awaiting_tools.append(PendingToolCall(way.child, work.setup, answer.model, work.owner, work.history(), work.message,
+                                      answer.stop_info.calls, self._clock.monotonic() + TOOL_RESULT_WAIT_SECONDS))
+            return self._end_asides(self._awaiting_tools[:-MAX_KEPT_PROCESSES])
         if not work.conversation or not self._config.warm_seconds:
-            return self._dismiss(way.child, work.setup, is_idle)
-        self._warm[work.conversation] = Warm(way.child, work.setup, way.session_id, self._clock.monotonic() + self._config.warm_seconds)
-        while len(self._warm) > WARM_CHILDREN:
-            oldest = self._warm.popitem(last=False)[1]
-            self._dismiss(oldest.child, oldest.setup)
+            return self._terminate(way.child, work.setup, is_idle)
+        self._conversations[work.conversation] = ConversationProcess(way.child, work.setup, way.session_id, self._clock.monotonic() + self._config.warm_seconds)
+        while len(self._conversations) > MAX_KEPT_PROCESSES:
+            oldest = self._conversations.popitem(last=False)[1]
+            self._terminate(oldest.child, oldest.setup)
 
-    def _end_asides(self, asides: Sequence[Aside]) -> None:
+    def _end_asides(self, asides: Sequence[PendingToolCall]) -> None:
         for aside in asides:
-            self._asides.remove(aside)
-            self._dismiss(aside.child, aside.setup, idle=False)
+            self._awaiting_tools.remove(aside)
+            self._terminate(aside.child, aside.setup, idle=False)
 
-    def _end_spares(self, spares: Sequence[Child]) -> None:
+    def _end_spares(self, spares: Sequence[ClaudeProcess]) -> None:
         for spare in list(spares):
-            self._spares.remove(spare)
-            self._dismiss(spare, PLAIN)
+            self._idle_processes.remove(spare)
+            self._terminate(spare, DEFAULT_SESSION)
 
     def prepare(self) -> None:
         """Keeps house: a spare is there, cooled conversations leave, as do those whose client stays away, and those that were leaving
         are gone."""
         now = self._clock.monotonic()
-        self._end_asides([aside for aside in self._asides if now >= aside.until or not aside.child.is_alive])
-        for key in [key for key, warm in self._warm.items() if now >= warm.until or not warm.child.is_alive]:
+        self._end_asides([aside for aside in self._awaiting_tools if now >= aside.until or not aside.child.is_alive])
+        for key in [key for key, warm in self._conversations.items() if now >= warm.until or not warm.child.is_alive]:
             self.forget(key)
         self.tend()
-        for spare in [spare for spare in self._spares if not spare.is_alive]:
-            self._spares.remove(spare)
-            self._bury(spare)
+        for spare in [spare for spare in self._idle_processes if not spare.is_alive]:
+            self._idle_processes.remove(spare)
+            self._reap(spare)
             self._spare_after = now + 30                       # one that ends by itself would do it again
-        is_usual = self._plain_in_row >= PLAIN_IN_ROW and self.claude.features.version >= SEED_CLI
-        self._end_spares([spare for spare in self._spares if spare.is_told and not is_usual])
-        while len(self._spares) < self._config.spare and now >= self._spare_after:
+        is_usual = self._default_streak >= DEFAULT_STREAK_TO_PREINIT and self.claude.features.version >= HISTORY_REPLAY_CLI
+        self._end_spares([spare for spare in self._idle_processes if spare.initialized and not is_usual])
+        while len(self._idle_processes) < self._config.spare and now >= self._spare_after:
             try:
-                self._spares.append(self._spawn(PLAIN))
+                self._idle_processes.append(self._spawn(DEFAULT_SESSION))
             except RunFailed:
                 self._spare_after = now + 30
-        for spare in self._spares[:1] if is_usual else ():     # it can be told only once: another request needs another process
-            spare.tell(PLAIN, self.claude.features)
+        for spare in self._idle_processes[:1] if is_usual else ():     # it can be told only once: another request needs another process
+            spare.tell(DEFAULT_SESSION, self.claude.features)
 
     def tend(self) -> None:
         """Sees to those that are leaving; often, since it ends what does not go."""
         now = self._clock.monotonic()
-        for child in [child for child in self._leaving if child.tend(now)]:
-            self._bury(child)
+        for child in [child for child in self._terminating if child.tend(now)]:
+            self._reap(child)
 
-    def keep_only(self, is_known: Callable[[str], bool], is_owner: Callable[[str], bool]) -> None:
+    def evict_unless(self, is_known: Callable[[str], bool], is_owner: Callable[[str], bool]) -> None:
         """Ends the processes of the conversations, and of the tokens, that are gone."""
-        self._end_asides([aside for aside in self._asides if not is_owner(aside.owner)])
-        for key in [key for key in self._warm if not is_known(key)]:
+        self._end_asides([aside for aside in self._awaiting_tools if not is_owner(aside.owner)])
+        for key in [key for key in self._conversations if not is_known(key)]:
             self.forget(key)
 
     def forget(self, key: str) -> None:
         """Ends the process of a conversation, if there is one."""
-        warm = self._warm.pop(key, None)
+        warm = self._conversations.pop(key, None)
         if warm:
-            self._dismiss(warm.child, warm.setup)
+            self._terminate(warm.child, warm.setup)
 
-    def _spawn(self, setup: Setup, *session: str) -> Child:
+    def _spawn(self, setup: SessionConfig, *session: str) -> ClaudeProcess:
         """A new child. Raises RunFailed."""
         folder = Path(setup.workspace) if setup.workspace else self._config.data_dir / "work"
         argv = claude_argv(self.claude.command, self.claude.features, setup.tools, session)
@@ -3627,45 +3608,45 @@ class ClaudeCli:
         try:
             if not setup.workspace:
                 private_directory(folder)
-            child = Child(argv, folder, self.claude.environment, "%s.%d." % (self._tag, self._count))
+            child = ClaudeProcess(argv, folder, self.claude.environment, "%s.%d." % (self._tag, self._count))
         except (OSError, CannotStart) as error:
             is_scarce = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
             raise RunFailed("overloaded" if is_scarce else "cli_error", "claude could not be started: %s" % error) from None
         child.session_id = session[0].partition("=")[2] if session else None
-        self._tally.add("cab_cli_starts_total")
+        self._metrics.add("cab_cli_starts_total")
         self._note_child(child.pid, started_at(child.pid))
         return child
 
-    def _needs_effort_flag(self, setup: Setup) -> bool:
+    def _needs_effort_flag(self, setup: SessionConfig) -> bool:
         features = self.claude.features
         return bool(setup.effort) and features.version < EFFORT_CLI and "--effort" in features.flags
 
-    def _dismiss(self, child: Child, setup: Setup, idle: bool = True) -> None:
+    def _terminate(self, child: ClaudeProcess, setup: SessionConfig, idle: bool = True) -> None:
         """Asks a child to go; nobody waits for it."""
         has_tools = setup.tools != Tools.NONE
-        while len(self._leaving) >= WARM_CHILDREN:            # who asks and cancels in turn shall not gather them
-            self._bury(self._leaving[0])
-        child.leave(self._clock.monotonic(), 5.0 if idle and not has_tools else LEAVE_SECONDS, interrupt=not idle, family=has_tools)
-        self._leaving.append(child)
+        while len(self._terminating) >= MAX_KEPT_PROCESSES:            # who asks and cancels in turn shall not gather them
+            self._reap(self._terminating[0])
+        child.leave(self._clock.monotonic(), 5.0 if idle and not has_tools else SHUTDOWN_GRACE_SECONDS, interrupt=not idle, family=has_tools)
+        self._terminating.append(child)
 
-    def _bury(self, child: Child) -> None:
+    def _reap(self, child: ClaudeProcess) -> None:
         child.stop()
-        self._leaving = [other for other in self._leaving if other is not child]
+        self._terminating = [other for other in self._terminating if other is not child]
         self._note_child(child.pid, None)
 
     def close(self) -> None:
         """Ends every child; within 2 seconds."""
-        self._end_asides(list(self._asides))
-        for warm in self._warm.values():
-            self._dismiss(warm.child, warm.setup)
-        self._end_spares(self._spares)
-        until = self._clock.monotonic() + LEAVE_SECONDS
-        for child in list(self._leaving):
-            child.ended_within(max(0.0, until - self._clock.monotonic()))
-            self._bury(child)
-        for pid in tagged(self._tag + "."):
+        self._end_asides(list(self._awaiting_tools))
+        for warm in self._conversations.values():
+            self._terminate(warm.child, warm.setup)
+        self._end_spares(self._idle_processes)
+        until = self._clock.monotonic() + SHUTDOWN_GRACE_SECONDS
+        for child in list(self._terminating):
+            child.close_stdin_and_wait(max(0.0, until - self._clock.monotonic()))
+            self._reap(child)
+        for pid in processes_tagged(self._tag + "."):
             kill_process(pid)
-        self._warm.clear()
+        self._conversations.clear()
 
 
 class CloudflaredInstall:
@@ -3783,7 +3764,7 @@ class Cloudflared:
         """Raises OSError."""
         self.metrics = self.host = ""
         self._tail: Deque[str] = deque(maxlen=LOG_LINES)
-        self.process = subprocess.Popen(list(argv), env={**environment, TAG: tag}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        self.process = subprocess.Popen(list(argv), env={**environment, OWNER_ENV_VAR: tag}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, bufsize=0, **group_options(getattr(signal, "SIGKILL", 9)))
         self.pid = self.process.pid
         self._pump = threading.Thread(target=self._read_log, name="cloudflared-log-%d" % self.pid, daemon=True)
@@ -3802,7 +3783,7 @@ class Cloudflared:
 
     def _note(self, data: bytes) -> None:
         line = data.decode("utf-8", "replace").rstrip()
-        kind, value = read_tunnel_line(line)
+        kind, value = parse_tunnel_line(line)
         if kind == "host":
             self.host = value
         elif kind == "metrics":
@@ -3822,7 +3803,7 @@ class Cloudflared:
         except (OSError, ValueError, http.client.HTTPException):
             return 0, None
 
-    def look(self, is_named: bool) -> Sight:
+    def look(self, is_named: bool) -> TunnelStatus:
         """What can be seen now. The public address itself is never asked: a look-up that comes too soon is remembered
         as a failure, here and by everybody behind the same resolver."""
         code = self.process.poll()
@@ -3830,12 +3811,12 @@ class Cloudflared:
             self._pump.join(1)
             words = self.last_words()
             is_usage = bool(re.match("Incorrect Usage|Provided Tunnel token is not valid", words))
-            return Sight(True, is_usage, words="cloudflared ended (exit code %d)%s" % (code, ": " + words if words else ""))
+            return TunnelStatus(True, is_usage, words="cloudflared ended (exit code %d)%s" % (code, ": " + words if words else ""))
         if not is_named:
             body = self.ask("/quicktunnel")[1]
             told = body.get("hostname") if isinstance(body, dict) else None
             self.host = told if isinstance(told, str) and QUICK_HOST.fullmatch(told) else self.host
-        return Sight(has_host=is_named or bool(self.host), is_ready=self.ask("/ready")[0] == 200)
+        return TunnelStatus(has_host=is_named or bool(self.host), is_ready=self.ask("/ready")[0] == 200)
 
     def last_words(self) -> str:
         """The line that says why it ended: the last, but for a wrong flag or token, or a refusal, which have one of their own."""
@@ -3864,12 +3845,12 @@ class Tunnel:
     """
 
     def __init__(self, config: Config, install: CloudflaredInstall, policy: TunnelPolicy, token: str, clock: Clock, tag: str,
-                 note_child: Callable[..., None], announce: Callable[[str], None], report: Callable[[str], None],
+                 record_process: Callable[..., None], announce: Callable[[str], None], report: Callable[[str], None],
                  remember: Callable[[str, str], None]) -> None:
         self._config, self._install, self._policy, self._token, self._clock, self._tag = config, install, policy, token, clock, tag
-        self._note_child, self._announce, self._report, self._remember = note_child, announce, report, remember
+        self._note_child, self._announce, self._report, self._remember = record_process, announce, report, remember
         self._child: Optional[Cloudflared] = None
-        self._failure = Sight()                          # why there is no child
+        self._failure = TunnelStatus()                          # why there is no child
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="tunnel", daemon=True)
         self._port = 0
@@ -3931,18 +3912,18 @@ class Tunnel:
         finally:
             self._end(CLOSE_SECONDS + 1)                 # cloudflared's own grace is 5 seconds
 
-    def _look(self) -> Sight:
+    def _look(self) -> TunnelStatus:
         if not self._child:
             return self._failure
         sight = self._child.look(bool(self._token))
         if sight.is_ready and sight.has_host:
-            self._greet(self._child)
+            self._on_connected(self._child)
         elif self.is_ready and not sight.is_ended:
             self.is_ready = False
             self._report("The tunnel has lost its connection; cloudflared tries to get it back.")
         return sight
 
-    def _greet(self, child: Cloudflared) -> None:
+    def _on_connected(self, child: Cloudflared) -> None:
         """It is connected: tells by which address, once that is known (a named tunnel is told its own by Cloudflare, a little later)."""
         config = child.ask("/config")[1] if self._token else None
         found, rules = hosts_in_ingress(config, self._port, self._config.origin(self._port))
@@ -3977,25 +3958,25 @@ class Tunnel:
             "the tunnel is given up." if policy.state == TunnelState.FATAL else "next try in %d s." % math.ceil(
                 policy.retry_at - self._clock.monotonic()))))
 
-    def _spawn(self) -> Sight:
+    def _spawn(self) -> TunnelStatus:
         """-> what stands in the way of a start, or nothing."""
         try:
             program = self._install.get(self._stopping.is_set)
         except CannotTunnel as error:
-            return Sight(True, True, words="%s (%s)" % (error, error.hint))
+            return TunnelStatus(True, True, words="%s (%s)" % (error, error.hint))
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "reason", None) or error
-            return Sight(True, words="cloudflared could not be downloaded from %s: %s" % (self._config.cloudflared_url, why))
+            return TunnelStatus(True, words="cloudflared could not be downloaded from %s: %s" % (self._config.cloudflared_url, why))
         empty = self._config.data_dir / "cloudflared.yml"
         argv = tunnel_argv(str(program), str(empty), self._config.origin(self._port), self._policy.protocol, bool(self._token))
         try:
-            write_private(empty, "{}\n")
+            write_file_atomically(empty, "{}\n")
             self._child = Cloudflared(argv, tunnel_environment(os.environ, self._token), self._tag + ".tunnel")
         except OSError as error:
-            return Sight(True, isinstance(error, PermissionError), words="cloudflared cannot be run: %s" % error)
+            return TunnelStatus(True, isinstance(error, PermissionError), words="cloudflared cannot be run: %s" % error)
         self.starts += 1
         self._note_child(self._child.pid, started_at(self._child.pid), program_of(self._child.pid))
-        return Sight()
+        return TunnelStatus()
 
     def _end(self, grace: float) -> None:
         self.is_ready, self.hosts, self._has_warned = False, frozenset(), False
@@ -4014,80 +3995,80 @@ def host_of(url: str) -> str:
 # The worker takes jobs from the store, one after the other; the hub wakes those who wait for one.
 
 
-class Hub:
+class Notifier:
     """Wakes those who wait for a job. It carries no data: who wakes looks at the store again. Any thread."""
     QUEUE = ""                           # the key under which the worker waits for new jobs
     TEXT = "text of "                    # and, with a job's id, that of its text; the id alone is the key of its status
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bells: Dict[str, List[Bell]] = {}
+        self._waiters: Dict[str, List[threading.Event]] = {}
         self.is_closed = False
 
     @contextlib.contextmanager
-    def watch(self, *keys: str) -> Iterator[Bell]:
+    def subscribe(self, *keys: str) -> Iterator[threading.Event]:
         """A bell that rings at every `wake` of a key from now on; look at the store after this, and clear it before looking."""
-        bell = Bell()
+        bell = threading.Event()
         with self._lock:
             for key in keys:
-                self._bells.setdefault(key, []).append(bell)
+                self._waiters.setdefault(key, []).append(bell)
             if self.is_closed:
-                bell.ring()
+                bell.set()
         try:
             yield bell
         finally:
             with self._lock:
                 for key in keys:
-                    self._bells[key].remove(bell)
-                    if not self._bells[key]:
-                        del self._bells[key]
+                    self._waiters[key].remove(bell)
+                    if not self._waiters[key]:
+                        del self._waiters[key]
 
-    def wake(self, key: str) -> None:
+    def notify(self, key: str) -> None:
         with self._lock:
-            for bell in self._bells.get(key, ()):
-                bell.ring()
+            for bell in self._waiters.get(key, ()):
+                bell.set()
 
     def close(self) -> None:
         """Nobody waits any more."""
         with self._lock:
             self.is_closed = True
-            for bells in self._bells.values():
+            for bells in self._waiters.values():
                 for bell in bells:
-                    bell.ring()
+                    bell.set()
 
 
-def chat_work(job: Job, token: Token, chat: Chat) -> Work:
+def chat_work(job: Job, token: Token, chat: Chat) -> RunRequest:
     """What a run of a conversation told over /v1 needs."""
-    functions, more = offered_functions(chat.functions)
-    setup = Setup((job.system_prompt or SYSTEM_PROMPT) + more, job.model, job.json_schema, job.effort, token.tools, token.workspace,
-                  functions)
-    *earlier, last = map(named_for_cli, chat.turns)
-    history = [Exchange(*pair) for pair in zip(earlier[::2], earlier[1::2])]
-    return Work(last, setup, history=lambda: history, owner=job.token_id)
+    client_tools, more = truncate_descriptions(chat.client_tools)
+    setup = SessionConfig((job.system_prompt or SYSTEM_PROMPT) + more, job.model, job.json_schema, job.effort, token.tools, token.workspace,
+                  client_tools)
+    *earlier, last = map(prefix_tool_names, chat.turns)
+    history = [HistoryTurn(*pair) for pair in zip(earlier[::2], earlier[1::2])]
+    return RunRequest(last, setup, history=lambda: history, owner=job.token_id)
 
 
-def as_call(answer: Answer, name: str, call_id: str) -> Answer:
+def answer_as_tool_call(answer: Answer, name: str, call_id: str) -> Answer:
     """An answer that is the input of a tool, as a call of it."""
-    return replace(answer, text="", structured=None, ending=Ending("tool_use", None, (
-        FunctionCall(call_id, name, json.loads(answer.structured or "{}")),)))
+    return replace(answer, text="", structured=None, stop_info=StopInfo("tool_use", None, (
+        ToolCall(call_id, name, json.loads(answer.structured or "{}")),)))
 
 
 class Worker:
     """Runs the jobs in order, one at a time. Owns the thread "worker", and in it the children of `claude`."""
 
-    def __init__(self, store: Store, claude: ClaudeCli, hub: Hub, clock: Clock, report: Callable[[str], None], config: Config,
-                 tally: Optional[Tally] = None) -> None:
+    def __init__(self, store: Database, claude: ClaudePool, hub: Notifier, clock: Clock, report: Callable[[str], None], config: Config,
+                 metrics: Optional[Metrics] = None) -> None:
         self._store, self._claude, self._hub, self._clock, self._report = store, claude, hub, clock, report
-        self._tally = tally or Tally()
+        self._metrics = metrics or Metrics()
         self._config = config
         self._live: Dict[str, LiveText] = {}
-        self._rests: Dict[str, Tuple[Rest, float]] = {}       # by model, "" for the default one; the float is the end on the other clock
-        self._windows: Dict[str, PlanWindow] = {}
-        self._broken_off: Dict[str, int] = {}                 # job -> restarts, of a run whose end could not be stored
+        self._pauses: Dict[str, Tuple[Pause, float]] = {}       # by model, "" for the default one; the float is the end on the other clock
+        self._windows: Dict[str, RateLimitWindow] = {}
+        self._restart_counts: Dict[str, int] = {}                 # job -> restarts, of a run whose end could not be stored
         self._stopping = threading.Event()
-        self._give_up_at = float("inf")
-        self._housed_at = self._purged_at = float("-inf")
-        self._clocks_apart: Optional[float] = None            # at the last purge
+        self._abort_at = float("inf")
+        self._last_maintenance = self._last_purge = float("-inf")
+        self._clock_offset: Optional[float] = None            # at the last purge
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
         self.running: Optional[Tuple[str, float]] = None      # (job id, since), for whoever asks what the worker does
 
@@ -4106,17 +4087,17 @@ class Worker:
         """The text of a running answer; None for a job that does not run."""
         return self._live.get(job_id)
 
-    def rest(self, model: Optional[str] = ALL_MODELS) -> Optional[Rest]:
+    def rest(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
         """Why no job of this model (None: of the default one) is begun now; without one, why none is. The clock that is first ends it."""
-        known = [self._rests[key] for key in (ALL_MODELS, model or "") if key in self._rests]
+        known = [self._pauses[key] for key in (ALL_MODELS, model or "") if key in self._pauses]
         rests = [rest for rest, until in known if self._clock.now() < rest.until and self._clock.monotonic() < until]
         return max(rests, key=lambda rest: rest.until, default=None)
 
     def close(self) -> None:
         """Lets a running job finish for a moment, then puts it back; the children are gone on return. Idempotent."""
-        self._give_up_at = min(self._give_up_at, self._clock.monotonic() + FINISH_SECONDS)
+        self._abort_at = min(self._abort_at, self._clock.monotonic() + FINISH_SECONDS)
         self._stopping.set()
-        self._hub.wake(Hub.QUEUE)
+        self._hub.notify(Notifier.QUEUE)
         if self._thread.ident:
             self._thread.join(CLOSE_SECONDS)
 
@@ -4124,27 +4105,27 @@ class Worker:
         failed = False
         try:
             while not self._stopping.is_set():
-                with self._hub.watch(Hub.QUEUE) as bell:
+                with self._hub.subscribe(Notifier.QUEUE) as bell:
                     try:
                         if failed:
                             self._store.recover()
                             failed = False
-                        self._keep_house()
+                        self._run_maintenance()
                         if not self.step():
                             rest = self.rest()
-                            bell.wait(TICK_SECONDS if self._claude.has_leaving
-                                      else min(ROUND_SECONDS, max(0.01, rest.until - self._clock.now())) if rest else ROUND_SECONDS)
+                            bell.wait(POLL_SECONDS if self._claude.has_terminating
+                                      else min(MAINTENANCE_SECONDS, max(0.01, rest.until - self._clock.now())) if rest else MAINTENANCE_SECONDS)
                     except Exception:
                         if not failed:
                             self._report("The worker met an error and tries again every second:\n" + redact(traceback.format_exc()))
                         failed = True
-                        self._stopping.wait(ROUND_SECONDS)
+                        self._stopping.wait(MAINTENANCE_SECONDS)
         finally:
             self._claude.close()
 
     def step(self) -> bool:
         """Claims the oldest job, runs it and stores what came of it. -> False when none waited, or this is no time to run."""
-        but = [model for model in list(self._rests) if self.rest(model)]
+        but = [model for model in list(self._pauses) if self.rest(model)]
         job = self._store.claim(but) if not self.rest() and self._store.has_queued(but) else None
         token = self._store.token(job.token_id) if job else None
         if not job or not token:
@@ -4153,60 +4134,60 @@ class Worker:
         if job.api and not chat:                             # cancelled since it was claimed
             return True
         self._report("Processing request %s..." % job.id[:8])
-        live = LiveText(max(job.restarts, self._broken_off.pop(job.id, 0)), lambda: self._hub.wake(Hub.TEXT + job.id),
-                        chat.stops if chat else ())
+        live = LiveText(max(job.generation, self._restart_counts.pop(job.id, 0)), lambda: self._hub.notify(Notifier.TEXT + job.id),
+                        chat.stop_sequences if chat else ())
         self.running, self._live[job.id] = (job.id, self._clock.now()), live
-        self._hub.wake(job.id)
+        self._hub.notify(job.id)
         began = self._clock.monotonic()
         if job.attempts == 1:
-            self._tally.observe("cab_wait_seconds", max(0.0, self._clock.now() - job.created_at))
+            self._metrics.observe("cab_wait_seconds", max(0.0, self._clock.now() - job.created_at))
         work, is_kept, is_settled = None, False, False
         try:
             work = chat_work(job, token, chat) if chat else self._work(job, token)
-            answer = self._claude.run(work, live, lambda: self._stop_reason(job), self._note_limits)
-            if chat and chat.forced:
-                answer = as_call(answer, chat.forced, "toolu_" + job.id.replace("-", ""))
+            answer = self._claude.run(work, live, lambda: self._stop_reason(job), self._record_rate_limits)
+            if chat and chat.forced_tool:
+                answer = answer_as_tool_call(answer, chat.forced_tool, "toolu_" + job.id.replace("-", ""))
             elif chat and answer.structured:
                 answer = replace(answer, text=answer.structured)
-            live.finish(clean_text(answer.text))
-            is_kept = self._written(lambda: self._store.complete(job, answer, live.restarts))
+            live.finish(replace_surrogates(answer.text))
+            is_kept = self._retry_until_stored(lambda: self._store.complete(job, answer, live.generation))
             is_settled = True
-            self._tally.observe("cab_run_seconds", self._clock.monotonic() - began)
+            self._metrics.observe("cab_run_seconds", self._clock.monotonic() - began)
             self._report("Request %s %s" % (job.id[:8], "completed" if is_kept else "is no longer wanted"))
         except RunFailed as failure:
             if failure.code not in REQUEUED:
-                self._tally.observe("cab_run_seconds", self._clock.monotonic() - began)
-            self._settle(job, failure, live)
+                self._metrics.observe("cab_run_seconds", self._clock.monotonic() - began)
+            self._handle_failure(job, failure, live)
             is_settled = True
         finally:
             if not is_settled:
-                self._broken_off[job.id] = live.restarts + 1         # more than the store knows of
+                self._restart_counts[job.id] = live.generation + 1         # more than the store knows of
             if work and work.conversation and not is_kept:
                 self._claude.forget(work.conversation)       # its process may have heard a turn that is not part of it
-            self.running, self._housed_at = None, float("-inf")      # at once a new spare, where the run was too short for one
+            self.running, self._last_maintenance = None, float("-inf")      # at once a new spare, where the run was too short for one
             del self._live[job.id]
-            self._hub.wake(job.id)
+            self._hub.notify(job.id)
         return True
 
-    def _work(self, job: Job, token: Token) -> Work:
+    def _work(self, job: Job, token: Token) -> RunRequest:
         """Of an ask that came over /api."""
-        setup = Setup(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
+        setup = SessionConfig(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema, job.effort, token.tools, token.workspace)
         if not job.conversation:
-            return Work(job.message, setup)
+            return RunRequest(job.message, setup)
         session, now = self._store.open_conversation(job.token_id, job.conversation), self._store.job(job.id)
         if not now or not now.conversation:                  # deleted since the job was claimed: it is nobody's memory
-            return Work(job.message, setup)
-        return Work(job.message, setup, session.key, session.session_id, session.spent_usd, lambda: self._store.history(job))
+            return RunRequest(job.message, setup)
+        return RunRequest(job.message, setup, session.key, session.session_id, session.spent_usd, lambda: self._store.history(job))
 
     def _stop_reason(self, job: Job) -> Optional[str]:
-        if self._clock.monotonic() >= self._give_up_at:
+        if self._clock.monotonic() >= self._abort_at:
             return "interrupted"
         with contextlib.suppress(Unavailable):       # a database that is locked for a while does not end a run
-            self._keep_house()
+            self._run_maintenance()
             return None if self._store.job_status(job.id) == JobStatus.PROCESSING else "cancelled"
         return None
 
-    def _written(self, write: Callable[[], bool]) -> bool:
+    def _retry_until_stored(self, write: Callable[[], bool]) -> bool:
         """Stores the end of a run, which cost too much to be lost to a full disk or a lock: tried again until the bridge ends."""
         for n in count():
             try:
@@ -4214,56 +4195,56 @@ class Worker:
             except Unavailable as error:
                 if n == 0:
                     self._report("What came of a request cannot be stored, and is tried again every second: %s" % error)
-                if self._stopping.wait(ROUND_SECONDS):
+                if self._stopping.wait(MAINTENANCE_SECONDS):
                     raise
                 self._claude.tend()
         raise AssertionError("unreachable")
 
-    def _settle(self, job: Job, failure: RunFailed, live: LiveText) -> None:
+    def _handle_failure(self, job: Job, failure: RunFailed, live: LiveText) -> None:
         """What becomes of a job whose run failed."""
         if failure.code in REQUEUED:
             live.restart()
-            self._written(lambda: self._store.requeue(job, live.restarts))
+            self._retry_until_stored(lambda: self._store.requeue(job, live.generation))
             if failure.code == "usage_limit":
-                self._begin_rest(failure.resets_at, job.model or "" if failure.is_of_model else ALL_MODELS)
+                self._begin_pause(failure.resets_at, job.model or "" if failure.is_model_limit else ALL_MODELS)
             return self._report("Request %s waits for the %s" % (
                 job.id[:8], "next start" if failure.code == "interrupted" else "plan's limit: " + str(failure)[:200]))
-        self._written(lambda: self._store.fail(job, failure.code, redact(str(failure))))
+        self._retry_until_stored(lambda: self._store.fail(job, failure.code, redact(str(failure))))
         self._report("Request %s failed: %s: %s" % (job.id[:8], failure.code, redact(str(failure))[:300]))
 
-    def _begin_rest(self, resets_at: Optional[float], model: str) -> None:
-        seconds = rest_seconds(resets_at, self._clock.now())
-        self._rests[model] = Rest("usage_limit", self._clock.now() + seconds), self._clock.monotonic() + seconds
-        if seconds > HELD_SECONDS:                            # whose client holds a line open would wait in vain
+    def _begin_pause(self, resets_at: Optional[float], model: str) -> None:
+        seconds = pause_seconds(resets_at, self._clock.now())
+        self._pauses[model] = Pause("usage_limit", self._clock.now() + seconds), self._clock.monotonic() + seconds
+        if seconds > MAX_INLINE_WAIT_SECONDS:                            # whose client holds a line open would wait in vain
             with contextlib.suppress(Unavailable):
-                for job_id in self._store.fail_chats("usage_limit", used_up(self._rests[model][0]), (JobStatus.QUEUED,), model):
-                    self._hub.wake(job_id)
+                for job_id in self._store.fail_chats("usage_limit", limit_message(self._pauses[model][0]), (JobStatus.QUEUED,), model):
+                    self._hub.notify(job_id)
         self._report("The plan's limit is used up: %s until %s" % (
             "the queue rests" if model == ALL_MODELS else "requests for the model %s rest" % (model or "that is the default"),
             iso_time(self._clock.now() + seconds)))
 
-    def _note_limits(self, limits: Limits) -> None:
+    def _record_rate_limits(self, limits: RateLimitStatus) -> None:
         """Keeps what the CLI says of the plan, where it differs; with --plan-only paid usage begins a rest."""
         if limits.is_using_overage and self._config.plan_only:
-            self._begin_rest(limits.resets_at, ALL_MODELS)
+            self._begin_pause(limits.resets_at, ALL_MODELS)
         known = {kind: window._replace(seen_at=0) for kind, window in self._windows.items()}
         if any(known.get(window.kind) != window._replace(seen_at=0) or window.seen_at - self._windows[window.kind].seen_at > 60
                for window in limits.windows):
             with contextlib.suppress(Unavailable):
-                self._store.note_windows(limits.windows)
+                self._store.save_plan_limits(limits.windows)
                 self._windows.update((window.kind, window) for window in limits.windows)
 
-    def _keep_house(self) -> None:
+    def _run_maintenance(self) -> None:
         """Once a second, also during a run: the processes of conversations that are gone end; once an hour old jobs are deleted."""
         self._claude.tend()
         now = self._clock.monotonic()
-        if now - self._housed_at >= ROUND_SECONDS:
-            self._housed_at = now
+        if now - self._last_maintenance >= MAINTENANCE_SECONDS:
+            self._last_maintenance = now
             self._claude.prepare()
-            self._claude.keep_only(self._store.has_conversation, lambda token_id: self._store.token(token_id) is not None)
-        if now - self._purged_at >= 3600:
-            self._purged_at, before, self._clocks_apart = now, self._clocks_apart, self._clock.now() - now
-            if before is None or abs(self._clocks_apart - before) < 3600:        # else the clock was set: perhaps wrongly, and not for long
+            self._claude.evict_unless(self._store.has_conversation, lambda token_id: self._store.token(token_id) is not None)
+        if now - self._last_purge >= 3600:
+            self._last_purge, before, self._clock_offset = now, self._clock_offset, self._clock.now() - now
+            if before is None or abs(self._clock_offset - before) < 3600:        # else the clock was set: perhaps wrongly, and not for long
                 self._store.purge(self._config.keep_days)
 
 
@@ -4288,7 +4269,7 @@ class JobView(NamedTuple):
     job: Job
     position: int
     place: int
-    rest: Optional[Rest] = None
+    rest: Optional[Pause] = None
     partial: Optional[str] = None
 
 
@@ -4297,23 +4278,23 @@ class UsageReport(NamedTuple):
     since: str
     rows: Sequence[DayUsage]
     names: Mapping[str, str]
-    windows: Sequence[PlanWindow]
-    rest: Optional[Rest]
+    windows: Sequence[RateLimitWindow]
+    rest: Optional[Pause]
 
 
 class Service:
     """The bridge without HTTP. live: the text of a running answer; rest: why the worker begins no job of a model now; models: asks
     the CLI which there are."""
 
-    def __init__(self, store: Store, hub: Hub, clock: Clock, data_dir: Path,
+    def __init__(self, store: Database, hub: Notifier, clock: Clock, data_dir: Path,
                  live: Callable[[str], Optional[LiveText]] = lambda job_id: None,
-                 rest: Callable[[Optional[str]], Optional[Rest]] = lambda model: None,
+                 rest: Callable[[Optional[str]], Optional[Pause]] = lambda model: None,
                  models: Callable[[], Tuple[Model, ...]] = tuple) -> None:
         self._store, self._hub, self._clock, self._data_dir, self._live, self._rest = store, hub, clock, data_dir, live, rest
         self._ask_models, self._models_lock = models, threading.Lock()
         self._models: Tuple[Model, ...] = ()
         self._lock = threading.Lock()
-        self._watches: Dict[str, int] = {}           # open streams and waits, by token
+        self._open_streams: Dict[str, int] = {}           # open streams and waits, by token
 
     def authenticate(self, secret: str) -> Caller:
         """Raises InvalidToken. The look-up is by digest, so its time tells nothing about a token."""
@@ -4323,7 +4304,7 @@ class Service:
         self._store.touch_token(token)
         return Caller(token)
 
-    def ask(self, caller: Caller, ask: Union[Ask, Chat], key: Optional[str] = None) -> Queued:
+    def ask(self, caller: Caller, ask: Union[Ask, Chat], key: Optional[str] = None) -> EnqueueResult:
         """Queues a message or a conversation, or finds the request that this Idempotency-Key made; durable on return.
 
         Raises InvalidRequest, ModelNotAllowed, IdempotencyConflict, RateLimited, DailyLimit, QueueFull; RunError for a Chat that would
@@ -4336,24 +4317,24 @@ class Service:
             raise ModelNotAllowed("This token may not use the model %s. Use: %s" % (ask.model, ", ".join(models)), field="model")
         is_chat = isinstance(ask, Chat)
         if is_chat or ask.stream or ask.wait:
-            self._check_watches(caller)              # before it is queued: who is refused may ask again
-        ask = replace(ask, model=check_model(ask.model or (models[0] if models else None)),
+            self._check_stream_limit(caller)              # before it is queued: who is refused may ask again
+        ask = replace(ask, model=validate_model(ask.model or (models[0] if models else None)),
                       conversation=ask.conversation or "default" if stateful and not is_chat else None)
         rest = self._rest(ask.model) if is_chat else None
-        if rest and rest.until - self._clock.now() > HELD_SECONDS:
+        if rest and rest.until - self._clock.now() > MAX_INLINE_WAIT_SECONDS:
             raise self._used_up(rest)
         try:
             queued = self._store.enqueue(caller.token.id, ask, key)
         except QueueFull:
             rest = self._rest(ask.model)
             if rest:
-                raise too_many(QueueFull, "Queue is full: t" + used_up(rest)[1:], rest.until - self._clock.now()) from None
+                raise retry_later(QueueFull, "Queue is full: t" + limit_message(rest)[1:], rest.until - self._clock.now()) from None
             raise
-        self._hub.wake(Hub.QUEUE)
+        self._hub.notify(Notifier.QUEUE)
         return queued
 
-    def _used_up(self, rest: Rest) -> RunError:
-        return RunError("usage_limit", used_up(rest), (("Retry-After", str(math.ceil(rest.until - self._clock.now()))),))
+    def _used_up(self, rest: Pause) -> RunError:
+        return RunError("usage_limit", limit_message(rest), (("Retry-After", str(math.ceil(rest.until - self._clock.now()))),))
 
     def failure(self, job: Job) -> Optional[RunError]:
         """Why a finished job has no answer, for a caller who waits for one; None where there is one."""
@@ -4362,49 +4343,49 @@ class Service:
             return self._used_up(rest)
         return RunError(job.error_code or "", job.error or "") if job.status == JobStatus.ERROR else None
 
-    def poll(self, caller: Caller, job_id: str, wait: float = 0.0, has_left: Callable[[], bool] = lambda: False) -> JobView:
+    def poll(self, caller: Caller, job_id: str, wait: float = 0.0, client_disconnected: Callable[[], bool] = lambda: False) -> JobView:
         """How a job stands, at the latest `wait` seconds from now, or when the caller has left.
 
         Raises NotFound, also for another token's job; InvalidToken when the token goes meanwhile.
         """
-        job = self._job(caller, job_id, is_light=True)
+        job = self._job(caller, job_id, without_bodies=True)
         if wait and not job.is_finished:
-            job = self._waited(caller, job_id, wait, has_left)
+            job = self._wait_until_finished(caller, job_id, wait, client_disconnected)
         live = self._live_of(job)
         return self._view(self._job(caller, job_id) if job.is_finished else job)._replace(partial=live.read() if live else None)
 
-    def _waited(self, caller: Caller, job_id: str, wait: float, has_left: Callable[[], bool]) -> Job:
+    def _wait_until_finished(self, caller: Caller, job_id: str, wait: float, client_disconnected: Callable[[], bool]) -> Job:
         until = self._clock.monotonic() + wait
-        with self._counted(caller), self._hub.watch(job_id) as bell:
+        with self._stream_slot(caller), self._hub.subscribe(job_id) as bell:
             while True:
                 bell.clear()
-                job = self._job(caller, job_id, is_light=True)
+                job = self._job(caller, job_id, without_bodies=True)
                 left = until - self._clock.monotonic()
-                if job.is_finished or left <= 0 or self._hub.is_closed or has_left():
+                if job.is_finished or left <= 0 or self._hub.is_closed or client_disconnected():
                     return job
-                bell.wait(min(left, LOOK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
+                bell.wait(min(left, RECHECK_SECONDS))      # the bell tells all but a revocation on the command line and a caller who left
                 self.check_token(caller)
 
-    def _check_watches(self, caller: Caller) -> None:
-        if not caller.is_admin and sum(self._watches.copy().values()) >= ALL_WATCHES:
-            raise too_many(RateLimited, "There are %d open streams and waits, which is the most." % ALL_WATCHES, 5)
-        if self._watches.get(caller.token.id, 0) >= WATCHES:
-            raise too_many(RateLimited, "This token has %d open streams and waits, which is the most." % WATCHES, 5)
+    def _check_stream_limit(self, caller: Caller) -> None:
+        if not caller.is_admin and sum(self._open_streams.copy().values()) >= MAX_STREAMS:
+            raise retry_later(RateLimited, "There are %d open streams and waits, which is the most." % MAX_STREAMS, 5)
+        if self._open_streams.get(caller.token.id, 0) >= MAX_STREAMS_PER_TOKEN:
+            raise retry_later(RateLimited, "This token has %d open streams and waits, which is the most." % MAX_STREAMS_PER_TOKEN, 5)
 
     @contextlib.contextmanager
-    def _counted(self, caller: Caller) -> Iterator[None]:
+    def _stream_slot(self, caller: Caller) -> Iterator[None]:
         """One stream or wait more of a token; RateLimited for one too many."""
         key = caller.token.id
         with self._lock:
-            self._check_watches(caller)
-            self._watches[key] = self._watches.get(key, 0) + 1
+            self._check_stream_limit(caller)
+            self._open_streams[key] = self._open_streams.get(key, 0) + 1
         try:
             yield
         finally:
             with self._lock:
-                self._watches[key] -= 1
-                if not self._watches[key]:
-                    del self._watches[key]
+                self._open_streams[key] -= 1
+                if not self._open_streams[key]:
+                    del self._open_streams[key]
 
     def _live_of(self, job: Job) -> Optional[LiveText]:
         """A run that gives its job back, or ends it, still has its text for a moment."""
@@ -4416,64 +4397,64 @@ class Service:
         return JobView(job, *self._store.places(job), rest=rest)
 
     def follow(self, caller: Caller, job_id: str, after: int = 0, place: int = 0,
-               has_left: Callable[[], bool] = lambda: False) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
+               client_disconnected: Callable[[], bool] = lambda: False) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
         """What happens to a job, as it happens, with the view of it where it is queued or finished.
 
         after: how much of the text the caller has, in code points; place: the one in the queue that the caller knows.
         Ends after `completed` or `error`, when the caller has left, or with the bridge.  Raises NotFound, RateLimited at once,
         and InvalidToken or NotFound later, when the token is revoked.
         """
-        self._job(caller, job_id, is_light=True)
-        self._check_watches(caller)                  # the stream counts itself from its first step on
-        return self._follow(caller, job_id, TextCursor(after), (place, None), has_left)
+        self._job(caller, job_id, without_bodies=True)
+        self._check_stream_limit(caller)                  # the stream counts itself from its first step on
+        return self._follow(caller, job_id, TextCursor(after), (place, None), client_disconnected)
 
-    def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, known: Tuple[int, Optional[Rest]],
-                has_left: Callable[[], bool]) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
+    def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, known: Tuple[int, Optional[Pause]],
+                client_disconnected: Callable[[], bool]) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
         told_at = self._clock.monotonic()
-        with self._counted(caller), self._hub.watch(job_id, Hub.TEXT + job_id) as bell:
+        with self._stream_slot(caller), self._hub.subscribe(job_id, Notifier.TEXT + job_id) as bell:
             while True:
                 bell.clear()                                           # 1. the store: what is true, whatever rang
-                look_at = self._clock.monotonic() + LOOK_SECONDS
-                news: List[JobEvent] = []
+                look_at = self._clock.monotonic() + RECHECK_SECONDS
+                events_since: List[JobEvent] = []
                 try:
-                    view = self._view(self._job(caller, job_id, is_light=True))
+                    view = self._view(self._job(caller, job_id, without_bodies=True))
                 finally:
                     self.check_token(caller)                           # after the job, which goes with its token
                 if view.job.is_finished:
-                    for event in self._ending(view.job, cursor):
+                    for event in self._final_events(view.job, cursor):
                         yield event, self._view(self._job(caller, job_id)) if event.kind in JobStatus.FINISHED else None
                         if self._clock.monotonic() >= look_at:         # a slow reader
                             self.check_token(caller)
-                            look_at = self._clock.monotonic() + LOOK_SECONDS
+                            look_at = self._clock.monotonic() + RECHECK_SECONDS
                     return
                 live = self._live_of(view.job)
                 if view.job.status == JobStatus.QUEUED and (view.place, view.rest) != known:
-                    cursor.rewind()
-                    known, news = (view.place, view.rest), [JobEvent("queued")]
+                    cursor.reset()
+                    known, events_since = (view.place, view.rest), [JobEvent("queued")]
                 elif live:
-                    news = live.news(cursor)
-                if not news and self._clock.monotonic() - told_at >= KEEP_ALIVE_SECONDS:
-                    news = [JobEvent("quiet", cursor.offset)]
+                    events_since = live.events_since(cursor)
+                if not events_since and self._clock.monotonic() - told_at >= HEARTBEAT_SECONDS:
+                    events_since = [JobEvent("quiet", cursor.offset)]
                 while True:                                            # 2. the text, for as long as it comes
-                    for event in news:
+                    for event in events_since:
                         yield event, view if event.kind == "queued" else None
                         told_at = self._clock.monotonic()
                     if self._hub.is_closed:
                         return
-                    has_rung = len(news) == NEWS or bell.wait(max(0.0, look_at - self._clock.monotonic()))
+                    has_rung = len(events_since) == EVENT_BATCH or bell.wait(max(0.0, look_at - self._clock.monotonic()))
                     if self._clock.monotonic() >= look_at:             # also where there is always more text for a slow reader
                         break
                     bell.clear()
-                    news = live.news(cursor) if has_rung and live and self._live(job_id) is live else []
-                    if not news:
+                    events_since = live.events_since(cursor) if has_rung and live and self._live(job_id) is live else []
+                    if not events_since:
                         break
-                if has_left():
+                if client_disconnected():
                     return
 
-    def _ending(self, job: Job, cursor: TextCursor) -> Iterator[JobEvent]:
+    def _final_events(self, job: Job, cursor: TextCursor) -> Iterator[JobEvent]:
         """What is left of a finished job: its text, of which a slow reader keeps no more than a part in memory, and its end."""
         if job.status == JobStatus.COMPLETED:
-            yield from cursor.read(job.restarts, lambda offset: self._store.response(job.id, offset, TEXT_CHARACTERS), job.model)
+            yield from cursor.read(job.generation, lambda offset: self._store.response(job.id, offset, TEXT_CHARACTERS), job.model)
         yield JobEvent(job.status, cursor.offset)
 
     def check_token(self, caller: Caller) -> None:
@@ -4484,10 +4465,10 @@ class Service:
 
     def cancel(self, caller: Caller, job_id: str) -> JobView:
         """Ends a job that waits or runs; a running one leaves within moments. Raises NotFound, AlreadyFinished."""
-        job = self._job(caller, job_id, is_light=True)
+        job = self._job(caller, job_id, without_bodies=True)
         if not self._store.fail(job, "cancelled", "The request was cancelled.", (JobStatus.QUEUED, JobStatus.PROCESSING)):
             raise AlreadyFinished()
-        self._hub.wake(job_id)
+        self._hub.notify(job_id)
         return self._view(self._job(caller, job_id))
 
     def jobs(self, caller: Caller, statuses: Sequence[str] = (), before: Optional[int] = None,
@@ -4501,7 +4482,7 @@ class Service:
 
     def delete_conversation(self, caller: Caller, name: str) -> None:
         """Makes the next ask begin the conversation afresh. Raises NotFound."""
-        if not self._store.delete_conversation(caller.token.id, clean_text(name)):
+        if not self._store.delete_conversation(caller.token.id, replace_surrogates(name)):
             raise NotFound("Conversation not found")
 
     def models(self, caller: Caller) -> List[Model]:
@@ -4520,15 +4501,15 @@ class Service:
         return UsageReport(since, self._store.usage(since, None if caller.is_admin else caller.token.id),
                            {token.id: token.name for token in self._store.tokens()}, self._store.windows(), self._rest(ALL_MODELS))
 
-    def _job(self, caller: Caller, job_id: str, is_light: bool = False) -> Job:
-        job = self._store.job(job_id, is_light)
+    def _job(self, caller: Caller, job_id: str, without_bodies: bool = False) -> Job:
+        job = self._store.job(job_id, without_bodies)
         if job is None or not (caller.is_admin or job.token_id == caller.token.id):
             self.check_token(caller)                         # if it was revoked meanwhile, its requests went with it
             raise NotFound("Request not found")
         return job
 
     def is_own_unfinished(self, caller: Caller, job_id: str) -> bool:
-        job = self._store.job(job_id, is_light=True)
+        job = self._store.job(job_id, without_bodies=True)
         return job is not None and job.token_id == caller.token.id and not job.is_finished
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
@@ -4546,10 +4527,10 @@ class Service:
 
     def revoke_token(self, token_id: str) -> None:
         """Deletes a token with its requests; its running one is stopped. Raises NotFound, LastAdmin."""
-        for job_id in self._store.delete_token(clean_text(token_id)):
-            self._hub.wake(job_id)
+        for job_id in self._store.delete_token(replace_surrogates(token_id)):
+            self._hub.notify(job_id)
 
-    def withdraw_token(self, token: Token) -> None:
+    def discard_token(self, token: Token) -> None:
         """Undoes a creation whose secret reached nobody."""
         self._store.delete_token(token.id, protect=False)
 
@@ -4584,10 +4565,10 @@ class Request(NamedTuple):
     headers: Mapping[str, str]
     address: str
     body: Callable[[], bytes]
-    has_left: Callable[[], bool] = lambda: False
+    client_disconnected: Callable[[], bool] = lambda: False
 
 
-Pieces = Generator[bytes, None, None]
+BodyIterator = Generator[bytes, None, None]
 
 
 class Response(NamedTuple):
@@ -4596,11 +4577,11 @@ class Response(NamedTuple):
     body: bytes = b""
     content_type: str = "application/json; charset=utf-8"
     headers: Tuple[Tuple[str, str], ...] = ()
-    stream: Optional[Pieces] = None                # in place of the body: pieces, each sent as it comes
+    stream: Optional[BodyIterator] = None                # in place of the body: pieces, each sent as it comes
 
 
 @dataclass(frozen=True)
-class Backstage:
+class BridgeStatus:
     """What the answers of public pages need beyond the service; made by the bridge. details and metrics: for admins."""
     page: Callable[[], Response]
     details: Callable[[], Mapping[str, Any]]
@@ -4608,10 +4589,10 @@ class Backstage:
     metrics: Callable[[], str] = str
 
 
-class Call(NamedTuple):
+class Context(NamedTuple):
     """A request on its way to an answer: what came, from whom, and what can be done about it. parts: those of the path."""
     service: Service
-    backstage: Backstage
+    status_source: BridgeStatus
     caller: Optional[Caller]
     request: Request
     parts: Mapping[str, str]
@@ -4638,7 +4619,7 @@ class Route:
     method: str
     path: str
     needs: str
-    answer: Callable[[Call], Response]
+    answer: Callable[[Context], Response]
     doc: str
     takes: Optional[Type[Command]] = None
     gives: Mapping[int, str] = field(default_factory=dict)
@@ -4652,13 +4633,13 @@ def json_response(status: int, body: Mapping[str, Any], headers: Sequence[Tuple[
     return Response(status, as_json(body).encode("utf-8", "replace"), headers=tuple(headers))
 
 
-def rest_body(rest: Optional[Rest]) -> Dict[str, Any]:
+def pause_body(rest: Optional[Pause]) -> Dict[str, Any]:
     """What a job waits for besides its turn."""
     return {"waitingFor": rest.reason, "resumesAt": iso_time(rest.until)} if rest else {}
 
 
 def usage_body(usage: Usage) -> Dict[str, Any]:
-    return {to_wire(name): value for name, value in usage._asdict().items()}
+    return {camel_case(name): value for name, value in usage._asdict().items()}
 
 
 def job_body(view: JobView) -> Dict[str, Any]:
@@ -4681,35 +4662,35 @@ def job_body(view: JobView) -> Dict[str, Any]:
         body["usage"] = usage_body(job.usage)
     if view.partial is not None:
         body["partial"] = view.partial
-    body.update(rest_body(view.rest))
+    body.update(pause_body(view.rest))
     return {name: value for name, value in body.items() if value is not None}
 
 
-def answer_ask(call: Call) -> Response:
-    ask, warnings = Ask.parse(parsed_json(call.body() or b"{}"))
-    job, position, is_new = call.service.ask(call.holder, ask, check_key(call.request.headers.get("idempotency-key")))
+def handle_ask(call: Context) -> Response:
+    ask, warnings = Ask.parse(parse_json(call.body() or b"{}"))
+    job, position, is_new = call.service.ask(call.holder, ask, validate_idempotency_key(call.request.headers.get("idempotency-key")))
     headers = () if is_new else (("Idempotent-Replayed", "true"),)
     more = {"warnings": warnings} if warnings else {}
     if ask.stream:
         first = sse_event("queued", 0, {"requestId": job.id, "position": position, **more})
-        events = call.service.follow(call.holder, job.id, 0, position, call.request.has_left)
+        events = call.service.follow(call.holder, job.id, 0, position, call.request.client_disconnected)
         return stream_response(event_bytes(job.id, events, first), headers)
     if ask.wait:
-        view = call.service.poll(call.holder, job.id, ask.wait, call.request.has_left)
+        view = call.service.poll(call.holder, job.id, ask.wait, call.request.client_disconnected)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **more}, headers)
     body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id}
     return json_response(202, {**body, **more}, headers)
 
 
-def answer_events(call: Call) -> Response:
+def handle_events(call: Context) -> Response:
     call.body()                                              # nothing is taken from it, but what is not read hides a hang-up
-    after = check_offset(call.request.headers.get("last-event-id") or call.request.query.get("after")) or 0
+    after = validate_offset(call.request.headers.get("last-event-id") or call.request.query.get("after")) or 0
     job_id = call.parts["requestId"]
-    return stream_response(event_bytes(job_id, call.service.follow(call.holder, job_id, after, has_left=call.request.has_left)))
+    return stream_response(event_bytes(job_id, call.service.follow(call.holder, job_id, after, client_disconnected=call.request.client_disconnected)))
 
 
-def stream_response(pieces: Pieces, headers: Sequence[Tuple[str, str]] = ()) -> Response:
+def stream_response(pieces: BodyIterator, headers: Sequence[Tuple[str, str]] = ()) -> Response:
     """Server-Sent Events that no proxy shall hold back or compress."""
     return Response(200, content_type="text/event-stream; charset=utf-8", stream=pieces,
                     headers=(("Cache-Control", "no-store, no-transform"), ("X-Accel-Buffering", "no"), *headers))
@@ -4720,7 +4701,7 @@ def delta_bytes(offset: int, text: str) -> bytes:
     return sse_event("delta", offset, {"text": text})
 
 
-def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]], first: bytes = b"") -> Pieces:
+def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]], first: bytes = b"") -> BodyIterator:
     """The steps of a job as Server-Sent Events. A reader whose token was revoked gets an `error` without `status`."""
     offset = 0
     try:
@@ -4735,7 +4716,7 @@ def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]
             elif event.kind == "started":
                 yield sse_event("started", 0, {"requestId": job_id, **({"model": event.model} if event.model else {})})
             elif view and event.kind == "queued":
-                yield sse_event("queued", 0, {"requestId": job_id, "position": view.place, **rest_body(view.rest)})
+                yield sse_event("queued", 0, {"requestId": job_id, "position": view.place, **pause_body(view.rest)})
             elif view:
                 yield sse_event(event.kind, event.offset, job_body(view))
     except Unavailable:
@@ -4744,7 +4725,7 @@ def event_bytes(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]
         yield sse_event("error", offset, {"requestId": job_id, **error_body(error)})
 
 
-def answer_cancel(call: Call) -> Response:
+def handle_cancel(call: Context) -> Response:
     return json_response(200, {"ok": True, **job_body(call.service.cancel(call.holder, call.parts["requestId"]))})
 
 
@@ -4755,27 +4736,27 @@ def asked_body(job: Job) -> Dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def answer_jobs(call: Call) -> Response:
+def handle_list_requests(call: Context) -> Response:
     query = call.request.query
-    limit, before = number_check("limit", 1, PAGE_JOBS)(query.get("limit")), number_check("before", 1, 999_999_999)(query.get("before"))
-    views, following = call.service.jobs(call.holder, check_statuses(query.get("status")), before, limit or 20)
+    limit, before = integer("limit", 1, PAGE_JOBS)(query.get("limit")), integer("before", 1, 999_999_999)(query.get("before"))
+    views, following = call.service.jobs(call.holder, validate_statuses(query.get("status")), before, limit or 20)
     bodies = [{**job_body(view), **asked_body(view.job)} for view in views]
     return json_response(200, {"requests": bodies, "next": None if following is None else str(following)})
 
 
-def answer_conversations(call: Call) -> Response:
+def handle_list_conversations(call: Context) -> Response:
     return json_response(200, {"conversations": [
         {"name": each.name, "turns": each.turns, "createdAt": iso_time(each.created_at), "lastUsedAt": iso_time(each.last_used_at)}
         for each in call.service.conversations(call.holder)]})
 
 
-def answer_forget(call: Call) -> Response:
+def handle_delete_conversation(call: Context) -> Response:
     call.service.delete_conversation(call.holder, call.parts["name"])
     return json_response(200, {"ok": True, "message": "Conversation deleted"})
 
 
-def answer_usage(call: Call) -> Response:
-    report = call.service.usage(call.holder, number_check("days", 1, USAGE_DAYS)(call.request.query.get("days")) or 30)
+def handle_usage(call: Context) -> Response:
+    report = call.service.usage(call.holder, integer("days", 1, USAGE_DAYS)(call.request.query.get("days")) or 30)
 
     def sums(rows: Iterable[DayUsage]) -> Dict[str, Any]:
         rows = list(rows)
@@ -4792,9 +4773,9 @@ def answer_usage(call: Call) -> Response:
         "plan": plan_body(report.windows, report.rest, call.service.now())})
 
 
-def plan_body(windows: Iterable[PlanWindow], rest: Optional[Rest], now: float) -> Dict[str, Any]:
+def plan_body(windows: Iterable[RateLimitWindow], rest: Optional[Pause], now: float) -> Dict[str, Any]:
     """The limits of the plan; of one that was reset since it was told, nothing more is known."""
-    def body(window: PlanWindow) -> Dict[str, Any]:
+    def body(window: RateLimitWindow) -> Dict[str, Any]:
         is_old = window.resets_at is not None and window.resets_at <= now
         return {"type": window.kind, "status": None if is_old else window.status, "utilization": None if is_old else window.utilization,
                 "resetsAt": iso_time(window.resets_at), "seenAt": iso_time(window.seen_at)}
@@ -4802,23 +4783,23 @@ def plan_body(windows: Iterable[PlanWindow], rest: Optional[Rest], now: float) -
     bodies = [body(window) for window in windows]
     return {"windows": [each for each in bodies if each["type"] != "overage"],
             "isUsingOverage": any(each["type"] == "overage" and each["status"] == "in_use" for each in bodies),
-            **{"waitingFor": None, "resumesAt": None, **rest_body(rest)}}
+            **{"waitingFor": None, "resumesAt": None, **pause_body(rest)}}
 
 
-def answer_poll(call: Call) -> Response:
-    wait, job_id = check_wait(call.request.query.get("wait")), call.parts["requestId"]
+def handle_poll(call: Context) -> Response:
+    wait, job_id = validate_wait(call.request.query.get("wait")), call.parts["requestId"]
     kept, key = call.service.kept(), ("answer", call.holder.token.id, job_id)
     if key in kept:
         return kept[key]                                     # type: ignore[no-any-return]
-    view = call.service.poll(call.holder, job_id, wait, call.request.has_left)
+    view = call.service.poll(call.holder, job_id, wait, call.request.client_disconnected)
     response = json_response(200 if view.job.is_finished else 202, job_body(view))
-    if view.job.is_finished and len(response.body) <= KEPT_BYTES:
+    if view.job.is_finished and len(response.body) <= CACHED_RESPONSE_BYTES:
         kept[key] = response
     return response
 
 
-def answer_new_token(call: Call) -> Response:
-    new, warnings = NewToken.parse(parsed_json(call.body() or b"{}"))
+def handle_create_token(call: Context) -> Response:
+    new, warnings = NewToken.parse(parse_json(call.body() or b"{}"))
     token, secret = call.service.create_token(new)
     body = {"ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
             "warning": "Save this token now. It cannot be retrieved again."}
@@ -4832,16 +4813,16 @@ def token_body(token: Token, now: float) -> Dict[str, Any]:
             "requestsPerMinute": token.requests_per_minute, "requestsPerDay": token.requests_per_day, "models": token.models}
 
 
-def answer_tokens(call: Call) -> Response:
+def handle_list_tokens(call: Context) -> Response:
     return json_response(200, {"tokens": [token_body(token, call.service.now()) for token in call.service.tokens()]})
 
 
-def answer_revoke(call: Call) -> Response:
+def handle_revoke_token(call: Context) -> Response:
     call.service.revoke_token(call.parts["id"])
     return json_response(200, {"ok": True, "message": "Token revoked"})
 
 
-def answer_status(call: Call) -> Response:
+def handle_status(call: Context) -> Response:
     counts = call.service.counts()
     queued, processing = counts.get(JobStatus.QUEUED, 0), counts.get(JobStatus.PROCESSING, 0)
     completed, failed = counts.get(JobStatus.COMPLETED, 0), counts.get(JobStatus.ERROR, 0)
@@ -4850,27 +4831,27 @@ def answer_status(call: Call) -> Response:
         "stats": {"totalTokens": counts["tokens"], "totalRequests": queued + processing + completed + failed,
                   "completedRequests": completed, "errorRequests": failed, "queuedRequests": queued}}
     if call.caller and call.caller.is_admin:
-        body.update(call.backstage.details())
+        body.update(call.status_source.details())
     return json_response(200, body)
 
 
-def answer_health(call: Call) -> Response:
-    call.backstage.check_worker()
+def handle_health(call: Context) -> Response:
+    call.status_source.check_worker()
     call.service.check_store()
     return json_response(200, {"status": "ok"})
 
 
-def answer_metrics(call: Call) -> Response:
-    return Response(200, call.backstage.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
+def handle_metrics(call: Context) -> Response:
+    return Response(200, call.status_source.metrics().encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def answer_page(call: Call) -> Response:
-    return call.backstage.page()
+def handle_dashboard(call: Context) -> Response:
+    return call.status_source.page()
 
 
-def answer_root(call: Call) -> Response:
+def handle_root(call: Context) -> Response:
     if "text/html" in call.request.headers.get("accept", ""):
-        return call.backstage.page()
+        return call.status_source.page()
     return json_response(200, {
         "name": "claude-api-bridge", "version": __version__, "description": "A REST API for the Claude Code command line tool",
         "endpoints": {"%s %s" % (route.method, route.path): route.doc for route in ROUTES},
@@ -4881,55 +4862,55 @@ def answer_root(call: Call) -> Response:
 # Both are read into a Chat, in whose turns blocks have the shape of the Messages API, and written from a Job and its steps.
 
 BLOCKS = {"user": ("text", "image", "document", "tool_result"), "assistant": ("text", "tool_use")}
-UNSAID = ("thinking", "redacted_thinking")                   # of an earlier answer by another server; nothing follows from it here
+IGNORED_BLOCKS = ("thinking", "redacted_thinking")                   # of an earlier answer by another server; nothing follows from it here
 SOURCES = {"base64": ("media_type", "data"), "url": ("url",), "text": ("media_type", "data")}
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,118}")              # with FUNCTION_PREFIX the API's 128
-OTHERS_MODELS = re.compile(r"(gpt|chatgpt|codex|o[1-9])([-.\d].*)?", re.IGNORECASE)
+FOREIGN_MODEL_RE = re.compile(r"(gpt|chatgpt|codex|o[1-9])([-.\d].*)?", re.IGNORECASE)
 
 
-def bad_value(name: str, text: str) -> InvalidRequest:
+def invalid_value(name: str, text: str) -> InvalidRequest:
     return InvalidRequest("%s: %s" % (name, text), field=name)
 
 
-def of_kind(value: Any, kind: Type[Any], name: str) -> Any:
+def require_type(value: Any, kind: Type[Any], name: str) -> Any:
     """A value that must be of a kind: str, list, dict or bool."""
     if not isinstance(value, kind):
-        raise bad_value(name, "must be %s" % {str: "a string", list: "a list", dict: "an object", bool: "true or false"}[kind])
-    return clean_text(value) if kind is str else value
+        raise invalid_value(name, "must be %s" % {str: "a string", list: "a list", dict: "an object", bool: "true or false"}[kind])
+    return replace_surrogates(value) if kind is str else value
 
 
-def checked(check: Callable[[Any], Any], value: Any, name: str) -> Any:
+def with_path(check: Callable[[Any], Any], value: Any, name: str) -> Any:
     """A value as a check of the core has it."""
     try:
         return check(value)
     except InvalidRequest as error:
-        raise bad_value(name, str(error)) from None
+        raise invalid_value(name, str(error)) from None
 
 
 def read_source(source: Any, name: str) -> Dict[str, Any]:
     """Where an image or a document comes from."""
-    kind = of_kind(of_kind(source, dict, name).get("type"), str, name + ".type")
+    kind = require_type(require_type(source, dict, name).get("type"), str, name + ".type")
     if kind not in SOURCES:
-        raise bad_value(name + ".type", "must be one of: %s; files that were uploaded elsewhere cannot be read here" % ", ".join(SOURCES))
-    return {"type": kind, **{each: of_kind(source.get(each), str, "%s.%s" % (name, each)) for each in SOURCES[kind]}}
+        raise invalid_value(name + ".type", "must be one of: %s; files that were uploaded elsewhere cannot be read here" % ", ".join(SOURCES))
+    return {"type": kind, **{each: require_type(source.get(each), str, "%s.%s" % (name, each)) for each in SOURCES[kind]}}
 
 
 def read_block(block: Any, kinds: Sequence[str], name: str) -> Dict[str, Any]:
     """One block, with nothing but what is known of it; the CLI sets its own `cache_control`, of which there can be only four."""
-    kind = of_kind(block, dict, name).get("type")
+    kind = require_type(block, dict, name).get("type")
     if kind not in kinds:
-        raise bad_value(name + ".type", "must be one of: %s" % ", ".join(kinds))
+        raise invalid_value(name + ".type", "must be one of: %s" % ", ".join(kinds))
     if kind == "text":
-        return {"type": kind, "text": of_kind(block.get("text"), str, name + ".text")}
+        return {"type": kind, "text": require_type(block.get("text"), str, name + ".text")}
     if kind in ("image", "document"):
         return {"type": kind, "source": read_source(block.get("source"), name + ".source"),
-                **{each: of_kind(block[each], str, "%s.%s" % (name, each)) for each in ("title", "context") if block.get(each)}}
+                **{each: require_type(block[each], str, "%s.%s" % (name, each)) for each in ("title", "context") if block.get(each)}}
     key = "id" if kind == "tool_use" else "tool_use_id"
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", of_kind(block.get(key), str, "%s.%s" % (name, key))):
-        raise bad_value("%s.%s" % (name, key), "must be 1 to 128 letters, digits, underscores or dashes")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", require_type(block.get(key), str, "%s.%s" % (name, key))):
+        raise invalid_value("%s.%s" % (name, key), "must be 1 to 128 letters, digits, underscores or dashes")
     if kind == "tool_use":
         return {"type": kind, "id": block["id"], "name": read_tool_name(block.get("name"), name + ".name"),
-                "input": of_kind(block.get("input"), dict, name + ".input")}
+                "input": require_type(block.get("input"), dict, name + ".input")}
     content = read_content(block.get("content") or "", ("text", "image", "document"), name + ".content")
     return {"type": kind, "tool_use_id": block["tool_use_id"], "content": content or "(no result)",
             **({"is_error": True} if block.get("is_error") else {})}
@@ -4939,14 +4920,14 @@ def read_content(content: Any, kinds: Sequence[str], name: str) -> List[Dict[str
     """A text or a list of blocks; blank texts, which the API refuses, are left out."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    blocks = [read_block(block, kinds, "%s.%d" % (name, n)) for n, block in enumerate(of_kind(content, list, name))
-              if not (isinstance(block, dict) and block.get("type") in UNSAID)]
+    blocks = [read_block(block, kinds, "%s.%d" % (name, n)) for n, block in enumerate(require_type(content, list, name))
+              if not (isinstance(block, dict) and block.get("type") in IGNORED_BLOCKS)]
     return [block for block in blocks if block["type"] != "text" or block["text"].strip()]
 
 
 def read_tool_name(value: Any, name: str) -> str:
-    if not TOOL_NAME.fullmatch(of_kind(value, str, name)):
-        raise bad_value(name, "must be 1 to 118 letters, digits, underscores or dashes")
+    if not TOOL_NAME.fullmatch(require_type(value, str, name)):
+        raise invalid_value(name, "must be 1 to 118 letters, digits, underscores or dashes")
     return str(value)
 
 
@@ -4956,7 +4937,7 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]]) -> Tuple[Mapping[str, A
     for name, role, content in messages:
         blocks = read_content(content, BLOCKS[role], name + ".content")
         if not blocks and role == "user":
-            raise bad_value(name + ".content", "must not be blank")
+            raise invalid_value(name + ".content", "must not be blank")
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
         else:
@@ -4964,7 +4945,7 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]]) -> Tuple[Mapping[str, A
                 not turns and role == "assistant")
             turns.append({"role": role, "content": blocks or [{"type": "text", "text": "(no answer)"}]})
     if not turns or turns[-1]["role"] != "user":
-        raise bad_value("messages", "must end with a message of the user: an answer that was begun cannot be continued" if turns
+        raise invalid_value("messages", "must end with a message of the user: an answer that was begun cannot be continued" if turns
                     else "at least one message is required")
     for before, turn in zip([{"content": []}, *turns], turns):
         check_results(before, turn)
@@ -4977,9 +4958,9 @@ def check_results(before: Mapping[str, Any], turn: Dict[str, Any]) -> None:
     answers = [block for block in turn["content"] if block["type"] == "tool_result"]
     answered = {block["tool_use_id"] for block in answers}
     if called - answered:
-        raise bad_value("messages", "the tool calls %s have no results in the next message" % ", ".join(sorted(called - answered)))
+        raise invalid_value("messages", "the tool calls %s have no results in the next message" % ", ".join(sorted(called - answered)))
     if answered - called or len(answers) > len(answered):
-        raise bad_value("messages", "the tool results %s do not belong to one tool call each of the message before" % ", ".join(
+        raise invalid_value("messages", "the tool results %s do not belong to one tool call each of the message before" % ", ".join(
             sorted(answered - called or answered)))
     turn["content"] = answers + [block for block in turn["content"] if block["type"] != "tool_result"]
 
@@ -4990,23 +4971,23 @@ def read_functions(tools: Iterable[Tuple[str, Any, Any, Any]]) -> Tuple[Mapping[
     for field_name, name, description, schema in tools:
         name = read_tool_name(name, field_name + ".name")
         if name in found:
-            raise bad_value(field_name + ".name", "stands twice")
-        schema = {"type": "object", **of_kind(schema or {}, dict, field_name + " schema")}
+            raise invalid_value(field_name + ".name", "stands twice")
+        schema = {"type": "object", **require_type(schema or {}, dict, field_name + " schema")}
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if schema["type"] != "object" or not isinstance(properties, dict) or not isinstance(required, list) or not all(
                 isinstance(each, dict) for each in properties.values()) or not all(isinstance(each, str) for each in required):
-            raise bad_value(field_name, "the schema of its input must be that of an object, with an object for each property")
-        found[name] = {"name": name, "description": of_kind(description or "", str, field_name + ".description"), "inputSchema": schema}
-    if len(found) > FUNCTIONS:
-        raise bad_value("tools", "at most %d are possible" % FUNCTIONS)
+            raise invalid_value(field_name, "the schema of its input must be that of an object, with an object for each property")
+        found[name] = {"name": name, "description": require_type(description or "", str, field_name + ".description"), "inputSchema": schema}
+    if len(found) > MAX_CLIENT_TOOLS:
+        raise invalid_value("tools", "at most %d are possible" % MAX_CLIENT_TOOLS)
     return tuple(found.values())
 
 
 def read_stops(value: Any, name: str) -> Tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
-    if len(of_kind(stops, list, name)) > STOP_SEQUENCES or not all(isinstance(each, str) and each and len(each) <= 1000 for each in stops):
-        raise bad_value(name, "must be at most %d texts of 1 to 1000 characters" % STOP_SEQUENCES)
-    return tuple(map(clean_text, stops))
+    stop_sequences = [value] if isinstance(value, str) else value or []
+    if len(require_type(stop_sequences, list, name)) > STOP_SEQUENCES or not all(isinstance(each, str) and each and len(each) <= 1000 for each in stop_sequences):
+        raise invalid_value(name, "must be at most %d texts of 1 to 1000 characters" % STOP_SEQUENCES)
+    return tuple(map(replace_surrogates, stop_sequences))
 
 
 class Choice(NamedTuple):
@@ -5019,17 +5000,17 @@ class Choice(NamedTuple):
 def with_choice(chat: Chat, choice: Choice) -> Chat:
     """A choice of tools, as far as the CLI can be made to keep it: of one tool that must be called, the input is the answer
     (which is enforced), any other wish is told to the model."""
-    if choice.kind == "none" or not chat.functions:
+    if choice.kind == "none" or not chat.client_tools:
         if choice.kind in ("any", "tool"):
-            raise bad_value("tool_choice", "needs tools")
-        return replace(chat, functions=())
-    names = {each["name"]: each for each in chat.functions}
+            raise invalid_value("tool_choice", "needs tools")
+        return replace(chat, client_tools=())
+    names = {each["name"]: each for each in chat.client_tools}
     if choice.kind == "tool" and (not isinstance(choice.name, str) or choice.name not in names):
-        raise bad_value("tool_choice", "there is no tool %s" % clean_text(str(choice.name))[:100])
-    forced = names[choice.name] if choice.kind == "tool" else chat.functions[0] if choice.kind == "any" and len(names) == 1 else None
-    if forced:
-        wish = "Answer with the input for the tool %s. %s" % (forced["name"], forced["description"])
-        return replace(chat, functions=(), forced=forced["name"], json_schema=clean_text(as_json(forced["inputSchema"])),
+        raise invalid_value("tool_choice", "there is no tool %s" % replace_surrogates(str(choice.name))[:100])
+    forced_tool = names[choice.name] if choice.kind == "tool" else chat.client_tools[0] if choice.kind == "any" and len(names) == 1 else None
+    if forced_tool:
+        wish = "Answer with the input for the tool %s. %s" % (forced_tool["name"], forced_tool["description"])
+        return replace(chat, client_tools=(), forced_tool=forced_tool["name"], json_schema=replace_surrogates(as_json(forced_tool["inputSchema"])),
                        system_prompt="%s\n\n%s" % (chat.system_prompt or SYSTEM_PROMPT, wish))
     wishes = [*["Answer with a call of at least one of the tools."] * (choice.kind == "any"),
               *["Call at most one tool at a time."] * choice.is_single]
@@ -5038,35 +5019,35 @@ def with_choice(chat: Chat, choice: Choice) -> Chat:
 
 def read_messages(body: Any) -> Chat:
     """A request of the Anthropic Messages API. Raises InvalidRequest."""
-    body = of_kind(body, dict, "body")
+    body = require_type(body, dict, "body")
     system, messages = read_content(body.get("system") or "", ("text",), "system"), []
-    for n, message in enumerate(of_kind(body.get("messages"), list, "messages")):
+    for n, message in enumerate(require_type(body.get("messages"), list, "messages")):
         name = "messages.%d" % n
-        role = of_kind(message, dict, name).get("role")
+        role = require_type(message, dict, name).get("role")
         if role == "system":
             system += read_content(message.get("content"), ("text",), name + ".content")
         elif role in ("user", "assistant"):
             messages.append((name, role, message.get("content")))
         else:
-            raise bad_value(name + ".role", "must be user or assistant")
+            raise invalid_value(name + ".role", "must be user or assistant")
     tools = []
-    for n, tool in enumerate(of_kind(body.get("tools") or [], list, "tools")):
+    for n, tool in enumerate(require_type(body.get("tools") or [], list, "tools")):
         name = "tools.%d" % n
-        if of_kind(tool, dict, name).get("type") not in (None, "custom"):
-            raise bad_value(name + ".type", "only tools of the client with an input_schema are possible here")
+        if require_type(tool, dict, name).get("type") not in (None, "custom"):
+            raise invalid_value(name + ".type", "only tools of the client with an input_schema are possible here")
         tools.append((name, tool.get("name"), tool.get("description"), tool.get("input_schema")))
     if body.get("mcp_servers"):
-        raise bad_value("mcp_servers", "the bridge calls no servers; offer their tools as `tools`")
-    choice = of_kind(body.get("tool_choice") or {"type": "auto"}, dict, "tool_choice")
+        raise invalid_value("mcp_servers", "the bridge calls no servers; offer their tools as `tools`")
+    choice = require_type(body.get("tool_choice") or {"type": "auto"}, dict, "tool_choice")
     if choice.get("type") not in ("auto", "any", "tool", "none"):
-        raise bad_value("tool_choice.type", "must be auto, any, tool or none")
-    wanted = of_kind(body.get("output_config") or {}, dict, "output_config")
+        raise invalid_value("tool_choice.type", "must be auto, any, tool or none")
+    wanted = require_type(body.get("output_config") or {}, dict, "output_config")
     return with_choice(Chat(
-        read_turns(messages), "\n\n".join(block["text"] for block in system) or None, checked(check_model, body.get("model"), "model"),
+        read_turns(messages), "\n\n".join(block["text"] for block in system) or None, with_path(validate_model, body.get("model"), "model"),
         read_schema(wanted.get("format") or body.get("output_format"), "output_config.format"),
-        checked(choice_check(EFFORTS, "must be one of: " + ", ".join(EFFORTS)), wanted.get("effort"), "output_config.effort"),
-        read_functions(tools), stops=read_stops(body.get("stop_sequences"), "stop_sequences"),
-        stream=of_kind(body.get("stream") or False, bool, "stream")),
+        with_path(one_of(EFFORTS, "must be one of: " + ", ".join(EFFORTS)), wanted.get("effort"), "output_config.effort"),
+        read_functions(tools), stop_sequences=read_stops(body.get("stop_sequences"), "stop_sequences"),
+        stream=require_type(body.get("stream") or False, bool, "stream")),
         Choice(choice["type"], choice.get("name"), choice.get("disable_parallel_tool_use") is True))
 
 
@@ -5074,9 +5055,9 @@ def read_schema(wanted: Any, name: str) -> Optional[str]:
     """The schema in {"type": "json_schema", "schema": {...}}."""
     if wanted is None:
         return None
-    if of_kind(wanted, dict, name).get("type") != "json_schema":
-        raise bad_value(name + ".type", "must be json_schema")
-    return clean_text(as_json(of_kind(wanted.get("schema"), dict, name + ".schema")))
+    if require_type(wanted, dict, name).get("type") != "json_schema":
+        raise invalid_value(name + ".type", "must be json_schema")
+    return replace_surrogates(as_json(require_type(wanted.get("schema"), dict, name + ".schema")))
 
 
 REFUSED_BY_COMPLETIONS = {"functions": "use `tools`", "function_call": "use `tool_choice`", "audio": "there is no sound here",
@@ -5086,53 +5067,53 @@ REASONING = {"none": "low", "minimal": "low", **{each: each for each in EFFORTS}
 
 def read_completions(body: Any) -> Chat:
     """A request of the OpenAI Chat Completions API. Raises InvalidRequest."""
-    body = of_kind(body, dict, "body")
+    body = require_type(body, dict, "body")
     for name, advice in REFUSED_BY_COMPLETIONS.items():
         if body.get(name):
-            raise bad_value(name, "is not supported; " + advice)
+            raise invalid_value(name, "is not supported; " + advice)
     if body.get("n") not in (None, 1):
-        raise bad_value("n", "only one choice is possible; send more requests instead")
+        raise invalid_value("n", "only one choice is possible; send more requests instead")
     system: List[str] = []
     messages = []
-    for n, message in enumerate(of_kind(body.get("messages"), list, "messages")):
+    for n, message in enumerate(require_type(body.get("messages"), list, "messages")):
         name = "messages.%d" % n
-        role = of_kind(of_kind(message, dict, name).get("role"), str, name + ".role")
+        role = require_type(require_type(message, dict, name).get("role"), str, name + ".role")
         if role in ("system", "developer"):
             system += [part["text"] for part in read_content(message.get("content"), ("text",), name + ".content")]
         elif role in COMPLETION_ROLES:
             messages.append((name, *COMPLETION_ROLES[role](message, name)))
         else:
-            raise bad_value(name + ".role", "must be system, developer, user, assistant or tool")
+            raise invalid_value(name + ".role", "must be system, developer, user, assistant or tool")
     tools = []
-    for n, tool in enumerate(of_kind(body.get("tools") or [], list, "tools")):
+    for n, tool in enumerate(require_type(body.get("tools") or [], list, "tools")):
         name = "tools.%d.function" % n
-        if of_kind(tool, dict, name).get("type") != "function":
-            raise bad_value("tools.%d.type" % n, "must be function")
-        told = of_kind(tool.get("function"), dict, name)
+        if require_type(tool, dict, name).get("type") != "function":
+            raise invalid_value("tools.%d.type" % n, "must be function")
+        told = require_type(tool.get("function"), dict, name)
         tools.append((name, told.get("name"), told.get("description"), told.get("parameters")))
-    model, options = body.get("model"), of_kind(body.get("stream_options") or {}, dict, "stream_options")
-    effort = checked(choice_check(tuple(REASONING), "must be one of: " + ", ".join(REASONING)), body.get("reasoning_effort"),
+    model, options = body.get("model"), require_type(body.get("stream_options") or {}, dict, "stream_options")
+    effort = with_path(one_of(tuple(REASONING), "must be one of: " + ", ".join(REASONING)), body.get("reasoning_effort"),
                      "reasoning_effort")
     return with_choice(Chat(
         read_turns(messages), "\n\n".join(system) or None,
-        None if isinstance(model, str) and OTHERS_MODELS.fullmatch(model) else checked(check_model, model, "model"),
+        None if isinstance(model, str) and FOREIGN_MODEL_RE.fullmatch(model) else with_path(validate_model, model, "model"),
         read_response_format(body.get("response_format")), effort and REASONING[effort], read_functions(tools),
-        stops=read_stops(body.get("stop"), "stop"), stream=of_kind(body.get("stream") or False, bool, "stream"),
-        tells_usage=options.get("include_usage") is True, api="openai"),
+        stop_sequences=read_stops(body.get("stop"), "stop"), stream=require_type(body.get("stream") or False, bool, "stream"),
+        include_usage=options.get("include_usage") is True, api="openai"),
         read_completion_choice(body.get("tool_choice"), body.get("parallel_tool_calls") is False))
 
 
 def read_response_format(wanted: Any) -> Optional[str]:
     """The schema that an answer must satisfy, where it must."""
     name = "response_format"
-    kind = of_kind(wanted or {"type": "text"}, dict, name).get("type")
+    kind = require_type(wanted or {"type": "text"}, dict, name).get("type")
     if kind not in ("text", "json_object", "json_schema"):
-        raise bad_value(name + ".type", "must be text, json_object or json_schema")
+        raise invalid_value(name + ".type", "must be text, json_object or json_schema")
     if not wanted or kind == "text":
         return None
-    schema = {"additionalProperties": True} if kind == "json_object" else of_kind(
-        of_kind(wanted.get("json_schema"), dict, name + ".json_schema").get("schema") or {}, dict, name + ".json_schema.schema")
-    return clean_text(as_json({"type": "object", **schema}))
+    schema = {"additionalProperties": True} if kind == "json_object" else require_type(
+        require_type(wanted.get("json_schema"), dict, name + ".json_schema").get("schema") or {}, dict, name + ".json_schema.schema")
+    return replace_surrogates(as_json({"type": "object", **schema}))
 
 
 def read_completion_choice(choice: Any, is_single: bool) -> Choice:
@@ -5141,7 +5122,7 @@ def read_completion_choice(choice: Any, is_single: bool) -> Choice:
         return Choice(kinds[choice], None, is_single)
     told = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(told, dict):
-        raise bad_value("tool_choice", 'must be auto, none, required or {"type": "function", "function": {"name": ...}}')
+        raise invalid_value("tool_choice", 'must be auto, none, required or {"type": "function", "function": {"name": ...}}')
     return Choice("tool", told.get("name"), is_single)
 
 
@@ -5152,18 +5133,18 @@ def read_user_parts(message: Mapping[str, Any], name: str) -> Tuple[str, Any]:
         return "user", content
     blocks: List[Any] = []
     for n, part in enumerate(content):
-        kind, place = of_kind(part, dict, name).get("type"), "%s.content.%d" % (name, n)
+        kind, place = require_type(part, dict, name).get("type"), "%s.content.%d" % (name, n)
         if kind == "image_url":
             url = part["image_url"].get("url") if isinstance(part.get("image_url"), dict) else part.get("image_url")
-            blocks.append({"type": "image", "source": source_of(of_kind(url, str, place + ".image_url.url"))})
+            blocks.append({"type": "image", "source": source_of(require_type(url, str, place + ".image_url.url"))})
         elif kind == "file":
-            file = of_kind(part.get("file"), dict, place + ".file")
-            data = of_kind(file.get("file_data"), str, place + ".file.file_data")
+            file = require_type(part.get("file"), dict, place + ".file")
+            data = require_type(file.get("file_data"), str, place + ".file.file_data")
             blocks.append({"type": "document", "source": source_of(data), "title": file.get("filename")})
         elif kind == "text":
             blocks.append(part)
         else:
-            raise bad_value(place + ".type", "must be text, image_url or file")
+            raise invalid_value(place + ".type", "must be text, image_url or file")
     return "user", blocks
 
 
@@ -5180,14 +5161,14 @@ def read_assistant_parts(message: Mapping[str, Any], name: str) -> Tuple[str, An
     content = message.get("content") or []
     parts: List[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else [
         {"type": "text", "text": part.get("refusal")} if isinstance(part, dict) and part.get("type") == "refusal" else part
-        for part in of_kind(content, list, name + ".content")]
-    for n, call in enumerate(of_kind(message.get("tool_calls") or [], list, name + ".tool_calls")):
+        for part in require_type(content, list, name + ".content")]
+    for n, call in enumerate(require_type(message.get("tool_calls") or [], list, name + ".tool_calls")):
         place = "%s.tool_calls.%d" % (name, n)
-        told = of_kind(of_kind(call, dict, place).get("function"), dict, place + ".function")
+        told = require_type(require_type(call, dict, place).get("function"), dict, place + ".function")
         try:
-            arguments = parsed_json(of_kind(told.get("arguments") or "{}", str, place + ".function.arguments").encode())
+            arguments = parse_json(require_type(told.get("arguments") or "{}", str, place + ".function.arguments").encode())
         except InvalidJson:
-            raise bad_value(place + ".function.arguments", "must be JSON") from None
+            raise invalid_value(place + ".function.arguments", "must be JSON") from None
         parts.append({"type": "tool_use", "id": call.get("id"), "name": told.get("name"), "input": arguments})
     return "assistant", parts
 
@@ -5212,15 +5193,15 @@ class ChatStep(NamedTuple):
 ChatSteps = Generator[ChatStep, None, None]
 
 
-def chat_steps(call: Call, job: Job) -> ChatSteps:
+def chat_steps(call: Context, job: Job) -> ChatSteps:
     """An answer as it comes, for the one caller who waits for it: when that one leaves, the run ends, since nobody could come back
     for it. Of a text that begins anew what is the same is not told twice. Raises RunError, Unavailable."""
     told: List[str] = []                                     # to the reader, of the present block
     again, at = "", 0                                        # what was told before the text began anew, and how far it is the same
     model, is_over, told_at = job.model, False, call.service.now()
     try:
-        for event, view in call.service.follow(call.holder, job.id, has_left=call.request.has_left):
-            if event.kind == "quiet" or event.kind == "queued" and call.service.now() - told_at >= KEEP_ALIVE_SECONDS:
+        for event, view in call.service.follow(call.holder, job.id, client_disconnected=call.request.client_disconnected):
+            if event.kind == "quiet" or event.kind == "queued" and call.service.now() - told_at >= HEARTBEAT_SECONDS:
                 told_at = call.service.now()                  # a new place in the queue is nothing that is told
                 yield ChatStep("quiet", model=model)
             elif event.kind == "started":
@@ -5256,13 +5237,13 @@ def chat_steps(call: Call, job: Job) -> ChatSteps:
                 call.service.cancel(call.holder, job.id)
 
 
-def answer_chat(call: Call, format: "Format") -> Response:
+def handle_chat(call: Context, format: "Format") -> Response:
     """A conversation, answered whole or as it comes. What fails before the first word has a status of its own. An answer that takes so
     long that a proxy would cut the silence begins with blanks, which JSON allows."""
-    chat = format.read(parsed_json(call.body() or b"{}"))
+    chat = format.read(parse_json(call.body() or b"{}"))
     job = call.service.ask(call.holder, chat).job
     names = (("request-id", job.id), ("x-request-id", job.id))
-    steps, until = chat_steps(call, job), call.service.now() + WAIT_SECONDS - KEEP_ALIVE_SECONDS
+    steps, until = chat_steps(call, job), call.service.now() + WAIT_SECONDS - HEARTBEAT_SECONDS
     if chat.stream:
         first = next(steps)
         return stream_response(format.pieces(chat, job, first, steps), names)
@@ -5270,11 +5251,11 @@ def answer_chat(call: Call, format: "Format") -> Response:
         if step.job:
             return json_response(200, format.body(step.job), names)
         if call.service.now() >= until:
-            return Response(200, stream=late_pieces(call, format, steps), headers=names)
+            return Response(200, stream=heartbeat_then_body(call, format, steps), headers=names)
     raise AssertionError("unreachable")
 
 
-def late_pieces(call: Call, format: "Format", steps: ChatSteps) -> Pieces:
+def heartbeat_then_body(call: Context, format: "Format", steps: ChatSteps) -> BodyIterator:
     """The rest of an answer whose status had to be told before it was there; a failure comes as the body of an error."""
     told_at = call.service.now()
     with contextlib.closing(steps):
@@ -5283,7 +5264,7 @@ def late_pieces(call: Call, format: "Format", steps: ChatSteps) -> Pieces:
             for step in steps:
                 if step.job:
                     yield as_json(format.body(step.job)).encode("utf-8", "replace")
-                elif step.kind == "quiet" or call.service.now() - told_at >= KEEP_ALIVE_SECONDS:
+                elif step.kind == "quiet" or call.service.now() - told_at >= HEARTBEAT_SECONDS:
                     told_at = call.service.now()
                     yield b" "
         except BridgeError as error:
@@ -5302,14 +5283,14 @@ def message_usage(job: Job) -> Dict[str, int]:
 
 def message_body(job: Job) -> Dict[str, Any]:
     """The answer of the Messages API."""
-    ending = job.ending or Ending()
-    content: List[Dict[str, Any]] = [{"type": "text", "text": job.response}] if job.response or not ending.calls else []
-    content += [{"type": "tool_use", "id": each.id, "name": each.name, "input": each.arguments} for each in ending.calls]
+    stop_info = job.stop_info or StopInfo()
+    content: List[Dict[str, Any]] = [{"type": "text", "text": job.response}] if job.response or not stop_info.calls else []
+    content += [{"type": "tool_use", "id": each.id, "name": each.name, "input": each.arguments} for each in stop_info.calls]
     return {"id": "msg_" + short_id(job), "type": "message", "role": "assistant", "model": job.model or "default", "content": content,
-            "stop_reason": ending.reason, "stop_sequence": ending.stop, "usage": message_usage(job)}
+            "stop_reason": stop_info.reason, "stop_sequence": stop_info.stop, "usage": message_usage(job)}
 
 
-def message_pieces(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Pieces:
+def message_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
     """The same as Server-Sent Events."""
     def event(kind: str, **data: Any) -> bytes:
         return sse_event(kind, None, {"type": kind, **data})
@@ -5325,7 +5306,7 @@ def message_pieces(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> P
                 if is_open and (step.kind == "again" or step.job):
                     yield event("content_block_stop", index=index)
                     index, is_open = index + 1, False
-                if not is_open and (step.kind == "text" or step.job and not index and not (step.job.ending or Ending()).calls):
+                if not is_open and (step.kind == "text" or step.job and not index and not (step.job.stop_info or StopInfo()).calls):
                     yield event("content_block_start", index=index, content_block={"type": "text", "text": ""})
                     is_open = True
                 if step.kind == "text":
@@ -5340,12 +5321,12 @@ def message_end(job: Job, index: int, is_open: bool, event: Callable[..., bytes]
     """The calls and the end of a streamed answer."""
     if is_open:
         yield event("content_block_stop", index=index)
-    ending = job.ending or Ending()
-    for n, each in enumerate(ending.calls, index):
+    stop_info = job.stop_info or StopInfo()
+    for n, each in enumerate(stop_info.calls, index):
         yield event("content_block_start", index=n, content_block={"type": "tool_use", "id": each.id, "name": each.name, "input": {}})
         yield event("content_block_delta", index=n, delta={"type": "input_json_delta", "partial_json": as_json(each.arguments)})
         yield event("content_block_stop", index=n)
-    yield event("message_delta", delta={"stop_reason": ending.reason, "stop_sequence": ending.stop}, usage=message_usage(job))
+    yield event("message_delta", delta={"stop_reason": stop_info.reason, "stop_sequence": stop_info.stop}, usage=message_usage(job))
     yield event("message_stop")
 
 
@@ -5369,7 +5350,7 @@ def completion_usage(job: Job) -> Dict[str, Any]:
 
 def completion_calls(job: Job) -> List[Dict[str, Any]]:
     return [{"id": each.id, "type": "function", "function": {"name": each.name, "arguments": as_json(each.arguments)}}
-            for each in (job.ending or Ending()).calls]
+            for each in (job.stop_info or StopInfo()).calls]
 
 
 def completion_body(job: Job) -> Dict[str, Any]:
@@ -5379,15 +5360,15 @@ def completion_body(job: Job) -> Dict[str, Any]:
                **({"tool_calls": calls} if calls else {})}
     return {"id": "chatcmpl-" + short_id(job), "object": "chat.completion", "created": int(job.created_at), "model": job.model or "default",
             "choices": [{"index": 0, "message": message, "logprobs": None,
-                         "finish_reason": FINISH_REASONS.get((job.ending or Ending()).reason, "stop")}],
+                         "finish_reason": FINISH_REASONS.get((job.stop_info or StopInfo()).reason, "stop")}],
             "usage": completion_usage(job)}
 
 
-def completion_pieces(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Pieces:
+def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
     """The same as Server-Sent Events."""
     def chunk(model: Optional[str], choices: List[Dict[str, Any]], **more: Any) -> bytes:
         return sse_event("", None, {"id": "chatcmpl-" + short_id(job), "object": "chat.completion.chunk", "created": int(job.created_at),
-                          "model": model or "default", "choices": choices, **({"usage": None} if chat.tells_usage else {}), **more})
+                          "model": model or "default", "choices": choices, **({"usage": None} if chat.include_usage else {}), **more})
 
     def choice(delta: Dict[str, Any], reason: Optional[str] = None) -> List[Dict[str, Any]]:
         return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]
@@ -5402,8 +5383,8 @@ def completion_pieces(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
                     yield chunk(step.model, choice({"content": step.text if step.kind == "text" else "\n\n"}))
                 else:
                     calls = [{"index": n, **each} for n, each in enumerate(completion_calls(step.job))]
-                    last = chunk(step.model, choice({}, FINISH_REASONS.get((step.job.ending or Ending()).reason, "stop")))
-                    figures = chunk(step.model, [], usage=completion_usage(step.job)) if chat.tells_usage else b""
+                    last = chunk(step.model, choice({}, FINISH_REASONS.get((step.job.stop_info or StopInfo()).reason, "stop")))
+                    figures = chunk(step.model, [], usage=completion_usage(step.job)) if chat.include_usage else b""
                     yield (chunk(step.model, choice({"tool_calls": calls})) if calls else b"") + last + figures + b"data: [DONE]\n\n"
         except BridgeError as error:
             yield sse_event("", None, completion_error(error))
@@ -5420,12 +5401,12 @@ class Format(NamedTuple):
     """The words of one wire format: how a request is read, an answer written, whole or in pieces, and an error."""
     read: Callable[[Any], Chat]
     body: Callable[[Job], Dict[str, Any]]
-    pieces: Callable[[Chat, Job, ChatStep, ChatSteps], Pieces]
+    pieces: Callable[[Chat, Job, ChatStep, ChatSteps], BodyIterator]
     error: Callable[[BridgeError], Dict[str, Any]]
 
 
-MESSAGES = Format(read_messages, message_body, message_pieces, message_error)
-COMPLETIONS = Format(read_completions, completion_body, completion_pieces, completion_error)
+MESSAGES = Format(read_messages, message_body, message_stream, message_error)
+COMPLETIONS = Format(read_completions, completion_body, completion_stream, completion_error)
 
 
 def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
@@ -5436,12 +5417,12 @@ def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
     return MESSAGES if re.match("/v1/messages", path, re.IGNORECASE) or "anthropic-version" in headers else COMPLETIONS
 
 
-def answer_messages(call: Call) -> Response:
-    return answer_chat(call, MESSAGES)
+def handle_messages(call: Context) -> Response:
+    return handle_chat(call, MESSAGES)
 
 
-def answer_completions(call: Call) -> Response:
-    return answer_chat(call, COMPLETIONS)
+def handle_completions(call: Context) -> Response:
+    return handle_chat(call, COMPLETIONS)
 
 
 MODEL = {"id": "sonnet", "object": "model", "created": 0, "owned_by": "anthropic", "type": "model", "display_name": "Sonnet",
@@ -5453,17 +5434,17 @@ def model_body(model: Model) -> Dict[str, Any]:
     return {**MODEL, "id": model.id, "display_name": model.name}
 
 
-def answer_models(call: Call) -> Response:
+def handle_list_models(call: Context) -> Response:
     bodies = [model_body(model) for model in call.service.models(call.holder)]
     return json_response(200, {"object": "list", "data": bodies, "has_more": False, "first_id": bodies[0]["id"],
                                "last_id": bodies[-1]["id"]})
 
 
-def answer_model(call: Call) -> Response:
+def handle_get_model(call: Context) -> Response:
     wanted = call.parts["id"]
     found = [model for model in call.service.models(call.holder) if model.id == wanted]
     if not found:
-        raise NotFound("There is no model %s here. GET /v1/models lists them" % clean_text(wanted)[:128])
+        raise NotFound("There is no model %s here. GET /v1/models lists them" % replace_surrogates(wanted)[:128])
     return json_response(200, model_body(found[0]))
 
 
@@ -5482,7 +5463,7 @@ CHAT_USAGE = {"input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_
 
 
 # What answers look like: an example, from which the schema is made. name?: may be missing; name~: may be null.
-SHAPES: Mapping[str, Mapping[str, Any]] = {
+RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     "Queued": {"ok": True, "requestId": ID, "position": 1, "poll": "GET /api/ask/" + ID, "warnings?": ["unknown field 'x' ignored"]},
     "Job": JOB,
     "Cancelled": {"ok": True, **JOB},
@@ -5523,50 +5504,50 @@ PAGE_QUERY = {"status": ("string", "one or more of queued, processing, completed
               "limit": ("integer", "1 to 100, default 20"), "before": ("string", "the last page's `next`")}
 
 ROUTES = (
-    Route("POST", "/api/ask", Needs.TOKEN, answer_ask, "Send a message to Claude Code", Ask,
+    Route("POST", "/api/ask", AuthLevel.TOKEN, handle_ask, "Send a message to Claude Code", Ask,
           {202: '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}',
            200: "with `wait`: the poll body, finished; with `stream`: events"}, {202: "Queued", 200: "Job"}, {}, (403, 409)),
-    Route("GET", "/api/ask/:requestId", Needs.TOKEN, answer_poll, "Poll for the answer; `?wait=30` holds it until then", None,
+    Route("GET", "/api/ask/:requestId", AuthLevel.TOKEN, handle_poll, "Poll for the answer; `?wait=30` holds it until then", None,
           {202: '{"status":"queued","requestId":ID,"queuePosition":1}',
            200: '{"status":"completed","requestId":ID,"response":"..."}'}, {202: "Job", 200: "Job"}, WAIT, polls=True),
-    Route("DELETE", "/api/ask/:requestId", Needs.TOKEN, answer_cancel, "Cancel a request that waits or runs", None,
+    Route("DELETE", "/api/ask/:requestId", AuthLevel.TOKEN, handle_cancel, "Cancel a request that waits or runs", None,
           {200: '{"ok":true,"status":"error","errorCode":"cancelled",...}'}, {200: "Cancelled"}, {}, (409,)),
-    Route("GET", "/api/ask/:requestId/events", Needs.TOKEN, answer_events, "Follow a request live; `?after=120` resumes there", None,
+    Route("GET", "/api/ask/:requestId/events", AuthLevel.TOKEN, handle_events, "Follow a request live; `?after=120` resumes there", None,
           {200: "Server-Sent Events"}, {200: ""}, AFTER),
-    Route("POST", "/api/ask/:requestId/events", Needs.TOKEN, answer_events, "The same, for proxies that hold back events over GET", None,
+    Route("POST", "/api/ask/:requestId/events", AuthLevel.TOKEN, handle_events, "The same, for proxies that hold back events over GET", None,
           {200: "Server-Sent Events"}, {200: ""}, AFTER),
-    Route("GET", "/api/requests", Needs.TOKEN, answer_jobs, "One's requests, newest first; an admin sees all", None,
+    Route("GET", "/api/requests", AuthLevel.TOKEN, handle_list_requests, "One's requests, newest first; an admin sees all", None,
           {200: '{"requests":[...],"next":"41"}'}, {200: "Requests"}, PAGE_QUERY),
-    Route("GET", "/api/conversations", Needs.TOKEN, answer_conversations, "The conversations of a stateful token", None,
+    Route("GET", "/api/conversations", AuthLevel.TOKEN, handle_list_conversations, "The conversations of a stateful token", None,
           {200: '{"conversations":[{"name":"default","turns":3,...}]}'}, {200: "Conversations"}),
-    Route("DELETE", "/api/conversations/:name", Needs.TOKEN, answer_forget, "Forget a conversation; the next ask begins it afresh", None,
+    Route("DELETE", "/api/conversations/:name", AuthLevel.TOKEN, handle_delete_conversation, "Forget a conversation; the next ask begins it afresh", None,
           {200: '{"ok":true,"message":"Conversation deleted"}'}, {200: "Done"}),
-    Route("GET", "/api/usage", Needs.TOKEN, answer_usage, "Requests, tokens and estimated cost per day and token; the plan's limits", None,
+    Route("GET", "/api/usage", AuthLevel.TOKEN, handle_usage, "Requests, tokens and estimated cost per day and token; the plan's limits", None,
           {200: '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}'}, {200: "Usage"}, {"days": ("integer", "1 to 400, default 30")}),
-    Route("POST", "/v1/messages", Needs.TOKEN, answer_messages, "The Anthropic wire format; see Other wire formats", None,
+    Route("POST", "/v1/messages", AuthLevel.TOKEN, handle_messages, "The Anthropic wire format; see Other wire formats", None,
           {200: '{"type":"message","content":[...],...}', 400: '{"type":"error","error":{"type":"...","message":"..."}}'},
           {200: "Message"}, {}, (403, 504, 529)),
-    Route("POST", "/v1/chat/completions", Needs.TOKEN, answer_completions, "The OpenAI wire format; see Other wire formats", None,
+    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN, handle_completions, "The OpenAI wire format; see Other wire formats", None,
           {200: '{"object":"chat.completion","choices":[...],...}', 400: '{"error":{"message":"...","type":"...",...}}'},
           {200: "Completion"}, {}, (403, 504, 529)),
-    Route("GET", "/v1/models", Needs.TOKEN, answer_models, "The models of `claude`, for both formats", None,
+    Route("GET", "/v1/models", AuthLevel.TOKEN, handle_list_models, "The models of `claude`, for both formats", None,
           {200: '{"object":"list","data":[{"id":"sonnet",...}],...}'}, {200: "Models"}),
-    Route("GET", "/v1/models/:id", Needs.TOKEN, answer_model, "One of them", None, {200: '{"id":"sonnet","object":"model",...}'},
+    Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model, "One of them", None, {200: '{"id":"sonnet","object":"model",...}'},
           {200: "Model"}),
-    Route("POST", "/api/tokens", Needs.ADMIN, answer_new_token, "Create a token", NewToken,
+    Route("POST", "/api/tokens", AuthLevel.ADMIN, handle_create_token, "Create a token", NewToken,
           {201: '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-01234567"}'}, {201: "NewToken"}),
-    Route("GET", "/api/tokens", Needs.ADMIN, answer_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}, {200: "Tokens"}),
-    Route("DELETE", "/api/tokens/:id", Needs.ADMIN, answer_revoke, "Revoke a token; its running request is stopped", None,
+    Route("GET", "/api/tokens", AuthLevel.ADMIN, handle_list_tokens, "List all tokens", None, {200: '{"tokens":[...]}'}, {200: "Tokens"}),
+    Route("DELETE", "/api/tokens/:id", AuthLevel.ADMIN, handle_revoke_token, "Revoke a token; its running request is stopped", None,
           {200: '{"ok":true,"message":"Token revoked"}'}, {200: "Done"}),
-    Route("GET", "/api/status", Needs.NOTHING, answer_status, "Queue and counters; more for an admin token", None,
+    Route("GET", "/api/status", AuthLevel.NOTHING, handle_status, "Queue and counters; more for an admin token", None,
           {200: '{"status":"running","version":"...","queue":{...},"stats":{...}}'}, {200: "Status"}),
-    Route("GET", "/health", Needs.NOTHING, answer_health, "200 while the worker and the database work", None, {200: '{"status":"ok"}'},
+    Route("GET", "/health", AuthLevel.NOTHING, handle_health, "200 while the worker and the database work", None, {200: '{"status":"ok"}'},
           {200: "Health"}),
-    Route("GET", "/metrics", Needs.ADMIN, answer_metrics, "Counters and gauges for Prometheus", None, {200: "text"}, {200: ""}),
-    Route("GET", "/openapi.json", Needs.NOTHING, lambda call: json_response(200, openapi()), "This API for programs: OpenAPI 3.1", None,
+    Route("GET", "/metrics", AuthLevel.ADMIN, handle_metrics, "Counters and gauges for Prometheus", None, {200: "text"}, {200: ""}),
+    Route("GET", "/openapi.json", AuthLevel.NOTHING, lambda call: json_response(200, openapi()), "This API for programs: OpenAPI 3.1", None,
           {200: '{"openapi":"3.1.0","paths":{...},...}'}, {200: "OpenApi"}),
-    Route("GET", "/dashboard", Needs.NOTHING, answer_page, "The dashboard", None, {200: "HTML"}, {200: ""}),
-    Route("GET", "/", Needs.NOTHING, answer_root, "The list of endpoints, or the dashboard for a browser", None,
+    Route("GET", "/dashboard", AuthLevel.NOTHING, handle_dashboard, "The dashboard", None, {200: "HTML"}, {200: ""}),
+    Route("GET", "/", AuthLevel.NOTHING, handle_root, "The list of endpoints, or the dashboard for a browser", None,
           {200: '{"name":...,"endpoints":{...}}'}, {200: "Root"}),
 )
 
@@ -5587,11 +5568,11 @@ def schema_of(example: Any) -> Dict[str, Any]:
     return {} if example is None or example == "none" else {"type": kinds[type(example)]}
 
 
-def as_sent(example: Any) -> Any:
+def strip_markers(example: Any) -> Any:
     """An example of SHAPES as it goes over the wire."""
     if isinstance(example, dict):
-        return {name.rstrip("?~"): as_sent(value) for name, value in example.items()}
-    return [as_sent(each) for each in example] if isinstance(example, list) else example
+        return {name.rstrip("?~"): strip_markers(value) for name, value in example.items()}
+    return [strip_markers(each) for each in example] if isinstance(example, list) else example
 
 
 @lru_cache(maxsize=1)
@@ -5601,7 +5582,7 @@ def openapi() -> Dict[str, Any]:
     for route in ROUTES:
         path = re.sub(r":(\w+)", r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
-    schemas = {name: {**schema_of(example), "examples": [as_sent(example)]} for name, example in SHAPES.items()}
+    schemas = {name: {**schema_of(example), "examples": [strip_markers(example)]} for name, example in RESPONSE_EXAMPLES.items()}
     return {"openapi": "3.1.0", "paths": paths,
             "info": {"title": "claude-api-bridge", "version": __version__, "summary": "A REST API for the Claude Code command line tool",
                      "license": {"name": "MIT", "identifier": "MIT"}},
@@ -5612,7 +5593,7 @@ def openapi() -> Dict[str, Any]:
 
 def command_schema(command: Type[Command]) -> Dict[str, Any]:
     """The JSON Schema of a body."""
-    rows = {to_wire(row.name): row for row in fields(command)}  # type: ignore[arg-type]
+    rows = {camel_case(row.name): row for row in fields(command)}  # type: ignore[arg-type]
     return {"type": "object", "required": [name for name in ("message", "name") if name in rows], "properties": {
         name: {"type": row.metadata["kind"].split(" or ") + ["null"] * (row.default is None), "description": row.metadata["doc"],
                "examples": [row.metadata["example"]]} for name, row in rows.items()}}
@@ -5623,7 +5604,7 @@ def operation(route: Route) -> Dict[str, Any]:
     format = format_of(route.path, {})
     told: Dict[str, Any] = {
         "operationId": "_".join(re.findall(r"\w+", route.method.lower() + route.path)) or route.method.lower(), "summary": route.doc,
-        "security": [{"bearer": []}, {"key": []}] if route.needs != Needs.NOTHING else [],
+        "security": [{"bearer": []}, {"key": []}] if route.needs != AuthLevel.NOTHING else [],
         "parameters": [*({"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                          for name in re.findall(r":(\w+)", route.path)),
                        *({"name": name, "in": "query", "schema": {"type": kind}, "description": doc}
@@ -5633,8 +5614,8 @@ def operation(route: Route) -> Dict[str, Any]:
         told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     told["responses"] = {str(status): answer_schema(route, status, name) for status, name in route.shapes.items()}
     statuses = {400, 404, 405, 417, 421, 429, 431, 500, 501, 503, 505, *route.refuses}
-    statuses |= {401} if route.needs != Needs.NOTHING else set()
-    statuses |= {403} if route.needs == Needs.ADMIN else set()
+    statuses |= {401} if route.needs != AuthLevel.NOTHING else set()
+    statuses |= {403} if route.needs == AuthLevel.ADMIN else set()
     statuses |= {413, 415} if "requestBody" in told or route.path.endswith("/events") else set()
     name = "Error" if format is None else "MessageError" if format is MESSAGES else "CompletionError"
     for status in sorted(statuses):
@@ -5708,7 +5689,7 @@ PREFLIGHT_HEADERS = (
 )
 
 
-class Buckets:
+class RateLimiters:
     """The rate limits: one for all token holders, one per address without a token, one per token for polls of its own
     unfinished jobs, and one per address for failed log-ins, which nothing switches off. Any thread."""
 
@@ -5737,16 +5718,16 @@ class Buckets:
         return bucket
 
 
-def charge(bucket: TokenBucket) -> None:
+def consume_or_raise(bucket: TokenBucket) -> None:
     """One request from the bucket. Raises RateLimited."""
     seconds = bucket.take()
     if seconds:
-        refusal = too_many(RateLimited, "", seconds)
+        refusal = retry_later(RateLimited, "", seconds)
         refusal.headers += bucket.headers()
         raise refusal
 
 
-class Names:
+class HostPolicy:
     """By which names this bridge is called. own: host names besides those of this machine; through_tunnel: those by which
     the world comes in through our tunnel, while it runs."""
 
@@ -5797,14 +5778,14 @@ def is_address(text: str) -> bool:
 class Dispatcher:
     """Request -> Response: name, route, caller, limits, answer; the only `except Exception` on this path. Any thread."""
 
-    def __init__(self, service: Service, backstage: Backstage, buckets: Buckets, report: Callable[[str], None],
-                 names: Optional[Names] = None, tally: Optional[Tally] = None) -> None:
-        self._service, self._backstage, self._buckets, self._report = service, backstage, buckets, report
-        self._names, self._tally = names or Names(), tally or Tally()
+    def __init__(self, service: Service, status_source: BridgeStatus, buckets: RateLimiters, report: Callable[[str], None],
+                 names: Optional[HostPolicy] = None, metrics: Optional[Metrics] = None) -> None:
+        self._service, self._backstage, self._buckets, self._report = service, status_source, buckets, report
+        self._names, self._metrics = names or HostPolicy(), metrics or Metrics()
 
     def dispatch(self, request: Request) -> Response:
         response = self._respond(request)
-        self._tally.add("cab_http_responses_total", status=str(response.status))
+        self._metrics.add("cab_http_responses_total", status=str(response.status))
         return response
 
     def _respond(self, request: Request) -> Response:
@@ -5841,13 +5822,13 @@ class Dispatcher:
         except BridgeError as error:
             refusal = error
         bucket = self._bucket(route, caller, request, parts)
-        charge(bucket)
+        consume_or_raise(bucket)
         try:
-            if route is None or caller is None and route.needs != Needs.NOTHING:
+            if route is None or caller is None and route.needs != AuthLevel.NOTHING:
                 raise refusal or MissingToken()
-            if route.needs == Needs.ADMIN and not (caller and caller.is_admin):
+            if route.needs == AuthLevel.ADMIN and not (caller and caller.is_admin):
                 raise AdminRequired()
-            response = route.answer(Call(self._service, self._backstage, caller, request, parts))
+            response = route.answer(Context(self._service, self._backstage, caller, request, parts))
         except (RateLimited, DailyLimit):                   # of the token's own limits, which tell when themselves
             raise
         except BridgeError as error:
@@ -5864,7 +5845,7 @@ class Dispatcher:
         try:
             return self._service.authenticate(secret), None
         except InvalidToken as error:
-            charge(self._buckets.login(self._names.address(request)))
+            consume_or_raise(self._buckets.login(self._names.address(request)))
             return None, error
 
     def _bucket(self, route: Optional[Route], caller: Optional[Caller], request: Request, parts: Mapping[str, str]) -> TokenBucket:
@@ -5903,14 +5884,14 @@ class Place:
         self.deadline, self.phase = now + Phase.SECONDS[phase], phase
 
 
-def response_head(response: Response, closes: bool) -> bytes:
+def render_head(response: Response, closes: bool) -> bytes:
     """Status line and headers; those of the response before the standard ones of the same name."""
     length = None if response.stream is not None else len(response.body)
-    return head_lines(response.status, response.content_type, response.headers, length, closes) + date_line(int(time.time()))
+    return _render_head_cached(response.status, response.content_type, response.headers, length, closes) + date_line(int(time.time()))
 
 
 @lru_cache(maxsize=256)
-def head_lines(status: int, content_type: str, own: Tuple[Tuple[str, str], ...], length: Optional[int], closes: bool) -> bytes:
+def _render_head_cached(status: int, content_type: str, own: Tuple[Tuple[str, str], ...], length: Optional[int], closes: bool) -> bytes:
     """All of a head but its last line. own: before the standard ones of the same name; length: None for a stream."""
     names = {name for name, _ in own}
     headers = [*((name, value) for name, value in STANDARD_HEADERS if name not in names), *own]
@@ -5937,7 +5918,7 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([ \t\x21-\x7e\x80-\xf
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
-class Head(NamedTuple):
+class RequestHead(NamedTuple):
     """What stands before a body. headers: lower-case names; length: bytes of body to come, None: chunked; is_expected: whether the client
     waits for a word before it sends the body; closes: whether the connection ends with the answer."""
     method: str
@@ -5946,11 +5927,11 @@ class Head(NamedTuple):
     version: str
     headers: Mapping[str, str]
     length: Optional[int]
-    is_expected: bool
+    expects_continue: bool
     closes: bool
 
 
-def read_head(block: bytes) -> Head:
+def parse_request_head(block: bytes) -> RequestHead:
     """Reads a head strictly: CRLF ends lines, nothing is folded, no control characters, one Host, one length.
 
     Replaces the lenient parser of http.server, which lets two differing lengths or a bare CR pass. Raises MalformedRequest and others;
@@ -5968,24 +5949,24 @@ def read_head(block: bytes) -> Head:
     is_target = target.startswith(("/", "http://", "https://")) or (method, target) == ("OPTIONS", "*")
     if method in METHODS and not is_target:
         raise MalformedRequest("Malformed request line")
-    headers = read_headers(lines)
+    headers = parse_headers(lines)
     if version == "1.1" and "host" not in headers:
         raise MalformedRequest("Host header is missing")
     wish = headers.get("connection", "").lower()
     closes = "close" in wish or version == "1.0" and "keep-alive" not in wish
     expect = headers.get("expect", "").lower()
-    length = read_length(headers, version)
+    length = parse_body_length(headers, version)
     if expect and expect != "100-continue":
         raise ExpectationFailed()
     path, _, query = (target if target.startswith("/") else "/" + target.partition("://")[2].partition("/")[2]).partition("?")
-    return Head(method, path, dict(parse_qsl(query, keep_blank_values=True)), version, headers, length,
+    return RequestHead(method, path, dict(parse_qsl(query, keep_blank_values=True)), version, headers, length,
                 bool(expect) and version == "1.1", closes)
 
 
-known_head = lru_cache(maxsize=256)(read_head)              # who keeps a connection says the same again and again
+known_head = lru_cache(maxsize=256)(parse_request_head)              # who keeps a connection says the same again and again
 
 
-def read_headers(lines: Iterable[bytes]) -> Dict[str, str]:
+def parse_headers(lines: Iterable[bytes]) -> Dict[str, str]:
     """By lower-case names; what comes twice is joined, unless it must not."""
     headers: Dict[str, str] = {}
     for line in lines:
@@ -5999,7 +5980,7 @@ def read_headers(lines: Iterable[bytes]) -> Dict[str, str]:
     return headers
 
 
-def read_length(headers: Mapping[str, str], version: str) -> Optional[int]:
+def parse_body_length(headers: Mapping[str, str], version: str) -> Optional[int]:
     """How long the body is; None: chunked. Both lengths at once, or a chunked HTTP/1.0 body, are how requests are smuggled."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
@@ -6013,7 +5994,7 @@ def read_length(headers: Mapping[str, str], version: str) -> Optional[int]:
     return int(length or 0)
 
 
-class Handler(BaseHTTPRequestHandler):
+class ConnectionHandler(BaseHTTPRequestHandler):
     """One connection. Decides nothing but what is HTTP at all; strict where leniency lets one request hide another."""
     protocol_version = "HTTP/1.1"
     server_version = "claude-api-bridge"
@@ -6046,16 +6027,16 @@ class Handler(BaseHTTPRequestHandler):
         """-> False when it answered with an error (the connection is then closed)."""
         self.close_connection = True
         self.command = "HEAD" if self.raw_requestline.startswith(b"HEAD ") else ""       # whose answer has no body, whatever else is wrong
-        self._unread: Optional[int] = 0                     # bytes of body to come; None: chunked
+        self._body_remaining: Optional[int] = 0                     # bytes of body to come; None: chunked
         self._continue = False
         try:
             block = self._head_block()
-            self._head = head = known_head(block) if len(block) <= KNOWN_HEAD_BYTES else read_head(block)
+            self._head = head = known_head(block) if len(block) <= KNOWN_HEAD_BYTES else parse_request_head(block)
         except BridgeError as error:
-            self._refuse(error)
+            self._send_error_response(error)
             return False
         self.command, self.close_connection = head.method, head.closes
-        self._unread, self._continue = head.length, head.is_expected
+        self._body_remaining, self._continue = head.length, head.expects_continue
         return True
 
     def _head_block(self) -> bytes:
@@ -6080,17 +6061,17 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         self._place.enter(Phase.BUSY)
         head = self._head
-        request = Request(head.method, head.path, head.query, head.headers, self.client_address[0], self._body, self._has_left)
+        request = Request(head.method, head.path, head.query, head.headers, self.client_address[0], self._body, self._client_disconnected)
         response = self.server.dispatcher.dispatch(request)
-        is_small = self._unread is not None and self._unread <= 1 << 16 and not self._continue
-        self.close_connection = self.close_connection or self._unread != 0 and not is_small
+        is_small = self._body_remaining is not None and self._body_remaining <= 1 << 16 and not self._continue
+        self.close_connection = self.close_connection or self._body_remaining != 0 and not is_small
         if response.stream is None:
             self._write(response)
         else:
             self._write_stream(response, response.stream)
-        if self._unread and not self.close_connection:     # a small body that nobody read is skipped, the connection goes on
+        if self._body_remaining and not self.close_connection:     # a small body that nobody read is skipped, the connection goes on
             self._place.enter(Phase.BODY)
-            self.close_connection = len(self.rfile.read(self._unread)) < self._unread
+            self.close_connection = len(self.rfile.read(self._body_remaining)) < self._body_remaining
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
@@ -6098,20 +6079,20 @@ class Handler(BaseHTTPRequestHandler):
         """The body, whole. Raises BodyTooLarge, UnsupportedEncoding, MalformedRequest."""
         if self._head.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedEncoding()
-        if self._unread is not None and self._unread > BODY_BYTES:
+        if self._body_remaining is not None and self._body_remaining > BODY_BYTES:
             raise BodyTooLarge()
-        if self._continue and self._unread != 0:
+        if self._continue and self._body_remaining != 0:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._continue = False
         self._place.enter(Phase.BODY)
         try:
             with contextlib.ExitStack() as held:
-                data = self._read_chunks(held) if self._unread is None else self._read_sized(held, self._unread)
+                data = self._read_chunks(held) if self._body_remaining is None else self._read_sized(held, self._body_remaining)
         except (MalformedRequest, BodyTooLarge):
-            self._unread, self.close_connection = None, True
+            self._body_remaining, self.close_connection = None, True
             raise
         self._place.enter(Phase.BUSY)
-        self._unread = 0
+        self._body_remaining = 0
         return data
 
     def _read_exactly(self, size: int) -> bytes:
@@ -6121,7 +6102,7 @@ class Handler(BaseHTTPRequestHandler):
         return data
 
     def _read_sized(self, held: contextlib.ExitStack, size: int) -> bytes:
-        held.enter_context(self.server.holding(self.connection, size))
+        held.enter_context(self.server.reserve_memory(self.connection, size))
         return self._read_exactly(size)
 
     def _read_chunks(self, held: contextlib.ExitStack) -> bytes:
@@ -6139,7 +6120,7 @@ class Handler(BaseHTTPRequestHandler):
             if not size:
                 break
             if total - size < LARGE_BYTES <= total:
-                held.enter_context(self.server.holding(self.connection, BODY_BYTES))
+                held.enter_context(self.server.reserve_memory(self.connection, BODY_BYTES))
             data += self._read_exactly(size)
             if self._read_exactly(2) != b"\r\n":
                 raise MalformedRequest("Malformed chunk")
@@ -6151,7 +6132,7 @@ class Handler(BaseHTTPRequestHandler):
                 break
         raise MalformedRequest("Malformed trailer")
 
-    def _has_left(self) -> bool:
+    def _client_disconnected(self) -> bool:
         """Whether the other side has ended its sending; what it sent before stays to be read."""
         if hasattr(select, "POLLRDHUP"):                    # sees the end also behind bytes of a next request
             poller = select.poll()
@@ -6169,13 +6150,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write(self, response: Response) -> None:
         """The whole answer in one piece, so that no small packet waits for another."""
-        head, body = response_head(response, self.close_connection), b"" if self.command == "HEAD" else response.body
+        head, body = render_head(response, self.close_connection), b"" if self.command == "HEAD" else response.body
         if len(body) < LARGE_BYTES:
             self._send(head + body)
         else:                                               # no second copy
             self._send(head)
             self._send(body)
-        if self.close_connection and self._unread != 0:
+        if self.close_connection and self._body_remaining != 0:
             self._drain()
 
     def _send(self, data: bytes) -> None:
@@ -6190,18 +6171,18 @@ class Handler(BaseHTTPRequestHandler):
     def _send_rest(self, data: bytes, sent: int) -> None:
         """In parts, since a slow reader may take SEND_SECONDS for each."""
         view = memoryview(data)
-        with self.server.holding(self.connection, len(data)):
+        with self.server.reserve_memory(self.connection, len(data)):
             for start in range(sent, len(data), 1 << 18):
                 self._place.enter(Phase.SEND)
                 self.connection.sendall(view[start:start + (1 << 18)])
         self._place.enter(Phase.BUSY)
 
-    def _write_stream(self, response: Response, pieces: Pieces) -> None:
+    def _write_stream(self, response: Response, pieces: BodyIterator) -> None:
         """Pieces as they come: chunked, or until the connection closes."""
         self.close_connection = self.close_connection or self._head.version == "1.0"
         is_chunked = not self.close_connection
         with contextlib.closing(pieces):
-            self._send(response_head(response, self.close_connection))
+            self._send(render_head(response, self.close_connection))
             for piece in pieces if self.command != "HEAD" else ():
                 self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
             if is_chunked and self.command != "HEAD":
@@ -6220,16 +6201,16 @@ class Handler(BaseHTTPRequestHandler):
                     break
                 left -= len(data)
 
-    def _refuse(self, error: BridgeError) -> None:
-        self.close_connection, self._unread = True, None
+    def _send_error_response(self, error: BridgeError) -> None:
+        self.close_connection, self._body_remaining = True, None
         self._write(Dispatcher.refusal(error))
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """What http.server answers by itself (an endless request line, an unknown method), in our one shape."""
         kinds = {414: HeadTooLarge, 501: UnknownCoding}
         if not hasattr(self, "_unread"):
-            self._unread = 0
-        self._refuse(kinds.get(code, MalformedRequest)())
+            self._body_remaining = 0
+        self._send_error_response(kinds.get(code, MalformedRequest)())
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -6248,12 +6229,12 @@ class BridgeServer(ThreadingHTTPServer):
         self._clock, self._report = clock, report
         self._lock = threading.Lock()
         self._places: Dict[socket.socket, Place] = {}
-        self._idle: List[Bell] = []                          # one for each thread without a connection
-        self._given: Dict[Bell, Tuple[Any, Any]] = {}        # its next one
+        self._idle: List[threading.Event] = []                          # one for each thread without a connection
+        self._given: Dict[threading.Event, Tuple[Any, Any]] = {}        # its next one
         self._closing, self._looked_at = False, 0.0
         self._held: Dict[socket.socket, int] = {}            # large answers on their way, oldest first: their bytes
         self._thread = threading.Thread(target=self.serve_forever, args=(0.2,), name="http", daemon=True)
-        super().__init__((host, port), Handler)
+        super().__init__((host, port), ConnectionHandler)
 
     def server_bind(self) -> None:
         """As the base class, without its look-up of the host's name (seconds, where reverse DNS is broken)."""
@@ -6280,21 +6261,21 @@ class BridgeServer(ThreadingHTTPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 with self._lock:
-                    self._make_room(self._clock.monotonic())
+                    self._evict_idle(self._clock.monotonic())
                 time.sleep(0.02)                           # its thread closes it; else this loop would spin
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A thread for the connection. At the cap the one longest without a complete request makes room; 503 when all are busy."""
-        if not self._has_place(request):
-            return self._turn_away(request)
-        bell: Optional[Bell] = None
+        if not self._admit(request):
+            return self._reject(request)
+        bell: Optional[threading.Event] = None
         with self._lock:
             if self._idle:                                 # to begin a thread costs more than a short request
                 bell = self._idle.pop()
                 self._given[bell] = (request, client_address)
         if bell:
-            bell.ring()
+            bell.set()
         else:
             threading.Thread(target=self._serve_connections, args=(request, client_address), name="http", daemon=True).start()
 
@@ -6309,7 +6290,7 @@ class BridgeServer(ThreadingHTTPServer):
     def _next_connection(self) -> Optional[Tuple[Any, Any]]:
         """None when none came soon, and at the end."""
         threading.current_thread().name = "http idle"
-        bell = Bell()
+        bell = threading.Event()
         with self._lock:
             if self._closing:
                 return None
@@ -6321,7 +6302,7 @@ class BridgeServer(ThreadingHTTPServer):
             return self._given.pop(bell, None)
 
     @contextlib.contextmanager
-    def holding(self, connection: socket.socket, size: int) -> Iterator[None]:
+    def reserve_memory(self, connection: socket.socket, size: int) -> Iterator[None]:
         """A large body or answer lies in memory until it is whole, or taken. Of more than HELD_BYTES the oldest are broken off."""
         if size < LARGE_BYTES:
             yield
@@ -6329,38 +6310,38 @@ class BridgeServer(ThreadingHTTPServer):
         with self._lock:
             self._held[connection] = size
             for other in list(self._held):
-                if sum(self._held.values()) <= HELD_BYTES or other is connection:
+                if sum(self._held.values()) <= LARGE_PAYLOAD_BUDGET_BYTES or other is connection:
                     break
                 del self._held[other]
-                shut(other)
+                shutdown_socket(other)
         try:
             yield
         finally:
             with self._lock:
                 self._held.pop(connection, None)
 
-    def _has_place(self, connection: socket.socket) -> bool:
+    def _admit(self, connection: socket.socket) -> bool:
         with self._lock:
-            if len(self._places) >= CONNECTIONS and not self._make_room(self._clock.monotonic()):
+            if len(self._places) >= CONNECTIONS and not self._evict_idle(self._clock.monotonic()):
                 return False
             self._places[connection] = Place(self._clock)
         return True
 
-    def _make_room(self, now: float) -> bool:
+    def _evict_idle(self, now: float) -> bool:
         """Closes the connection longest without a complete request; False when all are busy. Under the lock."""
         waiting = [connection for connection, place in self._places.items()
-                   if place.phase != Phase.BUSY and (place.phase != Phase.SEND or now - place.since >= STUCK_SECONDS)]
+                   if place.phase != Phase.BUSY and (place.phase != Phase.SEND or now - place.since >= EVICTABLE_SEND_SECONDS)]
         if waiting:
             oldest = min(waiting, key=lambda connection: self._places[connection].since)
             del self._places[oldest]
-            shut(oldest)
+            shutdown_socket(oldest)
         return bool(waiting)
 
-    def _turn_away(self, request: Any) -> None:
+    def _reject(self, request: Any) -> None:
         response = Dispatcher.refusal(Unavailable("Too many connections. Please try again later.", (("Retry-After", "1"),)))
         with contextlib.suppress(OSError):
             request.setblocking(False)                     # this is the accepting thread: what does not go at once does not go
-            request.send(response_head(response, True) + response.body)
+            request.send(render_head(response, True) + response.body)
             request.shutdown(socket.SHUT_WR)
             for _ in range(16):                             # unread data would turn the close into a reset, and lose the answer
                 if not request.recv(1 << 16):
@@ -6375,13 +6356,13 @@ class BridgeServer(ThreadingHTTPServer):
     def service_actions(self) -> None:
         """Five times a second, and not at each new connection: closes those that are past their deadline."""
         now = self._clock.monotonic()
-        if now - self._looked_at < TICK_SECONDS:
+        if now - self._looked_at < POLL_SECONDS:
             return
         self._looked_at = now
         with self._lock:
             late = [connection for connection, place in self._places.items() if now >= place.deadline]
         for connection in late:
-            shut(connection)
+            shutdown_socket(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Silent when a client merely left."""
@@ -6402,13 +6383,13 @@ class BridgeServer(ThreadingHTTPServer):
         with self._lock:
             connections = list(self._places)
         for connection in connections:
-            shut(connection)
+            shutdown_socket(connection)
         while time.monotonic() < until + 1 and self._snapshot():
             time.sleep(0.01)
         with self._lock:
             idle, self._idle, self._closing = self._idle, [], True
         for bell in idle:
-            bell.ring()
+            bell.set()
         self.server_close()
 
     def _snapshot(self) -> List[Place]:
@@ -6416,7 +6397,7 @@ class BridgeServer(ThreadingHTTPServer):
             return list(self._places.values())
 
 
-def shut(connection: socket.socket) -> None:
+def shutdown_socket(connection: socket.socket) -> None:
     """Ends a connection from outside its thread: the thread's read returns, and the thread cleans up."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
@@ -6425,7 +6406,7 @@ def shut(connection: socket.socket) -> None:
 # === 11 Dashboard =============================================================================================
 # One constant. The page holds no data: it fetches JSON. Text goes in by textContent only.
 
-PAGE = """<!doctype html>
+DASHBOARD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -7154,7 +7135,7 @@ if (sessionStorage.getItem("token")) signIn(sessionStorage.getItem("token"));
 
 
 def dashboard_page(nonce: str) -> bytes:
-    return PAGE.replace("NONCE", nonce).encode()
+    return DASHBOARD.replace("NONCE", nonce).encode()
 
 
 def content_security_policy(nonce: str) -> str:
@@ -7171,7 +7152,7 @@ def data_tag(data_dir: Path) -> str:
     return digest(str(data_dir.resolve()))[:16]
 
 
-class DataLock:
+class DirectoryLock:
     """One bridge per data directory. Holds an exclusive lock on bridge.lock; the system frees it when we die."""
 
     def __init__(self, path: Path) -> None:
@@ -7211,7 +7192,7 @@ class DataLock:
 class Bridge:
     """The whole, as a context manager: everything is started on entry, and gone on exit. Raises CannotStart."""
 
-    def __init__(self, config: Config, claude: Claude, clock: Clock, report: Callable[[str], None], tunnel_token: str = "",
+    def __init__(self, config: Config, claude: ClaudeInstall, clock: Clock, report: Callable[[str], None], tunnel_token: str = "",
                  announce: Callable[[str, Optional[str]], None] = lambda url, before: None,
                  progress: Callable[[str, bool], None] = lambda text, passes: None) -> None:
         """announce: is told the public address, and the one before; progress: see CloudflaredInstall."""
@@ -7219,7 +7200,7 @@ class Bridge:
         self._tunnel_token, self._announce, self._progress = tunnel_token, announce, progress
         self.tunnel: Optional[Tunnel] = None
         self.new_admin_token: Optional[str] = None       # made when there was none; to be shown once, or withdrawn
-        self.withdraw_admin_token: Callable[[], None] = lambda: None
+        self.discard_admin_token: Callable[[], None] = lambda: None
         self._parts = contextlib.ExitStack()
 
     def __enter__(self) -> "Bridge":
@@ -7235,38 +7216,38 @@ class Bridge:
         """Lock, port, store, leftovers, recovery, worker; closed in this order: accept no more, worker, waiters, server,
         tunnel (which begins to leave at once), store."""
         data_dir = data_directory(self.config.data_dir)
-        lock = DataLock(data_dir / "bridge.lock")
+        lock = DirectoryLock(data_dir / "bridge.lock")
         self._parts.callback(lock.close)
         self._server = self._listen()
         self._parts.callback(self._server.server_close)
-        tally = Tally()
+        metrics = Metrics()
         path = data_dir / "bridge.db"
         try:
-            store = Store(path, self._clock, tally)
-        except Damaged as damage:
-            kept = keep_aside(path, self._clock.now())
+            store = Database(path, self._clock, metrics)
+        except DatabaseCorrupt as damage:
+            kept = quarantine_database(path, self._clock.now())
             self._report("%s It is kept as %s, and a new one begins: tokens must be made again." % (damage, kept))
-            store = Store(path, self._clock, tally)
+            store = Database(path, self._clock, metrics)
         self._parts.callback(store.close)
         tag = data_tag(data_dir)
         tunnel = self.tunnel = None if self.config.no_tunnel else self._make_tunnel(store, tag)
         if tunnel:
             self._parts.callback(tunnel.close)
         self._parts.callback(self._server.close)
-        hub = Hub()
-        claude = ClaudeCli(self._claude, self.config, self._clock, tag + ".claude", store.note_child, tally,
+        hub = Notifier()
+        claude = ClaudePool(self._claude, self.config, self._clock, tag + ".claude", store.record_process, metrics,
                            lambda: find_claude(self.config, os.environ))
-        worker = Worker(store, claude, hub, self._clock, self._report, self.config, tally)
+        worker = Worker(store, claude, hub, self._clock, self._report, self.config, metrics)
         service = Service(store, hub, self._clock, data_dir, worker.live, worker.rest, lambda: ask_models(claude.claude, data_dir))
         began = self._clock.now()
-        backstage = Backstage(self._page, lambda: self._details(worker, store), lambda: self._check(worker),
-                              lambda: metrics_text({**tally.values(), **self._gauges(worker, store, began)}))
+        status_source = BridgeStatus(self._page, lambda: self._details(worker, store), lambda: self._check(worker),
+                              lambda: metrics_text({**metrics.values(), **self._gauges(worker, store, began)}))
         own = (host_of(self.config.public_url), self.config.host, *re.split("[, ]+", self.config.names))
-        names = Names(own, (lambda: tunnel.hosts) if tunnel else frozenset)
-        self._server.dispatcher = Dispatcher(service, backstage, Buckets(self._clock, self.config.rate_limit), self._report, names, tally)
-        left = end_leftovers(tag + ".", store.children())
+        names = HostPolicy(own, (lambda: tunnel.hosts) if tunnel else frozenset)
+        self._server.dispatcher = Dispatcher(service, status_source, RateLimiters(self._clock, self.config.rate_limit), self._report, names, metrics)
+        left = kill_orphans(tag + ".", store.children())
         for pid, *_ in store.children():
-            store.note_child(pid, None)
+            store.record_process(pid, None)
         store.fail_chats("interrupted", "The bridge ended, and with it the line on which the answer was waited for.",
                          (JobStatus.QUEUED, JobStatus.PROCESSING))
         again, lost = store.recover()
@@ -7275,7 +7256,7 @@ class Bridge:
         lock.write("process %d, %s" % (os.getpid(), self.local_url))
         if not service.has_admin():
             token, self.new_admin_token = service.create_token(NewToken(name="admin", admin=True))
-            self.withdraw_admin_token = lambda: service.withdraw_token(token)
+            self.discard_admin_token = lambda: service.discard_token(token)
         self._parts.callback(hub.close)
         self._parts.callback(worker.close)
         self._parts.callback(self._server.stop_accepting)
@@ -7289,19 +7270,19 @@ class Bridge:
         if self.tunnel:
             self.tunnel.start(self.port)
 
-    def _make_tunnel(self, store: Store, tag: str) -> Tunnel:
+    def _make_tunnel(self, store: Database, tag: str) -> Tunnel:
         chosen = self.config.tunnel_protocol
-        worked = store.remembered("tunnel_protocol")
+        worked = store.get_state("tunnel_protocol")
         in_turn = ("auto",) if self._tunnel_token else sorted(("quic", "http2"), key=lambda each: each != worked)
         policy = TunnelPolicy(in_turn if chosen == "auto" else (chosen,), bool(self._tunnel_token))
 
         def announce(url: str) -> None:
-            before = store.remembered("tunnel_url")
+            before = store.get_state("tunnel_url")
             store.remember("tunnel_url", url)
             self._announce(url, before if before != url else None)
 
         install = CloudflaredInstall(self.config, os.environ, self._clock, self._progress)
-        return Tunnel(self.config, install, policy, self._tunnel_token, self._clock, tag, store.note_child, announce, self._report,
+        return Tunnel(self.config, install, policy, self._tunnel_token, self._clock, tag, store.record_process, announce, self._report,
                       store.remember)
 
     def _listen(self) -> BridgeServer:
@@ -7328,15 +7309,15 @@ class Bridge:
         return Response(200, dashboard_page(nonce), "text/html; charset=utf-8",
                         (("Content-Security-Policy", content_security_policy(nonce)), ("X-Frame-Options", "DENY")))
 
-    def _details(self, worker: Worker, store: Store) -> Dict[str, Any]:
+    def _details(self, worker: Worker, store: Database) -> Dict[str, Any]:
         running = worker.running
         return {"worker": {"alive": worker.is_alive, "requestId": running[0] if running else None,
                            "since": iso_time(running[1]) if running else None, "spareReady": worker.spares > 0},
                 "plan": plan_body(store.windows(), worker.rest(), self._clock.now()),
                 "tunnel": self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": self.config.public_url or None},
-                "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.payer}}
+                "claude": {"version": self._claude.features.version_text, "command": self._claude.command[-1], "payer": self._claude.billing_account}}
 
-    def _gauges(self, worker: Worker, store: Store, began: float) -> Dict[Tuple[str, Labels], float]:
+    def _gauges(self, worker: Worker, store: Database, began: float) -> Dict[Tuple[str, Labels], float]:
         """What /metrics tells of the present."""
         counts, tunnel = store.counts(), self.tunnel.details() if self.tunnel else {"state": TunnelState.STOPPED, "url": None, "starts": 0}
         found: Dict[Tuple[str, Labels], float] = {
@@ -7361,7 +7342,7 @@ class Bridge:
 # === 13 Command line ==========================================================================================
 # What a person types and reads. stdout carries data (tokens, addresses, answers, JSON), stderr the narration.
 
-RELEASED = 1_795_000_000              # no clock that is right shows less
+BUILD_TIME = 1_795_000_000              # no clock that is right shows less
 
 BANNER = """
   ┌─────────────────────────────────────┐
@@ -7415,7 +7396,7 @@ class Console:
 
     def log(self, text: str) -> None:
         """What happens while the bridge runs, with the time of day."""
-        self.say("·", "%s %s" % (time.strftime("%H:%M:%S"), printable(text)))
+        self.say("·", "%s %s" % (time.strftime("%H:%M:%S"), escape_controls(text)))
 
     def progress(self, text: str, passes: bool) -> None:
         """How a download goes. passes: the next line takes its place; where that cannot be shown, every tenth does."""
@@ -7476,7 +7457,7 @@ def command_start(config: Config, console: Console) -> int:
     console.banner()
     data_directory(config.data_dir)
     claude = find_claude(config, os.environ)
-    tell_payer(config, claude, console)
+    print_billing(config, claude, console)
     console.say("✅", "Data directory: %s" % config.data_dir)
     token = find_tunnel_token(config, os.environ)
     arrived = signals_queue()
@@ -7486,11 +7467,11 @@ def command_start(config: Config, console: Console) -> int:
             console.say("🔑", "Admin token (save this, it is shown only once):")
             console.blank()
             if not console.data(bridge.new_admin_token):
-                bridge.withdraw_admin_token()
+                bridge.discard_admin_token()
                 raise CannotStart("The admin token could not be printed, so it was not kept.", "let start write to its standard output")
             console.blank()
         bridge.serve()
-        tell_addresses(bridge, console)
+        print_urls(bridge, console)
         while True:
             with contextlib.suppress(queue.Empty):
                 arrived.get(timeout=1)       # with a timeout, since Windows runs no handler during an endless wait
@@ -7541,7 +7522,7 @@ def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
     return check_tunnel_token(text) if text.strip() or config.tunnel_token_file else ""
 
 
-def tell_payer(config: Config, claude: Claude, console: Console) -> None:
+def print_billing(config: Config, claude: ClaudeInstall, console: Console) -> None:
     """Says which claude was found and who pays for it; a bill per token is said loudly."""
     if config.demo:
         return console.say("🎭", "Demo: every answer is an echo, Claude is not asked.")
@@ -7549,11 +7530,11 @@ def tell_payer(config: Config, claude: Claude, console: Console) -> None:
     keys = sorted(API_KEYS & set(os.environ))
     if config.allow_api_key and keys:
         console.say("⚠️", "Who pays: %s is handed on to claude (--allow-api-key): requests are BILLED PER TOKEN." % " and ".join(keys))
-    elif claude.is_billed:
+    elif claude.is_billed_per_token:
         console.say("⚠️", "Who pays: %s. Requests are %s." % (
-            claude.payer, "BILLED PER TOKEN" if config.allow_api_key else "stopped, since --allow-api-key is not given"))
+            claude.billing_account, "BILLED PER TOKEN" if config.allow_api_key else "stopped, since --allow-api-key is not given"))
     else:
-        console.say("✅", "Who pays: %s" % claude.payer)
+        console.say("✅", "Who pays: %s" % claude.billing_account)
     for name in keys if not config.allow_api_key else ():
         console.say("ℹ️", "%s is set; it is not handed on to claude." % name)
     if claude.environment.get("ANTHROPIC_BASE_URL"):
@@ -7562,7 +7543,7 @@ def tell_payer(config: Config, claude: Claude, console: Console) -> None:
         console.say("ℹ️", note)
 
 
-def tell_addresses(bridge: Bridge, console: Console) -> None:
+def print_urls(bridge: Bridge, console: Console) -> None:
     """Where the bridge is reached on this machine and in its network; the tunnel announces itself."""
     lan = lan_address() if bridge.config.listen_host in ("0.0.0.0", "::") else None
     if not bridge.config.no_tunnel:
@@ -7579,8 +7560,8 @@ def tell_addresses(bridge: Bridge, console: Console) -> None:
 def command_token(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """token create | list | revoke; works on the database, whether the bridge runs or not."""
     data_directory(config.data_dir)
-    with contextlib.closing(Store(config.data_dir / "bridge.db", Clock())) as store:
-        service = Service(store, Hub(), Clock(), config.data_dir)
+    with contextlib.closing(Database(config.data_dir / "bridge.db", Clock())) as store:
+        service = Service(store, Notifier(), Clock(), config.data_dir)
         if arguments.action == "create":
             return create_token(arguments, service, console)
         if arguments.action == "list":
@@ -7607,7 +7588,7 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     token, secret = service.create_token(new, workspace)
     console.say("🔑", "Token %s (save this, it is shown only once):" % token.id)
     if not console.data(as_json({"tokenId": token.id, "token": secret, "prefix": token.prefix}) if arguments.json else secret):
-        service.withdraw_token(token)
+        service.discard_token(token)
         raise CannotStart("The token could not be printed, so it was not kept.", "let the command write to its standard output")
     return 0
 
@@ -7622,7 +7603,7 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
     console.data(row % ("ID", "PREFIX", "MODE", "ADMIN", "EXPIRES", "NAME"))
     for body in bodies:
         expires = "expired" if body["isExpired"] else (body["expiresAt"] or "never")[:10]
-        name = printable(body["name"]).replace("\n", "?")
+        name = escape_controls(body["name"]).replace("\n", "?")
         console.data(row % (body["id"], body["prefix"], body["sessionMode"], "yes" if body["isAdmin"] else "no", expires, name))
     return 0
 
@@ -7660,7 +7641,7 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
     """Asks the running bridge; the answer alone goes to stdout, word by word where a person reads. -> 0, or 1 for a failed request."""
     message = sys.stdin.buffer.read().decode("utf-8", "replace") if arguments.message == "-" else arguments.message
     url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
-    client = AskClient(url, os.environ.get("CAB_TOKEN") or own_token(config, bool(arguments.conversation)))
+    client = AskClient(url, os.environ.get("CAB_TOKEN") or shell_token(config, bool(arguments.conversation)))
     asked = {"message": message, "stream": True, "model": arguments.model, "systemPrompt": arguments.system_prompt,
              "conversation": arguments.conversation}
     job_id, shown, is_live = "", "", sys.stdout.isatty() and not arguments.json
@@ -7698,34 +7679,34 @@ def finish_ask(arguments: argparse.Namespace, console: Console, body: Mapping[st
         text = str(body["response"])
         console.data(printable_text(text[len(shown):]) if sys.stdout.isatty() else text)
     else:
-        console.fail("%s: %s" % (body.get("errorCode") or body.get("code"), printable(str(body.get("error")))))
+        console.fail("%s: %s" % (body.get("errorCode") or body.get("code"), escape_controls(str(body.get("error")))))
     return 0 if body.get("status") == JobStatus.COMPLETED else 1
 
 
 def printable_text(text: str) -> str:
     """An answer for a terminal: tabs stay, other control characters cannot do anything there."""
-    return "\t".join(map(printable, text.split("\t")))
+    return "\t".join(map(escape_controls, text.split("\t")))
 
 
 def running_url(config: Config) -> str:
     """Where the bridge of this data folder listens, as its lock tells. Raises CannotStart."""
-    found = re.search(r"https?://\S+", is_locked(config))
+    found = re.search(r"https?://\S+", lock_holder(config))
     if not found:
         raise CannotStart("No bridge is running with the data folder %s." % config.data_dir, "start it, or name another one with --url or"
                           " --data-dir")
     return found.group().rstrip(".")
 
 
-def own_token(config: Config, is_stateful: bool) -> str:
+def shell_token(config: Config, is_stateful: bool) -> str:
     """The token of the shell, which whoever owns the data folder may make; made anew when it was revoked or lost."""
     path = data_directory(config.data_dir) / "ask-tokens.json"
     mode = SessionMode.STATEFUL if is_stateful else SessionMode.STATELESS
     known = read_object(path)
-    with contextlib.closing(Store(config.data_dir / "bridge.db", Clock())) as store:
+    with contextlib.closing(Database(config.data_dir / "bridge.db", Clock())) as store:
         if isinstance(known.get(mode), str) and store.token_by_digest(digest(known[mode])):
             return str(known[mode])
-        _, secret = Service(store, Hub(), Clock(), config.data_dir).create_token(NewToken("ask (%s)" % mode, mode))
-    write_private(path, as_json({**known, mode: secret}))
+        _, secret = Service(store, Notifier(), Clock(), config.data_dir).create_token(NewToken("ask (%s)" % mode, mode))
+    write_file_atomically(path, as_json({**known, mode: secret}))
     return secret
 
 
@@ -7740,7 +7721,7 @@ class Check(NamedTuple):
 def command_doctor(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Looks at all that a start needs. -> 0, or 1 when something is broken."""
     checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3]), Check("sqlite", True, SQLITE_VERSION)]
-    for each in (check_data, check_clock, check_leftovers, check_port, check_claude,
+    for each in (check_data, check_clock, check_orphans, check_port, check_claude,
                  *([check_live] if arguments.live else []), check_tunnel):
         try:
             checks += each(config, os.environ)
@@ -7752,7 +7733,7 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
             {"name": check.name, "ok": check.is_good, "text": check.text, "advice": check.advice or None} for check in checks]}, indent=2))
     else:
         for check in checks:
-            console.data("%s  %-12s %s%s" % (marks[check.is_good], check.name, printable(check.text),
+            console.data("%s  %-12s %s%s" % (marks[check.is_good], check.name, escape_controls(check.text),
                                              "\n                 -> " + check.advice if check.advice else ""))
     return 1 if any(check.is_good is False for check in checks) else 0
 
@@ -7764,10 +7745,10 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return [Check("data", False, "%s is no folder that can be written" % there,
                       "make it writable, or choose another one with --data-dir")]
-    planted = planted_in(folder)
+    planted = find_foreign_files(folder)
     if planted:
         return [Check("data", False, planted, "move that away, or choose another folder with --data-dir")]
-    fault, free = glance_at(folder / "bridge.db").fault, shutil.disk_usage(there).free >> 20
+    fault, free = inspect_database(folder / "bridge.db").fault, shutil.disk_usage(there).free >> 20
     shown = str(folder) if there == folder else "%s (start makes it)" % folder
     if there == folder and os.name == "posix" and folder.stat().st_mode & 0o077:
         shown += ", which others may look into: start takes that right away"
@@ -7777,27 +7758,27 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
 
 def check_clock(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """The clock: tokens expire by it, limits reset by it."""
-    now, latest = Clock.now(), glance_at(config.data_dir / "bridge.db").latest
+    now, latest = Clock.now(), inspect_database(config.data_dir / "bridge.db").latest
     told = "%s UTC" % time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(now))
     is_back = now < latest - 60
-    why = ", before this program was made" if now < RELEASED else ", before the newest request was made" if is_back else ""
+    why = ", before this program was made" if now < BUILD_TIME else ", before the newest request was made" if is_back else ""
     return [Check("clock", not why, told + why, "set the clock of this machine" if why else "")]
 
 
-def check_leftovers(config: Config, environ: Mapping[str, str]) -> List[Check]:
+def check_orphans(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """Processes of a bridge that was killed; those of one that runs are none."""
-    if is_locked(config):
+    if lock_holder(config):
         return []
-    found = find_leftovers(data_tag(config.data_dir) + ".", glance_at(config.data_dir / "bridge.db").children)
+    found = find_orphans(data_tag(config.data_dir) + ".", inspect_database(config.data_dir / "bridge.db").children)
     return [Check("processes", None, "left behind by a bridge that was killed: %s; start ends them" % ", ".join(map(str, sorted(found))))
             if found else Check("processes", True, "none are left behind")]
 
 
-def is_locked(config: Config) -> str:
+def lock_holder(config: Config) -> str:
     """Who holds the lock of the data folder, "" for nobody."""
     try:
         if (config.data_dir / "bridge.lock").exists():
-            DataLock(config.data_dir / "bridge.lock").close()
+            DirectoryLock(config.data_dir / "bridge.lock").close()
         return ""
     except CannotStart as error:
         return str(error)
@@ -7805,7 +7786,7 @@ def is_locked(config: Config) -> str:
 
 def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """The port: free, or held by a bridge of this data folder."""
-    holder = is_locked(config)
+    holder = lock_holder(config)
     if holder:
         return [Check("port", None, holder)]
     try:
@@ -7825,10 +7806,10 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return [Check("claude", False, str(error), error.hint)]
     checks = [Check("claude", True, "%s (%s)" % (claude.features.version_text, claude.command[-1])),
               *(Check("claude", None, note) for note in claude.notes)]
-    if not claude.is_billed:
-        return checks + [Check("payer", True, claude.payer)]
+    if not claude.is_billed_per_token:
+        return checks + [Check("payer", True, claude.billing_account)]
     advice = "" if config.allow_api_key else "sign claude in to the subscription, or allow the bill with --allow-api-key"
-    return checks + [Check("payer", config.allow_api_key, claude.payer + ", billed per token", advice)]
+    return checks + [Check("payer", config.allow_api_key, claude.billing_account + ", billed per token", advice)]
 
 
 def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -7837,10 +7818,10 @@ def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             alone = replace(config, data_dir=Path(folder), spare=0)
-            cli = ClaudeCli(find_claude(alone, environ), alone, clock, tag, lambda pid, started: None)
+            cli = ClaudePool(find_claude(alone, environ), alone, clock, tag, lambda pid, started: None)
             began = clock.monotonic()
             with contextlib.closing(cli):
-                answer = cli.run(Work("Answer with the word: ready", PLAIN), LiveText(), lambda: None)
+                answer = cli.run(RunRequest("Answer with the word: ready", DEFAULT_SESSION), LiveText(), lambda: None)
     except CannotStart:
         return []                                             # told by check_claude
     except RunFailed as failure:

@@ -94,8 +94,8 @@ def asked_once(probe: Callable[..., str]) -> Callable[..., str]:
     def ask(argv: Sequence[str], environment: Mapping[str, str]) -> str:
         words, begins = tuple(argv[1:]), b""
         with contextlib.suppress(OSError), open(argv[0], "rb") as file:
-            begins = file.read(len(PLAIN))
-        if begins != PLAIN.encode():
+            begins = file.read(len(DEFAULT_SESSION))
+        if begins != DEFAULT_SESSION.encode():
             return probe(argv, environment)
         if words not in known:
             known[words] = probe(argv, environment)
@@ -112,11 +112,11 @@ def short_rounds() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cab.BridgeServer, "serve_forever", lambda server, *_: serve(server, 0.005))
-        patch.setattr(cab, "LEAVE_SECONDS", 0.4)          # the fake leaves at once, or is made to stay
+        patch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 0.4)          # the fake leaves at once, or is made to stay
         patch.setattr(cab, "FINISH_SECONDS", 0.4)
         patch.setattr(cab, "IDLE_THREAD_SECONDS", 0.002)      # each test looks for threads that were left
-        patch.setattr(cab, "ROUND_SECONDS", 0.1)
-        patch.setattr(cab, "TICK_SECONDS", 0.02)
+        patch.setattr(cab, "MAINTENANCE_SECONDS", 0.1)
+        patch.setattr(cab, "POLL_SECONDS", 0.02)
         patch.setattr(cab, "HEALTH_SECONDS", 0.3)
         patch.setattr(cab, "probe", asked_once(cab.probe))
         patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})     # forking this large process is slow
@@ -130,7 +130,7 @@ def gate(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "gate").touch()
 
 
-PLAIN = """#!/bin/sh
+DEFAULT_SESSION = """#!/bin/sh
 case "$1" in
 --version) echo "2.1.330 (Claude Code)"; exit ;;
 --help) echo "  auth %s"; exit ;;
@@ -148,7 +148,7 @@ class FakeClaude:
         folder.mkdir(parents=True, exist_ok=True)
         self.script.write_text("import sys\nsys.path.insert(0, %r)\nimport fake_claude\nsys.exit(fake_claude.main(%r, **%r))\n"
                                % (str(TESTS), str(folder), options))
-        self.path.write_text("%sexec %s -S %s \"$@\"\n" % ("#!/bin/sh\n" if options else PLAIN, *map(shlex.quote, (
+        self.path.write_text("%sexec %s -S %s \"$@\"\n" % ("#!/bin/sh\n" if options else DEFAULT_SESSION, *map(shlex.quote, (
             sys.executable, str(self.script)))))
         self.path.chmod(0o755)
 

@@ -52,7 +52,7 @@ class Fake:
         self.said: List[str] = []
         self.setup: Dict[str, Any] = {}
         self.waiting: List[Dict[str, Any]] = []          # lines that came while an answer was waited for
-        self.functions: List[Dict[str, Any]] = []        # the client's tools
+        self.client_tools: List[Dict[str, Any]] = []        # the client's tools
         self.last_was_error = False
         self.session = "%s-%s-%s-%s-%s" % tuple(os.urandom(size).hex() for size in (4, 2, 2, 2, 6))
         self.keeps = "--no-session-persistence" not in words
@@ -134,14 +134,14 @@ class Fake:
         self.say(type="control_response", response=response)
         if request.get("sdkMcpServers"):
             self.ask("initialize", protocolVersion="2025-11-25", capabilities={})
-            self.functions = self.ask("tools/list")["tools"]
+            self.client_tools = self.ask("tools/list")["tools"]
         if request["subtype"] == "interrupt":
             self.say(type="result", subtype="error_during_execution", is_error=True, terminal_reason="aborted_streaming")
 
     def begin(self, source: str = "none") -> None:
         model = self.setup.get("agents", {}).get("bridge", {}).get("model") or "default-model"
         self.say(type="system", subtype="init", session_id=self.session, apiKeySource=source, model="resolved-" + model,
-                 tools=["mcp__api__" + each["name"] for each in self.functions])
+                 tools=["mcp__api__" + each["name"] for each in self.client_tools])
         self.say(type="system", subtype="status", status="requesting")
         self.say(type="stream_event", event={"type": "message_start", "message": {"id": "msg_1", "usage": {
             "input_tokens": 10, "output_tokens": 1, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}}}, parent_tool_use_id=None)

@@ -137,7 +137,7 @@ class FakeCloudflared:
         """The runs as a tunnel."""
         return [run for run in self.runs() if run["argv"][:1] == ["tunnel"]]
 
-    def has_left(self) -> List[int]:
+    def client_disconnected(self) -> List[int]:
         """Those that went in order."""
         path = self.folder / "left"
         return [int(line) for line in path.read_text().split()] if path.exists() else []

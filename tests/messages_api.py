@@ -38,7 +38,7 @@ class Reply:
 
 
 @dataclass
-class Call:
+class Context:
     """One request as it arrived."""
     path: str
     headers: Dict[str, str]
@@ -149,14 +149,14 @@ class MessagesApi:
     """Owns the server and the list of calls; close it, or use it as a context manager."""
 
     def __init__(self, port: int = 0) -> None:
-        self.calls: List[Call] = []
+        self.calls: List[Context] = []
         self.outside: List[str] = []                     # "host:port" of what was asked of us as a proxy, and refused
         self.reply: Callable[[Dict[str, Any]], Reply] = echo
         self._lock = threading.Lock()
         self._closing = False
         api = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class ConnectionHandler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
             disable_nagle_algorithm = True
 
@@ -178,7 +178,7 @@ class MessagesApi:
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 body = json.loads(raw) if raw else {}
-                call = Call(self.path, {k.lower(): v for k, v in self.headers.items()}, raw, body)
+                call = Context(self.path, {k.lower(): v for k, v in self.headers.items()}, raw, body)
                 with api._lock:
                     api.calls.append(call)
                 try:
@@ -194,12 +194,12 @@ class MessagesApi:
                 if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
                     super().handle_error(request, client_address)
 
-        self._server = Server(("127.0.0.1", port), Handler)
+        self._server = Server(("127.0.0.1", port), ConnectionHandler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="messages-api", daemon=True)
         self._thread.start()
         self.url = "http://127.0.0.1:%d" % self._server.server_address[1]
 
-    def messages(self) -> List[Call]:
+    def messages(self) -> List[Context]:
         """The calls that asked the model something."""
         with self._lock:
             return [call for call in self.calls

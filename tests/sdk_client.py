@@ -93,12 +93,12 @@ class Sdk:
                     told = self.fits(data, self.types[path + " events"])
                     assert name == told.get("type", ""), (name, data)
 
-    def fits(self, wire: str, kind: Any) -> Any:
+    def fits(self, body_field: str, kind: Any) -> Any:
         """-> the JSON, after it has passed."""
-        self.pydantic.TypeAdapter(kind).validate_json(wire, strict=True)
-        return json.loads(wire)
+        self.pydantic.TypeAdapter(kind).validate_json(body_field, strict=True)
+        return json.loads(body_field)
 
-    def checked(self, got: Any, kind: Any) -> Any:
+    def with_path(self, got: Any, kind: Any) -> Any:
         """An object that the package has made, perhaps of several events. -> as JSON"""
         return self.fits(got.to_json(indent=None, warnings=False), kind)
 
@@ -137,7 +137,7 @@ class Sdk:
         return {"low": self.low(content="go on", tools=self.tools_told), **self.round_trip(self.high)}
 
     def forced_tool(self) -> Any:
-        return [self.told(self.ask(self.looked_at, content="forty-two", **self.forced)), self.high(content="forty-two", **self.forced)[1]]
+        return [self.told(self.ask(self.looked_at, content="forty-two", **self.forced_tool)), self.high(content="forty-two", **self.forced_tool)[1]]
 
 
 class OverAnthropic(Sdk):
@@ -151,7 +151,7 @@ class OverAnthropic(Sdk):
                       "/v1/models": importlib.import_module("anthropic.pagination").SyncPage[types.ModelInfo]}
         self.tools_told = [{"name": name, "description": told, "input_schema": schema} for name, (told, schema) in TOOLS.items()]
         self.answer_format = {"output_config": {"format": {"type": "json_schema", "schema": ANSWER}}}
-        self.forced = {"tools": [{"name": "give", "description": "Gives the answer.", "input_schema": ANSWER}],
+        self.forced_tool = {"tools": [{"name": "give", "description": "Gives the answer.", "input_schema": ANSWER}],
                        "tool_choice": {"type": "tool", "name": "give"}}
 
     def fields(self, content: Any = "hello", **fields: Any) -> Dict[str, Any]:
@@ -163,22 +163,22 @@ class OverAnthropic(Sdk):
 
     def told(self, message: Any, request: Any = None) -> Dict[str, Any]:
         """A whole message; request: its id, where it came in a stream."""
-        wire = self.checked(message, self.Message)
-        return {"wire": wire, "text": "".join(block["text"] for block in wire["content"] if block["type"] == "text"),
-                "calls": [(block["name"], block["input"]) for block in wire["content"] if block["type"] == "tool_use"],
-                "ids": [block["id"] for block in wire["content"] if block["type"] == "tool_use"],
-                "stop": wire["stop_reason"], "requestId": request or message._request_id}
+        body_field = self.with_path(message, self.Message)
+        return {"wire": body_field, "text": "".join(block["text"] for block in body_field["content"] if block["type"] == "text"),
+                "calls": [(block["name"], block["input"]) for block in body_field["content"] if block["type"] == "tool_use"],
+                "ids": [block["id"] for block in body_field["content"] if block["type"] == "tool_use"],
+                "stop": body_field["stop_reason"], "requestId": request or message._request_id}
 
     def low(self, **fields: Any) -> Dict[str, Any]:
         """A stream, event by event."""
         with self.looked_at.messages.create(stream=True, **self.fields(**fields)) as stream:
-            got, wire = [self.checked(event, self.Event) for event in stream], [json.loads(data) for _, data in events(self.seen)]
-            assert [event["type"] for event in got] == [event["type"] for event in wire]
-            return self.streamed(wire, stream)
+            got, body_field = [self.with_path(event, self.Event) for event in stream], [json.loads(data) for _, data in events(self.seen)]
+            assert [event["type"] for event in got] == [event["type"] for event in body_field]
+            return self.streamed(body_field, stream)
 
-    def streamed(self, wire: List[Any], stream: Any) -> Dict[str, Any]:
-        deltas = [event["delta"] for event in wire if event["type"] == "content_block_delta"]
-        return {"events": wire, "text": "".join(delta["text"] for delta in deltas if delta["type"] == "text_delta"),
+    def streamed(self, body_field: List[Any], stream: Any) -> Dict[str, Any]:
+        deltas = [event["delta"] for event in body_field if event["type"] == "content_block_delta"]
+        return {"events": body_field, "text": "".join(delta["text"] for delta in deltas if delta["type"] == "text_delta"),
                 "requestId": stream.response.headers.get("request-id"), "type": stream.response.headers.get("content-type")}
 
     def high(self, **fields: Any) -> Any:
@@ -241,14 +241,14 @@ class OverAnthropic(Sdk):
         async with self.asynchronous_kind(**self.options, _strict_response_validation=True) as client:
             async def streamed() -> Any:
                 stream = await client.messages.create(stream=True, **self.fields("streamed"))
-                return self.streamed([self.checked(event, self.Event) async for event in stream], stream)
+                return self.streamed([self.with_path(event, self.Event) async for event in stream], stream)
 
             whole, stream = await asyncio.gather(client.messages.create(**self.fields("whole")), streamed())
             return {"whole": self.told(whole), "stream": stream, "models": [model.id async for model in client.models.list()]}
 
     def stop(self) -> Any:
-        stops = {"stop_sequences": ["<OTHER>", STOP]}
-        return {"whole": self.told(self.ask(self.looked_at, **stops)), "low": self.low(**stops), "high": self.high(**stops)[1]}
+        stop_sequences = {"stop_sequences": ["<OTHER>", STOP]}
+        return {"whole": self.told(self.ask(self.looked_at, **stop_sequences)), "low": self.low(**stop_sequences), "high": self.high(**stop_sequences)[1]}
 
 
 class OverOpenAI(Sdk):
@@ -263,7 +263,7 @@ class OverOpenAI(Sdk):
         self.tools_told = [{"type": "function", "function": {"name": name, "description": told, "parameters": schema, "strict": True}}
                            for name, (told, schema) in TOOLS.items()]
         give = {"name": "give", "description": "Gives the answer.", "parameters": ANSWER}
-        self.forced = {"tools": [{"type": "function", "function": give}], "tool_choice": {"type": "function", "function": {"name": "give"}}}
+        self.forced_tool = {"tools": [{"type": "function", "function": give}], "tool_choice": {"type": "function", "function": {"name": "give"}}}
 
     def fields(self, content: Any = "hello", system: str = "", **fields: Any) -> Dict[str, Any]:
         """One request. content: of a single turn, unless there are `messages`."""
@@ -275,23 +275,23 @@ class OverOpenAI(Sdk):
 
     def told(self, completion: Any, request: Any = None) -> Dict[str, Any]:
         """A whole completion; request: its id, where it came in a stream."""
-        wire = self.checked(completion, self.Completion)
-        choice, = wire["choices"]
+        body_field = self.with_path(completion, self.Completion)
+        choice, = body_field["choices"]
         calls = choice["message"].get("tool_calls") or []
-        return {"wire": wire, "text": choice["message"]["content"], "ids": [call["id"] for call in calls],
+        return {"wire": body_field, "text": choice["message"]["content"], "ids": [call["id"] for call in calls],
                 "calls": [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls],
                 "stop": choice["finish_reason"], "requestId": request or completion._request_id}
 
     def low(self, **fields: Any) -> Dict[str, Any]:
         """A stream, chunk by chunk."""
         with self.looked_at.chat.completions.create(stream=True, **self.fields(**fields)) as stream:
-            count, wire = sum(1 for _ in stream), [json.loads(data) for _, data in events(self.seen)]
-            assert count == len(wire) and self.seen.rstrip().endswith("data: [DONE]")
-            return self.streamed(wire, stream)
+            count, body_field = sum(1 for _ in stream), [json.loads(data) for _, data in events(self.seen)]
+            assert count == len(body_field) and self.seen.rstrip().endswith("data: [DONE]")
+            return self.streamed(body_field, stream)
 
-    def streamed(self, wire: List[Any], stream: Any) -> Dict[str, Any]:
-        deltas = [choice["delta"] for chunk in wire for choice in chunk["choices"]]
-        return {"events": wire, "text": "".join(delta.get("content") or "" for delta in deltas),
+    def streamed(self, body_field: List[Any], stream: Any) -> Dict[str, Any]:
+        deltas = [choice["delta"] for chunk in body_field for choice in chunk["choices"]]
+        return {"events": body_field, "text": "".join(delta.get("content") or "" for delta in deltas),
                 "requestId": stream.response.headers.get("x-request-id"), "type": stream.response.headers.get("content-type")}
 
     def high(self, **fields: Any) -> Any:
@@ -352,7 +352,7 @@ class OverOpenAI(Sdk):
         async with self.asynchronous_kind(**self.options, _strict_response_validation=True) as client:
             async def streamed() -> Any:
                 stream = await client.chat.completions.create(stream=True, **self.fields("streamed"))
-                return self.streamed([self.checked(chunk, self.Chunk) async for chunk in stream], stream)
+                return self.streamed([self.with_path(chunk, self.Chunk) async for chunk in stream], stream)
 
             whole, stream = await asyncio.gather(client.chat.completions.create(**self.fields("whole")), streamed())
             return {"whole": self.told(whole), "stream": stream, "models": [model.id async for model in client.models.list()]}

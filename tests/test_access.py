@@ -39,7 +39,7 @@ class Calendar(cab.Clock):
 
 # --- every route, every method, every kind of caller ---
 
-EVERYBODY, HOLDERS, ADMINS = cab.Needs.NOTHING, cab.Needs.TOKEN, cab.Needs.ADMIN
+EVERYBODY, HOLDERS, ADMINS = cab.AuthLevel.NOTHING, cab.AuthLevel.TOKEN, cab.AuthLevel.ADMIN
 KINDS = ("none", "malformed", "wrong", "expired", "revoked", "other", "admin", "owner")
 
 
@@ -309,11 +309,11 @@ REVOKED = "the token is revoked"
 def test_what_is_open_ends_with_its_token(bridge: Start, fake_claude: Fakes, gate: Path, monkeypatch: pytest.MonkeyPatch, what: str,
                                           how: str) -> None:
     # A revocation rings, so that nobody waits for the next look; that a date has come, only a look finds out.
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 60.0 if how == REVOKED else 0.05)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 60.0 if how == REVOKED else 0.05)
     fake, calendar = fake_claude(), Calendar()
     running = bridge(claude=fake, clock=calendar)
     app = running.admin.new_token("app", expiresInDays=1)
-    method, path, body, ending = OPEN[what]
+    method, path, body, stop_info = OPEN[what]
     request_id = app.ask("hold %s" % gate) if "ID" in path else ""
     sent = None if body is None else json.loads(json.dumps(body).replace("FILE", str(gate)))
     reader = Reader(lambda: app.call(method, path.replace("ID", request_id), sent))
@@ -325,7 +325,7 @@ def test_what_is_open_ends_with_its_token(bridge: Start, fake_claude: Fakes, gat
     else:
         calendar.ahead = 2 * DAY
     answer = reader.result()
-    assert ending in answer.data and b"held" not in answer.data, answer
+    assert stop_info in answer.data and b"held" not in answer.data, answer
     assert app.get("/api/requests").status == 401
     if how == REVOKED or "/v1/" in path:                     # what others may still fetch goes on: an admin sees it
         wait_until(lambda: not is_running(pid))
@@ -334,7 +334,7 @@ def test_what_is_open_ends_with_its_token(bridge: Start, fake_claude: Fakes, gat
 
 def is_followed(running: RunningBridge) -> bool:
     """Whether a connection waits for a request, by the one place that counts them."""
-    return bool(service_of(running)._watches)
+    return bool(service_of(running)._open_streams)
 
 
 def service_of(running: RunningBridge) -> cab.Service:
@@ -345,7 +345,7 @@ def service_of(running: RunningBridge) -> cab.Service:
 @pytest.mark.parametrize("how", (REVOKED, EXPIRES))
 def test_an_admin_who_watches_what_is_anothers_is_sent_away_with_the_token(bridge: Start, fake_claude: Fakes, gate: Path,
                                                                          monkeypatch: pytest.MonkeyPatch, what: str, how: str) -> None:
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.05)
     calendar = Calendar()
     running = bridge(clock=calendar)
     request_id = running.admin.ask("hold %s" % gate)
@@ -363,7 +363,7 @@ def test_an_admin_who_watches_what_is_anothers_is_sent_away_with_the_token(bridg
 def test_a_token_that_expires_is_noticed_though_there_is_always_more_text(bridge: Start, gate: Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """As a reader meets it that takes longer for a piece than the next one takes to come."""
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.05)
     calendar = Calendar()
     running = bridge(clock=calendar)
     app = running.admin.new_token("app", expiresInDays=1)
@@ -588,7 +588,7 @@ def test_failed_log_ins_are_limited_for_an_address_whatever_it_claims(bridge: St
     app, wrong = running.admin.new_token("app"), running.admin.with_token("cab-" + "0" * 64)
     name = "calm-sea.trycloudflare.com"
     if tunnel:
-        running.bridge._server.dispatcher._names = cab.Names((), lambda: frozenset((name,)))
+        running.bridge._server.dispatcher._names = cab.HostPolicy((), lambda: frozenset((name,)))
     own = {"Host": name, "CF-Connecting-IP": "203.0.113.9"} if tunnel else {}
 
     def tried(n: int, **more: str) -> int:
@@ -625,17 +625,17 @@ def test_a_flood_of_strangers_locks_nobody_out_who_has_a_token(bridge: Start, cl
 
 def test_tokens_together_leave_places_for_an_admin(bridge: Start, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "CONNECTIONS", 8)
-    monkeypatch.setattr(cab, "WATCHES", 4)
-    monkeypatch.setattr(cab, "ALL_WATCHES", 6)
+    monkeypatch.setattr(cab, "MAX_STREAMS_PER_TOKEN", 4)
+    monkeypatch.setattr(cab, "MAX_STREAMS", 6)
     running = bridge()
     apps = [running.admin.new_token(name) for name in ("one", "two", "three")]
     asked = [app.ask("hold %s" % gate) for app in apps]
     readers: List[Reader] = []
     for n in range(8):
-        before = sum(service_of(running)._watches.values())
+        before = sum(service_of(running)._open_streams.values())
         path = "/api/ask/%s?wait=90" % asked[n // 3]
         readers.append(Reader(lambda app=apps[n // 3], path=path: app.get(path)))          # type: ignore[misc]
-        wait_until(lambda: sum(service_of(running)._watches.values()) > before or not readers[-1].is_alive())
+        wait_until(lambda: sum(service_of(running)._open_streams.values()) > before or not readers[-1].is_alive())
     assert [reader.result().status for reader in readers[6:]] == [429, 429]
     for name in ("one", "two", "three"):
         revoke(running.admin, name)
@@ -729,7 +729,7 @@ def test_an_unexpected_error_logs_no_token_and_tells_none(bridge: Start, monkeyp
 
     for name in ("jobs", "usage", "conversations", "models", "tokens", "counts", "cancel", "authenticate"):
         monkeypatch.setattr(cab.Service, name, breaks)
-    monkeypatch.setattr(cab.Handler, "_has_left", breaks)
+    monkeypatch.setattr(cab.ConnectionHandler, "_client_disconnected", breaks)
     for path in ("/api/requests", "/api/usage", "/api/conversations", "/v1/models", "/api/tokens", "/api/status", "/api/ask/" + secret):
         answer = running.admin.get(path)
         assert answer.status == 500 and not is_in(secret, answer.data)

@@ -92,7 +92,7 @@ def test_a_room_uses_only_the_rooms_it_is_built_on(number: int, above: Set[int])
 
 
 def test_the_service_knows_the_hub_but_not_the_worker() -> None:
-    assert {name for node, name in uses() if room(node) == 8 and OWNERS[name] == 7} == {"Hub"}
+    assert {name for node, name in uses() if room(node) == 8 and OWNERS[name] == 7} == {"Notifier"}
 
 
 def test_only_the_store_opens_a_database() -> None:
@@ -141,7 +141,7 @@ def test_every_thread_is_named() -> None:
 
 
 # Where one request, or one job, must not take the others along: the dispatcher, and the top of a thread.
-CATCHES_ALL = {"Dispatcher._respond", "Store._write_all", "Worker._loop", "Tunnel._loop"}
+CATCHES_ALL = {"Dispatcher._respond", "Store._execute_writes", "Worker._loop", "Tunnel._loop"}
 
 
 def handlers() -> Iterator[Tuple[str, ast.ExceptHandler]]:
@@ -186,7 +186,7 @@ def test_sql_holds_no_values() -> None:
                 and node.func.attr in ("execute", "_read") and room(node) == 5]
     formatted = [part for call in executed for part in ast.walk(call.args[0]) if isinstance(part, (ast.BinOp, ast.JoinedStr))]
     names = {name.id for part in formatted for name in ast.walk(part) if isinstance(name, ast.Name)}
-    assert len(executed) > 30 and names <= {"TOKEN_COLUMNS", "JOB_COLUMNS", "LIGHT_COLUMNS", "MIGRATIONS", "columns", "len"}
+    assert len(executed) > 30 and names <= {"TOKEN_COLUMNS", "JOB_COLUMNS", "SUMMARY_COLUMNS", "MIGRATIONS", "columns", "len"}
 
 
 def test_sql_is_what_old_systems_know() -> None:

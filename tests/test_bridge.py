@@ -78,9 +78,9 @@ def begin_poll(api: Api, request_id: str) -> http.client.HTTPConnection:
 
 def begin_stream(api: Api, request_id: str) -> Wire:
     """A stream whose head was read."""
-    wire = Wire(api.port)
-    wire.send(request("GET /api/ask/%s/events HTTP/1.1" % request_id, "Authorization: Bearer %s" % api.token)).answer(has_body=False)
-    return wire
+    body_field = Wire(api.port)
+    body_field.send(request("GET /api/ask/%s/events HTTP/1.1" % request_id, "Authorization: Bearer %s" % api.token)).answer(has_body=False)
+    return body_field
 
 
 def is_listening(port: int) -> bool:

@@ -97,7 +97,7 @@ def test_an_empty_system_prompt_means_the_default_one() -> None:
 def test_a_schema_that_is_no_json_is_refused() -> None:
     # 1e999 is read as infinity; written again it would be `Infinity`, at which the CLI ends.
     with pytest.raises(cab.BridgeError):
-        cab.Ask.parse(cab.parsed_json(b'{"message": "hi", "jsonSchema": {"maximum": 1e999}}'))
+        cab.Ask.parse(cab.parse_json(b'{"message": "hi", "jsonSchema": {"maximum": 1e999}}'))
 
 
 NOT_NUMBERS = ["", " 7", "7 ", "7\n", "+7", "-7", "7.0", "7e0", "0x7", "1_0", "٣", "seven", "nan", "null", "9" * 10, "9" * 5_000,
@@ -108,26 +108,26 @@ NOT_NUMBERS = ["", " 7", "7 ", "7\n", "+7", "-7", "7.0", "7e0", "0x7", "1_0", "�
     (None, None), (1, 1), (100, 100), (1.0, 1), (100.0, 100), ("1", 1), ("100", 100), ("7", 7), ("007", 7),
 ], ids=repr)
 def test_a_whole_number_is_taken_from_json_and_from_a_query(value: Any, number: Optional[int]) -> None:
-    found = cab.number_check("limit", 1, 100)(value)
+    found = cab.integer("limit", 1, 100)(value)
     assert (found, type(found)) == (number, type(number))
 
 
 @pytest.mark.parametrize("value", [0, 101, 0.0, "0", "101", *NOT_NUMBERS], ids=lambda value: "%.20r" % (value,))
 def test_what_is_no_whole_number_within_the_bounds_is_refused(value: Any) -> None:
     with pytest.raises(cab.InvalidRequest) as refused:
-        cab.number_check("limit", 1, 100)(value)
+        cab.integer("limit", 1, 100)(value)
     assert str(refused.value) == "limit must be a whole number from 1 to 100" and refused.value.extra == {"field": "limit"}
 
 
 @pytest.mark.parametrize("value, offset", [(None, None), ("0", 0), (0, 0), ("16384", 16_384), ("999999999", 999_999_999)])
 def test_an_offset_is_any_length_that_a_text_can_have(value: Any, offset: Optional[int]) -> None:
-    assert cab.check_offset(value) == offset
+    assert cab.validate_offset(value) == offset
 
 
 @pytest.mark.parametrize("value", [1_000_000_000, "1000000000", "-0", *NOT_NUMBERS], ids=lambda value: "%.20r" % (value,))
 def test_an_offset_that_no_text_can_have_is_refused(value: Any) -> None:
     with pytest.raises(cab.InvalidRequest) as refused:
-        cab.check_offset(value)
+        cab.validate_offset(value)
     assert refused.value.extra["field"] == "after" and "after" in str(refused.value)
 
 
@@ -136,7 +136,7 @@ def test_an_offset_that_no_text_can_have_is_refused(value: Any) -> None:
     (["us.anthropic/claude@1:0", "sonnet[1m]"], ("us.anthropic/claude@1:0", "sonnet[1m]")), (["default"], ("default",)),
 ], ids=lambda value: "%.40r" % (value,))
 def test_the_models_of_a_token_keep_their_order(value: Any, models: Any) -> None:
-    assert cab.check_models(value) == models
+    assert cab.validate_models(value) == models
 
 
 @pytest.mark.parametrize("models", [
@@ -151,13 +151,13 @@ def test_models_that_are_no_list_of_names_are_refused(models: Any) -> None:
 
 @pytest.mark.parametrize("key", [None, "a", " ", "é", "k" * 200, "8e03978e-40d5-43dd-bc93-6894a57f9324"])
 def test_a_key_is_any_text_of_200_characters(key: Optional[str]) -> None:
-    assert cab.check_key(key) == key
+    assert cab.validate_idempotency_key(key) == key
 
 
 @pytest.mark.parametrize("key", ["", "k" * 201, "k" * 16_000], ids=lambda key: "%.5s%d" % (key, len(key)))
 def test_a_key_that_is_empty_or_long_is_refused(key: str) -> None:
     with pytest.raises(cab.InvalidRequest) as refused:
-        cab.check_key(key)
+        cab.validate_idempotency_key(key)
     assert refused.value.extra == {"field": "Idempotency-Key"} and "200" in str(refused.value)
 
 
@@ -166,13 +166,13 @@ def test_a_key_that_is_empty_or_long_is_refused(key: str) -> None:
     ("queued,processing,completed,error", ("queued", "processing", "completed", "error")),
 ])
 def test_statuses_are_joined_by_commas(value: Optional[str], statuses: Tuple[str, ...]) -> None:
-    assert cab.check_statuses(value) == statuses
+    assert cab.validate_statuses(value) == statuses
 
 
 @pytest.mark.parametrize("value", ["QUEUED", "done", "queued,", ",queued", ",", "queued, error", "queued;error", " ", "queued\n", "none"])
 def test_a_status_that_no_job_has_is_refused_and_those_that_are_named(value: str) -> None:
     with pytest.raises(cab.InvalidRequest) as refused:
-        cab.check_statuses(value)
+        cab.validate_statuses(value)
     assert refused.value.extra == {"field": "status"}
     assert all(status in str(refused.value) for status in ("queued", "processing", "completed", "error"))
 
@@ -203,7 +203,7 @@ def test_every_other_field_changes_the_fingerprint_and_no_text_stands_for_two() 
     changes: Dict[str, List[Any]] = {
         "message": ["hi ", "Hi", "HI"], "model": ["sonnet", "low", None], "systemPrompt": ["trip", "", "be brief."],
         "jsonSchema": [{}, {"type": "array"}, None], "conversation": ["haiku", "Trip", None], "effort": ["high", None]}
-    assert {cab.to_wire(row.name) for row in fields_of(cab.Ask)} == {*changes, "wait", "stream"}
+    assert {cab.camel_case(row.name) for row in fields_of(cab.Ask)} == {*changes, "wait", "stream"}
     bodies = [WHOLE, *({**WHOLE, name: value} for name, values in changes.items() for value in values),
               *({"message": "hi", name: "low"} for name in ("model", "systemPrompt", "conversation", "effort")),
               *({"message": "hi", "model": "abcd"[:cut], "systemPrompt": "abcd"[cut:]} for cut in (1, 2, 3))]
@@ -302,14 +302,14 @@ def test_a_rule_reaches_the_database_and_a_command_line_as_utf_8() -> None:
     (b'"\\ud800"', "\ud800"), (b"9" * 400, int("9" * 400)),
 ], ids=lambda value: "%.20r" % (value,))
 def test_a_body_in_json_is_read(data: bytes, value: Any) -> None:
-    assert cab.parsed_json(data) == value
+    assert cab.parse_json(data) == value
 
 
 @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
 def test_a_hundred_levels_are_read_and_one_more_is_not(opening: bytes, closing: bytes) -> None:
-    cab.parsed_json(opening * 100 + b"1" + closing * 100)
+    cab.parse_json(opening * 100 + b"1" + closing * 100)
     with pytest.raises(cab.InvalidJson):
-        cab.parsed_json(opening * 101 + b"1" + closing * 101)
+        cab.parse_json(opening * 101 + b"1" + closing * 101)
 
 
 @pytest.mark.parametrize("data", [
@@ -318,7 +318,7 @@ def test_a_hundred_levels_are_read_and_one_more_is_not(opening: bytes, closing: 
 ], ids=lambda data: "%.20r" % data)
 def test_a_body_that_is_no_json_is_refused_with_the_reason(data: bytes) -> None:
     with pytest.raises(cab.InvalidJson) as refused:
-        cab.parsed_json(data)
+        cab.parse_json(data)
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
     assert re.match(r"Body is not valid (JSON|UTF-8)\b.{5,}", str(refused.value))
 
@@ -328,10 +328,10 @@ def test_no_depth_of_nesting_is_an_unexpected_error() -> None:
     for depth in list(range(90, 110)) + list(range(900, 1010)):
         body = b'{"message":"x","jsonSchema":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
         try:
-            ask, _ = cab.Ask.parse(cab.parsed_json(body))
+            ask, _ = cab.Ask.parse(cab.parse_json(body))
         except cab.BridgeError:
             continue
-        json.dumps(cab.initialize_request(cab.Setup("", json_schema=ask.json_schema), NEWEST))
+        json.dumps(cab.initialize_request(cab.SessionConfig("", json_schema=ask.json_schema), NEWEST))
 
 
 @pytest.mark.parametrize("headers, token", [
@@ -514,29 +514,29 @@ TEXT_DELTA = {"type": "content_block_delta", "index": 0, "delta": {"type": "text
     ({"type": "conversation_reset"}, "noise", ""), ({"type": ["x"]}, "noise", ""), ({}, "noise", ""),
 ], ids=lambda value: "%.60s" % json.dumps(value) if isinstance(value, dict) else None)
 def test_a_line_of_the_cli_is_understood(message: Dict[str, Any], kind: str, text: str) -> None:
-    event = cab.read_cli_event(json.dumps(message, ensure_ascii=False).encode())
+    event = cab.parse_cli_event(json.dumps(message, ensure_ascii=False).encode())
     assert (event.kind, event.text, event.body) == (kind, text, message)
 
 
 def test_a_line_names_the_tool_calls_that_begin_and_end_with_it() -> None:
     calls = assistant({"type": "tool_use", "id": "t1"}, {"type": "text", "text": "and"}, {"type": "tool_use", "id": "t2"})
     results = {"type": "user", "message": {"content": [{"type": "tool_result", "tool_use_id": "t1", "content": "ok"}]}}
-    assert [cab.read_cli_event(json.dumps(line).encode()).tools for line in (calls, results)] == [("t1", "t2"), ("t1",)]
+    assert [cab.parse_cli_event(json.dumps(line).encode()).tools for line in (calls, results)] == [("t1", "t2"), ("t1",)]
 
 
 @pytest.mark.parametrize("line", [b"[DEBUG] starting", b"undefined", b"[1, 2]", b"\xff\xfe", b"   "])
 def test_what_is_no_object_is_noise(line: bytes) -> None:
-    assert cab.read_cli_event(line) == cab.CliEvent("noise")
+    assert cab.parse_cli_event(line) == cab.CliEvent("noise")
 
 
 @pytest.mark.parametrize("line", [b'{"type": "assis', b"{", b'{"a": 1} trailing', b"  {'type': 'result'}"])
 def test_a_broken_json_line_is_an_error(line: bytes) -> None:
     with pytest.raises(ValueError):
-        cab.read_cli_event(line)
+        cab.parse_cli_event(line)
 
 
 def test_bytes_that_are_no_utf_8_do_not_break_a_line() -> None:
-    assert cab.read_cli_event(b'{"type":"result","result":"a\xffb"}').body["result"] == "a\ufffdb"
+    assert cab.parse_cli_event(b'{"type":"result","result":"a\xffb"}').body["result"] == "a\ufffdb"
 
 
 SAID_BY_MODEL = "There's an issue with the selected model (x). It may not exist or you may not have access to it. Run --model"
@@ -571,13 +571,13 @@ SAID_BY_MODEL = "There's an issue with the selected model (x). It may not exist 
     ({"subtype": "error_max_turns", "errors": ["Reached maximum number of turns (1)"]}, "", "cli_error"),
 ], ids=lambda value: "%.60s" % value.get("result", value) if isinstance(value, dict) else None)
 def test_each_failure_of_the_cli_has_its_code_and_keeps_its_words(result: Dict[str, Any], said: str, code: str) -> None:
-    failure = cab.failure_of({"subtype": "success", "is_error": True, **result}, said)
+    failure = cab.classify_failure({"subtype": "success", "is_error": True, **result}, said)
     assert (failure.code, str(failure)) == (code, result.get("result") or result["errors"][0])
     assert failure.code in cab.RUN_ERRORS
 
 
 def test_a_failure_without_words_still_says_something() -> None:
-    assert "error_during_execution" in str(cab.failure_of({"subtype": "error_during_execution", "result": "", "errors": []}, ""))
+    assert "error_during_execution" in str(cab.classify_failure({"subtype": "error_during_execution", "result": "", "errors": []}, ""))
 
 
 # --- the limits of the plan ---
@@ -589,65 +589,65 @@ SEVEN_DAYS = {"utilization": 0.1, "resetsAt": LATER, "status": "allowed"}
 USED_UP = {"status": "rejected", "resetsAt": SOON, "rateLimitType": "five_hour", "isUsingOverage": False}
 
 
-def window(kind: str, status: Optional[str], utilization: Optional[float], resets_at: Optional[float]) -> cab.PlanWindow:
-    return cab.PlanWindow(kind, status, utilization, resets_at, NOW)
+def window(kind: str, status: Optional[str], utilization: Optional[float], resets_at: Optional[float]) -> cab.RateLimitWindow:
+    return cab.RateLimitWindow(kind, status, utilization, resets_at, NOW)
 
 
 REJECTED, NO_OVERAGE = window("five_hour", "rejected", None, SOON), window("overage", None, None, None)
-SHAPES: List[Tuple[str, Any, cab.Limits]] = [
+RESPONSE_EXAMPLES: List[Tuple[str, Any, cab.RateLimitStatus]] = [
     ("2.1.330 allowed", {"status": "allowed", "resetsAt": SOON, "rateLimitType": "five_hour", "isUsingOverage": False,
                          "unifiedWindows": {"five_hour": FIVE_HOURS, "seven_day": SEVEN_DAYS}},
-     cab.Limits(False, False, SOON, (window("five_hour", "allowed", 0.42, SOON), window("seven_day", "allowed", 0.1, LATER), NO_OVERAGE))),
+     cab.RateLimitStatus(False, False, SOON, (window("five_hour", "allowed", 0.42, SOON), window("seven_day", "allowed", 0.1, LATER), NO_OVERAGE))),
     ("2.1.330 nearly", {"status": "allowed_warning", "resetsAt": LATER, "rateLimitType": "seven_day", "utilization": 0.92,
                         "surpassedThreshold": 0.9, "isUsingOverage": False,
                         "unifiedWindows": {"five_hour": {"utilization": 0.42, "resetsAt": SOON},
                                            "seven_day": {"utilization": 0.92, "resetsAt": LATER}}},
-     cab.Limits(False, False, LATER, (window("seven_day", "allowed_warning", 0.92, LATER), window("five_hour", None, 0.42, SOON),
+     cab.RateLimitStatus(False, False, LATER, (window("seven_day", "allowed_warning", 0.92, LATER), window("five_hour", None, 0.42, SOON),
                                       NO_OVERAGE))),
     ("2.1.330 used up", {**USED_UP, "unifiedWindows": {"five_hour": {"utilization": 1, "resetsAt": SOON}, "seven_day": SEVEN_DAYS}},
-     cab.Limits(True, False, SOON, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", "allowed", 0.1, LATER), NO_OVERAGE))),
+     cab.RateLimitStatus(True, False, SOON, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", "allowed", 0.1, LATER), NO_OVERAGE))),
     ("2.1.330 both used up", {**USED_UP, "unifiedWindows": {"five_hour": {"utilization": 1, "resetsAt": SOON},
                                                             "seven_day": {"utilization": 1.07, "resetsAt": LATER, "status": "rejected"}}},
-     cab.Limits(True, False, LATER, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", "rejected", 1.07, LATER),
+     cab.RateLimitStatus(True, False, LATER, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", "rejected", 1.07, LATER),
                                      NO_OVERAGE))),
     ("2.1.330 paid usage", {**USED_UP, "overageStatus": "allowed", "overageResetsAt": MONTH, "isUsingOverage": True,
                             "unifiedWindows": {"five_hour": {"utilization": 1, "resetsAt": SOON}}},
-     cab.Limits(False, True, SOON, (window("five_hour", "rejected", 1.0, SOON), window("overage", "in_use", None, SOON)))),
+     cab.RateLimitStatus(False, True, SOON, (window("five_hour", "rejected", 1.0, SOON), window("overage", "in_use", None, SOON)))),
     ("2.1.330 paid usage to the later of two resets", {**USED_UP, "isUsingOverage": True, "unifiedWindows": {
         "five_hour": {"utilization": 1, "resetsAt": SOON}, "seven_day": {"utilization": 1, "resetsAt": LATER}}},
-     cab.Limits(False, True, LATER, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", None, 1.0, LATER),
+     cab.RateLimitStatus(False, True, LATER, (window("five_hour", "rejected", 1.0, SOON), window("seven_day", None, 1.0, LATER),
                                      window("overage", "in_use", None, LATER)))),
     ("2.1.330 no paid usage left", {**USED_UP, "overageStatus": "rejected", "overageResetsAt": MONTH},
-     cab.Limits(True, False, SOON, (REJECTED, window("overage", "rejected", None, MONTH)))),
+     cab.RateLimitStatus(True, False, SOON, (REJECTED, window("overage", "rejected", None, MONTH)))),
     ("2.1.197 allowed", {"status": "allowed", "resetsAt": SOON, "rateLimitType": "five_hour", "isUsingOverage": False},
-     cab.Limits(False, False, SOON, (window("five_hour", "allowed", None, SOON), NO_OVERAGE))),
+     cab.RateLimitStatus(False, False, SOON, (window("five_hour", "allowed", None, SOON), NO_OVERAGE))),
     ("2.1.197 nearly", {"status": "allowed_warning", "resetsAt": SOON, "rateLimitType": "five_hour", "utilization": 0.92,
                         "surpassedThreshold": 0.9, "isUsingOverage": False},
-     cab.Limits(False, False, SOON, (window("five_hour", "allowed_warning", 0.92, SOON), NO_OVERAGE))),
-    ("2.1.197 used up", USED_UP, cab.Limits(True, False, SOON, (REJECTED, NO_OVERAGE))),
+     cab.RateLimitStatus(False, False, SOON, (window("five_hour", "allowed_warning", 0.92, SOON), NO_OVERAGE))),
+    ("2.1.197 used up", USED_UP, cab.RateLimitStatus(True, False, SOON, (REJECTED, NO_OVERAGE))),
     ("2.1.197 paid usage", {**USED_UP, "overageStatus": "allowed", "overageResetsAt": MONTH, "isUsingOverage": True},
-     cab.Limits(False, True, SOON, (REJECTED, window("overage", "in_use", None, SOON)))),
+     cab.RateLimitStatus(False, True, SOON, (REJECTED, window("overage", "in_use", None, SOON)))),
     ("paid usage could follow", {**USED_UP, "status": "allowed", "overageStatus": "allowed", "overageResetsAt": MONTH},
-     cab.Limits(False, False, SOON, (window("five_hour", "allowed", None, SOON), window("overage", "allowed", None, MONTH)))),
-    ("any other 429", {"status": "rejected", "isUsingOverage": False}, cab.Limits()),
+     cab.RateLimitStatus(False, False, SOON, (window("five_hour", "allowed", None, SOON), window("overage", "allowed", None, MONTH)))),
+    ("any other 429", {"status": "rejected", "isUsingOverage": False}, cab.RateLimitStatus()),
     ("no reset told", {"status": "rejected", "rateLimitType": "five_hour", "isUsingOverage": False},
-     cab.Limits(True, False, None, (window("five_hour", "rejected", None, None), NO_OVERAGE))),
+     cab.RateLimitStatus(True, False, None, (window("five_hour", "rejected", None, None), NO_OVERAGE))),
     ("paid usage, no reset told", {"status": "rejected", "rateLimitType": "five_hour", "isUsingOverage": True},
-     cab.Limits(False, True, None, (window("five_hour", "rejected", None, None), window("overage", "in_use", None, None)))),
-    ("no type told", {"status": "rejected", "resetsAt": SOON}, cab.Limits(True, False, SOON)),
-    ("nothing told", {}, cab.Limits()),
-    ("a word is no yes", {**USED_UP, "isUsingOverage": "false"}, cab.Limits(True, False, SOON, (REJECTED, NO_OVERAGE))),
+     cab.RateLimitStatus(False, True, None, (window("five_hour", "rejected", None, None), window("overage", "in_use", None, None)))),
+    ("no type told", {"status": "rejected", "resetsAt": SOON}, cab.RateLimitStatus(True, False, SOON)),
+    ("nothing told", {}, cab.RateLimitStatus()),
+    ("a word is no yes", {**USED_UP, "isUsingOverage": "false"}, cab.RateLimitStatus(True, False, SOON, (REJECTED, NO_OVERAGE))),
     ("a yes is no number", {"rateLimitType": "five_hour", "utilization": True, "resetsAt": True, "overageResetsAt": True},
-     cab.Limits(False, False, None, (window("five_hour", None, None, None), NO_OVERAGE))),
+     cab.RateLimitStatus(False, False, None, (window("five_hour", None, None, None), NO_OVERAGE))),
     ("a text is no number", {"rateLimitType": "five_hour", "utilization": "1", "resetsAt": "1800003600"},
-     cab.Limits(False, False, None, (window("five_hour", None, None, None), NO_OVERAGE))),
+     cab.RateLimitStatus(False, False, None, (window("five_hour", None, None, None), NO_OVERAGE))),
 ]
 
 
-@pytest.mark.parametrize("name, told, expected", SHAPES, ids=[name for name, *_ in SHAPES])
-def test_the_limits_of_the_plan_are_read_as_the_cli_tells_them(name: str, told: Any, expected: cab.Limits) -> None:
+@pytest.mark.parametrize("name, told, expected", RESPONSE_EXAMPLES, ids=[name for name, *_ in RESPONSE_EXAMPLES])
+def test_the_limits_of_the_plan_are_read_as_the_cli_tells_them(name: str, told: Any, expected: cab.RateLimitStatus) -> None:
     line = json.dumps({"type": "rate_limit_event", "rate_limit_info": told, "uuid": "u", "session_id": "s"}).encode()
-    assert cab.read_limits(cab.read_cli_event(line).body, NOW) == expected
+    assert cab.parse_rate_limits(cab.parse_cli_event(line).body, NOW) == expected
 
 
 ODD: List[Any] = [None, True, False, 0, -1, 1, 1e10, 1e11, 1e308, -1e308, 10 ** 400, float("nan"), float("inf"), float("-inf"), "",
@@ -656,7 +656,7 @@ ODD: List[Any] = [None, True, False, 0, -1, 1, 1e10, 1e11, 1e308, -1e308, 10 ** 
 MANY = {"unifiedWindows": {"w%d" % n: {"resetsAt": SOON} for n in range(1000)}}
 
 
-def check_limits(found: cab.Limits) -> None:
+def check_limits(found: cab.RateLimitStatus) -> None:
     """Whatever was told, what is made of it can be compared, stored and shown."""
     assert isinstance(found.is_used_up, bool) and isinstance(found.is_using_overage, bool) and len(found.windows) <= 11
     numbers = [found.resets_at, *(each for window in found.windows for each in (window.utilization, window.resets_at))]
@@ -668,10 +668,10 @@ def check_limits(found: cab.Limits) -> None:
 
 @pytest.mark.parametrize("info", [*ODD, MANY], ids=lambda info: "%.30r" % (info,))
 def test_limits_that_are_no_limits_break_nothing(info: Any) -> None:
-    check_limits(cab.read_limits({"rate_limit_info": info}, NOW))
-    check_limits(cab.read_limits({"type": info}, NOW))
-    for key in (*SHAPES[4][1], "utilization"):
-        check_limits(cab.read_limits({"rate_limit_info": {**SHAPES[4][1], key: info}}, NOW))
+    check_limits(cab.parse_rate_limits({"rate_limit_info": info}, NOW))
+    check_limits(cab.parse_rate_limits({"type": info}, NOW))
+    for key in (*RESPONSE_EXAMPLES[4][1], "utilization"):
+        check_limits(cab.parse_rate_limits({"rate_limit_info": {**RESPONSE_EXAMPLES[4][1], key: info}}, NOW))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -686,7 +686,7 @@ def test_no_mixture_of_odd_values_breaks_the_limits(seed: int) -> None:
         told = part("rateLimitType", "isUsingOverage", "overageStatus", "overageResetsAt", "unifiedWindows")
         if chance.random() < 0.7:
             told["unifiedWindows"] = {name: chance.choice((part(), part(), *ODD)) for name in ("five_hour", "seven_day", "x" * 50)}
-        check_limits(cab.read_limits({"rate_limit_info": told}, NOW))
+        check_limits(cab.parse_rate_limits({"rate_limit_info": told}, NOW))
 
 
 @pytest.mark.parametrize("resets_at, seconds", [
@@ -694,26 +694,26 @@ def test_no_mixture_of_odd_values_breaks_the_limits(seed: int) -> None:
     (NOW + 8 * 86_400 + 1, 691_200), (9e10, 691_200), (NOW - 60, 5), (NOW - 61, 900), (0.0, 900),
 ])
 def test_a_rest_lasts_to_the_reset_and_never_for_ever(resets_at: Optional[float], seconds: float) -> None:
-    assert cab.rest_seconds(resets_at, NOW) == seconds
+    assert cab.pause_seconds(resets_at, NOW) == seconds
 
 
-IS_USED_UP, IS_FINE = cab.Limits(True, False, SOON), cab.Limits(False, False, LATER)
+IS_USED_UP, IS_FINE = cab.RateLimitStatus(True, False, SOON), cab.RateLimitStatus(False, False, LATER)
 HIT, BUSY = "You've hit your session limit · resets 8:28am (UTC)", "API Error: Server is temporarily limiting requests · Rate limited"
 
 
 @pytest.mark.parametrize("status, text, said, limits, code, resets_at", [
-    (429, HIT, "rate_limit", IS_USED_UP, "usage_limit", SOON), (429, HIT, "rate_limit", cab.Limits(), "usage_limit", None),
+    (429, HIT, "rate_limit", IS_USED_UP, "usage_limit", SOON), (429, HIT, "rate_limit", cab.RateLimitStatus(), "usage_limit", None),
     (None, HIT, "rate_limit", IS_FINE, "usage_limit", LATER),
     (429, BUSY, "rate_limit", IS_USED_UP, "usage_limit", SOON),           # whatever the words: the plan was told to be used up
-    (429, BUSY, "rate_limit", IS_FINE, "overloaded", None), (429, BUSY, "rate_limit", cab.Limits(), "overloaded", None),
-    (429, BUSY, "", cab.Limits(True), "usage_limit", None), (None, "API Error: 429 x", "", IS_USED_UP, "usage_limit", SOON),
+    (429, BUSY, "rate_limit", IS_FINE, "overloaded", None), (429, BUSY, "rate_limit", cab.RateLimitStatus(), "overloaded", None),
+    (429, BUSY, "", cab.RateLimitStatus(True), "usage_limit", None), (None, "API Error: 429 x", "", IS_USED_UP, "usage_limit", SOON),
     (529, "API Error: 529 Overloaded", "server_error", IS_USED_UP, "overloaded", None),
     (401, "API Error: 401 x", "authentication_failed", IS_USED_UP, "auth_required", None),
     (None, "Request timed out", "", IS_USED_UP, "cli_error", None),
 ])
-def test_only_a_used_up_plan_is_waited_for_and_until_its_reset(status: Any, text: str, said: str, limits: cab.Limits, code: str,
+def test_only_a_used_up_plan_is_waited_for_and_until_its_reset(status: Any, text: str, said: str, limits: cab.RateLimitStatus, code: str,
                                                                resets_at: Any) -> None:
-    failure = cab.failure_of({"api_error_status": status, "result": text, "is_error": True}, said, limits)
+    failure = cab.classify_failure({"api_error_status": status, "result": text, "is_error": True}, said, limits)
     assert (failure.code, failure.resets_at, str(failure)) == (code, resets_at, text)
 
 
@@ -730,7 +730,7 @@ COUNTS = {"input_tokens": 10, "output_tokens": 7, "cache_read_input_tokens": 100
     ({"usage": {"input_tokens": None}}, 0.0, cab.Usage(), 0.0),
 ])
 def test_the_figures_of_one_turn_are_taken_from_the_sums(result: Dict[str, Any], spent: float, usage: cab.Usage, total: float) -> None:
-    assert cab.usage_of(result, spent) == (usage, total)
+    assert cab.turn_usage(result, spent) == (usage, total)
 
 
 # --- who pays, and what the CLI is given ---
@@ -746,7 +746,7 @@ def test_the_figures_of_one_turn_are_taken_from_the_sums(result: Dict[str, Any],
     ({"loggedIn": True, "authMethod": "third_party"}, True, "third_party"), ({"loggedIn": True}, True, "unknown"),
 ], ids=lambda value: "%.90r" % (value,))
 def test_who_pays_is_read_from_the_login(status: Dict[str, Any], signed_in: bool, who: str) -> None:
-    found = cab.payer_of(status)
+    found = cab.billing_account(status)
     assert found[0] is signed_in and who in found[1]
 
 
@@ -767,7 +767,7 @@ def test_a_version_text_cannot_be_long() -> None:
 
 
 # Names that choose who pays, which server, model or prompt is used, or that load code; some stand for a family.
-STRIPPED = """
+STRIPPED_ENV = """
     ANTHROPIC_API_KEY ANTHROPIC_AUTH_TOKEN ANTHROPIC_MODEL ANTHROPIC_SMALL_FAST_MODEL ANTHROPIC_DEFAULT_OPUS_MODEL
     ANTHROPIC_DEFAULT_SONNET_MODEL ANTHROPIC_CUSTOM_HEADERS ANTHROPIC_BETAS ANTHROPIC_PROFILE CLAUDE_CODE_USE_BEDROCK CLAUDE_CODE_USE_VERTEX
     CLAUDE_CODE_USE_FOUNDRY CLAUDE_CODE_USE_MANTLE CLAUDE_CODE_USE_GATEWAY CLAUDE_CODE_USE_ANTHROPIC_AWS CLAUDE_CODE_SIMPLE
@@ -776,7 +776,7 @@ STRIPPED = """
     CLAUDE_CODE_SHELL_PREFIX CLAUDE_CODE_RESUME_INTERRUPTED_TURN CLAUDE_AGENT CLAUDE_AGENT_SDK_VERSION CLAUDE_BG_TASK OTEL_EXPORTER
     OTEL_LOG_USER_PROMPTS NODE_OPTIONS BUN_OPTIONS CAB_CHILD CAB_PORT CAB_DATA_DIR anthropic_api_key Claude_Code_Use_Bedrock node_options
 """.split()
-HANDED_ON = """
+PASSED_ENV = """
     CLAUDE_CODE_OAUTH_TOKEN ANTHROPIC_BASE_URL HOME USER PATH LANG LC_ALL TMPDIR HTTP_PROXY HTTPS_PROXY NO_PROXY https_proxy no_proxy
     NODE_EXTRA_CA_CERTS SSL_CERT_FILE SHELL SYSTEMROOT APPDATA
 """.split()
@@ -788,11 +788,11 @@ def environment(names: Sequence[str], allow_api_key: bool = False, isolated: Any
 
 @pytest.mark.parametrize("isolated", ["/bridge/claude-home", None])
 def test_no_variable_that_could_change_who_pays_or_what_is_asked_is_handed_on(isolated: Any) -> None:
-    assert [name for name, value in environment(STRIPPED, isolated=isolated).items() if value == "the owner's"] == []
+    assert [name for name, value in environment(STRIPPED_ENV, isolated=isolated).items() if value == "the owner's"] == []
 
 
 def test_what_the_cli_needs_is_handed_on() -> None:
-    assert {name for name, value in environment(HANDED_ON).items() if value == "the owner's"} == set(HANDED_ON)
+    assert {name for name, value in environment(PASSED_ENV).items() if value == "the owner's"} == set(PASSED_ENV)
 
 
 def test_keys_are_handed_on_only_when_the_owner_allows_it() -> None:
@@ -905,7 +905,7 @@ def test_all_tools_may_edit_and_run_commands_and_nothing_needs_asking(cli: cab.F
     assert ("--restricted" in found) is ("--restricted" in cli.flags)
 
 
-FULL = cab.Setup("Be brief.", "haiku", '{"type":"object"}', "low")
+FULL = cab.SessionConfig("Be brief.", "haiku", '{"type":"object"}', "low")
 
 
 @pytest.mark.parametrize("cli, in_agent", [(NEWEST, True), (SEEN, True), (OLDER, False), (OLDEST, False), (BARE, False)])
@@ -926,13 +926,13 @@ def test_a_child_is_told_prompt_schema_and_effort() -> None:
 
 
 def test_a_plain_setup_is_one_request_without_model_or_schema() -> None:
-    lines = cab.initialize_request(cab.Setup("Hi."), OLDEST)
+    lines = cab.initialize_request(cab.SessionConfig("Hi."), OLDEST)
     assert len(lines) == 1 and "jsonSchema" not in lines[0]["request"] and "model" not in lines[0]["request"]["agents"]["bridge"]
 
 
 @pytest.mark.parametrize("tools, expected", [("none", []), ("read", None), ("all", None), (("Read",), None)])
 def test_a_second_lock_keeps_all_tools_away_from_a_token_without(tools: Any, expected: Any) -> None:
-    assert cab.initialize_request(cab.Setup("Hi.", tools=tools), NEWEST)[0]["request"]["agents"]["bridge"].get("tools") == expected
+    assert cab.initialize_request(cab.SessionConfig("Hi.", tools=tools), NEWEST)[0]["request"]["agents"]["bridge"].get("tools") == expected
 
 
 @pytest.mark.parametrize("text, sent", [
@@ -983,10 +983,10 @@ def all_news(live: cab.LiveText, cursor: cab.TextCursor) -> List[cab.JobEvent]:
     """They come a few at a time."""
     found: List[cab.JobEvent] = []
     while True:
-        news = live.news(cursor)
-        assert len(news) <= cab.NEWS
-        found += news
-        if len(news) < cab.NEWS:
+        events_since = live.events_since(cursor)
+        assert len(events_since) <= cab.EVENT_BATCH
+        found += events_since
+        if len(events_since) < cab.EVENT_BATCH:
             return found
 
 
@@ -1005,10 +1005,10 @@ def live_text(*parts: str) -> cab.LiveText:
 def test_however_a_text_comes_its_deltas_are_the_text(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
     monkeypatch.setattr(cab, "DELTA_CHARACTERS", chance.choice((1, 2, 7, 16_384)))
-    monkeypatch.setattr(cab, "NEWS", chance.choice((1, 3, 16)))
+    monkeypatch.setattr(cab, "EVENT_BATCH", chance.choice((1, 3, 16)))
     monkeypatch.setattr(cab, "TEXT_CHARACTERS", chance.choice((1, 5, 1 << 18)))
     text = random_text(chance)
-    wanted, live = cab.clean_text(text), cab.LiveText()
+    wanted, live = cab.replace_surrogates(text), cab.LiveText()
     readers = [(cab.TextCursor(0), [""]) for _ in range(3)]
     for part in chunks(chance, text):
         live.add(part)
@@ -1020,7 +1020,7 @@ def test_however_a_text_comes_its_deltas_are_the_text(seed: int, monkeypatch: py
     assert live.size == len(live.read().encode())
     live.finish(wanted)
     assert live.read() == wanted and [told(all_news(live, cursor), has[0]) for cursor, has in readers] == [wanted] * 3
-    assert [live.news(cursor) for cursor, _ in readers] == [[]] * 3 and live.restarts == 0
+    assert [live.events_since(cursor) for cursor, _ in readers] == [[]] * 3 and live.generation == 0
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -1031,16 +1031,16 @@ def test_a_cursor_that_resumes_anywhere_gets_exactly_the_rest(seed: int) -> None
     heard = live.read()
     for offset in range(len(heard) + 1):
         assert live.read(offset) == heard[offset:]
-        news = live.news(cab.TextCursor(offset))
-        assert told(news, heard[:offset]) == heard
-        assert kinds(news)[:1] == (["started"] if offset == 0 else ["delta"] if offset < len(heard) else [])
-    assert live.read(len(heard) + 5) == "" and live.news(cab.TextCursor(len(heard) + 5)) == []
+        events_since = live.events_since(cab.TextCursor(offset))
+        assert told(events_since, heard[:offset]) == heard
+        assert kinds(events_since)[:1] == (["started"] if offset == 0 else ["delta"] if offset < len(heard) else [])
+    assert live.read(len(heard) + 5) == "" and live.events_since(cab.TextCursor(len(heard) + 5)) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_cursor_over_a_stored_answer_gets_exactly_the_rest_too(seed: int) -> None:
     chance = random.Random(seed)
-    text = cab.clean_text(random_text(chance))
+    text = cab.replace_surrogates(random_text(chance))
     for offset in range(len(text) + 1):
         assert told(cab.TextCursor(offset).read(0, lambda start: text[start:], "haiku"), text[:offset]) == text
         assert told(cab.TextCursor(offset).read(1, lambda start: text[start:], "haiku"), "of another try"[:offset]) == text
@@ -1054,12 +1054,12 @@ def test_a_cursor_over_a_stored_answer_gets_exactly_the_rest_too(seed: int) -> N
 ], ids=ascii)
 def test_a_letter_in_two_halves_is_one(parts: List[str], text: str) -> None:
     assert live_text(*parts).read() == text
-    assert told(live_text(*parts).news(cab.TextCursor(0))) == text
+    assert told(live_text(*parts).events_since(cab.TextCursor(0))) == text
 
 
 def test_text_is_counted_in_code_points_and_never_normalized() -> None:
     decomposed = unicodedata.normalize("NFD", "é")
-    assert [event.offset for event in live_text(decomposed, "😀").news(cab.TextCursor(0))] == [0, 3]
+    assert [event.offset for event in live_text(decomposed, "😀").events_since(cab.TextCursor(0))] == [0, 3]
     assert live_text(decomposed, "😀").read(1) == "\u0301😀"
 
 
@@ -1068,27 +1068,27 @@ def test_text_is_counted_in_code_points_and_never_normalized() -> None:
 ])
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_long_text_is_told_in_pieces(length: int, sizes: List[int], after: int) -> None:
-    news = live_text("abc"[:after], "😀" * length).news(cab.TextCursor(after))
-    deltas = [event for event in news if event.kind == "delta"]
-    assert [len(event.text) for event in deltas] == sizes and told(news, "abc"[:after]) == "abc"[:after] + "😀" * length
+    events_since = live_text("abc"[:after], "😀" * length).events_since(cab.TextCursor(after))
+    deltas = [event for event in events_since if event.kind == "delta"]
+    assert [len(event.text) for event in deltas] == sizes and told(events_since, "abc"[:after]) == "abc"[:after] + "😀" * length
 
 
 def test_nothing_is_told_before_claude_has_taken_the_prompt() -> None:
     for after in (0, 5):
-        assert cab.LiveText().news(cab.TextCursor(after)) == [] and cab.LiveText(3).news(cab.TextCursor(after)) == []
+        assert cab.LiveText().events_since(cab.TextCursor(after)) == [] and cab.LiveText(3).events_since(cab.TextCursor(after)) == []
     live, cursor = cab.LiveText(), cab.TextCursor(0)
     live.restart()
-    assert live.news(cursor) == []
+    assert live.events_since(cursor) == []
     live.begin("claude-haiku")
-    assert live.news(cursor) == [cab.JobEvent("started", 0, model="claude-haiku")] and live.news(cursor) == []
+    assert live.events_since(cursor) == [cab.JobEvent("started", 0, model="claude-haiku")] and live.events_since(cursor) == []
     live.add("Hi")
-    assert live.news(cursor) == [cab.JobEvent("delta", 2, "Hi")] and live.news(cursor) == []
+    assert live.events_since(cursor) == [cab.JobEvent("delta", 2, "Hi")] and live.events_since(cursor) == []
 
 
 def test_an_empty_answer_is_begun_and_nothing_more() -> None:
     live = cab.LiveText()
     live.finish("")
-    assert kinds(live.news(cab.TextCursor(0))) == ["started"]
+    assert kinds(live.events_since(cab.TextCursor(0))) == ["started"]
 
 
 def test_a_text_of_many_parts_takes_little_room_and_is_the_same_text() -> None:
@@ -1098,67 +1098,67 @@ def test_a_text_of_many_parts_takes_little_room_and_is_the_same_text() -> None:
         live.add(part)
         wanted += part
         if number % 500 == 499 or 1_020 <= number < 1_030:
-            has = told(live.news(cursor), has)
+            has = told(live.events_since(cursor), has)
             assert has == wanted
     assert len(live._parts) < 1_100 and all(live.read(offset) == wanted[offset:] for offset in range(0, len(wanted) + 3, 7))
     live.restart()
     for _ in range(1_030):
         live.add("x")
-    assert told(live.news(cursor), has) == live.read() == "x" * 1_030 and live.restarts == 1
+    assert told(live.events_since(cursor), has) == live.read() == "x" * 1_030 and live.generation == 1
 
 
 def test_a_text_that_begins_anew_is_told_from_its_start_whatever_the_reader_has() -> None:
     live, follows, idle = live_text("Let me look."), cab.TextCursor(0), cab.TextCursor(0)
-    has = told(live.news(follows))
+    has = told(live.events_since(follows))
     live.restart()
-    assert [(event.kind, event.offset) for event in live.news(follows)] == [("started", 0)] and live.news(follows) == []
+    assert [(event.kind, event.offset) for event in live.events_since(follows)] == [("started", 0)] and live.events_since(follows) == []
     live.add("It is 7.")
-    assert has == "Let me look." and told(live.news(follows)) == "It is 7."
+    assert has == "Let me look." and told(live.events_since(follows)) == "It is 7."
     for cursor in (idle, *map(cab.TextCursor, (0, 3, 12, 1000))):         # an offset of the first try means nothing any more
-        news = live.news(cursor)
-        assert kinds(news) == ["started", "delta"] and told(news, "whatever") == "It is 7." and cursor.restarts == 1
+        events_since = live.events_since(cursor)
+        assert kinds(events_since) == ["started", "delta"] and told(events_since, "whatever") == "It is 7." and cursor.generation == 1
 
 
 def test_only_a_text_that_could_be_read_counts_as_begun_anew() -> None:
     live = cab.LiveText(2)
     for change in (live.restart, lambda: live.begin(None), live.restart, lambda: live.add(""), lambda: live.add("\ud83d"), live.restart):
         change()
-        assert live.restarts == 2
+        assert live.generation == 2
     live.add("\ude00")                                   # the half before belonged to another text
     assert live.read() == "\ufffd"
     live.restart()
     live.restart()
-    assert (live.restarts, live.read()) == (3, "")
+    assert (live.generation, live.read()) == (3, "")
 
 
 def test_a_cursor_that_was_rewound_is_told_all_again() -> None:
     live, cursor = live_text("Hello"), cab.TextCursor(2)
-    assert told(live.news(cursor), "He") == "Hello"
-    cursor.rewind()
-    assert cursor.offset == 0 and kinds(live.news(cursor)) == ["started", "delta"]
+    assert told(live.events_since(cursor), "He") == "Hello"
+    cursor.reset()
+    assert cursor.offset == 0 and kinds(live.events_since(cursor)) == ["started", "delta"]
 
 
 def test_a_pause_says_why_until_claude_takes_the_prompt_again() -> None:
     live, cursor = live_text("Hel"), cab.TextCursor(0)
-    live.news(cursor)
-    live.pause(cab.Rest("overloaded", NOW + 2))
-    assert (live.rest, live.read(), live.restarts) == (cab.Rest("overloaded", NOW + 2), "", 1)
+    live.events_since(cursor)
+    live.pause(cab.Pause("overloaded", NOW + 2))
+    assert (live.rest, live.read(), live.generation) == (cab.Pause("overloaded", NOW + 2), "", 1)
     live.begin("haiku")
     live.add("Hello")
-    assert live.rest is None and told(live.news(cursor)) == "Hello"
+    assert live.rest is None and told(live.events_since(cursor)) == "Hello"
 
 
-@pytest.mark.parametrize("heard, final, new, restarts", [
+@pytest.mark.parametrize("heard, final, new, generation", [
     ("", "Hello", ["started", "delta"], 0), ("Hel", "Hello", ["delta"], 0), ("Hello", "Hello", [], 0),
     ("Hello", "Hullo", ["started", "delta"], 1), ("Hello", "Hell", ["started", "delta"], 1), ("Hello", "", ["started"], 1),
     ("a\ud83d", "a😀", ["delta"], 0), ("a\ud83d", "a\ufffd", ["delta"], 0), ("a\ud83d", "a", [], 0),
 ], ids=ascii)
-def test_the_end_adds_what_was_not_heard_or_begins_anew(heard: str, final: str, new: List[str], restarts: int) -> None:
+def test_the_end_adds_what_was_not_heard_or_begins_anew(heard: str, final: str, new: List[str], generation: int) -> None:
     live, cursor = live_text(*filter(None, [heard])), cab.TextCursor(0)
-    has = told(live.news(cursor))
+    has = told(live.events_since(cursor))
     live.finish(final)
-    news = live.news(cursor)
-    assert (kinds(news), live.restarts, live.read()) == (new, restarts, final) and told(news, has) == final
+    events_since = live.events_since(cursor)
+    assert (kinds(events_since), live.generation, live.read()) == (new, generation, final) and told(events_since, has) == final
 
 
 def test_every_change_that_a_reader_can_see_rings() -> None:
@@ -1166,7 +1166,7 @@ def test_every_change_that_a_reader_can_see_rings() -> None:
     live = cab.LiveText(0, lambda: rung.append(len(live.read())))
     live.begin("haiku")
     live.add("ab")
-    live.pause(cab.Rest("overloaded", NOW))
+    live.pause(cab.Pause("overloaded", NOW))
     live.add("c")
     live.finish("cd")
     assert rung == [0, 2, 0, 1, 2]                       # after the change, so that who looks then sees it
@@ -1178,7 +1178,7 @@ def test_readers_on_threads_end_with_the_last_text_whatever_happens_meanwhile() 
     has: List[str] = [""] * 4
     wrong: List[BaseException] = []
 
-    def ring() -> None:
+    def set() -> None:
         for bell in bells:
             bell.set()
 
@@ -1189,7 +1189,7 @@ def test_readers_on_threads_end_with_the_last_text_whatever_happens_meanwhile() 
         try:
             while True:
                 last = is_over.is_set()
-                text = told(live.news(cursor), text)
+                text = told(live.events_since(cursor), text)
                 assert cursor.offset == len(text)
                 if last:
                     has[number] = text
@@ -1215,7 +1215,7 @@ def test_readers_on_threads_end_with_the_last_text_whatever_happens_meanwhile() 
     ring()
     for thread in threads:
         thread.join(10)
-    assert wrong == [] and has == ["the last word"] * 4 and live.restarts == sum(bool(text) for text in texts)
+    assert wrong == [] and has == ["the last word"] * 4 and live.generation == sum(bool(text) for text in texts)
 
 
 def read_sse(data: bytes) -> List[Tuple[int, str, Any]]:
@@ -1260,9 +1260,9 @@ def test_half_a_letter_does_not_end_a_stream() -> None:
     assert (offset, kind) == (3, "error") and re.fullmatch("a.b", data["error"])
 
 
-@pytest.mark.parametrize("kind, is_of_model", [("five_hour", False), ("seven_day", False), ("seven_day_opus", True), ("seven_day_sonnet", True)])
-def test_the_limit_of_a_model_is_known_as_such(kind: str, is_of_model: bool) -> None:
-    told = cab.read_limits({"rate_limit_info": {"status": "rejected", "resetsAt": NOW + 60, "rateLimitType": kind, "isUsingOverage": False}}, NOW)
-    assert told.is_used_up and told.is_of_model == is_of_model
-    failure = cab.failure_of({"is_error": True, "api_error_status": 429, "result": "You've hit your limit"}, "rate_limit", told)
-    assert (failure.code, failure.resets_at, failure.is_of_model) == ("usage_limit", NOW + 60, is_of_model)
+@pytest.mark.parametrize("kind, is_model_limit", [("five_hour", False), ("seven_day", False), ("seven_day_opus", True), ("seven_day_sonnet", True)])
+def test_the_limit_of_a_model_is_known_as_such(kind: str, is_model_limit: bool) -> None:
+    told = cab.parse_rate_limits({"rate_limit_info": {"status": "rejected", "resetsAt": NOW + 60, "rateLimitType": kind, "isUsingOverage": False}}, NOW)
+    assert told.is_used_up and told.is_model_limit == is_model_limit
+    failure = cab.classify_failure({"is_error": True, "api_error_status": 429, "result": "You've hit your limit"}, "rate_limit", told)
+    assert (failure.code, failure.resets_at, failure.is_model_limit) == ("usage_limit", NOW + 60, is_model_limit)

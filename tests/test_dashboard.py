@@ -118,7 +118,7 @@ def test_a_browser_shows_the_counters_and_has_nothing_to_complain_of(bridge: Sta
 
 
 def test_the_browser_reports_what_the_policy_stops(bridge: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "PAGE", cab.PAGE.replace("<main>", '<main><p id="inline" onclick="1" style="color:red">x</p><script>alert(1)</script>'))
+    monkeypatch.setattr(cab, "DASHBOARD", cab.DASHBOARD.replace("<main>", '<main><p id="inline" onclick="1" style="color:red">x</p><script>alert(1)</script>'))
     running = bridge(spare=0)
     _, errors = browse("http://127.0.0.1:%d/dashboard" % running.port, tmp_path / "browser")
     assert CONSOLE.findall(errors)                                               # or the test above could not fail

@@ -20,7 +20,7 @@ README = ROOT / "README.md"
 
 
 def command_rows(command):
-    return [("`%s`" % cab.to_wire(row.name), row.metadata["kind"], row.metadata["doc"], "`%s`" % cab.as_json(row.metadata["example"]))
+    return [("`%s`" % cab.camel_case(row.name), row.metadata["kind"], row.metadata["doc"], "`%s`" % cab.as_json(row.metadata["example"]))
             for row in dataclasses.fields(command)]
 
 
@@ -32,10 +32,10 @@ def default(row) -> str:
     return "off" if row.kind == "switch" else "`%s`" % row.default if row.default != "" else ""
 
 
-WHO = {cab.Needs.NOTHING: "-", cab.Needs.TOKEN: "token", cab.Needs.ADMIN: "admin token"}
+WHO = {cab.AuthLevel.NOTHING: "-", cab.AuthLevel.TOKEN: "token", cab.AuthLevel.ADMIN: "admin token"}
 UNEXPECTED = "Something unexpected; the bridge's log has the details."
 TABLES = {
-    "routes": [("Method", "Path", "Needs", "What", "Answers"),
+    "routes": [("Method", "Path", "AuthLevel", "What", "Answers"),
                *((route.method, "`%s`" % route.path, WHO[route.needs], route.doc, answers(route)) for route in cab.ROUTES)],
     "ask": [("Field", "Type", "What", "Example"), *command_rows(cab.Ask)],
     "token": [("Field", "Type", "What", "Example"), *command_rows(cab.NewToken)],

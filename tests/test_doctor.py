@@ -178,7 +178,7 @@ def pages(path: Path, spoil: Callable[[bytes], bytes]) -> None:
 def test_a_damaged_database_is_said(doctor: Typed, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "bridge.db"
-    cab.Store(path, cab.Clock()).close()
+    cab.Database(path, cab.Clock()).close()
     assert doctor("--no-tunnel").of("data")[0] is True
     pages(path, spoil)
     before = path.read_bytes()
@@ -332,7 +332,7 @@ def test_a_named_tunnel_wants_to_know_its_address(doctor: Typed, cloudflared: Fa
 
 def test_a_clock_that_went_back_is_told(doctor: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    with contextlib.closing(cab.Store(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
+    with contextlib.closing(cab.Database(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
         store.enqueue(store.add_token(cab.NewToken(name="kept"), cab.new_token()).id, cab.Ask("hello"))
     assert doctor("--no-tunnel").bad == []
     for seconds, words in ((3_600, "before the newest request was made"), (20 * 365 * 86_400, "before this program was made")):
@@ -346,9 +346,9 @@ def test_a_clock_that_went_back_is_told(doctor: Typed, tmp_path: Path, monkeypat
 @pytest.mark.skipif(sys.platform != "linux", reason="finds them by their environment")
 def test_what_a_killed_bridge_left_is_told_and_left_alone(doctor: Typed, tmp_path: Path) -> None:
     tag = cab.data_tag(tmp_path / "data") + ".claude.1."
-    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={cab.TAG: tag})
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={cab.OWNER_ENV_VAR: tag})
     try:
-        wait_until(lambda: cab.tagged(tag))
+        wait_until(lambda: cab.processes_tagged(tag))
         report = doctor("--no-tunnel")
         assert report.status == 0 and report.of("processes")[0] is None and str(left.pid) in report.of("processes")[1]
         assert left.poll() is None
@@ -373,7 +373,7 @@ def test_a_live_round_trip_that_fails_says_what_to_do(doctor: Typed, fake_claude
             raise cab.RunFailed(code, "No: sk-ant-oat01-secret-of-the-owner")
 
         with monkeypatch.context() as patch:
-            patch.setattr(cab.ClaudeCli, "run", fail)
+            patch.setattr(cab.ClaudePool, "run", fail)
             report = doctor("--no-tunnel", "--live")
         assert (report.status, report.bad) == (1, ["live"]) and report.of("live")[1].startswith(code + ": No: sk-ant-oat01...")
         assert advice in str(report.of("live")[2])
@@ -399,7 +399,7 @@ def test_an_old_database_stays_as_it_is(doctor: Typed, tmp_path: Path) -> None:
 
 def test_a_database_in_use_before_stays_as_it_is(doctor: Typed, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with contextlib.closing(cab.Store(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
+    with contextlib.closing(cab.Database(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
         store.add_token(cab.NewToken(name="kept"), cab.new_token())
     before = contents(tmp_path / "data")
     doctor("--no-tunnel")

@@ -32,10 +32,10 @@ def script(*steps: Dict[str, Any]) -> str:
     return "script " + json.dumps(steps)
 
 
-def store_of(running: RunningBridge) -> cab.Store:
+def store_of(running: RunningBridge) -> cab.Database:
     """The bridge's own store: some faults can only be made on its connection."""
     server: Any = running.bridge._server
-    found: cab.Store = server.dispatcher._service._store
+    found: cab.Database = server.dispatcher._service._store
     return found
 
 
@@ -263,7 +263,7 @@ def test_a_database_that_is_only_locked_newer_or_unreadable_stays_where_it_is(br
     with contextlib.contextmanager(fault)(database(first)):
         with pytest.raises(cab.CannotStart) as told:
             bridge()
-    assert not isinstance(told.value, cab.Damaged) and "aside" not in told.value.hint and "away" not in told.value.hint
+    assert not isinstance(told.value, cab.DatabaseCorrupt) and "aside" not in told.value.hint and "away" not in told.value.hint
     assert database(first).exists() and not list(first.data_dir.glob("*damaged*"))
 
 
@@ -292,7 +292,7 @@ def test_a_database_that_was_deleted_takes_no_request_that_nobody_would_find(bri
     shutil.rmtree(running.data_dir)
     if again:
         running.data_dir.mkdir()
-        cab.Store(database(running), cab.Clock()).close()
+        cab.Database(database(running), cab.Clock()).close()
     for answer in (running.admin.post("/api/ask", {"message": "hi"}), running.admin.get("/health")):
         assert refused(answer, "deleted or replaced") and "Restart the bridge" in answer.json["error"]
     assert running.admin.poll(job)["response"] == "Echo: hi"             # as long as it lasts
@@ -384,27 +384,27 @@ class NoClaude:
 
 def test_old_requests_are_not_deleted_by_a_clock_that_jumped_but_by_time(tmp_path: Path) -> None:
     clock = HouseClock()
-    store = cab.Store(tmp_path / "bridge.db", clock)
+    store = cab.Database(tmp_path / "bridge.db", clock)
     with contextlib.closing(store):
         token = store.add_token(cab.NewToken(name="app"), "secret")
         claude: Any = NoClaude()
-        worker = cab.Worker(store, claude, cab.Hub(), clock, print, cab.Config(keep_days=30))
+        worker = cab.Worker(store, claude, cab.Notifier(), clock, print, cab.Config(keep_days=30))
         job = store.enqueue(token.id, cab.Ask("hi")).job
         claimed = store.claim()
         assert claimed and store.complete(claimed, cab.Answer("kept"))
-        worker._keep_house()
+        worker._run_maintenance()
         clock.at += YEARS
         clock.advance(3601)
-        worker._keep_house()                                 # the first look after the jump
+        worker._run_maintenance()                                 # the first look after the jump
         assert store.job(job.id) and store.usage("2000-01-01")
         clock.at -= YEARS
         for _ in range(2):
             clock.advance(3601)
-            worker._keep_house()
+            worker._run_maintenance()
         assert store.job(job.id) and store.usage("2000-01-01")
         for _ in range(30 * 24):
             clock.advance(3601)
-            worker._keep_house()
+            worker._run_maintenance()
         assert store.job(job.id) is None                     # whose time has really come
 
 
@@ -605,7 +605,7 @@ def test_whatever_claude_does_the_request_ends_so_and_the_bridge_lives_on(misdee
                                   "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); begin(); time.sleep(60)"])
 def test_a_claude_that_falls_silent_anywhere_is_ended(misdeeds: Callable[..., Misdeeds], monkeypatch: pytest.MonkeyPatch,
                                                      code: str) -> None:
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 0.1)
     made = misdeeds(silence_seconds=0.15)
     body = made.do(code)
     assert (body["status"], body["errorCode"]) == ("error", "timeout")
@@ -653,10 +653,10 @@ def test_a_process_that_cannot_be_had_for_a_moment_is_waited_for(fake_claude: Fa
     monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.05,))
     fake = fake_claude()
     config = cab.Config(data_dir=tmp_path / "data", claude=str(fake.path), spare=0, run_seconds=10 if passes else 0.15)
-    cli = cab.ClaudeCli(cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}), config, cab.Clock(), "scarce",
+    cli = cab.ClaudePool(cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}), config, cab.Clock(), "scarce",
                         lambda *_: None)
     live = cab.LiveText()
-    work = cab.Work("hi", cab.Setup(cab.SYSTEM_PROMPT))
+    work = cab.RunRequest("hi", cab.SessionConfig(cab.SYSTEM_PROMPT))
 
     def look() -> None:
         if passes and live.rest:                             # the first try failed, and it is told that it is tried again

@@ -188,7 +188,7 @@ def test_a_link_in_the_place_of_a_file_is_refused(tmp_path: Path, victim: Callab
     data = tmp_path / "data"
     data.mkdir()
     (data / name).symlink_to(victim(name in FOLDERS))
-    claude = cab.Claude(("never-run",), cab.Features((2, 1, 330), "", frozenset(), True), {}, "nobody")
+    claude = cab.ClaudeInstall(("never-run",), cab.Features((2, 1, 330), "", frozenset(), True), {}, "nobody")
     bridge = cab.Bridge(cab.Config(data_dir=data, no_tunnel=True, port=0, host="127.0.0.1"), claude, cab.Clock(), print)
     with pytest.raises(cab.CannotStart, match="%s is a link" % name) as told, bridge:
         pass
@@ -269,7 +269,7 @@ def test_what_another_user_made_is_refused(name: str) -> None:
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    cab.write_private(path, "old")
+    cab.write_file_atomically(path, "old")
 
     def breaks(part: Any, target: Any) -> None:
         assert path.read_text() == "old" and Path(part).read_text() == "new" and Path(part).parent == tmp_path
@@ -277,14 +277,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(cab.os, "replace", breaks)
     with pytest.raises(OSError, match="no"):
-        cab.write_private(path, "new")
+        cab.write_file_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_link_is_replaced_not_followed(tmp_path: Path, victim: Callable[[bool], Path]) -> None:
     path = tmp_path / "file"
     path.symlink_to(victim(False))
-    cab.write_private(path, "new")
+    cab.write_file_atomically(path, "new")
     assert not path.is_symlink() and path.read_text() == "new"
 
 

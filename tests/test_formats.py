@@ -97,15 +97,15 @@ LOOK = (function("look"), function("taste"))
      cab.Chat((turn("user", "a"), turn("assistant", "b"), turn("user", "c")))),
     (talk("a", [tool_use(at="x")], [text("so"), tool_result(None, is_error=True)], tools=tools("anthropic")),
      cab.Chat((turn("user", "a"), turn("assistant", tool_use(at="x")), turn("user", tool_result("(no result)", is_error=True), "so")),
-              functions=LOOK)),
+              client_tools=LOOK)),
     (talk("hi", tools=tools("anthropic"), tool_choice={"type": "none"}), cab.Chat(HI)),
     (talk("hi", tools=tools("anthropic"), tool_choice={"type": "any", "disable_parallel_tool_use": True}),
      cab.Chat(HI, cab.SYSTEM_PROMPT + "\n\nAnswer with a call of at least one of the tools.\n\nCall at most one tool at a time.",
-              functions=LOOK)),
+              client_tools=LOOK)),
     (talk("hi", system="S", tools=tools("anthropic"), tool_choice={"type": "tool", "name": "taste"}),
-     cab.Chat(HI, "S\n\nAnswer with the input for the tool taste. Does taste.", forced="taste", json_schema=cab.as_json(SCHEMA))),
-    (talk("hi", tools=[{"name": "a", "input_schema": None}]), cab.Chat(HI, functions=(function("a", {"type": "object"}, ""),))),
-    (talk("hi", stop_sequences=["\n", "END"]), cab.Chat(HI, stops=("\n", "END"))),
+     cab.Chat(HI, "S\n\nAnswer with the input for the tool taste. Does taste.", forced_tool="taste", json_schema=cab.as_json(SCHEMA))),
+    (talk("hi", tools=[{"name": "a", "input_schema": None}]), cab.Chat(HI, client_tools=(function("a", {"type": "object"}, ""),))),
+    (talk("hi", stop_sequences=["\n", "END"]), cab.Chat(HI, stop_sequences=("\n", "END"))),
     (talk("hi", output_config={"effort": "high", "format": {"type": "json_schema", "schema": SCHEMA}}),
      cab.Chat(HI, effort="high", json_schema=cab.as_json(SCHEMA))),
     (talk("\ud800", system="\udc00"), cab.Chat((turn("user", "\ufffd"),), "\ufffd")),
@@ -124,7 +124,7 @@ def call_of(name: str = "look", arguments: Any = '{"at":"x"}', call_id: str = "c
 
 
 def openai(**fields: Any) -> cab.Chat:
-    return cab.Chat(**{"turns": HI, "tells_usage": False, "api": "openai", **fields})
+    return cab.Chat(**{"turns": HI, "include_usage": False, "api": "openai", **fields})
 
 
 @pytest.mark.parametrize("body, chat", [
@@ -132,7 +132,7 @@ def openai(**fields: Any) -> cab.Chat:
     (talk("hi", model="gpt-4o", temperature=2, seed=1, logprobs=True, user="u", store=False, n=1), openai()),
     *((talk("hi", model=model), openai()) for model in ("o3-mini", "GPT-5", "chatgpt-4o-latest", "codex", "default")),
     (talk("hi", model="sonnet", stream=True, stream_options={"include_usage": True}),
-     openai(model="sonnet", stream=True, tells_usage=True)),
+     openai(model="sonnet", stream=True, include_usage=True)),
     ({"messages": [{"role": "system", "content": "A"}, {"role": "user", "content": [text("hi")], "name": "n"},
                    {"role": "developer", "content": [text("B"), text("C")]}]}, openai(system_prompt="A\n\nB\n\nC")),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=",
@@ -148,10 +148,10 @@ def openai(**fields: Any) -> cab.Chat:
                    {"role": "tool", "tool_call_id": "call_0", "content": [text("blue")]},
                    {"role": "user", "content": "so"}], "tools": tools("openai"), "tool_choice": "auto"},
      openai(turns=(turn("user", "a"), turn("assistant", tool_use("look", "call_0", at="x"), tool_use("taste", "call_1")),
-                   turn("user", tool_result([text("sweet")], "call_1"), tool_result([text("blue")], "call_0"), "so")), functions=LOOK)),
+                   turn("user", tool_result([text("sweet")], "call_1"), tool_result([text("blue")], "call_0"), "so")), client_tools=LOOK)),
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
                    {"role": "user", "content": "b"}]}, openai(turns=(turn("user", "a"), turn("assistant", "No."), turn("user", "b")))),
-    (talk("hi", stop="END"), openai(stops=("END",))),
+    (talk("hi", stop="END"), openai(stop_sequences=("END",))),
     (talk("hi", stop=None, response_format={"type": "text"}, tool_choice="none", parallel_tool_calls=False), openai()),
     (talk("hi", response_format={"type": "json_object"}), openai(json_schema='{"type":"object","additionalProperties":true}')),
     (talk("hi", response_format={"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}),
@@ -160,13 +160,13 @@ def openai(**fields: Any) -> cab.Chat:
     *((talk("hi", reasoning_effort=given), openai(effort=effort)) for given, effort in (
         ("none", "low"), ("minimal", "low"), ("high", "high"), (None, None))),
     (talk("hi", tools=tools("openai", "look"), tool_choice="required"), openai(
-        system_prompt=cab.SYSTEM_PROMPT + "\n\nAnswer with the input for the tool look. Does look.", forced="look",
+        system_prompt=cab.SYSTEM_PROMPT + "\n\nAnswer with the input for the tool look. Does look.", forced_tool="look",
         json_schema=cab.as_json(SCHEMA))),
     (talk("hi", tools=tools("openai"), tool_choice={"type": "function", "function": {"name": "taste"}}), openai(
-        system_prompt=cab.SYSTEM_PROMPT + "\n\nAnswer with the input for the tool taste. Does taste.", forced="taste",
+        system_prompt=cab.SYSTEM_PROMPT + "\n\nAnswer with the input for the tool taste. Does taste.", forced_tool="taste",
         json_schema=cab.as_json(SCHEMA))),
     (talk("hi", tools=tools("openai"), parallel_tool_calls=False), openai(
-        system_prompt=cab.SYSTEM_PROMPT + "\n\nCall at most one tool at a time.", functions=LOOK)),
+        system_prompt=cab.SYSTEM_PROMPT + "\n\nCall at most one tool at a time.", client_tools=LOOK)),
 ])
 def test_a_request_of_the_chat_completions_api_becomes_a_chat(body: Any, chat: cab.Chat) -> None:
     before = copy.deepcopy(body)
@@ -174,7 +174,7 @@ def test_a_request_of_the_chat_completions_api_becomes_a_chat(body: Any, chat: c
     assert body == before
 
 
-def forced(name: Any) -> Dict[str, Any]:
+def forced_tool(name: Any) -> Dict[str, Any]:
     return talk("hi", tools=tools("anthropic"), tool_choice={"type": "tool", "name": name})
 
 
@@ -206,7 +206,7 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
         *((talk("hi", tools=tools(api, "a", schema=schema)), "tools.0" if api == "anthropic" else "tools.0.function") for schema in (
             {"type": "array"}, {"type": None}, {"properties": []}, {"properties": {"a": 5}}, {"required": "a"}, {"required": [5]},
             {"properties": None})),
-        (talk("hi", tools=tools(api, *("t%d" % n for n in range(cab.FUNCTIONS + 1)))), "tools"),
+        (talk("hi", tools=tools(api, *("t%d" % n for n in range(cab.MAX_CLIENT_TOOLS + 1)))), "tools"),
         (talk("hi", stream="yes"), "stream"), (talk("hi", stream=1), "stream"), (talk("hi", stream=[0]), "stream"))),
     *(("anthropic", body, field) for body, field in (
         (talk("hi", system=5), "system"), (talk("hi", system=[PNG]), "system.0.type"), (talk("hi", system=["x"]), "system.0"),
@@ -232,7 +232,7 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
         (talk("hi", tools=[{"type": [], "name": "a"}]), "tools.0.type"),
         (talk("hi", mcp_servers=[{"url": "x"}]), "mcp_servers"), (talk("hi", tool_choice={"type": "any"}), "tool_choice"),
         (talk("hi", tool_choice={"type": "tool", "name": "a"}), "tool_choice"), (talk("hi", tool_choice="auto"), "tool_choice"),
-        (talk("hi", tool_choice={"type": []}), "tool_choice.type"), *((forced(name), "tool_choice") for name in ("other", None, 5, [], {},
+        (talk("hi", tool_choice={"type": []}), "tool_choice.type"), *((forced_tool(name), "tool_choice") for name in ("other", None, 5, [], {},
             ["look"])),
         (talk("hi", stop_sequences="x" * 1001), "stop_sequences"), (talk("hi", stop_sequences=[""]), "stop_sequences"),
         (talk("hi", stop_sequences=[5]), "stop_sequences"), (talk("hi", stop_sequences={"a": 1}), "stop_sequences"),
@@ -369,7 +369,7 @@ def test_whatever_comes_is_read_or_refused(api: str) -> None:
             raise AssertionError("%r by %s" % (error, json.dumps(body))) from error
         was_read += 1
         told = json.loads(chat.to_json())
-        again = cab.Chat(tuple(told["turns"]), functions=tuple(told["functions"]), forced=told["forced"], stops=tuple(told["stops"]))
+        again = cab.Chat(tuple(told["turns"]), client_tools=tuple(told["functions"]), forced_tool=told["forced"], stop_sequences=tuple(told["stops"]))
         job = cab.Job("j", 1, "t", "queued", chat.message, 0.0, model=chat.model, system_prompt=chat.system_prompt,
                       json_schema=chat.json_schema)
         work = cab.chat_work(job, token, again)
@@ -377,7 +377,7 @@ def test_whatever_comes_is_read_or_refused(api: str) -> None:
         for exchange in work.history():
             lines += [cab.user_message(exchange.message, asks=False), cab.assistant_message(exchange.response, "m")]
         for line in lines:
-            cab.parsed_json(json.dumps(line).encode())
+            cab.parse_json(json.dumps(line).encode())
             last = line["message"]["content"][-1] if "message" in line else {}
             assert line["type"] != "user" or not str(last.get("text")).startswith("/")
         assert not any(user["role"] != ("user", "assistant")[n % 2] for n,
@@ -387,10 +387,10 @@ def test_whatever_comes_is_read_or_refused(api: str) -> None:
 
 # --- stop sequences ---
 
-def earliest_end(whole: str, stops: Sequence[str]) -> Tuple[str, Optional[str]]:
+def earliest_end(whole: str, stop_sequences: Sequence[str]) -> Tuple[str, Optional[str]]:
     """What a server does that looks after every character: the first stop sequence that is complete ends the text, the longest of two."""
     for end in range(len(whole) + 1):
-        found = [stop for stop in stops if whole[:end].endswith(stop)]
+        found = [stop for stop in stop_sequences if whole[:end].endswith(stop)]
         if found:
             longest = max(found, key=len)
             return whole[:end - len(longest)], longest
@@ -402,34 +402,34 @@ def halves(whole: str) -> str:
     return "".join(each if each < "\U00010000" else "".join(map(chr, memoryview(each.encode("utf-16-le")).cast("H"))) for each in whole)
 
 
-def heard(pieces: Sequence[str], stops: Sequence[str]) -> Tuple[str, Optional[str], List[str]]:
+def heard(pieces: Sequence[str], stop_sequences: Sequence[str]) -> Tuple[str, Optional[str], List[str]]:
     """-> (the text in the end, by which stop it ended, what could be read after each piece)."""
-    live, seen = cab.LiveText(stops=stops), []
+    live, seen = cab.LiveText(stop_sequences=stop_sequences), []
     for piece in pieces:
         live.add(piece)
         seen.append(live.read())
         if live.stopped_by:
             return live.read(), live.stopped_by, seen
-    rest, stop = cab.cut_at_stop(cab.clean_text("".join(pieces)), stops)
+    rest, stop = cab.cut_at_stop(cab.replace_surrogates("".join(pieces)), stop_sequences)
     live.finish(rest)
     return live.read(), stop, seen
 
 
-@pytest.mark.parametrize("whole, stops, cut", [
+@pytest.mark.parametrize("whole, stop_sequences, cut", [
     ("abc", (), ("abc", None)), ("abc", ("x",), ("abc", None)), ("abc", ("b",), ("a", "b")), ("abcabc", ("c", "b"), ("a", "b")),
     ("abc", ("abc",), ("", "abc")),
     ("abc", ("b", "bc"), ("a", "b")), ("abc", ("c", "bc"), ("a", "bc")), ("abcd", ("bcd", "c"), ("ab", "c")), ("", ("a",), ("", None)),
     ("aaa", ("aa",), ("", "aa"))])
-def test_the_first_stop_sequence_that_is_complete_ends_a_text(whole: str, stops: Sequence[str], cut: Tuple[str, Optional[str]]) -> None:
-    assert cab.cut_at_stop(whole, stops) == cut == earliest_end(whole, stops)
-    assert heard(list(whole), stops)[:2] == cut
+def test_the_first_stop_sequence_that_is_complete_ends_a_text(whole: str, stop_sequences: Sequence[str], cut: Tuple[str, Optional[str]]) -> None:
+    assert cab.cut_at_stop(whole, stop_sequences) == cut == earliest_end(whole, stop_sequences)
+    assert heard(list(whole), stop_sequences)[:2] == cut
 
 
-@pytest.mark.parametrize("whole, stops, size", [
+@pytest.mark.parametrize("whole, stop_sequences, size", [
     ("", ("ab",), 0), ("xa", ("ab",), 1), ("xab", ("ab",), 0), ("aaa", ("aaab",), 3), ("aaa", ("aab",), 2), ("ba", ("ab", "bac"), 2),
     ("x", (), 0)])
-def test_as_much_is_held_back_as_may_become_a_stop_sequence(whole: str, stops: Sequence[str], size: int) -> None:
-    assert cab.possible_stop(whole, stops) == size
+def test_as_much_is_held_back_as_may_become_a_stop_sequence(whole: str, stop_sequences: Sequence[str], size: int) -> None:
+    assert cab.possible_stop(whole, stop_sequences) == size
 
 
 def test_however_a_text_is_cut_the_same_of_it_is_told_and_nothing_of_a_stop_sequence() -> None:
@@ -437,25 +437,25 @@ def test_however_a_text_is_cut_the_same_of_it_is_told_and_nothing_of_a_stop_sequ
     for n in range(2000):
         letters = "ab" if n % 3 else "a\U0001f600\n"
         whole = "".join(chance.choice(letters) for _ in range(chance.randrange(12)))
-        stops = ["".join(chance.choice(letters) for _ in range(chance.randrange(1, 5))) for _ in range(chance.randrange(1, 4))]
+        stop_sequences = ["".join(chance.choice(letters) for _ in range(chance.randrange(1, 5))) for _ in range(chance.randrange(1, 4))]
         units = halves(whole)
         cuts = sorted(chance.randrange(len(units) + 1) for _ in range(chance.randrange(6)))
         pieces = [units[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(units)])]
-        final, stop, seen = heard(pieces, stops)
-        expected = earliest_end(whole, stops)
-        assert (final, stop) == expected == cab.cut_at_stop(whole, stops), (pieces, stops)
-        assert all(final.startswith(each) for each in seen), (pieces, stops, seen)
+        final, stop, seen = heard(pieces, stop_sequences)
+        expected = earliest_end(whole, stop_sequences)
+        assert (final, stop) == expected == cab.cut_at_stop(whole, stop_sequences), (pieces, stop_sequences)
+        assert all(final.startswith(each) for each in seen), (pieces, stop_sequences, seen)
 
 
 # --- the words of the CLI ---
 
 def test_long_descriptions_of_tools_are_told_in_the_instructions() -> None:
     long = "x" * 2001
-    told, more = cab.offered_functions([function("a"), function("b", description=long)])
+    told, more = cab.truncate_descriptions([function("a"), function("b", description=long)])
     first, second = told
     assert first == function("a") and len(second["description"]) < 2000 and "instructions" in second["description"]
     assert more == "\n\nThe description of the tool mcp__api__b:\n" + long
-    assert cab.offered_functions([]) == ((), "") and cab.offered_functions([function("a", description="x" * 2000)])[1] == ""
+    assert cab.truncate_descriptions([]) == ((), "") and cab.truncate_descriptions([function("a", description="x" * 2000)])[1] == ""
 
 
 @pytest.mark.parametrize("block, told", [
@@ -492,13 +492,13 @@ def test_no_text_becomes_a_command() -> None:
 # --- bodies ---
 
 JOB = cab.Job("0-1", 1, "t", "completed", "hi", 1_800_000_000.0, model="m", response="hello", usage=cab.Usage(1, 2, 3, 4, 0.5),
-              ending=cab.Ending())
-CALLED = cab.replace(JOB, response="", ending=cab.Ending("tool_use", None, (cab.FunctionCall("c", "look", {"at": "é"}),)))
+              stop_info=cab.StopInfo())
+CALLED = cab.replace(JOB, response="", stop_info=cab.StopInfo("tool_use", None, (cab.ToolCall("c", "look", {"at": "é"}),)))
 
 
 @pytest.mark.parametrize("job, message, completion", [
     (JOB, {}, {}),
-    (cab.replace(JOB, ending=None, usage=None, model=None, response=""),
+    (cab.replace(JOB, stop_info=None, usage=None, model=None, response=""),
      {"content": [text("")], "model": "default", "usage": {"input_tokens": 0, "cache_creation_input_tokens": 0,
                                                            "cache_read_input_tokens": 0, "output_tokens": 0}},
      {"model": "default", "message": {"content": ""}, "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0,
@@ -506,9 +506,9 @@ CALLED = cab.replace(JOB, response="", ending=cab.Ending("tool_use", None, (cab.
     (CALLED, {"content": [{"type": "tool_use", "id": "c", "name": "look", "input": {"at": "é"}}], "stop_reason": "tool_use"},
      {"finish_reason": "tool_calls", "message": {"content": None, "tool_calls": [
          {"id": "c", "type": "function", "function": {"name": "look", "arguments": '{"at":"é"}'}}]}}),
-    (cab.replace(JOB, ending=cab.Ending("stop_sequence", "END")), {"stop_reason": "stop_sequence", "stop_sequence": "END"}, {}),
-    (cab.replace(JOB, ending=cab.Ending("max_tokens")), {"stop_reason": "max_tokens"}, {"finish_reason": "length"}),
-    (cab.replace(JOB, ending=cab.Ending("refusal")), {"stop_reason": "refusal"}, {"finish_reason": "content_filter"})])
+    (cab.replace(JOB, stop_info=cab.StopInfo("stop_sequence", "END")), {"stop_reason": "stop_sequence", "stop_sequence": "END"}, {}),
+    (cab.replace(JOB, stop_info=cab.StopInfo("max_tokens")), {"stop_reason": "max_tokens"}, {"finish_reason": "length"}),
+    (cab.replace(JOB, stop_info=cab.StopInfo("refusal")), {"stop_reason": "refusal"}, {"finish_reason": "content_filter"})])
 def test_the_bodies_of_answers(job: cab.Job, message: Any, completion: Any) -> None:
     assert cab.message_body(job) == {
         "id": "msg_01", "type": "message", "role": "assistant", "model": "m", "content": [text("hello")], "stop_reason": "end_turn",
@@ -626,7 +626,7 @@ def pids(fake: FakeClaude) -> List[int]:
 
 
 def watches(running: RunningBridge) -> Dict[str, int]:
-    return running.bridge._server.dispatcher._service._watches
+    return running.bridge._server.dispatcher._service._open_streams
 
 
 def nothing_runs(running: RunningBridge, fake: FakeClaude) -> None:
@@ -634,7 +634,7 @@ def nothing_runs(running: RunningBridge, fake: FakeClaude) -> None:
     wait_until(lambda: all(each["status"] in cab.JobStatus.FINISHED for each in rows(running.admin)))
     wait_until(lambda: not watches(running))
     wait_until(lambda: not any(is_running(each["pid"]) for each in fake.children()))
-    assert not running.bridge._server.dispatcher._service._hub._bells.keys() - {"", *(each["requestId"] for each in rows(running.admin))}
+    assert not running.bridge._server.dispatcher._service._hub._waiters.keys() - {"", *(each["requestId"] for each in rows(running.admin))}
     assert running.admin.answer("say on")["response"] == "on"
 
 
@@ -648,7 +648,7 @@ def no_line_stays_open() -> Iterator[None]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that left is noticed at once, and its run leaves sooner: the fake that hangs does so at SIGTERM only."""
-    for name, seconds in (("LOOK_SECONDS", 0.03), ("LEAVE_SECONDS", 0.05), ("FINISH_SECONDS", 0.05), ("TICK_SECONDS", 0.03)):
+    for name, seconds in (("RECHECK_SECONDS", 0.03), ("SHUTDOWN_GRACE_SECONDS", 0.05), ("FINISH_SECONDS", 0.05), ("POLL_SECONDS", 0.03)):
         monkeypatch.setattr(cab, name, seconds)
 
 
@@ -717,18 +717,18 @@ def test_a_completion_streamed(bridge: Start) -> None:
         answer = post(admin, "openai", talk("say hi", stream=True, **options))
         short, told = answer.headers["x-request-id"].replace("-", ""), [data for kind, data in events(answer.data)]
         assert {kind for kind, _ in events(answer.data)} == {""} and told[-1] == "[DONE]" and answer.data.endswith(b"data: [DONE]\n\n")
-        is_told = options.get("stream_options", {}).get("include_usage", False)
+        initialized = options.get("stream_options", {}).get("include_usage", False)
         head = {"id": "chatcmpl-" + short, "object": "chat.completion.chunk", "created": told[0]["created"],
                 "model": "resolved-default-model"}
 
         def chunk(delta: Mapping[str, Any], reason: Optional[str] = None) -> Dict[str, Any]:
             return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
-                    **({"usage": None} if is_told else {})}
+                    **({"usage": None} if initialized else {})}
 
         pieces = [data["choices"][0]["delta"] for data in told[1:-1] if data["choices"] and data["choices"][0]["delta"]]
         assert "".join(each["content"] for each in pieces) == "hi"
         assert told == [chunk({"role": "assistant", "content": "", "refusal": None}), *map(chunk, pieces), chunk({}, "stop"),
-                        *[{**head, "choices": [], "usage": FIGURES}] * is_told, "[DONE]"]
+                        *[{**head, "choices": [], "usage": FIGURES}] * initialized, "[DONE]"]
 
 
 @both
@@ -1022,7 +1022,7 @@ def test_a_process_that_died_or_expired_while_it_waited_is_replaced(bridge: Star
         if end == "dies":
             os.kill(pid, signal.SIGKILL)
         else:
-            clock.ahead += cab.ASIDE_SECONDS - (20 if end == "is about to expire" else 0)
+            clock.ahead += cab.TOOL_RESULT_WAIT_SECONDS - (20 if end == "is about to expire" else 0)
             running.admin.ask("say ring")                 # the worker looks at once
             wait_until(lambda: end == "is about to expire" or not is_running(pid))
         assert words(post(running.admin, "anthropic", continued(body, answer, "blue"))) == (json.dumps(BLUE) if "about" in end else SEEDED)
@@ -1030,7 +1030,7 @@ def test_a_process_that_died_or_expired_while_it_waited_is_replaced(bridge: Star
 
 
 def test_a_result_that_comes_exactly_when_the_process_expires(bridge: Start, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "ASIDE_SECONDS", 0.0)
+    monkeypatch.setattr(cab, "TOOL_RESULT_WAIT_SECONDS", 0.0)
     running = bridge(fake)
     for n in range(2):
         body = calling("openai", ["look", {"at": str(n)}])
@@ -1086,10 +1086,10 @@ def test_the_same_conversation_twice_at_once_is_two_runs(bridge: Start, fake: Fa
 def test_calls_whose_results_never_come_do_not_gather(bridge: Start, fake: FakeClaude) -> None:
     clock = Skipped()
     running = bridge(fake, clock=clock)
-    for n in range(cab.WARM_CHILDREN + 2):
+    for n in range(cab.MAX_KEPT_PROCESSES + 2):
         assert len(calls_in(post(running.admin, "anthropic", calling("anthropic", ["look", {"at": str(n)}])))) == 1
-    wait_until(lambda: sum(is_running(each["pid"]) for each in fake.children()) <= cab.WARM_CHILDREN)
-    clock.ahead += cab.ASIDE_SECONDS
+    wait_until(lambda: sum(is_running(each["pid"]) for each in fake.children()) <= cab.MAX_KEPT_PROCESSES)
+    clock.ahead += cab.TOOL_RESULT_WAIT_SECONDS
     nothing_runs(running, fake)
 
 
@@ -1325,14 +1325,14 @@ def test_a_client_that_hangs_up_cancels_its_run(bridge: Start, fake: FakeClaude,
 
 def test_a_client_that_is_gone_before_the_first_byte(bridge: Start, fake: FakeClaude, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pieces of a stream are never begun, yet its run ends."""
-    running, send = bridge(fake), cab.Handler._send
+    running, send = bridge(fake), cab.ConnectionHandler._send
 
-    def breaks(handler: cab.Handler, data: bytes) -> None:
+    def breaks(handler: cab.ConnectionHandler, data: bytes) -> None:
         if b"event-stream" in data:
             raise BrokenPipeError
         send(handler, data)
 
-    monkeypatch.setattr(cab.Handler, "_send", breaks)
+    monkeypatch.setattr(cab.ConnectionHandler, "_send", breaks)
     for api in PATHS:
         with pytest.raises((ConnectionError, http.client.HTTPException)):
             Line(running.admin, api, talk("hang", stream=True)).until("never")
@@ -1344,15 +1344,15 @@ def test_a_client_that_is_gone_before_the_first_byte(bridge: Start, fake: FakeCl
 def test_a_request_that_is_cancelled_as_it_is_taken_is_not_asked(bridge: Start, fake: FakeClaude, quick: None,
     monkeypatch: pytest.MonkeyPatch) -> None:
     """What was asked is forgotten then, so that nothing but its last text would be left."""
-    running, claim = bridge(fake), cab.Store.claim
+    running, claim = bridge(fake), cab.Database.claim
 
-    def cancelled(store: cab.Store, but: Sequence[str] = ()) -> Optional[cab.Job]:
+    def cancelled(store: cab.Database, but: Sequence[str] = ()) -> Optional[cab.Job]:
         job = claim(store, but)
         if job and job.api:
             store.fail(job, "cancelled", "The request was cancelled.")
         return job
 
-    monkeypatch.setattr(cab.Store, "claim", cancelled)
+    monkeypatch.setattr(cab.Database, "claim", cancelled)
     assert post(running.admin, "anthropic", talk("say a", "a", "say never")).status >= 400
     nothing_runs(running, fake)
     assert fake.prompts() == ["say on"]
@@ -1396,7 +1396,7 @@ def test_a_run_that_is_cancelled_by_another_hand_or_whose_token_is_revoked(bridg
 def test_a_late_answer_begins_with_blanks(bridge: Start, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch, quick: None,
                                           tmp_path: Path) -> None:
     monkeypatch.setattr(cab, "WAIT_SECONDS", 0.04)
-    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(cab, "HEARTBEAT_SECONDS", 0.02)
     running = bridge(fake)
     for api in PATHS:
         for n, (step, kind) in enumerate((({"result": "late"}, ""), ({"fail": {"result": "It broke"}},
@@ -1420,7 +1420,7 @@ def test_a_late_answer_begins_with_blanks(bridge: Start, fake: FakeClaude, monke
 
 
 def test_a_silent_stream_shows_that_it_lives(bridge: Start, monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
-    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(cab, "HEARTBEAT_SECONDS", 0.05)
     admin = bridge().admin
     for api in PATHS:
         gate = tmp_path / api
@@ -1438,7 +1438,7 @@ def test_a_line_shows_that_it_lives_also_while_the_queue_moves(bridge: Start, fa
     running = bridge(fake)
     asked = [running.admin.ask(prompt) for prompt in ("hold %s" % gate, *[script({"pause": 0.05}, {"result": "on"})] * 8)]
     monkeypatch.setattr(cab, "WAIT_SECONDS", 0.25)
-    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.2)
+    monkeypatch.setattr(cab, "HEARTBEAT_SECONDS", 0.2)
     lines = [Line(running.admin, api, talk("say last", stream=stream)) for api, stream in (("anthropic", False), ("openai", True))]
     wait_until(lambda: len(rows(running.admin)) == 11)
     gate.touch()
@@ -1492,11 +1492,11 @@ def test_a_long_rest_of_the_plan_is_told_at_once(bridge: Start, fake: FakeClaude
     assert [(each["status"], each.get("errorCode")) for each in rows(running.admin)] == [("error", "usage_limit")] * 3 + [("queued", None)]
     assert 3500 < refusal_of(running.admin, api) <= 3600
     assert running.admin.poll(waits)["waitingFor"] == "usage_limit"
-    clock.ahead += 3601 - cab.HELD_SECONDS                # a client can wait for what is left
+    clock.ahead += 3601 - cab.MAX_INLINE_WAIT_SECONDS                # a client can wait for what is left
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(post, running.admin, api, talk("say held"))
         wait_until(lambda: len(rows(running.admin)) == 5)
-        clock.ahead += cab.HELD_SECONDS
+        clock.ahead += cab.MAX_INLINE_WAIT_SECONDS
         running.admin.ask("say ring")
         assert words(held.result()) == "held" and running.admin.done(waits)["response"] == "waits"
     assert "say behind" not in fake.prompts() and "say new" not in fake.prompts()
@@ -1615,7 +1615,7 @@ def test_many_at_once_in_both_formats_each_get_their_own_answer(bridge: Start, f
 
 def test_too_many_open_lines_of_one_token(bridge: Start, fake: FakeClaude, gate: Path, quick: None,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "WATCHES", 1)
+    monkeypatch.setattr(cab, "MAX_STREAMS_PER_TOKEN", 1)
     running = bridge(fake)
     line = Line(running.admin, "openai", talk(script({"delta": "he"}, {"wait": str(gate)}, {"delta": "ld"}), stream=True))
     line.until('"he"')

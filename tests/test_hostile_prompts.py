@@ -19,7 +19,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 import pytest
 
 from conftest import Api
-from messages_api import Call, Reply, calls_tools, echo, last_text, system_text, tool_results
+from messages_api import Context, Reply, calls_tools, echo, last_text, system_text, tool_results
 from test_real import (ADD, COMPLETIONS, MESSAGES, PICTURE, Site, Version, bash, blocks_of, chat, everything, passing, reads, said,
                        tool_turn, version, writes)
 
@@ -57,7 +57,7 @@ class Den:
         return {name: at for name, at in self.site.files().items() if not name.endswith("claude-home/.last-cleanup")}
 
     @contextlib.contextmanager
-    def only(self, count: int) -> Iterator[List[Call]]:
+    def only(self, count: int) -> Iterator[List[Context]]:
         """Nothing happens within but so many requests to the API, which tell no secret. -> these requests, in the end."""
         self.messages.reply = echo
         del self.messages.calls[:], self.messages.outside[:]
@@ -72,7 +72,7 @@ class Den:
         self.site.close()
 
 
-def leaked(calls: Sequence[Call]) -> List[str]:
+def leaked(calls: Sequence[Context]) -> List[str]:
     """What of the secrets is in these requests."""
     return re.findall(r"SECRET-OF-[A-Z.]+|Called the Read tool|%s" % re.escape(PICTURE[:40]), everything(list(calls)))
 
@@ -162,7 +162,7 @@ OTHER = (
 TEXTS = LAST + OTHER
 
 
-def as_sent(text: str) -> str:
+def strip_markers(text: str) -> str:
     """How the last text of a turn reaches the API: a leading slash has a space before it."""
     return " " + text if text.startswith("/") else text
 
@@ -176,8 +176,8 @@ def test_a_message_and_its_instructions_are_only_text(den: Den, text: str) -> No
     text = den.told(text)
     with den.only(1) as calls:
         body = den.site.ask(text, systemPrompt=text)
-    assert body["status"] == "completed" and body["response"] == "Echo: " + as_sent(text), body
-    assert last_text(calls[0].body) == as_sent(text) and text.strip() in system_text(calls[0].body) and not calls[0].body.get("tools")
+    assert body["status"] == "completed" and body["response"] == "Echo: " + strip_markers(text), body
+    assert last_text(calls[0].body) == strip_markers(text) and text.strip() in system_text(calls[0].body) and not calls[0].body.get("tools")
     assert [message["role"] for message in calls[0].body["messages"]].count("user") == 1
 
 
@@ -187,9 +187,9 @@ def test_turns_of_a_conversation_are_only_text(den: Den) -> None:
     with den.only(len(texts)) as calls, passing(den.site, sessionMode="stateful") as client:
         for text in texts:
             body = den.site.ask(text, client)
-            assert body["response"] == "Echo: " + as_sent(text), body
-    assert [last_text(call.body) for call in calls] == list(map(as_sent, texts))
-    assert missing_in(calls[-1].body, list(map(as_sent, texts))) == []
+            assert body["response"] == "Echo: " + strip_markers(text), body
+    assert [last_text(call.body) for call in calls] == list(map(strip_markers, texts))
+    assert missing_in(calls[-1].body, list(map(strip_markers, texts))) == []
     assert [message["role"] for message in calls[-1].body["messages"]].count("user") == len(texts)
 
 
@@ -212,7 +212,7 @@ def test_earlier_turns_and_instructions_are_only_text(den: Den, path: str, role:
     turns = [message for message in calls[0].body["messages"] if message["role"] != "system"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * len(texts) + ["user"]
     for n, text in enumerate(texts):
-        assert missing_in(turns[2 * n], [as_sent(text)]) == missing_in(turns[2 * n + 1], [text]) == []
+        assert missing_in(turns[2 * n], [strip_markers(text)]) == missing_in(turns[2 * n + 1], [text]) == []
     assert [text for text in texts if text not in system_text(calls[0].body)] == []
 
 
@@ -229,7 +229,7 @@ def test_the_last_text_of_a_chat_is_only_text(den: Den, text: str) -> None:
         chat(den.site.admin, MESSAGES, [{"role": "user", "content": [block, block]}])
         chat(den.site.admin, COMPLETIONS, [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, block]}])
-    assert [last_text(call.body) for call in calls] == [as_sent(text)] * 2
+    assert [last_text(call.body) for call in calls] == [strip_markers(text)] * 2
     assert blocks_of(calls[0])[0][1][0] == block
 
 

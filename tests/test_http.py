@@ -123,9 +123,9 @@ def long_poll(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunningBridge, str, 
     entered, poll = [], cab.Service.poll
     monkeypatch.setattr(cab.Service, "poll", lambda *args: entered.append(args) or poll(*args))     # type: ignore[func-returns-value]
 
-    def begin(running: RunningBridge, job_id: str, wire: Wire) -> None:
+    def begin(running: RunningBridge, job_id: str, body_field: Wire) -> None:
         before = len(entered)
-        wire.send(request("GET /api/ask/%s?wait=90 HTTP/1.1" % job_id, "Authorization: Bearer %s" % running.admin.token))
+        body_field.send(request("GET /api/ask/%s?wait=90 HTTP/1.1" % job_id, "Authorization: Bearer %s" % running.admin.token))
         wait_until(lambda: len(entered) > before)
 
     return begin
@@ -151,30 +151,30 @@ def set_cap(monkeypatch: pytest.MonkeyPatch, connections: int) -> None:
 # --- one connection, many requests ---
 
 def test_a_connection_serves_one_request_after_the_other(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
+    with Wire(served.port) as body_field:
         for _ in range(3):
-            answer = wire.send(request()).answer()
+            answer = body_field.send(request()).answer()
             assert (answer.status, answer.json, answer.headers["connection"]) == (200, {"status": "ok"}, "keep-alive")
 
 
 def test_pipelined_requests_are_answered_in_order(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        wire.send(request() + request("GET /none HTTP/1.1") + request("OPTIONS / HTTP/1.1") + request("GET /api/status HTTP/1.1"))
-        assert [wire.answer().status for _ in range(4)] == [200, 404, 204, 200]
+    with Wire(served.port) as body_field:
+        body_field.send(request() + request("GET /none HTTP/1.1") + request("OPTIONS / HTTP/1.1") + request("GET /api/status HTTP/1.1"))
+        assert [body_field.answer().status for _ in range(4)] == [200, 404, 204, 200]
 
 
 def test_requests_may_arrive_byte_by_byte(served: RunningBridge) -> None:
     sent = sized(served.admin, "/api/tokens", NEW_TOKEN) + request()
-    with Wire(served.port) as wire:
-        wire.send(*(sent[at:at + 1] for at in range(len(sent))))
-        assert [wire.answer().status, wire.answer().status] == [201, 200]
+    with Wire(served.port) as body_field:
+        body_field.send(*(sent[at:at + 1] for at in range(len(sent))))
+        assert [body_field.answer().status, body_field.answer().status] == [201, 200]
 
 
 def test_head_answers_like_get_without_the_body(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
+    with Wire(served.port) as body_field:
         for path in ("/health", "/api/status", "/none"):
-            got = wire.send(request("GET %s HTTP/1.1" % path)).answer()
-            head = wire.send(request("HEAD %s HTTP/1.1" % path)).answer(has_body=False)
+            got = body_field.send(request("GET %s HTTP/1.1" % path)).answer()
+            head = body_field.send(request("HEAD %s HTTP/1.1" % path)).answer(has_body=False)
             assert (head.status, head.headers["content-length"]) == (got.status, str(len(got.data)))
 
 
@@ -189,16 +189,16 @@ def test_head_answers_like_get_without_the_body(served: RunningBridge) -> None:
         ("204 with a body that nobody wants", 204, request("OPTIONS / HTTP/1.1", "Content-Length: %d" % len(HIDDEN), body=HIDDEN)),
     )])
 def test_a_refusal_keeps_the_connection_and_its_body_is_no_request(served: RunningBridge, status: int, sent: bytes) -> None:
-    with Wire(served.port) as wire:
-        wire.send(sent, request())
-        assert [wire.answer().status, wire.answer().status] == [status, 200]
+    with Wire(served.port) as body_field:
+        body_field.send(sent, request())
+        assert [body_field.answer().status, body_field.answer().status] == [status, 200]
 
 
 @pytest.mark.parametrize("body, headers, status", [(b"{", (), 400), (b'{"message": 1}', (), 400), (b"x", ("Content-Encoding: gzip",), 415)])
 def test_a_refused_body_keeps_the_connection(served: RunningBridge, body: bytes, headers: Tuple[str, ...], status: int) -> None:
-    with Wire(served.port) as wire:
-        wire.send(sized(served.admin, "/api/ask", body, *headers), request())
-        assert [wire.answer().status, wire.answer().status] == [status, 200]
+    with Wire(served.port) as body_field:
+        body_field.send(sized(served.admin, "/api/ask", body, *headers), request())
+        assert [body_field.answer().status, body_field.answer().status] == [status, 200]
 
 
 @pytest.mark.parametrize("sent", [
@@ -208,14 +208,14 @@ def test_a_refused_body_keeps_the_connection(served: RunningBridge, body: bytes,
         ("HTTP/1.0", request("GET /health HTTP/1.0", host=False)),
     )])
 def test_the_connection_is_closed_when_the_client_wants_that(served: RunningBridge, sent: bytes) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(sent + HIDDEN).last_answer().status == 200
+    with Wire(served.port) as body_field:
+        assert body_field.send(sent + HIDDEN).last_answer().status == 200
 
 
 def test_an_http_1_0_client_may_keep_the_connection(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
+    with Wire(served.port) as body_field:
         for _ in range(2):
-            answer = wire.send(request("GET /health HTTP/1.0", "Connection: keep-alive", host=False)).answer()
+            answer = body_field.send(request("GET /health HTTP/1.0", "Connection: keep-alive", host=False)).answer()
             assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
 
 
@@ -229,9 +229,9 @@ def test_an_http_1_0_client_may_keep_the_connection(served: RunningBridge) -> No
         ("a head of nearly 16 KiB", request("GET /health HTTP/1.1", "X: " + "y" * 16_000)),
     )])
 def test_an_unusual_but_valid_head_is_served(served: RunningBridge, sent: bytes) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(sent, request()).answer().status == 200
-        assert wire.answer().status == 200
+    with Wire(served.port) as body_field:
+        assert body_field.send(sent, request()).answer().status == 200
+        assert body_field.answer().status == 200
 
 
 # --- heads that are refused ---
@@ -307,33 +307,33 @@ REFUSED: Tuple[Tuple[str, int, Union[bytes, str]], ...] = (
 
 @pytest.mark.parametrize("status, sent", [pytest.param(status, sent, id=name) for name, status, sent in REFUSED])
 def test_a_head_that_is_not_http_is_refused_and_hides_no_request(served: RunningBridge, status: int, sent: bytes) -> None:
-    with Wire(served.port) as wire:
-        answer = wire.send(sent + HIDDEN).last_answer()
+    with Wire(served.port) as body_field:
+        answer = body_field.send(sent + HIDDEN).last_answer()
     assert (answer.status, sorted(answer.json)) == (status, ["code", "error"])
     assert served.admin.get("/health").status == 200
 
 
 def test_a_bare_lf_in_a_value_hides_no_request(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(request("GET /health HTTP/1.1", "X: a\n\n" + HIDDEN.decode())).last_answer().status == 400
+    with Wire(served.port) as body_field:
+        assert body_field.send(request("GET /health HTTP/1.1", "X: a\n\n" + HIDDEN.decode())).last_answer().status == 400
 
 
 @pytest.mark.parametrize("sent", [b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: a\n\r\n", b"GET /health HTTP/1.0x\n\r\n", b"\n\r\n\r\n"])
 def test_a_blank_line_behind_a_bare_lf_ends_no_head(served: RunningBridge, sent: bytes) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(sent).last_answer().status == 400
+    with Wire(served.port) as body_field:
+        assert body_field.send(sent).last_answer().status == 400
 
 
 def test_a_head_is_too_large_also_where_all_of_it_fits_in_a_buffer(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab.Handler, "rbufsize", 1 << 17)    # as with Python 3.14
-    with Wire(served.port) as wire:
-        assert wire.send(request("GET /health HTTP/1.1", *["X: " + "y" * 96] * 200)).last_answer().status == 431
+    monkeypatch.setattr(cab.ConnectionHandler, "rbufsize", 1 << 17)    # as with Python 3.14
+    with Wire(served.port) as body_field:
+        assert body_field.send(request("GET /health HTTP/1.1", *["X: " + "y" * 96] * 200)).last_answer().status == 431
 
 
 def test_a_refused_head_is_refused_on_a_used_connection_too(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(request()).answer().status == 200
-        assert wire.send(request("GET /%s HTTP/1.1" % ("y" * 70_000)) + HIDDEN).last_answer().status == 431
+    with Wire(served.port) as body_field:
+        assert body_field.send(request()).answer().status == 200
+        assert body_field.send(request("GET /%s HTTP/1.1" % ("y" * 70_000)) + HIDDEN).last_answer().status == 431
 
 
 def test_no_header_line_takes_long_to_refuse() -> None:
@@ -345,9 +345,9 @@ def test_no_header_line_takes_long_to_refuse() -> None:
 
 
 def test_a_head_that_breaks_off_is_no_request(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        wire.send(request()[:-2]).socket.shutdown(socket.SHUT_WR)
-        assert wire.last_answer().json == {"error": "The request head broke off", "code": "malformed_request"}
+    with Wire(served.port) as body_field:
+        body_field.send(request()[:-2]).socket.shutdown(socket.SHUT_WR)
+        assert body_field.last_answer().json == {"error": "The request head broke off", "code": "malformed_request"}
 
 
 # --- bodies ---
@@ -364,9 +364,9 @@ CHUNKED = "Transfer-Encoding: chunked"
         ("trailers", b"%x\r\n%b\r\n0\r\nX-Sum: 1\r\nContent-Length: 99\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN)),
     )])
 def test_a_chunked_body_is_put_together(served: RunningBridge, body: bytes) -> None:
-    with Wire(served.port) as wire:
-        wire.send(post(served.admin, "/api/tokens", body, CHUNKED), request())
-        assert [wire.answer().status, wire.answer().status] == [201, 200]
+    with Wire(served.port) as body_field:
+        body_field.send(post(served.admin, "/api/tokens", body, CHUNKED), request())
+        assert [body_field.answer().status, body_field.answer().status] == [201, 200]
     assert served.admin.get("/api/tokens").json["tokens"][0]["name"] == "from the wire"
 
 
@@ -390,8 +390,8 @@ def test_a_chunked_body_is_put_together(served: RunningBridge, body: bytes) -> N
     )])
 def test_a_bad_chunk_ends_the_connection_and_hides_no_request(served: RunningBridge, body: bytes) -> None:
     before = served.admin.get("/api/status").json["stats"]["totalTokens"]
-    with Wire(served.port) as wire:
-        answer = wire.send(post(served.admin, "/api/tokens", body, CHUNKED), HIDDEN).last_answer()
+    with Wire(served.port) as body_field:
+        answer = body_field.send(post(served.admin, "/api/tokens", body, CHUNKED), HIDDEN).last_answer()
     assert (answer.status, answer.json["code"]) == (400, "malformed_request")
     assert served.admin.get("/api/status").json["stats"]["totalTokens"] == before
 
@@ -400,9 +400,9 @@ def test_a_bad_chunk_ends_the_connection_and_hides_no_request(served: RunningBri
     pytest.param((b"12345", "Content-Length: 10"), id="sized"), pytest.param((b"a\r\n12345", CHUNKED), id="in a chunk"),
     pytest.param((b"5\r\n12345\r\n", CHUNKED), id="between chunks"), pytest.param((b"5\r\n12345\r\n0\r\n", CHUNKED), id="before the end")])
 def test_a_body_that_breaks_off_is_refused(served: RunningBridge, sent: Tuple[bytes, str]) -> None:
-    with Wire(served.port) as wire:
-        wire.send(post(served.admin, "/api/ask", *sent)).socket.shutdown(socket.SHUT_WR)
-        assert wire.last_answer().status == 400
+    with Wire(served.port) as body_field:
+        body_field.send(post(served.admin, "/api/ask", *sent)).socket.shutdown(socket.SHUT_WR)
+        assert body_field.last_answer().status == 400
 
 
 @pytest.mark.parametrize("header, body", [
@@ -411,36 +411,36 @@ def test_a_body_that_breaks_off_is_refused(served: RunningBridge, sent: Tuple[by
     pytest.param(CHUNKED, b"%x\r\n%b\r\n" % (TOO_MUCH, b"x" * TOO_MUCH), id="one chunk"),
     pytest.param(CHUNKED, (b"%x\r\n%b\r\n" % (1 << 18, b"x" * (1 << 18))) * 12, id="many chunks")])
 def test_the_whole_refusal_of_a_large_body_arrives_though_the_client_sends_on(served: RunningBridge, header: str, body: bytes) -> None:
-    with Wire(served.port) as wire:
-        answer = wire.send(post(served.admin, "/api/ask", body, header)).last_answer()
+    with Wire(served.port) as body_field:
+        answer = body_field.send(post(served.admin, "/api/ask", body, header)).last_answer()
     assert (answer.status, answer.json) == (413, {"error": "Body exceeds 1048576 byte limit", "code": "body_too_large"})
 
 
 def test_a_body_of_exactly_the_limit_is_read(served: RunningBridge) -> None:
     body = b'{"name": "at the limit"}'.ljust(cab.BODY_BYTES)
-    with Wire(served.port) as wire:
-        assert wire.send(sized(served.admin, "/api/tokens", body)).answer().status == 201
-        assert wire.send(sized(served.admin, "/api/tokens", body + b" ")).last_answer().status == 413
+    with Wire(served.port) as body_field:
+        assert body_field.send(sized(served.admin, "/api/tokens", body)).answer().status == 201
+        assert body_field.send(sized(served.admin, "/api/tokens", body + b" ")).last_answer().status == 413
 
 
 def test_a_large_body_that_nobody_read_ends_the_connection(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        wire.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000", body=HIDDEN * 1_000))
-        assert wire.last_answer().status == 401
+    with Wire(served.port) as body_field:
+        body_field.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000", body=HIDDEN * 1_000))
+        assert body_field.last_answer().status == 401
 
 
 def test_a_chunked_body_that_nobody_read_ends_the_connection(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(request("POST /none HTTP/1.1", CHUNKED, body=b"0\r\n\r\n" + HIDDEN)).last_answer().status == 404
+    with Wire(served.port) as body_field:
+        assert body_field.send(request("POST /none HTTP/1.1", CHUNKED, body=b"0\r\n\r\n" + HIDDEN)).last_answer().status == 404
 
 
 def test_100_continue_is_sent_when_the_body_is_wanted(served: RunningBridge) -> None:
     for length, body in (("Content-Length: %d" % len(NEW_TOKEN), NEW_TOKEN), (CHUNKED, b"%x\r\n%b\r\n0\r\n\r\n" % (len(NEW_TOKEN), NEW_TOKEN))):
-        with Wire(served.port) as wire:
-            wire.send(post(served.admin, "/api/tokens", b"", length, "Expect: 100-Continue"))
-            assert wire.file.readline() + wire.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
-            assert wire.send(body, request()).answer().status == 201
-            assert wire.answer().status == 200
+        with Wire(served.port) as body_field:
+            body_field.send(post(served.admin, "/api/tokens", b"", length, "Expect: 100-Continue"))
+            assert body_field.file.readline() + body_field.file.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
+            assert body_field.send(body, request()).answer().status == 201
+            assert body_field.answer().status == 200
 
 
 @pytest.mark.parametrize("status, with_token, line, headers", [
@@ -454,17 +454,17 @@ def test_100_continue_is_sent_when_the_body_is_wanted(served: RunningBridge) -> 
 def test_100_continue_is_not_sent_for_a_body_that_is_not_wanted(served: RunningBridge, status: int, with_token: bool, line: str,
                                                                 headers: Tuple[str, ...]) -> None:
     token = ("Authorization: Bearer %s" % served.admin.token,) if with_token else ()
-    with Wire(served.port) as wire:
-        assert wire.send(request(line, *token, *headers, "Expect: 100-continue")).answer().status == status
-        assert wire.rest() == b""                     # what is sent after this could be a body or a request
+    with Wire(served.port) as body_field:
+        assert body_field.send(request(line, *token, *headers, "Expect: 100-continue")).answer().status == status
+        assert body_field.rest() == b""                     # what is sent after this could be a body or a request
 
 
 def test_100_continue_is_not_sent_where_there_is_no_body_or_no_such_thing(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(post(served.admin, "/api/tokens", b"", "Content-Length: 0", "Expect: 100-continue")).answer().status == 400
+    with Wire(served.port) as body_field:
+        assert body_field.send(post(served.admin, "/api/tokens", b"", "Content-Length: 0", "Expect: 100-continue")).answer().status == 400
     old = sized(served.admin, "/api/tokens", NEW_TOKEN, "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
-    with Wire(served.port) as wire:
-        assert wire.send(old).last_answer().status == 201
+    with Wire(served.port) as body_field:
+        assert body_field.send(old).last_answer().status == 201
 
 
 # --- slow, idle and many connections ---
@@ -476,16 +476,16 @@ def test_100_continue_is_not_sent_where_there_is_no_body_or_no_such_thing(served
 ])
 def test_a_client_that_drips_is_closed_at_the_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch, phase: str, start: bytes) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, phase, 0.2)
-    with Wire(served.port) as wire:
-        assert wire.send(start.replace(b"TOKEN", str(served.admin.token).encode())).drip() == b""
+    with Wire(served.port) as body_field:
+        assert body_field.send(start.replace(b"TOKEN", str(served.admin.token).encode())).drip() == b""
         wait_until(lambda: not connection_threads())
 
 
 def test_a_body_that_nobody_wants_holds_no_answer_back_and_no_place(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.BODY, 0.2)
-    with Wire(served.port) as wire:
-        assert wire.send(b"POST /api/ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n").answer().status == 401
-        assert wire.drip() == b""
+    with Wire(served.port) as body_field:
+        assert body_field.send(b"POST /api/ask HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n").answer().status == 401
+        assert body_field.drip() == b""
         wait_until(lambda: not connection_threads())
 
 
@@ -494,8 +494,8 @@ def test_an_idle_connection_is_closed(served: RunningBridge, monkeypatch: pytest
     seconds = 0.5 if before else 0.1                         # the request has to be there by then
     monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.IDLE, seconds)
     monkeypatch.setattr(cab, "IDLE_SECONDS", seconds)
-    with Wire(served.port) as wire:
-        assert wire.send(before).rest().count(b"HTTP/1.1 200 OK") == len(before[:1])
+    with Wire(served.port) as body_field:
+        assert body_field.send(before).rest().count(b"HTTP/1.1 200 OK") == len(before[:1])
         wait_until(lambda: not connection_threads())
 
 
@@ -512,8 +512,8 @@ def test_at_the_cap_the_connection_longest_without_a_request_makes_room(served: 
                                                                         first: bytes) -> None:
     set_cap(monkeypatch, 2)
     began: List[None] = []
-    setup = cab.Handler.setup
-    monkeypatch.setattr(cab.Handler, "setup", lambda *args: began.append(setup(*args)))      # type: ignore[func-returns-value]
+    setup = cab.ConnectionHandler.setup
+    monkeypatch.setattr(cab.ConnectionHandler, "setup", lambda *args: began.append(setup(*args)))      # type: ignore[func-returns-value]
     with Wire(served.port) as used, Wire(served.port) as waiting:
         wait_until(lambda: len(began) == 2)               # both wait for a request
         assert waiting.send(first) and used.send(request()).answer().status == 200
@@ -568,7 +568,7 @@ def test_a_connection_that_was_refused_does_not_keep_the_place_of_another(served
 
 def test_a_connection_that_reads_no_answer_does_not_keep_the_place_of_another(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     set_cap(monkeypatch, 1)
-    monkeypatch.setattr(cab, "STUCK_SECONDS", 0)             # how long it is stuck before it may have to make room
+    monkeypatch.setattr(cab, "EVICTABLE_SEND_SECONDS", 0)             # how long it is stuck before it may have to make room
     with Wire(served.port) as deaf:
         deaf.socket.settimeout(0.3)
         with pytest.raises(socket.timeout):               # its answers fill the buffers, then the bridge stops reading
@@ -584,7 +584,7 @@ def test_of_too_many_large_answers_the_oldest_is_broken_off(bridge: Callable[...
     size, job_id = 8 << 20, running.admin.ask("flood 8")
     wait_until(lambda: running.admin.poll(job_id)["status"] == "completed", 30)
     wanted = request("GET /api/ask/%s HTTP/1.1" % job_id, "Authorization: Bearer " + running.admin.token)
-    monkeypatch.setattr(cab, "HELD_BYTES", size * 3 // 2)
+    monkeypatch.setattr(cab, "LARGE_PAYLOAD_BUDGET_BYTES", size * 3 // 2)
     held = running.bridge._server._held
     with Wire(running.port, buffer=4_096) as deaf, Wire(running.port, buffer=4_096) as reader:
         deaf.send(wanted)
@@ -623,25 +623,25 @@ def test_a_thread_serves_one_connection_after_the_other_and_goes_with_the_bridge
     running = bridge(spare=0)
     used = set()
     for _ in range(5):
-        with Wire(running.port) as wire:
-            assert wire.send(request()).answer().status == 200
+        with Wire(running.port) as body_field:
+            assert body_field.send(request()).answer().status == 200
             busy, = connection_threads()
             assert busy.startswith("http-127.0.0.1:")
         used.update(wait_until(idle_threads))
     assert len(used) == 1
     with Wire(running.port) as one, Wire(running.port) as two:
-        assert [wire.send(request()).answer().status for wire in (one, two)] == [200, 200]
+        assert [body_field.send(request()).answer().status for body_field in (one, two)] == [200, 200]
     wait_until(lambda: len(idle_threads()) == 2)
     running.bridge.__exit__(None, None, None)
     wait_until(lambda: not idle_threads())
 
 
 def test_a_thread_for_which_nothing_comes_ends(served: RunningBridge) -> None:
-    with Wire(served.port) as wire:
-        assert wire.send(request()).answer().status == 200
+    with Wire(served.port) as body_field:
+        assert body_field.send(request()).answer().status == 200
     wait_until(lambda: not connection_threads() and not idle_threads())
-    with Wire(served.port) as wire:                          # and is counted no more
-        assert wire.send(request()).answer().status == 200
+    with Wire(served.port) as body_field:                          # and is counted no more
+        assert body_field.send(request()).answer().status == 200
 
 
 def test_a_thread_that_gives_up_takes_the_connection_that_it_was_promised_meanwhile(served: RunningBridge,
@@ -651,11 +651,11 @@ def test_a_thread_that_gives_up_takes_the_connection_that_it_was_promised_meanwh
 
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        def late(bell: cab.Bell, seconds: float) -> bool:    # a connection comes as the time is up
+        def late(bell: threading.Event, seconds: float) -> bool:    # a connection comes as the time is up
             server.process_request(ours, ("127.0.0.1", 1))
             return False
 
-        monkeypatch.setattr(cab.Bell, "wait", late)
+        monkeypatch.setattr(threading.Event, "wait", late)
         name, current = threading.current_thread().name, threading.current_thread()
         assert server._next_connection() == (ours, ("127.0.0.1", 1)) and not server._idle
         current.name = name
@@ -665,8 +665,8 @@ def test_a_thread_that_gives_up_takes_the_connection_that_it_was_promised_meanwh
 def test_connections_that_come_as_threads_give_up_are_all_served(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "IDLE_THREAD_SECONDS", 0.0001)
     for _ in range(200):
-        with Wire(served.port) as wire:
-            assert wire.send(request("GET /health HTTP/1.1", "Connection: close")).last_answer().status == 200
+        with Wire(served.port) as body_field:
+            assert body_field.send(request("GET /health HTTP/1.1", "Connection: close")).last_answer().status == 200
 
 
 @pytest.mark.parametrize("sent", [request("GET /dashboard HTTP/1.1"), request("POST /api/ask HTTP/1.1", "Authorization: Bearer TOKEN",
@@ -685,8 +685,8 @@ def test_a_client_that_takes_no_answer_is_cut_off(served: RunningBridge, monkeyp
 
 def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "DRAIN_SECONDS", 0.3)
-    with Wire(served.port) as wire:
-        assert wire.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000")).last_answer().status == 401
+    with Wire(served.port) as body_field:
+        assert body_field.send(request("POST /api/ask HTTP/1.1", "Content-Length: 100000")).last_answer().status == 401
         wait_until(lambda: not connection_threads())
 
 
@@ -694,20 +694,20 @@ def test_draining_a_refused_body_ends_at_its_deadline(served: RunningBridge, mon
     sys.platform != "linux", reason="elsewhere the bytes of a next request hide it"))], ids=["nothing", "a next request"])
 def test_a_client_that_leaves_during_a_long_poll_leaves_no_thread(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll,
                                                                   monkeypatch: pytest.MonkeyPatch, behind: bytes) -> None:
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.05)
     running = bridge(spare=0)
     job_id = processing(running, gate)
-    with Wire(running.port) as wire:
-        long_poll(running, job_id, wire)
-        wire.send(behind)                                     # in a piece of its own, once the first request was taken
+    with Wire(running.port) as body_field:
+        long_poll(running, job_id, body_field)
+        body_field.send(behind)                                     # in a piece of its own, once the first request was taken
     wait_until(lambda: not connection_threads())
 
 
 def test_a_client_that_left_before_its_answer_is_no_error(bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll) -> None:
     running = bridge(spare=0)
     job_id = processing(running, gate)
-    with Wire(running.port) as wire:
-        long_poll(running, job_id, wire)
+    with Wire(running.port) as body_field:
+        long_poll(running, job_id, body_field)
     gate.touch()
     wait_until(lambda: not connection_threads())
     assert "error" not in " ".join(running.log).lower()
@@ -717,9 +717,9 @@ def test_a_client_that_only_ended_its_sending_is_answered(bridge: Callable[..., 
     running = bridge(spare=0)
     job_id = processing(running, gate)
     for path in ("/health", "/api/ask/" + job_id, "/api/ask/%s?wait=90" % job_id):
-        with Wire(running.port) as wire:
-            wire.send(request("GET %s HTTP/1.1" % path, "Authorization: Bearer %s" % running.admin.token)).socket.shutdown(socket.SHUT_WR)
-            assert wire.answer().json["status"] in ("ok", "processing")
+        with Wire(running.port) as body_field:
+            body_field.send(request("GET %s HTTP/1.1" % path, "Authorization: Bearer %s" % running.admin.token)).socket.shutdown(socket.SHUT_WR)
+            assert body_field.answer().json["status"] in ("ok", "processing")
 
 
 def test_closing_the_bridge_ends_idle_connections_and_answers_waiting_ones(bridge: Callable[..., RunningBridge], gate: Path,
@@ -767,8 +767,8 @@ def check_headers(answer: Answer) -> None:
         (501, "coding", request("POST / HTTP/1.1", "Transfer-Encoding: br")), (505, "version", request("GET / HTTP/3.0")),
     )])
 def test_every_answer_carries_the_security_headers(served: RunningBridge, status: int, sent: bytes) -> None:
-    with Wire(served.port) as wire:
-        answer = wire.send(sent).answer()
+    with Wire(served.port) as body_field:
+        answer = body_field.send(sent).answer()
     assert answer.status == status
     check_headers(answer)
 
@@ -777,16 +777,16 @@ def test_answers_to_token_holders_carry_the_security_headers(served: RunningBrid
     for status, sent in ((201, sized(served.admin, "/api/tokens", NEW_TOKEN)), (400, sized(served.admin, "/api/ask", b"{")),
                          (413, post(served.admin, "/api/ask", b"", "Content-Length: %d" % TOO_MUCH)),
                          (415, sized(served.admin, "/api/ask", b"x", "Content-Encoding: br"))):
-        with Wire(served.port) as wire:
-            answer = wire.send(sent).answer()
+        with Wire(served.port) as body_field:
+            answer = body_field.send(sent).answer()
         assert answer.status == status
         check_headers(answer)
 
 
 def test_a_connection_turned_away_at_the_cap_gets_the_security_headers(served: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     set_cap(monkeypatch, 0)
-    with Wire(served.port) as wire:
-        answer = wire.answer()
+    with Wire(served.port) as body_field:
+        answer = body_field.answer()
     assert answer.status == 503
     check_headers(answer)
 
@@ -800,10 +800,10 @@ def test_a_fault_in_an_answer_gives_500_and_its_details_go_to_the_log_only(bridg
         raise RuntimeError("detail with %s in it" % secret)
 
     monkeypatch.setattr(cab.Service, "poll", fail)
-    with Wire(running.port) as wire:
-        answer = wire.send(request("GET /api/ask/%s HTTP/1.1" % secret, "Authorization: Bearer " + secret), request()).answer()
+    with Wire(running.port) as body_field:
+        answer = body_field.send(request("GET /api/ask/%s HTTP/1.1" % secret, "Authorization: Bearer " + secret), request()).answer()
         assert (answer.status, answer.json) == (500, {"error": "Internal server error", "code": "internal"})
-        assert wire.answer().status == 200
+        assert body_field.answer().status == 200
     check_headers(answer)
     log = "\n".join(running.log)
     assert "Traceback" in log and "RuntimeError: detail with cab-" in log
@@ -823,7 +823,7 @@ def test_a_broken_database_is_a_503_that_says_so(bridge: Callable[..., RunningBr
     ("203.0.113.7", "203.0.113.7"), ("2001:db8::1", "2001:db8::/64"), ("2001:db8::ffff:0:0:1", "2001:db8::/64"),
     ("2001:db8:0:1::1", "2001:db8:0:1::/64"), ("fe80::1%eth0", "fe80::/64")])
 def test_of_an_address_of_version_6_its_network_counts(address: str, counted_as: str) -> None:
-    assert cab.Names().address(cab.Request("GET", "/", {}, {"host": "localhost"}, address, lambda: b"")) == counted_as
+    assert cab.HostPolicy().address(cab.Request("GET", "/", {}, {"host": "localhost"}, address, lambda: b"")) == counted_as
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")

@@ -49,9 +49,9 @@ def pids_of(fake: FakeClaude, prompt: str) -> List[int]:
 def skips(patch: pytest.MonkeyPatch, clock: Skipped, after: str, at: Optional[str], most: float = 1e9) -> None:
     """From the first event of the kind `after` on, 150 seconds pass at each of the kind `at` (None: in each silence of a moment), at
     most so many; how long a process takes to start counts for nothing."""
-    take, heard = cab.Child.next_event, []  # type: ignore[var-annotated]
+    take, heard = cab.ClaudeProcess.next_event, []  # type: ignore[var-annotated]
 
-    def next_event(child: cab.Child, timeout: float) -> Optional[cab.CliEvent]:
+    def next_event(child: cab.ClaudeProcess, timeout: float) -> Optional[cab.CliEvent]:
         event = take(child, timeout)
         kind = event.kind if event else None
         if after in heard and kind == at and clock.ahead < most:
@@ -59,7 +59,7 @@ def skips(patch: pytest.MonkeyPatch, clock: Skipped, after: str, at: Optional[st
         heard.append(kind)
         return event
 
-    patch.setattr(cab.Child, "next_event", next_event)
+    patch.setattr(cab.ClaudeProcess, "next_event", next_event)
 
 
 def argv_of(fake: FakeClaude, pid: int) -> List[str]:
@@ -84,15 +84,15 @@ def script(*steps: Mapping[str, Any]) -> str:
 class Direct:
     """ClaudeCli alone, without queue and HTTP. limits: what was noted of the plan."""
 
-    def __init__(self, fake: FakeClaude, claude: cab.Claude, config: cab.Config, clock: cab.Clock) -> None:
+    def __init__(self, fake: FakeClaude, claude: cab.ClaudeInstall, config: cab.Config, clock: cab.Clock) -> None:
         self.fake, self.claude, self.data_dir = fake, claude, config.data_dir
-        self.cli = cab.ClaudeCli(claude, config, clock, "test%d" % os.getpid(), lambda pid, started: None)
-        self.limits: List[cab.Limits] = []
+        self.cli = cab.ClaudePool(claude, config, clock, "test%d" % os.getpid(), lambda pid, started: None)
+        self.limits: List[cab.RateLimitStatus] = []
 
     def run(self, message: str, stop_reason: Callable[[], Optional[str]] = lambda: None, work: Mapping[str, Any] = {},
             live: Optional[cab.LiveText] = None, **setup: Any) -> cab.Answer:
-        told = cab.Setup(**{"system_prompt": cab.SYSTEM_PROMPT, **setup})
-        return self.cli.run(cab.Work(message, told, **work), live or cab.LiveText(), stop_reason, self.limits.append)
+        told = cab.SessionConfig(**{"system_prompt": cab.SYSTEM_PROMPT, **setup})
+        return self.cli.run(cab.RunRequest(message, told, **work), live or cab.LiveText(), stop_reason, self.limits.append)
 
     def failed(self, message: str, **options: Any) -> cab.RunFailed:
         """What a run that must fail raised. Every process that was asked is gone."""
@@ -132,7 +132,7 @@ def direct(tmp_path: Path, fake_claude: Fakes) -> Iterator[Directs]:
         config = cab.Config(**{"data_dir": tmp_path / "data", "claude": str(fake.path), "spare": 0, **settings})
         environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})}
         given = cab.child_environment(environ, config.allow_api_key, None)
-        known = cab.Claude((str(fake.path),), cab.Features.read("2.1.330", FLAGS), given, "")
+        known = cab.ClaudeInstall((str(fake.path),), cab.Features.read("2.1.330", FLAGS), given, "")
         made.append(Direct(fake, cab.find_claude(config, environ) if look else known, config, clock or cab.Clock()))
         return made[-1]
 
@@ -144,7 +144,7 @@ def direct(tmp_path: Path, fake_claude: Fakes) -> Iterator[Directs]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not leave is ended sooner: for tests of something else."""
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 0.2)
 
 
 # --- answers ---
@@ -211,7 +211,7 @@ def test_a_stream_ends_with_the_text_of_the_result(bridge: Bridges, gate: Path, 
 def test_what_was_said_before_a_tool_call_is_no_part_of_the_text(direct: Directs) -> None:
     live = cab.LiveText()
     direct().run(script({"delta": "Let me look."}, {"message": True}, {"delta": "It "}, {"delta": "rains."}), live=live)
-    assert (live.read(), live.restarts, live.model) == ("It rains.", 1, "resolved-default-model")
+    assert (live.read(), live.generation, live.model) == ("It rains.", 1, "resolved-default-model")
 
 
 # --- the spare ---
@@ -292,7 +292,7 @@ def test_a_spare_is_told_ahead_what_most_requests_need_and_only_once(direct: Dir
                          ids=lambda own: next(iter(own)))
 def test_a_request_with_settings_of_its_own_never_gets_a_process_that_was_told_others(direct: Directs, monkeypatch: pytest.MonkeyPatch,
                                                                                      own: Mapping[str, str]) -> None:
-    monkeypatch.setattr(cab, "PLAIN_IN_ROW", 3)
+    monkeypatch.setattr(cab, "DEFAULT_STREAK_TO_PREINIT", 3)
     d = direct(spare=1)
 
     def prepared(count: int) -> int:
@@ -454,7 +454,7 @@ def test_silence_counts_again_once_the_tool_is_done(direct: Directs, fake_claude
 
 def test_a_dead_process_is_noticed_though_its_pipes_are_held_and_what_it_started_ends(bridge: Bridges, fake_claude: Fakes, tmp_path: Path,
                                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "LAST_WORD_SECONDS", 0.1)
+    monkeypatch.setattr(cab, "DRAIN_AFTER_EXIT_SECONDS", 0.1)
     fake, note = fake_claude(), tmp_path / "pid"
     b = bridge(claude=fake, silence_seconds=20)
     request = b.admin.new_token(tools="all").ask("grandchild %s" % note)
@@ -526,7 +526,7 @@ def test_what_the_cli_says_of_the_plan_is_handed_on(direct: Directs, clock: Fake
     assert [(limits.is_used_up, limits.is_using_overage, limits.resets_at) for limits in d.limits] == [
         (False, False, RESET), (False, True, RESET)]
     assert [limits.windows[0] for limits in d.limits] == [
-        cab.PlanWindow("five_hour", "allowed", None, RESET, clock.at), cab.PlanWindow("five_hour", "allowed_warning", 0.9, RESET, clock.at)]
+        cab.RateLimitWindow("five_hour", "allowed", None, RESET, clock.at), cab.RateLimitWindow("five_hour", "allowed_warning", 0.9, RESET, clock.at)]
     assert [(limits.windows[1].kind, limits.windows[1].status) for limits in d.limits] == [("overage", "rejected"), ("overage", "in_use")]
 
 
@@ -576,12 +576,12 @@ def overloaded_once(mark: Path, *said: str) -> str:
     return script({"first": str(mark), "do": fails}, {"delta": "who"}, {"delta": "le"})
 
 
-@pytest.mark.parametrize("spare, said, restarts", [(0, (), 0), (1, ("half an ", "answer"), 1)])
+@pytest.mark.parametrize("spare, said, generation", [(0, (), 0), (1, ("half an ", "answer"), 1)])
 def test_an_overloaded_run_is_tried_again_by_a_fresh_process(direct: Directs, soon: None, tmp_path: Path, spare: int,
-                                                             said: Tuple[str, ...], restarts: int) -> None:
+                                                             said: Tuple[str, ...], generation: int) -> None:
     d, live, prompt = direct(spare=spare), cab.LiveText(), overloaded_once(tmp_path / "mark", *said)
     assert d.run(prompt, live=live).text == live.read() == "whole"
-    assert (live.restarts, live.rest) == (restarts, None)
+    assert (live.generation, live.rest) == (generation, None)
     first, second = pids_of(d.fake, prompt)
     assert first != second
     d.wait_for_end(first, second)
@@ -595,7 +595,7 @@ def test_an_overloaded_turn_is_told_afresh_and_never_resumed(talk: Talks, soon: 
     first, second = pids_of(t.fake, prompt)
     assert first != second and not session_in(argv_of(t.fake, second), "--resume")
     assert (first in pids_of(t.fake, "one")) if warm_seconds else session_in(argv_of(t.fake, first), "--resume")
-    assert t.remembered()[:3] == ["one", "Echo: one", prompt]                # the failed turn is not in it twice
+    assert t.get_state()[:3] == ["one", "Echo: one", prompt]                # the failed turn is not in it twice
 
 
 def test_an_overloaded_first_turn_begins_its_conversation_anew(direct: Directs, soon: None, tmp_path: Path) -> None:
@@ -623,7 +623,7 @@ def test_a_cancel_between_two_tries_ends_the_run_at_once(direct: Directs, monkey
     d, live, prompt, began = direct(), cab.LiveText(), script({"delta": "half"}, {"fail": OVERLOADED}), time.monotonic()
     assert d.failure(prompt, live=live, stop_reason=lambda: "cancelled" if live.rest else None)[0] == "cancelled"
     assert time.monotonic() - began < 10 and len(pids_of(d.fake, prompt)) == 1
-    assert (live.read(), live.restarts) == ("", 1)                           # what came of the first try is void already
+    assert (live.read(), live.generation) == ("", 1)                           # what came of the first try is void already
 
 
 @pytest.mark.parametrize("status, code", [(529, "overloaded"), (429, "overloaded"), (None, "timeout")])
@@ -737,7 +737,7 @@ fake_claude.Fake.run = lambda self: (run(self), open(self.folder + "/left", "w")
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What leaves by itself gets the time for it, however slow this machine is."""
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 20.0)
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 20.0)
 
 
 def test_a_cancelled_run_is_interrupted_and_its_process_leaves_by_itself(direct: Directs, fake_claude: Fakes, patient: None) -> None:
@@ -757,18 +757,18 @@ def test_an_answered_run_is_not_interrupted(direct: Directs, fake_claude: Fakes)
 
 
 def test_nobody_waits_for_a_deaf_process_and_it_is_gone_soon(direct: Directs) -> None:
-    d, live, stops = direct(), cab.LiveText(), []
+    d, live, stop_sequences = direct(), cab.LiveText(), []
 
     def cancel() -> Optional[str]:
         if live.read():
-            stops.append(time.monotonic())
-        return "cancelled" if stops else None
+            stop_sequences.append(time.monotonic())
+        return "cancelled" if stop_sequences else None
 
     with pytest.raises(cab.RunFailed):
         d.run("stubborn", cancel, live=live)
-    assert time.monotonic() - stops[0] < 10 and is_running(pids_of(d.fake, "stubborn")[0]) and d.cli.has_leaving
+    assert time.monotonic() - stop_sequences[0] < 10 and is_running(pids_of(d.fake, "stubborn")[0]) and d.cli.has_terminating
     d.wait_for_end(*pids_of(d.fake, "stubborn"))
-    assert not d.cli.has_leaving
+    assert not d.cli.has_terminating
 
 
 def test_a_cancelled_request_makes_way_for_the_next_one(bridge: Bridges, fake_claude: Fakes, hasty: None) -> None:
@@ -852,7 +852,7 @@ class Talk:
         assert body["status"] == "completed", body
         return str(body["response"])
 
-    def remembered(self, **fields: Any) -> List[str]:
+    def get_state(self, **fields: Any) -> List[str]:
         """What the CLI knows, as texts in order, without the answers to this very question."""
         return [text for _, text in json.loads(self.say("turns", **fields)) if not text.startswith(("turns", "["))]
 
@@ -876,14 +876,14 @@ def session_in(argv: List[str], flag: str) -> Optional[str]:
 def test_the_turns_of_a_conversation_share_a_process(talk: Talks) -> None:
     t = talk()
     t.say("one"), t.say("two")
-    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
+    assert t.get_state() == ["one", "Echo: one", "two", "Echo: two"]
     assert len(t.fake.children()) == 1
 
 
 def test_another_model_resumes_the_session_in_a_new_process(talk: Talks) -> None:
     t = talk()
     t.say("one")
-    assert t.remembered(model="haiku") == ["one", "Echo: one"]
+    assert t.get_state(model="haiku") == ["one", "Echo: one"]
     assert session_in(t.argv("turns"), "--resume") == session_in(t.argv("one"), "--session-id") is not None
     wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]))
 
@@ -891,7 +891,7 @@ def test_another_model_resumes_the_session_in_a_new_process(talk: Talks) -> None
 def test_a_conversation_without_a_warm_process_is_resumed_under_the_same_id(talk: Talks) -> None:
     t = talk(warm_seconds=0)
     t.say("one"), t.say("two")
-    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
+    assert t.get_state() == ["one", "Echo: one", "two", "Echo: two"]
     session_id = session_in(t.argv("one"), "--session-id")
     assert session_id and [session_in(t.argv(message), "--resume") for message in ("two", "turns")] == [session_id] * 2
 
@@ -936,9 +936,9 @@ def test_a_conversation_that_the_cli_lost_is_told_again_from_then_on(talk: Talks
     t.say("one"), t.say("two")
     for transcript in t.fake.folder.glob("session-*.json"):
         transcript.unlink()
-    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two"]
+    assert t.get_state() == ["one", "Echo: one", "two", "Echo: two"]
     t.say("three")
-    assert t.remembered() == ["one", "Echo: one", "two", "Echo: two", "three", "Echo: three"]
+    assert t.get_state() == ["one", "Echo: one", "two", "Echo: two", "three", "Echo: three"]
     resumed = [start["pid"] for start in t.fake.children() if session_in(start["argv"], "--resume")]
     assert len(resumed) == 2 and resumed[0] == pids_of(t.fake, "two")[0]     # the second found nothing, and there is no third
 
@@ -947,20 +947,20 @@ def test_conversations_share_neither_process_nor_memory(talk: Talks) -> None:
     t = talk(spare=1)
     other = Talk(t.fake, t.bridge)
     t.say("one"), t.say("two", conversation="second"), other.say("three")
-    assert (t.remembered(), t.remembered(conversation="second"), other.remembered()) == (
+    assert (t.get_state(), t.get_state(conversation="second"), other.get_state()) == (
         ["one", "Echo: one"], ["two", "Echo: two"], ["three", "Echo: three"])
     assert len({pids_of(t.fake, message)[0] for message in ("one", "two", "three")}) == 3
 
 
 def test_only_so_many_conversations_stay_warm(talk: Talks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "WARM_CHILDREN", 2)
+    monkeypatch.setattr(cab, "MAX_KEPT_PROCESSES", 2)
     t = talk()
     names = ("a", "b", "c", "d")
     for name in names:
         t.say(name, conversation=name)
     pids = [pids_of(t.fake, name)[0] for name in names]
     wait_until(lambda: [is_running(pid) for pid in pids] == [False, False, True, True])
-    assert t.remembered(conversation="a") == ["a", "Echo: a"]
+    assert t.get_state(conversation="a") == ["a", "Echo: a"]
 
 
 @pytest.mark.parametrize("fault", [error(result="Not logged in"), "die 1", "garbage"])
@@ -968,7 +968,7 @@ def test_a_failed_turn_is_not_part_of_the_conversation(talk: Talks, fault: str) 
     t = talk()
     t.say("one")
     assert t.client.answer(fault)["status"] == "error"
-    assert t.remembered() == ["one", "Echo: one"]
+    assert t.get_state() == ["one", "Echo: one"]
 
 
 def test_a_cancelled_turn_is_not_part_of_the_conversation(talk: Talks, gate: Path) -> None:
@@ -979,7 +979,7 @@ def test_a_cancelled_turn_is_not_part_of_the_conversation(talk: Talks, gate: Pat
     assert t.client.delete("/api/ask/" + request).status == 200
     wait_until(lambda: "cancelled" in t.bridge.log[-1])
     gate.touch()
-    assert t.remembered() == ["one", "Echo: one"]
+    assert t.get_state() == ["one", "Echo: one"]
 
 
 def test_the_process_of_a_conversation_ends_with_it_also_while_another_request_runs(talk: Talks, gate: Path) -> None:
@@ -1025,7 +1025,7 @@ def test_a_claude_that_cannot_be_used_is_refused_at_the_start(direct: Directs, f
 
 def test_a_claude_without_auth_is_never_asked_for_it(direct: Directs, fake_claude: Fakes) -> None:
     d = direct(fake_claude(version="2.0.76 (Claude Code)", has_auth=False), look=True)
-    assert d.run("hello").text == "Echo: hello" and "unknown" in d.claude.payer
+    assert d.run("hello").text == "Echo: hello" and "unknown" in d.claude.billing_account
     assert [start["argv"] for start in d.fake.starts() if "-p" not in start["argv"]] == [["--version"], ["--help"]]
 
 
@@ -1040,7 +1040,7 @@ def test_a_login_in_the_owners_settings_is_used_with_a_note(direct: Directs, fak
     fake = twist(fake_claude(auth={"loggedIn": True, "subscriptionType": "pro"}),
                  "import os\nif 'auth' in sys.argv and 'CLAUDE_CONFIG_DIR' in os.environ:\n    sys.exit(1)")
     d = direct(fake, look=True)
-    assert d.claude.payer == "Claude Pro subscription" and "settings folder" in d.claude.notes[-1]
+    assert d.claude.billing_account == "Claude Pro subscription" and "settings folder" in d.claude.notes[-1]
     assert "CLAUDE_CONFIG_DIR" not in json.loads(d.run("env").text)
 
 

@@ -14,55 +14,55 @@ import claude_api_bridge as cab
 
 
 def test_a_wake_between_the_look_and_the_wait_is_not_lost() -> None:
-    hub = cab.Hub()
-    with hub.watch("job") as bell:
+    hub = cab.Notifier()
+    with hub.subscribe("job") as bell:
         bell.clear()
-        hub.wake("job")
+        hub.notify("job")
         assert bell.wait(10)
 
 
 def test_a_wake_reaches_all_who_watch_that_key_and_nobody_else() -> None:
-    hub = cab.Hub()
-    with hub.watch("job") as first, hub.watch("job") as second, hub.watch("other") as other:
-        hub.wake("job")
+    hub = cab.Notifier()
+    with hub.subscribe("job") as first, hub.subscribe("job") as second, hub.subscribe("other") as other:
+        hub.notify("job")
         assert (first.wait(0), second.wait(0), other.wait(0)) == (True, True, False)
-    hub.wake("job")                                      # nobody watches: nothing happens
+    hub.notify("job")                                      # nobody watches: nothing happens
 
 
 def test_a_bell_of_several_keys_rings_for_each_of_them() -> None:
-    hub = cab.Hub()
-    with hub.watch("job") as narrow, hub.watch("job", cab.Hub.TEXT + "job") as wide:
+    hub = cab.Notifier()
+    with hub.subscribe("job") as narrow, hub.subscribe("job", cab.Notifier.TEXT + "job") as wide:
         rung = []
-        for key in ("job", cab.Hub.TEXT + "job", "other"):
+        for key in ("job", cab.Notifier.TEXT + "job", "other"):
             for bell in (narrow, wide):
                 bell.clear()
-            hub.wake(key)
+            hub.notify(key)
             rung.append((narrow.wait(0), wide.wait(0)))
     assert rung == [(True, True), (False, True), (False, False)]
 
 
 def test_watching_leaves_nothing_behind() -> None:
-    hub = cab.Hub()
-    with pytest.raises(ZeroDivisionError), hub.watch("job"), hub.watch("job", "other"), hub.watch("other", "third"):
+    hub = cab.Notifier()
+    with pytest.raises(ZeroDivisionError), hub.subscribe("job"), hub.subscribe("job", "other"), hub.subscribe("other", "third"):
         raise ZeroDivisionError
-    assert hub._bells == {}
+    assert hub._waiters == {}
 
 
 @pytest.mark.parametrize("keys", [("job",), ("job", "other")])
 def test_closing_wakes_all_and_nobody_waits_any_more(keys: Sequence[str]) -> None:
-    hub = cab.Hub()
-    with hub.watch(*keys) as before:
+    hub = cab.Notifier()
+    with hub.subscribe(*keys) as before:
         hub.close()
         assert before.wait(0) and hub.is_closed
-    with hub.watch(*keys) as after:
+    with hub.subscribe(*keys) as after:
         assert after.wait(0)
 
 
 def test_threads_that_look_again_after_each_wake_see_the_last_state() -> None:
-    hub, state, seen = cab.Hub(), [0], []
+    hub, state, seen = cab.Notifier(), [0], []
 
     def follow() -> None:
-        with hub.watch("job") as bell:
+        with hub.subscribe("job") as bell:
             while True:
                 bell.clear()
                 if state[0] == 500:
@@ -74,7 +74,7 @@ def test_threads_that_look_again_after_each_wake_see_the_last_state() -> None:
         thread.start()
     for number in range(1, 501):
         state[0] = number
-        hub.wake("job")
+        hub.notify("job")
     for thread in threads:
         thread.join(10)
     assert seen == [500] * 8
@@ -82,29 +82,29 @@ def test_threads_that_look_again_after_each_wake_see_the_last_state() -> None:
 
 # --- worker ---
 
-Run = Callable[[cab.Work, cab.LiveText, Callable[[], Optional[str]]], cab.Answer]
+Run = Callable[[cab.RunRequest, cab.LiveText, Callable[[], Optional[str]]], cab.Answer]
 
 
-def echo(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+def echo(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
     return cab.Answer("Echo: " + work.message)
 
 
 class Scripted:
     """Stands in for ClaudeCli: what a message does is in `script`; any other is echoed. note_limits: of the run that goes on."""
-    spares, has_leaving = 0, False
+    spares, has_terminating = 0, False
 
     def __init__(self) -> None:
         self.script: Dict[str, Run] = {}
-        self.seen: List[cab.Work] = []
-        self.note_limits: Callable[[cab.Limits], None] = lambda limits: None
+        self.seen: List[cab.RunRequest] = []
+        self.on_rate_limits: Callable[[cab.RateLimitStatus], None] = lambda limits: None
         self.prepared = self.tended = 0
         self.is_known: Optional[Callable[[str], bool]] = None
         self.closed = 0
 
-    def run(self, work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]],
-            note_limits: Callable[[cab.Limits], None]) -> cab.Answer:
+    def run(self, work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]],
+            on_rate_limits: Callable[[cab.RateLimitStatus], None]) -> cab.Answer:
         self.seen.append(work)
-        self.note_limits = note_limits
+        self.on_rate_limits = on_rate_limits
         return self.script.get(work.message, echo)(work, live, stop_reason)
 
     def prepare(self) -> None:
@@ -113,7 +113,7 @@ class Scripted:
     def tend(self) -> None:
         self.tended += 1
 
-    def keep_only(self, is_known: Callable[[str], bool], is_owner: Callable[[str], bool]) -> None:
+    def evict_unless(self, is_known: Callable[[str], bool], is_owner: Callable[[str], bool]) -> None:
         self.is_known = is_known
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Queue:
     """A worker over a real store, with nothing behind it."""
 
     def __init__(self, path: Path, clock: cab.Clock, **settings: Any) -> None:
-        self.store, self.hub, self.claude, self.log = cab.Store(path, clock), cab.Hub(), Scripted(), []  # type: ignore[var-annotated]
+        self.store, self.hub, self.claude, self.log = cab.Database(path, clock), cab.Notifier(), Scripted(), []  # type: ignore[var-annotated]
         self._clock, self._config = clock, cab.Config(**settings)
         self.worker = self.new_worker()
         self.token = self.store.add_token(cab.NewToken("app"), cab.new_token())
@@ -142,7 +142,7 @@ class Queue:
 
     def ask(self, message: str, **fields: Any) -> str:
         job_id = self.store.enqueue(self.token.id, cab.Ask(message, **fields))[0].id
-        self.hub.wake(cab.Hub.QUEUE)
+        self.hub.notify(cab.Notifier.QUEUE)
         return job_id
 
     def job(self, job_id: str) -> cab.Job:
@@ -184,9 +184,9 @@ class Impatient(threading.Event):
         return super().wait(timeout and timeout / 20)
 
 
-def failing(code: str, text: str, resets_at: Optional[float] = None, is_of_model: bool = False) -> Run:
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
-        raise cab.RunFailed(code, text, resets_at, is_of_model)
+def failing(code: str, text: str, resets_at: Optional[float] = None, is_model_limit: bool = False) -> Run:
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+        raise cab.RunFailed(code, text, resets_at, is_model_limit)
     return run
 
 
@@ -197,7 +197,7 @@ def refused(resets_at: Optional[float]) -> Run:
 
 def saying(*texts: str, then: Run = echo) -> Run:
     """A run whose text comes in these deltas."""
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         live.begin("model")
         for text in texts:
             live.add(text)
@@ -205,7 +205,7 @@ def saying(*texts: str, then: Run = echo) -> Run:
     return run
 
 
-def until_stopped(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+def until_stopped(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
     reason = wait_until(stop_reason)
     raise cab.RunFailed(reason, cab.RUN_ERRORS[reason])
 
@@ -225,8 +225,8 @@ def test_a_run_is_told_what_was_asked_and_what_the_token_may(line: Queue) -> Non
     while line.worker.step():
         pass
     assert [work.setup for work in line.claude.seen] == [
-        cab.Setup(cab.SYSTEM_PROMPT), cab.Setup("Be brief.", "haiku", '{"type":"object"}', "low"),
-        cab.Setup(cab.SYSTEM_PROMPT, tools=("Read",), workspace="/srv/work")]
+        cab.SessionConfig(cab.SYSTEM_PROMPT), cab.SessionConfig("Be brief.", "haiku", '{"type":"object"}', "low"),
+        cab.SessionConfig(cab.SYSTEM_PROMPT, tools=("Read",), workspace="/srv/work")]
     assert {work.conversation for work in line.claude.seen} == {None}
 
 
@@ -238,7 +238,7 @@ def test_a_conversation_is_continued_by_session_and_its_history_is_at_hand(line:
     line.run_all()
     first, second, other = line.claude.seen
     assert (first.session_id, first.spent_usd, first.history()) == (None, 0.0, [])
-    assert (second.session_id, second.spent_usd, second.history()) == ("s1", 0.5, [cab.Exchange("one", "1")])
+    assert (second.session_id, second.spent_usd, second.history()) == ("s1", 0.5, [cab.HistoryTurn("one", "1")])
     assert first.conversation and first.conversation == second.conversation != other.conversation
 
 
@@ -260,8 +260,8 @@ def test_secrets_in_the_cli_s_words_reach_neither_the_log_nor_the_caller(line: Q
 
 def test_who_waits_is_woken_at_the_start_and_at_the_end_of_a_run(line: Queue) -> None:
     job = line.ask("hi")
-    with line.hub.watch(job) as bell:
-        def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    with line.hub.subscribe(job) as bell:
+        def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
             assert bell.wait(0) and line.job(job).status == "processing"
             bell.clear()
             return cab.Answer("ok")
@@ -274,7 +274,7 @@ def test_who_waits_is_woken_at_the_start_and_at_the_end_of_a_run(line: Queue) ->
 def test_the_text_so_far_can_be_read_while_a_job_runs_and_not_after(line: Queue) -> None:
     job, found = line.ask("hi"), []
 
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         for text in ("Hé", "llo"):
             live.add(text)
             running = line.worker.live(job)
@@ -287,7 +287,7 @@ def test_the_text_so_far_can_be_read_while_a_job_runs_and_not_after(line: Queue)
     assert found == ["Hé", "Héllo"] and line.worker.live(job) is None and line.worker.running is None
 
 
-@pytest.mark.parametrize("deltas, answer, restarts", [
+@pytest.mark.parametrize("deltas, answer, generation", [
     (("Hé", "llo"), "Héllo", 0),
     (("Hé",), "Héllo", 0),                                   # broken off
     ((), "Héllo", 0),
@@ -296,33 +296,33 @@ def test_the_text_so_far_can_be_read_while_a_job_runs_and_not_after(line: Queue)
     (("smile \ud83d", "\ude00."), "smile \U0001f600.", 0),
     (("half \ud83d",), "half \ud83d", 0),
 ])
-def test_a_text_can_be_followed_from_the_run_into_what_is_stored(line: Queue, deltas: Sequence[str], answer: str, restarts: int) -> None:
+def test_a_text_can_be_followed_from_the_run_into_what_is_stored(line: Queue, deltas: Sequence[str], answer: str, generation: int) -> None:
     running, stored = cab.TextCursor(0), cab.TextCursor(0)   # one reader holds the live text to its end, the other reads the row then
     told: List[List[cab.JobEvent]] = [[], []]
     texts: List[cab.LiveText] = []
 
-    def listen(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def listen(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         texts.append(live)
-        told[0] += live.news(running)
-        told[1] += live.news(stored)
+        told[0] += live.events_since(running)
+        told[1] += live.events_since(stored)
         return cab.Answer(answer)
 
     line.claude.script["hi"] = saying(*deltas, then=listen)
     job = line.ask("hi")
-    with line.hub.watch(cab.Hub.TEXT + job) as bell:
+    with line.hub.subscribe(cab.Notifier.TEXT + job) as bell:
         line.worker.step()
         assert bell.wait(0)
     row = line.job(job)
-    told[0] += texts[0].news(running)
-    told[1] += stored.read(row.restarts, lambda offset: (row.response or "")[offset:], row.model)
+    told[0] += texts[0].events_since(running)
+    told[1] += stored.read(row.generation, lambda offset: (row.response or "")[offset:], row.model)
     for events in told:
         text = ""
         for event in events:
             text = "" if event.kind == "started" else text + event.text
             assert event.offset == len(text)
-        assert text == row.response == cab.clean_text(answer)
-        assert [event.kind for event in events].count("started") == 1 + restarts
-    assert row.restarts == texts[0].restarts == restarts
+        assert text == row.response == cab.replace_surrogates(answer)
+        assert [event.kind for event in events].count("started") == 1 + generation
+    assert row.generation == texts[0].generation == generation
 
 
 def test_jobs_are_run_by_a_thread_of_that_name_as_they_come(line: Queue) -> None:
@@ -362,7 +362,7 @@ def test_a_job_is_not_left_behind_when_the_disk_was_full_at_its_end(line: Queue)
     line.worker._stopping = Impatient()
     statements: List[str] = []
 
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         line.claude.script.clear()
         line.store._db.execute("PRAGMA query_only = ON")
         line.store._db.set_trace_callback(statements.append)
@@ -391,7 +391,7 @@ def test_a_job_whose_token_is_revoked_is_stopped_and_the_next_one_runs(line: Que
 
 
 def test_an_answer_that_came_too_late_is_not_announced_as_completed(line: Queue) -> None:
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         line.store.delete_token(line.token.id)
         return cab.Answer("late")
 
@@ -400,9 +400,9 @@ def test_an_answer_that_came_too_late_is_not_announced_as_completed(line: Queue)
     assert line.worker.step() and not any("completed" in text for text in line.log)
 
 
-@pytest.mark.parametrize("said, restarts", [((), 0), (("half",), 1)])
+@pytest.mark.parametrize("said, generation", [((), 0), (("half",), 1)])
 def test_closing_puts_a_running_job_back_without_counting_the_attempt(line: Queue, monkeypatch: pytest.MonkeyPatch,
-                                                                      said: Sequence[str], restarts: int) -> None:
+                                                                      said: Sequence[str], generation: int) -> None:
     monkeypatch.setattr(cab, "FINISH_SECONDS", 0.0)
     line.claude.script["long"] = saying(*said, then=until_stopped)
     job, waits = line.ask("long"), line.ask("waits")
@@ -411,7 +411,7 @@ def test_closing_puts_a_running_job_back_without_counting_the_attempt(line: Queu
     line.worker.close()
     found = line.job(job)
     assert (found.status, found.attempts, found.started_at) == ("queued", 0, None) and line.store.places(found) == (1, 1)
-    assert found.restarts == restarts                        # who read some of its text is told that it begins anew
+    assert found.generation == generation                        # who read some of its text is told that it begins anew
     assert line.job(waits).status == "queued" and line.claude.closed == 1 and not line.worker.is_alive
 
 
@@ -421,14 +421,14 @@ def test_after_a_start_a_job_goes_on_counting_how_often_its_text_began_anew(line
     line.worker.step()
     line.worker = line.new_worker()
 
-    def listen(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
-        told.extend(live.news(cursor))
+    def listen(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+        told.extend(live.events_since(cursor))
         return cab.Answer("Hello")
 
     line.claude.script["hi"] = saying("Hel", then=listen)
     line.worker.step()
     assert told == [cab.JobEvent("started", 0, model="model"), cab.JobEvent("delta", 3, "Hel")]
-    assert (line.outcome(job), line.job(job).restarts, line.job(job).attempts) == (("completed", "Hello"), 1, 1)
+    assert (line.outcome(job), line.job(job).generation, line.job(job).attempts) == (("completed", "Hello"), 1, 1)
 
 
 def test_closing_lets_a_running_job_finish_and_begins_no_other(line: Queue) -> None:
@@ -461,7 +461,7 @@ def test_closing_an_idle_worker_ends_its_children_once(line: Queue) -> None:
 
 def test_an_idle_worker_deletes_old_jobs_and_says_which_conversations_are_left(line: Queue, tmp_path: Path) -> None:
     past = FakeClock(cab.Clock.now() - 8 * 86_400)
-    earlier = cab.Store(tmp_path / "bridge.db", past)
+    earlier = cab.Database(tmp_path / "bridge.db", past)
     old = earlier.enqueue(line.token.id, cab.Ask("old"))[0]
     earlier.complete(earlier.claim() or old, cab.Answer("ok"))
     earlier.close()
@@ -486,11 +486,11 @@ def test_a_conversation_begun_afresh_after_it_was_deleted_is_another_one(line: Q
 
 
 def test_the_house_is_kept_also_during_a_run(lines: Callable[..., Queue], clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "ROUND_SECONDS", 1.0)
+    monkeypatch.setattr(cab, "MAINTENANCE_SECONDS", 1.0)
     q = lines(clock)
     found = []
 
-    def look(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def look(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         for _ in range(25):
             clock.advance(0.1)
             assert stop_reason() is None
@@ -504,9 +504,9 @@ def test_the_house_is_kept_also_during_a_run(lines: Callable[..., Queue], clock:
 
 
 def test_an_idle_worker_looks_often_after_those_that_leave(line: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "TICK_SECONDS", 0.01)
-    monkeypatch.setattr(cab, "ROUND_SECONDS", 60.0)
-    line.claude.has_leaving = True
+    monkeypatch.setattr(cab, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(cab, "MAINTENANCE_SECONDS", 60.0)
+    line.claude.has_terminating = True
     line.worker.start()
     wait_until(lambda: line.claude.tended >= 30)             # else it would look once a round
 
@@ -515,18 +515,18 @@ def test_a_locked_database_does_not_end_a_run(line: Queue, monkeypatch: pytest.M
     def locked(*_: Any) -> None:
         raise cab.Unavailable()
 
-    def look(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def look(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         with monkeypatch.context() as patch:
             patch.setattr(line.store, "job_status", locked)
-            patch.setattr(line.store, "note_windows", locked)
-            line.claude.note_limits(limits())
+            patch.setattr(line.store, "save_plan_limits", locked)
+            line.claude.on_rate_limits(limits())
             return cab.Answer(str(stop_reason()))
 
     line.claude.script["hi"] = look
     job = line.ask("hi")
     line.worker.step()
     assert line.outcome(job) == ("completed", "None") and line.store.windows() == []
-    line.claude.note_limits(limits())                        # what could not be written is written when it is told again
+    line.claude.on_rate_limits(limits())                        # what could not be written is written when it is told again
     assert len(line.store.windows()) == 2
 
 
@@ -553,18 +553,18 @@ class TwoClocks(FakeClock):
         return self.passed
 
 
-def limits(utilization: Optional[float] = None, seen_at: float = 0.0, **fields: Any) -> cab.Limits:
-    return cab.Limits(windows=(cab.PlanWindow("five_hour", "allowed", utilization, 2e9, seen_at),
-                               cab.PlanWindow("overage", "rejected", None, None, seen_at)), **fields)
+def limits(utilization: Optional[float] = None, seen_at: float = 0.0, **fields: Any) -> cab.RateLimitStatus:
+    return cab.RateLimitStatus(windows=(cab.RateLimitWindow("five_hour", "allowed", utilization, 2e9, seen_at),
+                               cab.RateLimitWindow("overage", "rejected", None, None, seen_at)), **fields)
 
 
 def test_a_refused_job_waits_at_the_head_until_the_limit_resets(lines: Callable[..., Queue], clock: FakeClock) -> None:
     q = lines(clock)
     q.claude.script["one"] = saying("You've", then=refused(clock.at + 3600))
     jobs = [q.ask(message) for message in ("one", "two", "three")]
-    assert q.run_all() == ["one"] and q.worker.rest() == cab.Rest("usage_limit", clock.at + 3600)
+    assert q.run_all() == ["one"] and q.worker.rest() == cab.Pause("usage_limit", clock.at + 3600)
     row = q.job(jobs[0])
-    assert (row.status, row.attempts, row.started_at, row.error, row.restarts) == ("queued", 0, None, None, 1)
+    assert (row.status, row.attempts, row.started_at, row.error, row.generation) == ("queued", 0, None, None, 1)
     assert q.store.places(row) == (1, 1)
     clock.advance(3599)
     assert q.run_all() == [] and [q.job(job).status for job in jobs] == ["queued"] * 3
@@ -581,7 +581,7 @@ def test_a_job_may_be_refused_as_often_as_it_takes(lines: Callable[..., Queue], 
     job = q.ask("one")
     for _ in range(cab.JOB_ATTEMPTS + 2):
         assert q.run_all() == ["one"]
-        clock.advance(cab.REST_SECONDS)
+        clock.advance(cab.DEFAULT_PAUSE_SECONDS)
     assert (q.job(job).status, q.job(job).attempts) == ("queued", 0)
 
 
@@ -593,7 +593,7 @@ def test_a_rest_is_neither_without_end_nor_none(lines: Callable[..., Queue], clo
     q.claude.script["one"] = refused(None if resets_in is None else clock.at + resets_in)
     q.ask("one")
     q.run_all()
-    assert q.worker.rest() == cab.Rest("usage_limit", clock.at + seconds)
+    assert q.worker.rest() == cab.Pause("usage_limit", clock.at + seconds)
     assert any(str(cab.iso_time(clock.at + seconds)) in text for text in q.log)
 
 
@@ -616,7 +616,7 @@ def test_the_limit_of_one_model_keeps_the_others_going(lines: Callable[..., Queu
     one, two = q.ask("one", model=model), q.ask("two", model=model)
     other = q.ask("other", model="haiku")
     assert q.run_all() == ["one", "other"] and q.outcome(other)[0] == "completed"
-    assert q.worker.rest() is None and q.worker.rest("haiku") is None and q.worker.rest(model) == cab.Rest("usage_limit", clock.at + 86_400)
+    assert q.worker.rest() is None and q.worker.rest("haiku") is None and q.worker.rest(model) == cab.Pause("usage_limit", clock.at + 86_400)
     assert [q.job(job).status for job in (one, two)] == ["queued"] * 2 and q.run_all() == []
     assert any("model %s rest" % (model or "that is the default") in text for text in q.log)
     q.claude.script.clear()
@@ -633,7 +633,7 @@ def test_nothing_is_claimed_during_a_rest_and_all_goes_on_by_itself_after_it(lin
     two, rounds = q.ask("two"), q.claude.tended
 
     def looked_again() -> bool:
-        q.hub.wake(cab.Hub.QUEUE)
+        q.hub.notify(cab.Notifier.QUEUE)
         return q.claude.tended >= rounds + 2
 
     wait_until(looked_again)
@@ -657,7 +657,7 @@ def test_a_resting_worker_is_closed_at_once(lines: Callable[..., Queue], clock: 
 def test_a_refused_job_that_was_cancelled_meanwhile_does_not_come_back(lines: Callable[..., Queue], clock: FakeClock) -> None:
     q = lines(clock)
 
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
         q.store.fail(q.job(job), "cancelled", "Not wanted.")
         return refused(None)(work, live, stop_reason)
 
@@ -672,15 +672,15 @@ def test_with_plan_only_paid_usage_begins_a_rest_after_that_answer(lines: Callab
                                                                    ran: List[str]) -> None:
     q = lines(clock, plan_only=plan_only)
 
-    def run(work: cab.Work, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
-        q.claude.note_limits(limits(is_using_overage=True, resets_at=clock.at + 100))
+    def run(work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]) -> cab.Answer:
+        q.claude.on_rate_limits(limits(is_using_overage=True, resets_at=clock.at + 100))
         assert stop_reason() is None
         return cab.Answer("paid")
 
     q.claude.script["one"] = run
     one, two = q.ask("one"), q.ask("two")
     assert q.run_all() == ran and q.outcome(one) == ("completed", "paid")
-    assert q.worker.rest() == (cab.Rest("usage_limit", clock.at + 100) if plan_only else None)
+    assert q.worker.rest() == (cab.Pause("usage_limit", clock.at + 100) if plan_only else None)
     clock.advance(100)
     q.run_all()
     assert q.outcome(two) == ("completed", "Echo: two")
@@ -690,7 +690,7 @@ def test_within_the_plan_nothing_rests_with_plan_only(lines: Callable[..., Queue
     q = lines(clock, plan_only=True)
     q.ask("one")
     q.run_all()
-    q.claude.note_limits(limits(0.9, resets_at=clock.at + 100))
+    q.claude.on_rate_limits(limits(0.9, resets_at=clock.at + 100))
     assert q.worker.rest() is None and len(q.store.windows()) == 2
 
 
@@ -701,7 +701,7 @@ def test_the_windows_of_the_plan_are_kept_and_not_written_anew_for_each_run(line
     began, stored = clock.at, []
     for seconds, utilization in ((0, None), (30, None), (60, None), (61, None), (62, 0.9)):
         clock.at = began + seconds
-        q.claude.note_limits(limits(utilization, clock.at))
+        q.claude.on_rate_limits(limits(utilization, clock.at))
         stored.append([(window.kind, window.utilization, window.seen_at - began) for window in q.store.windows()])
     first, later = [("five_hour", None, 0), ("overage", None, 0)], [("five_hour", None, 61), ("overage", None, 61)]
     assert stored == [first, first, first, later, [("five_hour", 0.9, 62), ("overage", None, 62)]]
@@ -711,8 +711,8 @@ def test_a_run_that_tells_no_limits_leaves_the_windows_alone(lines: Callable[...
     q = lines(clock)
     q.ask("one")
     q.run_all()
-    q.claude.note_limits(limits(seen_at=clock.at))
+    q.claude.on_rate_limits(limits(seen_at=clock.at))
     before = q.store.windows()
     clock.advance(3600)
-    q.claude.note_limits(cab.Limits())
+    q.claude.on_rate_limits(cab.RateLimitStatus())
     assert q.store.windows() == before != []

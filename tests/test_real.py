@@ -29,7 +29,7 @@ import pytest
 
 import claude_api_bridge as cab
 from conftest import Api, Program, Stream, imported, is_running, text_of, wait_until
-from messages_api import Call, MessagesApi, NotingClaude, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
+from messages_api import Context, MessagesApi, NotingClaude, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
 
 pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
@@ -75,7 +75,7 @@ class Site:
         """Asks, and waits for the end. -> the poll body."""
         return dict((client or self.admin).post("/api/ask", {"message": message, "wait": 60, **fields}).json)
 
-    def calls(self) -> List[Call]:
+    def calls(self) -> List[Context]:
         return self.messages.messages()
 
     def processes(self) -> Set[int]:
@@ -184,7 +184,7 @@ def moment(told: str) -> float:
     return datetime.strptime(told, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
 
 
-def everything(calls: List[Call]) -> str:
+def everything(calls: List[Context]) -> str:
     """All that reached the API, headers too."""
     return "\n".join(json.dumps(call.headers) + call.raw.decode() for call in calls)
 
@@ -920,7 +920,7 @@ PAPER = "JVBERi0xLjQKMSAwIG9iajw8Pj5lbmRvYmoKdHJhaWxlcjw8Pj4KJSVFT0Y="
 ADD = {"name": "add", "description": "adds", "input_schema": {"type": "object", "properties": {"a": {"type": "number"}}}}
 
 
-def blocks_of(call: Call) -> List[Tuple[str, List[Dict[str, Any]]]]:
+def blocks_of(call: Context) -> List[Tuple[str, List[Dict[str, Any]]]]:
     """(role, blocks) per message of user and assistant, without what the CLI adds."""
     return [(message["role"], [{key: value for key, value in block.items() if key != "cache_control"} for block in message["content"]
                                if not str(block.get("text")).startswith("<system-reminder>")])
@@ -944,7 +944,7 @@ def said(*words: str) -> List[Dict[str, Any]]:
 
 @pytest.mark.parametrize("path", (MESSAGES, COMPLETIONS))
 def test_earlier_turns_are_real_turns(shared: Site, path: str) -> None:
-    if shared.version < cab.SEED_CLI:
+    if shared.version < cab.HISTORY_REPLAY_CLI:
         pytest.skip("needs Claude Code 2.1.197 or newer")
     words = ["one", "1", "two /cost", "2", "/cost three"]
     instructions: Dict[str, Any] = {"system": "Count."} if path == MESSAGES else {}
@@ -958,7 +958,7 @@ def test_earlier_turns_are_real_turns(shared: Site, path: str) -> None:
 
 def test_pictures_and_papers_are_real_blocks_and_files_stay_closed(shared: Site) -> None:
     """What a client sends as a block arrives as one, also in earlier turns; @/path and /command stay text wherever they stand."""
-    if shared.version < cab.SEED_CLI:
+    if shared.version < cab.HISTORY_REPLAY_CLI:
         pytest.skip("needs Claude Code 2.1.197 or newer")
     before = shared.files()
     picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}}
@@ -992,7 +992,7 @@ def tool_turn(body: Dict[str, Any], *results: Any) -> List[Dict[str, Any]]:
 
 
 def test_a_tool_of_the_client_goes_on_in_the_live_turn(shared: Site) -> None:
-    if shared.version < cab.FUNCTIONS_CLI:
+    if shared.version < cab.CLIENT_TOOLS_CLI:
         assert shared.admin.post(MESSAGES, {"messages": said("add"), "tools": [ADD]}).status in (500, 502)
         return
     shared.messages.reply = calls_tools(("mcp__api__add", {"a": 1}), ("mcp__api__add", {"a": 2}))
@@ -1024,7 +1024,7 @@ def test_a_tool_of_the_client_goes_on_in_the_live_turn(shared: Site) -> None:
 
 def test_a_waiting_call_is_continued_by_its_own_token_and_ids_only(shared: Site) -> None:
     """Two tokens with the same conversation, and a model that gives the same ids to both."""
-    if shared.version < cab.FUNCTIONS_CLI:
+    if shared.version < cab.CLIENT_TOOLS_CLI:
         pytest.skip("needs Claude Code 2.1.197 or newer")
 
     def reply(body: Dict[str, Any]) -> Reply:

@@ -22,7 +22,7 @@ import pytest
 
 import claude_api_bridge as cab
 from conftest import TESTS, missing
-from messages_api import Call, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
+from messages_api import Context, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
 from sdk_client import ANSWER, IMAGE_URL, MODEL, PDF, PNG, RESULTS, STOP, SYSTEM, TOOLS, TURNS
 from test_real import Site, Version, version                # version: a fixture
 
@@ -76,7 +76,7 @@ def see(site: Site, sdk_python: Path, sdk: str) -> See:
     return run
 
 
-def blocks(call: Call, role: str) -> List[Dict[str, Any]]:
+def blocks(call: Context, role: str) -> List[Dict[str, Any]]:
     """The content of the last message of a role, without what the CLI adds."""
     content = [message["content"] for message in call.body["messages"] if message["role"] == role][-1]
     return [block for block in ([{"type": "text", "text": content}] if isinstance(content, str) else content)
@@ -96,16 +96,16 @@ def counted(told: Dict[str, Any], sdk: str) -> bool:
 def test_chat(site: Site, see: See, sdk: str) -> None:
     seen = see("chat")
     for told in seen:
-        wire = told["wire"]
+        body_field = told["wire"]
         assert told["text"] == "Echo: hello" and told["stop"] == ENDED[sdk] and told["requestId"] and counted(told, sdk)
-        assert wire["model"] == MODEL and wire["id"].startswith({"anthropic": "msg_", "openai": "chatcmpl-"}[sdk])
+        assert body_field["model"] == MODEL and body_field["id"].startswith({"anthropic": "msg_", "openai": "chatcmpl-"}[sdk])
         if sdk == "anthropic":
-            assert wire["type"] == "message" and wire["role"] == "assistant" and wire["stop_sequence"] is None
-            assert [block["type"] for block in wire["content"]] == ["text"]
+            assert body_field["type"] == "message" and body_field["role"] == "assistant" and body_field["stop_sequence"] is None
+            assert [block["type"] for block in body_field["content"]] == ["text"]
         else:                                           # what may be null, but must be there
-            choice, = wire["choices"]
+            choice, = body_field["choices"]
             assert choice["index"] == 0 and choice["logprobs"] is None and choice["message"]["refusal"] is None
-            assert wire["created"] > 1_700_000_000 and choice["message"]["role"] == "assistant"
+            assert body_field["created"] > 1_700_000_000 and choice["message"]["role"] == "assistant"
     assert len({told["wire"]["id"] for told in seen}) == len({told["requestId"] for told in seen}) == len(site.calls()) == 2
     for call in site.calls():
         assert call.body["model"] == MODEL and turn_texts(call.body) == [("user", "hello")] and not call.body.get("tools")

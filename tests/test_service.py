@@ -18,10 +18,10 @@ class Bench:
     """A service over a store, with no worker: the tests finish the jobs. clock: moved by hand, waits are real."""
 
     def __init__(self, folder: Path, clock: FakeClock) -> None:
-        self.clock, self.folder, self.hub = clock, folder, cab.Hub()
-        self.store = cab.Store(folder / "bridge.db", clock)
+        self.clock, self.folder, self.hub = clock, folder, cab.Notifier()
+        self.store = cab.Database(folder / "bridge.db", clock)
         self.live: Dict[str, cab.LiveText] = {}
-        self.rest: Optional[cab.Rest] = None
+        self.rest: Optional[cab.Pause] = None
         self.service = cab.Service(self.store, self.hub, clock, folder, live=self.live.get, rest=lambda model: self.rest)
 
     def caller(self, name: str = "app", **fields: Any) -> cab.Caller:
@@ -36,15 +36,15 @@ class Bench:
         job = self.store.claim()
         assert job is not None
         self.store.complete(job, cab.Answer(answer))
-        self.hub.wake(job.id)
+        self.hub.notify(job.id)
         return job
 
     def begin(self) -> Tuple[cab.Job, cab.LiveText]:
         """Claims the oldest job. -> the job, and its text, which rings for those who follow it."""
         job = self.store.claim()
         assert job is not None
-        live = self.live[job.id] = cab.LiveText(job.restarts, lambda: self.hub.wake(cab.Hub.TEXT + job.id))
-        self.hub.wake(job.id)
+        live = self.live[job.id] = cab.LiveText(job.generation, lambda: self.hub.notify(cab.Notifier.TEXT + job.id))
+        self.hub.notify(job.id)
         live.begin("model-1")
         return job, live
 
@@ -52,9 +52,9 @@ class Bench:
         """Completes it with the text that was heard, as the worker does."""
         live = self.live[job.id]
         live.finish(text)
-        self.store.complete(job, cab.Answer(text, model="model-1"), live.restarts)
+        self.store.complete(job, cab.Answer(text, model="model-1"), live.generation)
         del self.live[job.id]
-        self.hub.wake(job.id)
+        self.hub.notify(job.id)
 
 
 class Time(FakeClock):
@@ -127,7 +127,7 @@ def test_expired_and_revoked_tokens_are_refused_and_their_use_is_not_noted(bench
 
 def test_an_ask_is_in_the_store_on_return_and_wakes_the_worker(bench: Bench) -> None:
     caller = bench.caller()
-    with bench.hub.watch(cab.Hub.QUEUE) as bell:
+    with bench.hub.subscribe(cab.Notifier.QUEUE) as bell:
         job, position, is_new = bench.service.ask(caller, cab.Ask("hi", model="haiku"))
         assert bell.wait(0)
     stored = bench.store.job(job.id)
@@ -179,11 +179,11 @@ def test_a_poll_follows_a_job_from_the_queue_to_its_answer(bench: Bench) -> None
 def test_a_poll_says_what_a_job_waits_for_besides_its_turn(bench: Bench) -> None:
     caller = bench.caller()
     first, second = bench.ask(caller), bench.ask(caller)
-    bench.rest = cab.Rest("usage_limit", bench.clock.now() + 60)
+    bench.rest = cab.Pause("usage_limit", bench.clock.now() + 60)
     assert [bench.service.poll(caller, job.id).rest for job in (first, second)] == [bench.rest] * 2
     _, live = bench.begin()
     bench.rest = None
-    live.pause(cab.Rest("overloaded", bench.clock.now() + 2))
+    live.pause(cab.Pause("overloaded", bench.clock.now() + 2))
     assert [bench.service.poll(caller, job.id).rest for job in (first, second)] == [live.rest, None]
     live.begin("model-1")
     assert bench.service.poll(caller, first.id).rest is None
@@ -194,7 +194,7 @@ def test_the_text_of_a_run_that_gave_its_job_back_is_not_told(bench: Bench) -> N
     job = bench.ask(caller)
     running, live = bench.begin()
     live.add("hardly begun")
-    live.pause(cab.Rest("overloaded", bench.clock.now() + 2))
+    live.pause(cab.Pause("overloaded", bench.clock.now() + 2))
     bench.store.requeue(running)                             # its text leaves a moment later
     view = bench.service.poll(caller, job.id)
     assert (view.job.status, view.partial, view.rest) == ("queued", None, None)
@@ -214,7 +214,7 @@ def test_a_poll_that_waits_returns_at_once_when_the_job_is_finished(bench: Bench
     job = bench.ask(caller)
     began = time.monotonic()
     result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
-    wait_until(lambda: bench.hub._bells)
+    wait_until(lambda: bench.hub._waiters)
     bench.run("here")
     assert result().job.response == "here" and time.monotonic() - began < 5
 
@@ -223,12 +223,12 @@ def test_a_poll_that_waits_goes_on_through_wakes_that_are_not_the_end(bench: Ben
     caller = bench.caller()
     job = bench.ask(caller)
     result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
-    wait_until(lambda: bench.hub._bells)
+    wait_until(lambda: bench.hub._waiters)
     running = bench.store.claim()
     for _ in range(50):
-        bench.hub.wake(job.id)
+        bench.hub.notify(job.id)
     bench.store.fail(running or job, "timeout", "x")
-    bench.hub.wake(job.id)
+    bench.hub.notify(job.id)
     assert result().job.error_code == "timeout"
 
 
@@ -238,14 +238,14 @@ def test_a_poll_waits_no_longer_than_it_was_told(bench: Bench) -> None:
     began = time.monotonic()
     assert bench.service.poll(caller, job.id, wait=0.1).job.status == "queued"
     assert 0.1 <= time.monotonic() - began < 5
-    assert bench.hub._bells == {}
+    assert bench.hub._waiters == {}
 
 
 def test_closing_ends_every_wait_with_the_present_state(bench: Bench) -> None:
     caller = bench.caller()
     job = bench.ask(caller)
     result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
-    wait_until(lambda: bench.hub._bells)
+    wait_until(lambda: bench.hub._waiters)
     bench.hub.close()
     assert result().job.status == "queued"
 
@@ -254,7 +254,7 @@ def test_a_wait_ends_when_the_token_is_revoked(bench: Bench) -> None:
     caller = bench.caller()
     job = bench.ask(caller)
     result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
-    wait_until(lambda: bench.hub._bells)
+    wait_until(lambda: bench.hub._waiters)
     bench.service.revoke_token(caller.token.id)
     assert isinstance(result(), cab.InvalidToken)
 
@@ -267,7 +267,7 @@ def test_a_token_that_goes_between_two_looks_of_a_wait_is_told_so(bench: Bench, 
         check(who)
         bench.service.revoke_token(who.token.id)
 
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.01)
     monkeypatch.setattr(bench.service, "check_token", goes_then)
     with pytest.raises(cab.InvalidToken):
         bench.service.poll(caller, job.id, wait=30)
@@ -277,7 +277,7 @@ def test_revoking_a_token_rings_for_its_unfinished_jobs(bench: Bench) -> None:
     caller = bench.caller()
     jobs = [bench.ask(caller) for _ in range(2)]
     bench.store.claim()
-    with bench.hub.watch(jobs[0].id) as running, bench.hub.watch(jobs[1].id) as waiting:
+    with bench.hub.subscribe(jobs[0].id) as running, bench.hub.subscribe(jobs[1].id) as waiting:
         bench.service.revoke_token(caller.token.id)
         assert running.wait(0) and waiting.wait(0)
 
@@ -324,13 +324,13 @@ def test_the_same_key_leads_to_the_same_job_which_wakes_nobody_twice(bench: Benc
 
 def test_a_full_queue_says_when_the_plan_gives_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
-        raise cab.too_many(cab.QueueFull, "", 10)
+        raise cab.retry_later(cab.QueueFull, "", 10)
 
     caller = bench.caller()
-    monkeypatch.setattr(cab.Store, "enqueue", refuse)
+    monkeypatch.setattr(cab.Database, "enqueue", refuse)
     resting = "Queue is full: the plan's limit is used up until 2027-01-15T08:01:30.500Z."
     for rest, text, seconds in ((None, "Queue is full. Please try again later.", 10),
-                                (cab.Rest("usage_limit", bench.clock.now() + 90.5), resting, 91)):
+                                (cab.Pause("usage_limit", bench.clock.now() + 90.5), resting, 91)):
         bench.rest = rest
         with pytest.raises(cab.QueueFull) as full:
             bench.ask(caller)
@@ -382,20 +382,20 @@ def test_a_reader_is_told_each_step_as_it_comes(bench: Bench) -> None:
     assert reader.end() is None
     assert reader.told == [*told, ("delta", 8, "!"), ("completed", 8, "")]
     assert reader.views[-1] and reader.views[-1].job.response == "one two!" and reader.views[0] and reader.views[0].place == 1
-    assert bench.hub._bells == {}
+    assert bench.hub._waiters == {}
 
 
 def test_a_place_that_the_caller_knows_is_not_told_again(bench: Bench) -> None:
     caller = bench.caller()
     first, second = bench.ask(caller), bench.ask(caller)
     reader = Reader(bench, caller, second.id, place=2)
-    wait_until(lambda: bench.hub._bells)
+    wait_until(lambda: bench.hub._waiters)
     bench.service.cancel(caller, first.id)
-    bench.hub.wake(second.id)
+    bench.hub.notify(second.id)
     reader.saw(("queued", 0, ""))
     assert reader.views[0] and reader.views[0].place == 1
     reader.left.set()
-    bench.hub.wake(second.id)
+    bench.hub.notify(second.id)
     assert reader.end() is None
 
 
@@ -406,16 +406,16 @@ def test_a_job_that_waits_again_begins_anew_for_its_readers(bench: Bench) -> Non
     live.add("half an ans")
     reader = Reader(bench, caller, job.id)
     reader.saw(("started", 0, ""), ("delta", 11, "half an ans"))
-    bench.rest = cab.Rest("usage_limit", bench.clock.now() + 60)
+    bench.rest = cab.Pause("usage_limit", bench.clock.now() + 60)
     live.restart()
-    bench.store.requeue(running, live.restarts)
+    bench.store.requeue(running, live.generation)
     del bench.live[job.id]
-    bench.hub.wake(job.id)
+    bench.hub.notify(job.id)
     told = [("started", 0, ""), ("delta", 11, "half an ans"), ("queued", 0, "")]
     reader.saw(*told)
     assert reader.views[-1] and reader.views[-1].rest == bench.rest
     again, live = bench.begin()
-    assert live.restarts == 1
+    assert live.generation == 1
     bench.end(again, "whole")
     assert reader.end() is None and reader.told == [*told, ("started", 0, ""), ("delta", 5, "whole"), ("completed", 5, "")]
 
@@ -435,11 +435,11 @@ def test_a_reader_is_sent_away_when_its_token_is_revoked_or_expires(bench: Bench
     for reader in readers:
         reader.saw(("queued", 0, ""))
     bench.clock.advance(86_400)
-    bench.hub.wake(job.id)
+    bench.hub.notify(job.id)
     assert isinstance(readers[0].end(), cab.InvalidToken)
     bench.service.revoke_token(caller.token.id)
     assert isinstance(readers[1].end(), (cab.InvalidToken, cab.NotFound))    # the job goes with its token, perhaps during a look
-    assert bench.hub._bells == {}
+    assert bench.hub._waiters == {}
 
 
 def test_closing_ends_every_stream(bench: Bench) -> None:
@@ -461,7 +461,7 @@ def test_a_job_that_waits_or_runs_is_cancelled_once(bench: Bench) -> None:
     for job, caller in ((running, owner), (waiting, admin)):
         with pytest.raises(cab.NotFound):
             bench.service.cancel(other, job.id)
-        with bench.hub.watch(job.id) as bell:
+        with bench.hub.subscribe(job.id) as bell:
             view = bench.service.cancel(caller, job.id)
             assert bell.wait(0)
         assert (view.job.status, view.job.error_code, view.job.completed_at) == ("error", "cancelled", bench.clock.now())
@@ -514,8 +514,8 @@ def test_usage_is_summed_by_day_and_token_and_shows_the_plan(bench: Bench) -> No
     bench.run()
     bench.clock.advance(86_400)
     bench.ask(admin)
-    bench.store.note_windows([cab.PlanWindow("five_hour", "allowed", 0.5, None, bench.clock.now())])
-    bench.rest = cab.Rest("usage_limit", bench.clock.now() + 60)
+    bench.store.save_plan_limits([cab.RateLimitWindow("five_hour", "allowed", 0.5, None, bench.clock.now())])
+    bench.rest = cab.Pause("usage_limit", bench.clock.now() + 60)
     for asker, days, tokens in ((caller, 30, ["app"]), (caller, 1, []), (admin, 2, ["app", "boss"]), (admin, 1, ["boss"])):
         report = bench.service.usage(asker, days)
         assert [report.names[row.token_id] for row in report.rows] == tokens

@@ -24,12 +24,12 @@ posix = pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
 
 
 @pytest.fixture
-def open_store(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[..., cab.Store]]:
+def open_store(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[..., cab.Database]]:
     """open_store(path) -> a Store, on one file unless told otherwise; closed at the end."""
-    opened: List[cab.Store] = []
+    opened: List[cab.Database] = []
 
-    def make(path: Optional[Path] = None) -> cab.Store:
-        opened.append(cab.Store(path or tmp_path / "bridge.db", clock))
+    def make(path: Optional[Path] = None) -> cab.Database:
+        opened.append(cab.Database(path or tmp_path / "bridge.db", clock))
         return opened[-1]
 
     yield make
@@ -38,7 +38,7 @@ def open_store(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[..., cab.S
 
 
 @pytest.fixture
-def store(open_store: Callable[..., cab.Store]) -> cab.Store:
+def store(open_store: Callable[..., cab.Database]) -> cab.Database:
     return open_store()
 
 
@@ -53,21 +53,21 @@ def dump(path: Path) -> List[str]:
         return list(db.iterdump())
 
 
-def add(store: cab.Store, name: str = "app", **fields: Any) -> cab.Token:
+def add(store: cab.Database, name: str = "app", **fields: Any) -> cab.Token:
     return store.add_token(cab.NewToken(name, **fields), cab.new_token())
 
 
-def queue_up(store: cab.Store, token: cab.Token, *messages: str, conversation: Optional[str] = None) -> List[cab.Job]:
+def queue_up(store: cab.Database, token: cab.Token, *messages: str, conversation: Optional[str] = None) -> List[cab.Job]:
     return [store.enqueue(token.id, cab.Ask(message, conversation=conversation)).job for message in messages]
 
 
-def claimed(store: cab.Store) -> cab.Job:
+def claimed(store: cab.Database) -> cab.Job:
     job = store.claim()
     assert job is not None
     return job
 
 
-def exchange(store: cab.Store, token: cab.Token, message: str, response: str, conversation: str = "default") -> None:
+def exchange(store: cab.Database, token: cab.Token, message: str, response: str, conversation: str = "default") -> None:
     """One completed turn."""
     queue_up(store, token, message, conversation=conversation)
     assert store.complete(claimed(store), cab.Answer(response))
@@ -80,7 +80,7 @@ def modes(folder: Path) -> List[int]:
 # --- the file ---
 
 
-def test_a_fresh_file_is_made_empty_at_the_present_version(store: cab.Store, tmp_path: Path) -> None:
+def test_a_fresh_file_is_made_empty_at_the_present_version(store: cab.Database, tmp_path: Path) -> None:
     assert (store.tokens(), store.claim(), store.counts(), store.has_admin()) == ([], None, {"tokens": 0}, False)
     assert rows(tmp_path / "bridge.db", "PRAGMA user_version") == [(len(cab.MIGRATIONS),)]
     assert rows(tmp_path / "bridge.db", "PRAGMA journal_mode") == [("wal",)]
@@ -88,7 +88,7 @@ def test_a_fresh_file_is_made_empty_at_the_present_version(store: cab.Store, tmp
 
 
 @posix
-def test_nobody_else_can_read_the_files(tmp_path: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_nobody_else_can_read_the_files(tmp_path: Path, open_store: Callable[..., cab.Database]) -> None:
     before = os.umask(0)
     try:
         folder = cab.private_directory(tmp_path / "a" / "data")
@@ -114,7 +114,7 @@ def test_a_file_in_the_place_of_the_folder_is_a_sentence(tmp_path: Path) -> None
     assert (tmp_path / "data").read_text() == "mine"
 
 
-def test_opening_again_changes_nothing(open_store: Callable[..., cab.Store], tmp_path: Path) -> None:
+def test_opening_again_changes_nothing(open_store: Callable[..., cab.Database], tmp_path: Path) -> None:
     first = open_store()
     queue_up(first, add(first), "hi")
     first.close()
@@ -128,7 +128,7 @@ def test_a_file_that_is_no_database_is_refused_and_untouched(content: bytes, tmp
     path = tmp_path / "bridge.db"
     path.write_bytes(content)
     with pytest.raises(cab.CannotStart) as refused:
-        cab.Store(path, clock)
+        cab.Database(path, clock)
     assert str(path) in str(refused.value) and refused.value.hint
     assert path.read_bytes() == content
 
@@ -137,7 +137,7 @@ def test_a_folder_in_the_place_of_the_file_is_a_sentence(tmp_path: Path, clock: 
     (tmp_path / "bridge.db").mkdir()
     for path in (tmp_path / "bridge.db", tmp_path / "missing" / "bridge.db"):
         with pytest.raises(cab.CannotStart) as refused:
-            cab.Store(path, clock)
+            cab.Database(path, clock)
         assert str(path) in str(refused.value)
 
 
@@ -148,12 +148,12 @@ def test_the_file_of_a_newer_version_is_refused_and_untouched(tmp_path: Path, cl
         db.execute("PRAGMA user_version = %d" % (len(cab.MIGRATIONS) + 1))
     before = path.read_bytes()
     with pytest.raises(cab.CannotStart) as refused:
-        cab.Store(path, clock)
+        cab.Database(path, clock)
     assert "newer version" in str(refused.value)
     assert path.read_bytes() == before and [each.name for each in tmp_path.iterdir()] == ["bridge.db"]
 
 
-def test_a_later_step_is_applied_to_a_file_of_today(tmp_path: Path, open_store: Callable[..., cab.Store], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_step_is_applied_to_a_file_of_today(tmp_path: Path, open_store: Callable[..., cab.Database], monkeypatch: pytest.MonkeyPatch) -> None:
     old = open_store()
     job = queue_up(old, add(old), "hi")[0]
     old.close()
@@ -163,7 +163,7 @@ def test_a_later_step_is_applied_to_a_file_of_today(tmp_path: Path, open_store: 
     assert rows(tmp_path / "bridge.db", "PRAGMA user_version") == [(len(cab.MIGRATIONS),)]
 
 
-def test_a_step_that_fails_half_way_leaves_the_file_as_it_was(tmp_path: Path, open_store: Callable[..., cab.Store], clock: FakeClock,
+def test_a_step_that_fails_half_way_leaves_the_file_as_it_was(tmp_path: Path, open_store: Callable[..., cab.Database], clock: FakeClock,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     old = open_store()
     queue_up(old, add(old), "hi")
@@ -172,12 +172,12 @@ def test_a_step_that_fails_half_way_leaves_the_file_as_it_was(tmp_path: Path, op
     before, version = dump(path), rows(path, "PRAGMA user_version")
     monkeypatch.setattr(cab, "MIGRATIONS", cab.MIGRATIONS + (("ALTER TABLE jobs ADD COLUMN later TEXT", "UPDATE jobs SET nonsense = 1"),))
     with pytest.raises(cab.CannotStart) as refused:
-        cab.Store(path, clock)
+        cab.Database(path, clock)
     assert "nonsense" in str(refused.value)
     assert (dump(path), rows(path, "PRAGMA user_version")) == (before, version)
 
 
-def test_a_file_that_somebody_else_is_writing_is_waited_for(tmp_path: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_a_file_that_somebody_else_is_writing_is_waited_for(tmp_path: Path, open_store: Callable[..., cab.Database]) -> None:
     # Two commands on a new folder: the one that comes second finds the file locked while the first one makes it.
     path = tmp_path / "bridge.db"
     with contextlib.closing(sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)) as other:
@@ -191,7 +191,7 @@ def test_a_file_that_somebody_else_is_writing_is_waited_for(tmp_path: Path, open
             done.join()
 
 
-def test_two_stores_on_one_file_see_each_other_s_writes(open_store: Callable[..., cab.Store]) -> None:
+def test_two_stores_on_one_file_see_each_other_s_writes(open_store: Callable[..., cab.Database]) -> None:
     bridge, command_line = open_store(), open_store()
     token = add(command_line)
     job = queue_up(bridge, token, "hi")[0]
@@ -201,7 +201,7 @@ def test_two_stores_on_one_file_see_each_other_s_writes(open_store: Callable[...
     assert bridge.complete(running, cab.Answer("late")) is False and bridge.tokens() == []
 
 
-def test_a_full_disk_is_an_answer_that_says_so_and_passes(store: cab.Store) -> None:
+def test_a_full_disk_is_an_answer_that_says_so_and_passes(store: cab.Database) -> None:
     token = add(store)
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute("PRAGMA max_page_count = %d" % pages)             # SQLite's own full disk
@@ -212,7 +212,7 @@ def test_a_full_disk_is_an_answer_that_says_so_and_passes(store: cab.Store) -> N
     assert len(queue_up(store, token, "x" * 30_000)) == 1 and store.counts() == {"queued": 1, "tokens": 1}
 
 
-def test_nobody_who_only_reads_waits_for_another_program(store: cab.Store, tmp_path: Path) -> None:
+def test_nobody_who_only_reads_waits_for_another_program(store: cab.Database, tmp_path: Path) -> None:
     token = add(store)
     job = queue_up(store, token, "hi")[0]
     began = time.monotonic()
@@ -228,7 +228,7 @@ def test_nobody_who_only_reads_waits_for_another_program(store: cab.Store, tmp_p
     assert store.tokens()[0].last_used_at is not None
 
 
-def test_a_file_that_cannot_be_written_is_noticed(store: cab.Store) -> None:
+def test_a_file_that_cannot_be_written_is_noticed(store: cab.Database) -> None:
     store.check_writable()
     store._db.execute("PRAGMA query_only = ON")
     with pytest.raises(cab.Unavailable):
@@ -238,21 +238,21 @@ def test_a_file_that_cannot_be_written_is_noticed(store: cab.Store) -> None:
 # --- writes that share a commit ---
 
 @contextlib.contextmanager
-def held_up(store: cab.Store, path: Path) -> Iterator[Callable[[Callable[[], Any]], None]]:
+def held_up(store: cab.Database, path: Path) -> Iterator[Callable[[Callable[[], Any]], None]]:
     """begin(task): runs it in a thread of its own, where it waits to write, since another program holds the file until the end."""
     store.check_writable()
     threads: List[threading.Thread] = []
-    looks, check = [], store._check_place
+    looks, check = [], store._check_file_not_replaced
     with contextlib.closing(sqlite3.connect(str(path), isolation_level=None)) as other, pytest.MonkeyPatch.context() as patch:
         other.execute("BEGIN IMMEDIATE")
-        patch.setattr(store, "_check_place", lambda: looks.append(check()))
-        store._writes.put(cab.Write(lambda db: None))
+        patch.setattr(store, "_check_file_not_replaced", lambda: looks.append(check()))
+        store._write_queue.put(cab.WriteTask(lambda db: None))
         wait_until(lambda: looks)                            # the writer has this one alone, and waits for the file
 
         def begin(task: Callable[[], Any]) -> None:
             threads.append(threading.Thread(target=task, name="task"))
             threads[-1].start()
-            wait_until(lambda: store._writes.qsize() == len(threads))
+            wait_until(lambda: store._write_queue.qsize() == len(threads))
 
         yield begin
         other.execute("ROLLBACK")
@@ -269,7 +269,7 @@ def outcome(task: Callable[[], Any], into: List[Any]) -> Callable[[], None]:
     return run
 
 
-def test_writes_that_wait_for_each_other_share_a_commit(store: cab.Store, tmp_path: Path) -> None:
+def test_writes_that_wait_for_each_other_share_a_commit(store: cab.Database, tmp_path: Path) -> None:
     token, statements, found = add(store), [], []
     store._db.set_trace_callback(statements.append)
     with held_up(store, tmp_path / "bridge.db") as begin:
@@ -280,7 +280,7 @@ def test_writes_that_wait_for_each_other_share_a_commit(store: cab.Store, tmp_pa
     assert statements[statements.index("BEGIN IMMEDIATE") + 1:].count("COMMIT") <= 3        # that of `check_writable`, the first, the rest
 
 
-def test_of_writes_that_share_a_commit_only_the_one_that_fails_is_undone(store: cab.Store, tmp_path: Path) -> None:
+def test_of_writes_that_share_a_commit_only_the_one_that_fails_is_undone(store: cab.Database, tmp_path: Path) -> None:
     token, found = add(store), []
 
     def fails(db: sqlite3.Connection) -> None:
@@ -290,15 +290,16 @@ def test_of_writes_that_share_a_commit_only_the_one_that_fails_is_undone(store: 
     with held_up(store, tmp_path / "bridge.db") as begin:
         begin(outcome(lambda: store.enqueue(token.id, cab.Ask("first")), found))
         begin(outcome(lambda: store.enqueue(token.id, cab.Ask("second")), found))
-        begin(outcome(lambda: store._write(cab.Write(fails)), found))
+        begin(outcome(lambda: store._write(cab.WriteTask(fails)), found))
         begin(outcome(lambda: store.enqueue(token.id, cab.Ask("third"), limit=2), found))
         begin(outcome(lambda: store.enqueue(token.id, cab.Ask("fourth")), found))
-    assert sorted(type(each).__name__ for each in found) == ["QueueFull", "Queued", "Queued", "Queued", "ValueError"]
+    names = sorted(type(each).__name__ for each in found)
+    assert names == ["EnqueueResult"] * 3 + ["QueueFull", "ValueError"]
     assert rows(tmp_path / "bridge.db", "SELECT message FROM jobs") == [("first",), ("second",), ("fourth",)]
     assert len(store.tokens()) == 1
 
 
-def test_a_key_that_comes_twice_within_a_commit_leads_to_one_request(store: cab.Store, tmp_path: Path) -> None:
+def test_a_key_that_comes_twice_within_a_commit_leads_to_one_request(store: cab.Database, tmp_path: Path) -> None:
     token, found = add(store), []
     with held_up(store, tmp_path / "bridge.db") as begin:
         for _ in range(4):
@@ -307,7 +308,7 @@ def test_a_key_that_comes_twice_within_a_commit_leads_to_one_request(store: cab.
     assert [queued.position for queued in found] == [1] * 4 and rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs") == [(1,)]
 
 
-def test_a_commit_that_fails_is_told_to_each_and_leaves_nothing(store: cab.Store, tmp_path: Path) -> None:
+def test_a_commit_that_fails_is_told_to_each_and_leaves_nothing(store: cab.Database, tmp_path: Path) -> None:
     token, found = add(store), []
     store._db.execute("PRAGMA max_page_count = %d" % store._db.execute("PRAGMA page_count").fetchone()[0])
     with held_up(store, tmp_path / "bridge.db") as begin:
@@ -319,7 +320,7 @@ def test_a_commit_that_fails_is_told_to_each_and_leaves_nothing(store: cab.Store
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs") == [(0,)] and len(queue_up(store, token, "hi")) == 1
 
 
-def test_who_was_told_that_the_file_is_locked_has_nothing_stored_later(store: cab.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_told_that_the_file_is_locked_has_nothing_stored_later(store: cab.Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     token, found = add(store), []
     with held_up(store, tmp_path / "bridge.db") as begin:
         monkeypatch.setattr(cab, "WRITE_SECONDS", 0.05)
@@ -332,7 +333,7 @@ def test_who_was_told_that_the_file_is_locked_has_nothing_stored_later(store: ca
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs") == [(0,)]
 
 
-def test_a_store_that_is_closed_has_written_what_it_was_given_and_takes_nothing_more(open_store: Callable[..., cab.Store],
+def test_a_store_that_is_closed_has_written_what_it_was_given_and_takes_nothing_more(open_store: Callable[..., cab.Database],
                                                                                    tmp_path: Path) -> None:
     store = open_store()
     token = add(store)
@@ -345,7 +346,7 @@ def test_a_store_that_is_closed_has_written_what_it_was_given_and_takes_nothing_
 
 # --- what was read is kept ---
 
-def test_what_was_read_is_kept_until_something_is_written(store: cab.Store) -> None:
+def test_what_was_read_is_kept_until_something_is_written(store: cab.Database) -> None:
     token = add(store)
     job = queue_up(store, token, "hi")[0]
     statements: List[str] = []
@@ -354,34 +355,34 @@ def test_what_was_read_is_kept_until_something_is_written(store: cab.Store) -> N
     def looks() -> int:
         before = len(statements)
         assert store.token(token.id) and store.counts()["tokens"] == 1
-        row = store.job(job.id, is_light=True)
+        row = store.job(job.id, without_bodies=True)
         assert row and store.places(row) == (0 if row.status == "processing" else 1, 1)
         return len(statements) - before
 
     assert looks() >= 4 and looks() == looks() == 0
     claimed(store)
-    assert (store.job(job.id, is_light=True) or job).status == "processing" and looks() > 0 and looks() == 0
+    assert (store.job(job.id, without_bodies=True) or job).status == "processing" and looks() > 0 and looks() == 0
 
 
-def test_what_another_program_changes_counts_after_a_moment(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+def test_what_another_program_changes_counts_after_a_moment(open_store: Callable[..., cab.Database], clock: FakeClock) -> None:
     bridge, command_line = open_store(), open_store()
     token = add(command_line)
-    clock.advance(cab.LOOK_AGAIN_SECONDS)
+    clock.advance(cab.CACHE_REVALIDATE_SECONDS)
     assert bridge.token(token.id) == token
     command_line.delete_token(token.id)
-    clock.advance(cab.LOOK_AGAIN_SECONDS)
+    clock.advance(cab.CACHE_REVALIDATE_SECONDS)
     assert bridge.token(token.id) is None
 
 
-def test_what_changes_while_it_is_read_is_not_kept(store: cab.Store) -> None:
+def test_what_changes_while_it_is_read_is_not_kept(store: cab.Database) -> None:
     found = store._once(store.kept(), "count", lambda: (store.counts()["tokens"], add(store))[0])
     assert found == 0 and "count" not in store.kept() and store.counts()["tokens"] == 1
 
 
-def test_no_more_is_kept_than_has_a_place(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "KEPT", 10)
+def test_no_more_is_kept_than_has_a_place(store: cab.Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab, "CACHE_ENTRIES", 10)
     for n in range(100):
-        assert store.token(str(n)) is None and len(store.kept()) + len(store._kept_tokens) <= 10
+        assert store.token(str(n)) is None and len(store.kept()) + len(store._token_cache) <= 10
 
 
 # --- the original's file ---
@@ -428,13 +429,13 @@ def original(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 @pytest.fixture
-def taken_over(tmp_path: Path, open_store: Callable[..., cab.Store]) -> cab.Store:
+def taken_over(tmp_path: Path, open_store: Callable[..., cab.Database]) -> cab.Database:
     with original(tmp_path / "bridge.db"):
         pass
     return open_store()
 
 
-def test_the_original_s_tokens_go_on_working(taken_over: cab.Store, clock: FakeClock) -> None:
+def test_the_original_s_tokens_go_on_working(taken_over: cab.Database, clock: FakeClock) -> None:
     found = {name: taken_over.token_by_digest(cab.digest(secret)) for name, secret in SECRETS.items()}
     assert {name: token and (token.id, token.name, token.prefix) for name, token in found.items()} == {
         name: ("id-" + name, name, secret[:12]) for name, secret in SECRETS.items()}
@@ -444,7 +445,7 @@ def test_the_original_s_tokens_go_on_working(taken_over: cab.Store, clock: FakeC
     assert {token.tools for token in taken_over.tokens()} == {"none"} and len(taken_over.tokens()) == 4
 
 
-def test_the_original_s_queue_runs_in_its_order_with_what_was_running_first(taken_over: cab.Store) -> None:
+def test_the_original_s_queue_runs_in_its_order_with_what_was_running_first(taken_over: cab.Database) -> None:
     order = []
     while taken_over.has_queued():
         job = claimed(taken_over)
@@ -452,14 +453,14 @@ def test_the_original_s_queue_runs_in_its_order_with_what_was_running_first(take
     assert order == [(message, 1, True) for message in ("running", "wait 1", "wait 2", "wait 3", "third")]
 
 
-def test_the_original_s_finished_requests_can_still_be_polled(taken_over: cab.Store) -> None:
+def test_the_original_s_finished_requests_can_still_be_polled(taken_over: cab.Database) -> None:
     done, failed = taken_over.job("d1"), taken_over.job("e1")
     assert done and (done.status, done.response, done.created_at, done.completed_at) == ("completed", "ok", BEGAN + 12, BEGAN + 13)
     assert failed and (failed.status, failed.error, failed.error_code) == ("error", "Claude CLI exited with code 1: x", "cli_error")
     assert taken_over.counts() == {"queued": 5, "completed": 3, "error": 1, "tokens": 4}
 
 
-def test_a_stateful_token_of_the_original_keeps_its_memory(taken_over: cab.Store) -> None:
+def test_a_stateful_token_of_the_original_keeps_its_memory(taken_over: cab.Database) -> None:
     job = taken_over.job("m3")
     assert job and job.conversation == "default"
     assert taken_over.history(job) == [("first", "one"), ("second", "two")]
@@ -468,18 +469,18 @@ def test_a_stateful_token_of_the_original_keeps_its_memory(taken_over: cab.Store
     assert taken_over.has_conversation(session.key)
 
 
-def test_new_requests_come_after_the_original_s(taken_over: cab.Store) -> None:
+def test_new_requests_come_after_the_original_s(taken_over: cab.Database) -> None:
     token = taken_over.token("id-app")
     assert token and taken_over.enqueue(token.id, cab.Ask("new")).position == 6
 
 
-def test_revoking_a_token_of_the_original_takes_its_requests_along(taken_over: cab.Store, tmp_path: Path) -> None:
+def test_revoking_a_token_of_the_original_takes_its_requests_along(taken_over: cab.Database, tmp_path: Path) -> None:
     taken_over.delete_token("id-memo")
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM jobs WHERE token_id = 'id-memo'") == [(0,)]
     assert rows(tmp_path / "bridge.db", "PRAGMA foreign_key_check") == []
 
 
-def test_the_original_s_file_is_kept_beside_ours(taken_over: cab.Store, tmp_path: Path) -> None:
+def test_the_original_s_file_is_kept_beside_ours(taken_over: cab.Database, tmp_path: Path) -> None:
     copy = tmp_path / "bridge-original.db"
     assert rows(copy, "SELECT id, message, response, status, error FROM requests ORDER BY rowid") == [
         (key, message, response, status, error) for key, _, message, response, status, _, _, error in REQUESTS]
@@ -488,7 +489,7 @@ def test_the_original_s_file_is_kept_beside_ours(taken_over: cab.Store, tmp_path
 
 
 @posix
-def test_what_the_original_left_at_a_kill_9_is_taken_over_and_closed_to_others(tmp_path: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_what_the_original_left_at_a_kill_9_is_taken_over_and_closed_to_others(tmp_path: Path, open_store: Callable[..., cab.Database]) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     with original(tmp_path / "theirs.db"):                              # its newest rows are in the -wal file only
@@ -501,14 +502,14 @@ def test_what_the_original_left_at_a_kill_9_is_taken_over_and_closed_to_others(t
     assert modes(folder) == [0o600]
 
 
-def test_a_take_over_that_fails_leaves_the_original_s_file_as_it_was(tmp_path: Path, clock: FakeClock, open_store: Callable[..., cab.Store]) -> None:
+def test_a_take_over_that_fails_leaves_the_original_s_file_as_it_was(tmp_path: Path, clock: FakeClock, open_store: Callable[..., cab.Database]) -> None:
     path = tmp_path / "bridge.db"
     with original(path) as db:
         db.execute("CREATE TABLE jobs (somebody_s TEXT)")               # in the way of ours
     before, data = dump(path), path.read_bytes()
     for _ in range(2):                                                  # the second try finds the copy of the first
         with pytest.raises(cab.CannotStart) as refused:
-            cab.Store(path, clock)
+            cab.Database(path, clock)
         assert "jobs" in str(refused.value)
         assert dump(path) == before and path.read_bytes() == data
     with contextlib.closing(sqlite3.connect(str(path))) as db:
@@ -516,7 +517,7 @@ def test_a_take_over_that_fails_leaves_the_original_s_file_as_it_was(tmp_path: P
     assert open_store().counts()["queued"] == 5
 
 
-def test_the_original_s_file_without_a_request_is_taken_over_too(tmp_path: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_the_original_s_file_without_a_request_is_taken_over_too(tmp_path: Path, open_store: Callable[..., cab.Database]) -> None:
     with original(tmp_path / "bridge.db") as db:
         db.execute("DELETE FROM requests")
         db.execute("DELETE FROM sessions")
@@ -530,7 +531,7 @@ def test_a_start_that_fails_because_the_original_still_runs_leaves_its_file_alon
     before = dump(tmp_path / "bridge.db")
     with socket.create_server(("127.0.0.1", 0)) as theirs:
         config = cab.Config(port=theirs.getsockname()[1], host="127.0.0.1", data_dir=tmp_path)
-        claude = cab.Claude(("claude",), cab.Features.read("2.1.330", ""), {}, "nobody")
+        claude = cab.ClaudeInstall(("claude",), cab.Features.read("2.1.330", ""), {}, "nobody")
         with pytest.raises(cab.CannotStart) as refused, cab.Bridge(config, claude, clock, print):
             pass
     assert str(config.port) in str(refused.value)
@@ -572,7 +573,7 @@ def version_1(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_version_1_keeps_every_row(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_a_file_of_version_1_keeps_every_row(version_1: Path, open_store: Callable[..., cab.Database]) -> None:
     tables = ("tokens", "jobs", "conversations", "children")
     columns = {table: ", ".join(row[1] for row in rows(version_1, "PRAGMA table_info(%s)" % table)) for table in tables}
 
@@ -591,12 +592,12 @@ def test_a_file_of_version_1_keeps_every_row(version_1: Path, open_store: Callab
     assert dump(version_1) == after
 
 
-def test_the_tokens_of_version_1_go_on_without_limits(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_the_tokens_of_version_1_go_on_without_limits(version_1: Path, open_store: Callable[..., cab.Database]) -> None:
     assert open_store().token_by_digest(cab.digest("app")) == cab.Token(
         "app", "name of app", "cab-00000000", "stateless", None, MIDNIGHT - 100, MIDNIGHT + 9, True, ("Read", "Bash(git log:*)"), "/srv")
 
 
-def test_the_queue_of_version_1_goes_on(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_the_queue_of_version_1_goes_on(version_1: Path, open_store: Callable[..., cab.Database]) -> None:
     store = open_store()
     assert store.job("a1") == cab.Job("a1", 1, "app", "completed", "message a1", MIDNIGHT - 1, 1, "haiku", response="one",
                                       usage=cab.Usage(10, 7, 5, 3, 0.5))
@@ -607,7 +608,7 @@ def test_the_queue_of_version_1_goes_on(version_1: Path, open_store: Callable[..
     assert store.enqueue("new", cab.Ask("new"), "key").is_new and not store.enqueue("new", cab.Ask("new"), "key").is_new
 
 
-def test_usage_begins_with_what_version_1_had_counted(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_usage_begins_with_what_version_1_had_counted(version_1: Path, open_store: Callable[..., cab.Database]) -> None:
     store = open_store()
     nothing = cab.Usage()
     assert store.usage("") == [cab.DayUsage("2027-01-14", "app", 1, 1, 0, nothing), cab.DayUsage("2027-01-15", "app", 3, 1, 1, nothing),
@@ -616,7 +617,7 @@ def test_usage_begins_with_what_version_1_had_counted(version_1: Path, open_stor
     assert sum(row.requests for row in store.usage("2027-01-15")) == 6
 
 
-def test_each_conversation_of_version_1_gets_a_key_and_keeps_its_session(version_1: Path, open_store: Callable[..., cab.Store]) -> None:
+def test_each_conversation_of_version_1_gets_a_key_and_keeps_its_session(version_1: Path, open_store: Callable[..., cab.Database]) -> None:
     store = open_store()
     trip, home = store.open_conversation("memo", "trip"), store.open_conversation("memo", "home")
     assert (trip[1:], home[1:]) == (("s1", 0.25), (None, 0.25))
@@ -626,7 +627,7 @@ def test_each_conversation_of_version_1_gets_a_key_and_keeps_its_session(version
 # --- tokens ---
 
 
-def test_a_token_is_found_by_its_digest_and_never_stored(store: cab.Store, clock: FakeClock, tmp_path: Path) -> None:
+def test_a_token_is_found_by_its_digest_and_never_stored(store: cab.Database, clock: FakeClock, tmp_path: Path) -> None:
     secret = cab.new_token()
     new = cab.NewToken("app", "stateful", 7, True, ("Read", "Bash(git log:*)"), 10, 200, ("haiku", "sonnet[1m]"))
     made = store.add_token(new, secret, "/srv/work")
@@ -638,7 +639,7 @@ def test_a_token_is_found_by_its_digest_and_never_stored(store: cab.Store, clock
     assert secret.encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_tokens_are_listed_newest_first_in_one_second_too(store: cab.Store, clock: FakeClock) -> None:
+def test_tokens_are_listed_newest_first_in_one_second_too(store: cab.Database, clock: FakeClock) -> None:
     names = [add(store, name).name for name in ("a", "b")]
     clock.advance(1)
     names.append(add(store, "c").name)
@@ -646,12 +647,12 @@ def test_tokens_are_listed_newest_first_in_one_second_too(store: cab.Store, cloc
 
 
 @pytest.mark.parametrize("days, is_expired", [(None, (False, False)), (1, (False, True)), (90, (False, False))])
-def test_a_token_expires_to_the_second(store: cab.Store, clock: FakeClock, days: Optional[int], is_expired: Tuple[bool, bool]) -> None:
+def test_a_token_expires_to_the_second(store: cab.Database, clock: FakeClock, days: Optional[int], is_expired: Tuple[bool, bool]) -> None:
     token = add(store, expires_in_days=days)
     assert (token.is_expired(clock.now() + 86_399), token.is_expired(clock.now() + 86_400)) == is_expired
 
 
-def test_the_use_of_a_token_is_noted_at_most_once_a_minute(store: cab.Store, clock: FakeClock) -> None:
+def test_the_use_of_a_token_is_noted_at_most_once_a_minute(store: cab.Database, clock: FakeClock) -> None:
     token, noted, began = add(store), [], clock.now()
     for seconds in (0, 1, 58, 1, 59, 1, -3600):                         # the clock may be set back, too
         clock.advance(seconds)
@@ -660,11 +661,11 @@ def test_the_use_of_a_token_is_noted_at_most_once_a_minute(store: cab.Store, clo
         store.check_writable()                                              # nobody waits for the note: this comes after it
         noted.append((store.token(token.id) or token).last_used_at)
         store.touch_token(replace(token, last_used_at=None))                # as who read it before sees it
-        assert store._writes.qsize() == 0
+        assert store._write_queue.qsize() == 0
     assert [int(moment - began) for moment in noted if moment is not None] == [0, 0, 0, 60, 60, 120, -3480]
 
 
-def test_the_101st_token_is_refused_but_expired_ones_do_not_count(store: cab.Store, clock: FakeClock) -> None:
+def test_the_101st_token_is_refused_but_expired_ones_do_not_count(store: cab.Database, clock: FakeClock) -> None:
     for number in range(cab.TOKENS):
         add(store, expires_in_days=1 if number == 0 else None)
     with pytest.raises(cab.TokenLimit) as refused:
@@ -677,7 +678,7 @@ def test_the_101st_token_is_refused_but_expired_ones_do_not_count(store: cab.Sto
     assert len(store.tokens()) == 101
 
 
-def test_the_last_admin_cannot_be_revoked_and_an_expired_one_is_no_help(store: cab.Store, clock: FakeClock) -> None:
+def test_the_last_admin_cannot_be_revoked_and_an_expired_one_is_no_help(store: cab.Database, clock: FakeClock) -> None:
     first, brief = add(store, admin=True), add(store, admin=True, expires_in_days=1)
     app = add(store)
     clock.advance(86_400)
@@ -691,14 +692,14 @@ def test_the_last_admin_cannot_be_revoked_and_an_expired_one_is_no_help(store: c
     assert store.tokens() == [second] and store.has_admin()
 
 
-def test_an_expired_admin_is_none(store: cab.Store, clock: FakeClock) -> None:
+def test_an_expired_admin_is_none(store: cab.Database, clock: FakeClock) -> None:
     add(store, admin=True, expires_in_days=1)
     assert store.has_admin()
     clock.advance(86_400)
     assert not store.has_admin()
 
 
-def test_revoking_takes_jobs_and_conversations_along(store: cab.Store, tmp_path: Path) -> None:
+def test_revoking_takes_jobs_and_conversations_along(store: cab.Database, tmp_path: Path) -> None:
     gone, stays = add(store), add(store)
     for token in (gone, stays):
         exchange(store, token, "hi", "ho")
@@ -715,7 +716,7 @@ def test_revoking_takes_jobs_and_conversations_along(store: cab.Store, tmp_path:
 # --- the queue ---
 
 
-def test_an_ask_is_stored_whole(store: cab.Store, clock: FakeClock) -> None:
+def test_an_ask_is_stored_whole(store: cab.Database, clock: FakeClock) -> None:
     token, ask = add(store), cab.Ask("a\0b é 😀", "haiku", "Be brief.", '{"type":"object"}', "trip", "low", 30.0)
     made, position, is_new = store.enqueue(token.id, ask)
     assert (position, is_new) == (1, True)
@@ -724,7 +725,7 @@ def test_an_ask_is_stored_whole(store: cab.Store, clock: FakeClock) -> None:
     assert store.job(made.id.upper()) is None and store.job("") is None and store.job_status("none") is None
 
 
-def test_jobs_run_first_come_first_served_and_positions_are_exact(store: cab.Store, clock: FakeClock) -> None:
+def test_jobs_run_first_come_first_served_and_positions_are_exact(store: cab.Database, clock: FakeClock) -> None:
     token = add(store)
     made = [store.enqueue(token.id, cab.Ask(str(number))) for number in range(4)]         # all in one second
     assert [queued.position for queued in made] == [1, 2, 3, 4]
@@ -742,7 +743,7 @@ def test_jobs_run_first_come_first_served_and_positions_are_exact(store: cab.Sto
     assert store.complete(first, cab.Answer("ok")) and places() == [(0, 0), (0, 1), (0, 2), (0, 3)]
 
 
-def test_a_full_queue_says_when_to_come_again_and_stores_nothing(store: cab.Store) -> None:
+def test_a_full_queue_says_when_to_come_again_and_stores_nothing(store: cab.Database) -> None:
     token = add(store)
     queue_up(store, token, *map(str, range(cab.QUEUE_JOBS)))
     claimed(store)                                                      # running jobs count
@@ -754,7 +755,7 @@ def test_a_full_queue_says_when_to_come_again_and_stores_nothing(store: cab.Stor
     assert store.enqueue(add(store).id, cab.Ask("room again")).position == 1
 
 
-def test_the_token_may_be_revoked_between_its_check_and_its_ask(store: cab.Store) -> None:
+def test_the_token_may_be_revoked_between_its_check_and_its_ask(store: cab.Database) -> None:
     token = add(store)
     store.delete_token(token.id)
     with pytest.raises(cab.InvalidToken):
@@ -762,7 +763,7 @@ def test_the_token_may_be_revoked_between_its_check_and_its_ask(store: cab.Store
     assert store.counts() == {"tokens": 0}
 
 
-def test_a_claim_says_so_in_the_file(store: cab.Store, clock: FakeClock) -> None:
+def test_a_claim_says_so_in_the_file(store: cab.Database, clock: FakeClock) -> None:
     made = queue_up(store, add(store), "hi")[0]
     clock.advance(5)
     job = claimed(store)
@@ -770,7 +771,7 @@ def test_a_claim_says_so_in_the_file(store: cab.Store, clock: FakeClock) -> None
     assert (job.status, job.attempts, job.started_at, job.created_at) == ("processing", 1, clock.now(), clock.now() - 5)
 
 
-def test_an_answer_is_stored_with_its_figures(store: cab.Store, clock: FakeClock) -> None:
+def test_an_answer_is_stored_with_its_figures(store: cab.Database, clock: FakeClock) -> None:
     queue_up(store, add(store), "hi")
     job = claimed(store)
     clock.advance(3)
@@ -781,14 +782,14 @@ def test_an_answer_is_stored_with_its_figures(store: cab.Store, clock: FakeClock
         "completed", "a\ufffdb", '{"x":1}', cab.Usage(10, 7, 5, 3, 0.001), "claude-haiku", clock.now(), True)
 
 
-def test_a_structured_answer_with_half_a_letter_is_stored_too(store: cab.Store) -> None:
+def test_a_structured_answer_with_half_a_letter_is_stored_too(store: cab.Database) -> None:
     queue_up(store, add(store), "hi")
     job = claimed(store)
     assert store.complete(job, cab.Answer("", '{"x":"\ud800"}')) is True
     assert (store.job(job.id) or job).structured == '{"x":"\ufffd"}'
 
 
-def test_a_failure_is_stored_with_its_code(store: cab.Store, clock: FakeClock) -> None:
+def test_a_failure_is_stored_with_its_code(store: cab.Database, clock: FakeClock) -> None:
     queue_up(store, add(store), "hi")
     job = claimed(store)
     assert store.fail(job, "timeout", "too \ud800 long") is True
@@ -797,11 +798,11 @@ def test_a_failure_is_stored_with_its_code(store: cab.Store, clock: FakeClock) -
         "error", "timeout", "too \ufffd long", clock.now(), None)
 
 
-def ways_to_finish(store: cab.Store, job: cab.Job) -> List[bool]:
+def ways_to_finish(store: cab.Database, job: cab.Job) -> List[bool]:
     return [store.complete(job, cab.Answer("new")), store.fail(job, "timeout", "new"), store.requeue(job)]
 
 
-def test_a_job_that_is_no_longer_wanted_cannot_be_finished(store: cab.Store) -> None:
+def test_a_job_that_is_no_longer_wanted_cannot_be_finished(store: cab.Database) -> None:
     token = add(store)
     queue_up(store, token, "waits", "runs", "revoked")
     waits = queue_up(store, token, "queued")[0]
@@ -814,7 +815,7 @@ def test_a_job_that_is_no_longer_wanted_cannot_be_finished(store: cab.Store) -> 
     assert ways_to_finish(store, runs) == [False] * 3 and store.job(runs.id) is None
 
 
-def test_a_job_put_back_runs_next_and_was_not_attempted(store: cab.Store) -> None:
+def test_a_job_put_back_runs_next_and_was_not_attempted(store: cab.Database) -> None:
     queue_up(store, add(store), "first", "second")
     job = claimed(store)
     assert store.requeue(job) is True
@@ -823,7 +824,7 @@ def test_a_job_put_back_runs_next_and_was_not_attempted(store: cab.Store) -> Non
     assert claimed(store).message == "first"
 
 
-def test_after_a_crash_what_ran_waits_at_its_old_place_but_at_most_twice(store: cab.Store, clock: FakeClock) -> None:
+def test_after_a_crash_what_ran_waits_at_its_old_place_but_at_most_twice(store: cab.Database, clock: FakeClock) -> None:
     queue_up(store, add(store), "first", "second")
     first = claimed(store)
     assert store.recover() == (1, 0)
@@ -836,7 +837,7 @@ def test_after_a_crash_what_ran_waits_at_its_old_place_but_at_most_twice(store: 
     assert claimed(store).message == "second"
 
 
-def test_old_finished_jobs_go_but_a_conversation_keeps_its_memory(store: cab.Store, clock: FakeClock) -> None:
+def test_old_finished_jobs_go_but_a_conversation_keeps_its_memory(store: cab.Database, clock: FakeClock) -> None:
     token = add(store)
     exchange(store, token, "remember", "yes")
     ended = [queue_up(store, token, message)[0] for message in ("done", "failed")]
@@ -853,11 +854,11 @@ def test_old_finished_jobs_go_but_a_conversation_keeps_its_memory(store: cab.Sto
     assert asked and store.history(asked) == [("remember", "yes")]
 
 
-def test_many_threads_and_two_stores_never_lose_or_share_a_place(open_store: Callable[..., cab.Store]) -> None:
+def test_many_threads_and_two_stores_never_lose_or_share_a_place(open_store: Callable[..., cab.Database]) -> None:
     stores = [open_store(), open_store()]
     token, positions, refused = add(stores[0]), [], []
 
-    def fill(store: cab.Store) -> None:
+    def fill(store: cab.Database) -> None:
         for _ in range(15):
             try:
                 positions.append(store.enqueue(token.id, cab.Ask("hi")).position)
@@ -884,7 +885,7 @@ def run_all(tasks: Sequence[Callable[[], Any]]) -> None:
 OPEN = (cab.JobStatus.QUEUED, cab.JobStatus.PROCESSING)
 
 
-def test_a_job_that_waits_can_be_cancelled(store: cab.Store, clock: FakeClock) -> None:
+def test_a_job_that_waits_can_be_cancelled(store: cab.Database, clock: FakeClock) -> None:
     first, second = queue_up(store, add(store), "first", "second")
     clock.advance(3)
     assert store.fail(first, "cancelled", "x") is False                 # without more words only a running one fails
@@ -895,7 +896,7 @@ def test_a_job_that_waits_can_be_cancelled(store: cab.Store, clock: FakeClock) -
     assert store.places(ended) == (0, 0) and store.places(second) == (1, 1) and claimed(store) == store.job(second.id)
 
 
-def test_a_job_that_runs_can_be_cancelled_and_its_answer_comes_too_late(store: cab.Store) -> None:
+def test_a_job_that_runs_can_be_cancelled_and_its_answer_comes_too_late(store: cab.Database) -> None:
     queue_up(store, add(store), "hi")
     job = claimed(store)
     assert store.fail(job, "cancelled", "x", ("queued",)) is False
@@ -905,7 +906,7 @@ def test_a_job_that_runs_can_be_cancelled_and_its_answer_comes_too_late(store: c
 
 
 @pytest.mark.parametrize("code", [None, "timeout"])
-def test_a_finished_job_cannot_be_cancelled(store: cab.Store, code: Optional[str]) -> None:
+def test_a_finished_job_cannot_be_cancelled(store: cab.Database, code: Optional[str]) -> None:
     token = add(store)
     queue_up(store, token, "hi")
     job = claimed(store)
@@ -915,18 +916,18 @@ def test_a_finished_job_cannot_be_cancelled(store: cab.Store, code: Optional[str
     assert (store.job(job.id), store.usage("")) == (before, usage)
 
 
-def test_an_answer_says_how_often_its_text_began_anew(store: cab.Store) -> None:
+def test_an_answer_says_how_often_its_text_began_anew(store: cab.Database) -> None:
     first, second = queue_up(store, add(store), "first", "second")
     assert store.complete(claimed(store), cab.Answer("ok"), 3) and store.complete(claimed(store), cab.Answer("ok"))
-    assert [(store.job(job.id) or job).restarts for job in (first, second)] == [3, 0]
+    assert [(store.job(job.id) or job).generation for job in (first, second)] == [3, 0]
 
 
-def test_a_text_that_a_crash_cut_off_begins_anew(store: cab.Store) -> None:
+def test_a_text_that_a_crash_cut_off_begins_anew(store: cab.Database) -> None:
     waits, runs = queue_up(store, add(store), "runs", "waits")[::-1]
-    assert store.requeue(claimed(store), 2) and claimed(store).restarts == 2
+    assert store.requeue(claimed(store), 2) and claimed(store).generation == 2
     assert store.recover() == (1, 0)
-    assert [(store.job(job.id) or job).restarts for job in (runs, waits)] == [3, 0]
-    assert claimed(store).restarts == 3
+    assert [(store.job(job.id) or job).generation for job in (runs, waits)] == [3, 0]
+    assert claimed(store).generation == 3
 
 
 # --- Idempotency-Keys ---
@@ -934,7 +935,7 @@ def test_a_text_that_a_crash_cut_off_begins_anew(store: cab.Store) -> None:
 ASK = cab.Ask("hi", "haiku", "Be brief.", '{"type":"object"}', "trip", "low")
 
 
-def test_a_key_leads_to_the_request_that_it_made(store: cab.Store, clock: FakeClock) -> None:
+def test_a_key_leads_to_the_request_that_it_made(store: cab.Database, clock: FakeClock) -> None:
     token = add(store)
     queue_up(store, token, "before")
     first = store.enqueue(token.id, ASK, "key")
@@ -946,7 +947,7 @@ def test_a_key_leads_to_the_request_that_it_made(store: cab.Store, clock: FakeCl
     assert store.counts()["queued"] == 5 and store.usage("")[0].requests == 5
 
 
-def test_a_key_leads_to_the_request_as_it_stands_now(store: cab.Store) -> None:
+def test_a_key_leads_to_the_request_as_it_stands_now(store: cab.Database) -> None:
     token = add(store)
     store.enqueue(token.id, ASK, "key")
     runs = claimed(store)
@@ -960,7 +961,7 @@ def test_a_key_leads_to_the_request_as_it_stands_now(store: cab.Store) -> None:
 @pytest.mark.parametrize("changes", [
     {"message": "ho"}, {"model": None}, {"system_prompt": None}, {"json_schema": None}, {"conversation": "home"}, {"effort": "high"},
 ], ids=lambda changes: str(*changes))
-def test_a_key_that_was_used_for_another_body_is_a_conflict(store: cab.Store, changes: Dict[str, Any]) -> None:
+def test_a_key_that_was_used_for_another_body_is_a_conflict(store: cab.Database, changes: Dict[str, Any]) -> None:
     token = add(store)
     first = store.enqueue(token.id, ASK, "key")
     with pytest.raises(cab.IdempotencyConflict) as refused:
@@ -968,7 +969,7 @@ def test_a_key_that_was_used_for_another_body_is_a_conflict(store: cab.Store, ch
     assert refused.value.status == 409 and store.enqueue(token.id, ASK, "key").job == first.job
 
 
-def test_a_key_is_the_token_s_own(store: cab.Store) -> None:
+def test_a_key_is_the_token_s_own(store: cab.Database) -> None:
     one, other = add(store), add(store)
     first = store.enqueue(one.id, ASK, "key")
     second = store.enqueue(other.id, cab.Ask("something else"), "key")
@@ -982,7 +983,7 @@ def test_a_key_is_the_token_s_own(store: cab.Store) -> None:
 @pytest.mark.parametrize("limits, refusal", [
     ({}, cab.QueueFull), ({"requests_per_minute": 1}, cab.RateLimited), ({"requests_per_day": 1}, cab.DailyLimit),
 ], ids=lambda value: getattr(value, "__name__", ""))
-def test_a_replay_needs_no_room_and_no_allowance(store: cab.Store, limits: Dict[str, Any], refusal: Any) -> None:
+def test_a_replay_needs_no_room_and_no_allowance(store: cab.Database, limits: Dict[str, Any], refusal: Any) -> None:
     token = add(store, **limits)
     first = store.enqueue(token.id, ASK, "key", limit=1)
     with pytest.raises(refusal):
@@ -992,7 +993,7 @@ def test_a_replay_needs_no_room_and_no_allowance(store: cab.Store, limits: Dict[
         store.enqueue(token.id, cab.Ask("ho"), "key", limit=1)
 
 
-def test_a_key_is_remembered_by_the_file_for_as_long_as_the_request(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+def test_a_key_is_remembered_by_the_file_for_as_long_as_the_request(open_store: Callable[..., cab.Database], clock: FakeClock) -> None:
     store = open_store()
     token, ask = add(store), cab.Ask("hi")
     first = store.enqueue(token.id, ask, "key").job
@@ -1005,13 +1006,13 @@ def test_a_key_is_remembered_by_the_file_for_as_long_as_the_request(open_store: 
     assert store.purge(7) == 1 and store.enqueue(token.id, ask, "key").is_new
 
 
-def test_threads_with_few_keys_make_as_many_requests_as_there_are_keys(open_store: Callable[..., cab.Store]) -> None:
+def test_threads_with_few_keys_make_as_many_requests_as_there_are_keys(open_store: Callable[..., cab.Database]) -> None:
     stores, keys = [open_store(), open_store()], ["a", "b", "c"]
     token = add(stores[0])
-    found: List[Tuple[str, cab.Queued]] = []
+    found: List[Tuple[str, cab.EnqueueResult]] = []
     conflicts: List[str] = []
 
-    def ask(store: cab.Store, seed: int) -> None:
+    def ask(store: cab.Database, seed: int) -> None:
         chance = random.Random(seed)
         for key in chance.sample(keys * 4, 12):
             found.append((key, store.enqueue(token.id, cab.Ask(key), key)))
@@ -1028,7 +1029,7 @@ def test_threads_with_few_keys_make_as_many_requests_as_there_are_keys(open_stor
 # --- the limits of a token ---
 
 
-def refused_for(store: cab.Store, token: cab.Token, kind: Any) -> int:
+def refused_for(store: cab.Database, token: cab.Token, kind: Any) -> int:
     """The seconds after which the next ask is welcome."""
     with pytest.raises(kind) as refused:
         store.enqueue(token.id, cab.Ask("one too many"))
@@ -1037,7 +1038,7 @@ def refused_for(store: cab.Store, token: cab.Token, kind: Any) -> int:
     return int(wait)
 
 
-def granted(store: cab.Store, token: cab.Token, tries: int) -> int:
+def granted(store: cab.Database, token: cab.Token, tries: int) -> int:
     count = 0
     for _ in range(tries):
         with contextlib.suppress(cab.RateLimited, cab.DailyLimit):
@@ -1046,7 +1047,7 @@ def granted(store: cab.Store, token: cab.Token, tries: int) -> int:
     return count
 
 
-def test_a_token_may_ask_so_often_within_60_seconds(store: cab.Store, clock: FakeClock) -> None:
+def test_a_token_may_ask_so_often_within_60_seconds(store: cab.Database, clock: FakeClock) -> None:
     token, free = add(store, requests_per_minute=3), add(store)
     for seconds in (0, 10, 20):
         clock.advance(seconds)
@@ -1061,7 +1062,7 @@ def test_a_token_may_ask_so_often_within_60_seconds(store: cab.Store, clock: Fak
 
 
 @pytest.mark.parametrize("most, seed", [(1, 0), (2, 1), (3, 2), (5, 3), (9, 4)])
-def test_no_60_seconds_hold_more_asks_than_the_limit_and_none_is_refused_without_need(store: cab.Store, clock: FakeClock, most: int,
+def test_no_60_seconds_hold_more_asks_than_the_limit_and_none_is_refused_without_need(store: cab.Database, clock: FakeClock, most: int,
                                                                                        seed: int) -> None:
     chance, token, asked = random.Random(seed), add(store, requests_per_minute=most), [0.0]
     for _ in range(60):
@@ -1075,7 +1076,7 @@ def test_no_60_seconds_hold_more_asks_than_the_limit_and_none_is_refused_without
             asked.append(clock.now())
 
 
-def test_a_clock_set_back_locks_no_token_out(store: cab.Store, clock: FakeClock) -> None:
+def test_a_clock_set_back_locks_no_token_out(store: cab.Database, clock: FakeClock) -> None:
     token = add(store, requests_per_minute=2)
     assert granted(store, token, 5) == 2
     clock.advance(-3_600)
@@ -1084,7 +1085,7 @@ def test_a_clock_set_back_locks_no_token_out(store: cab.Store, clock: FakeClock)
     assert granted(store, token, 5) == 2
 
 
-def test_a_token_may_ask_so_often_on_one_day_of_utc(store: cab.Store, clock: FakeClock) -> None:
+def test_a_token_may_ask_so_often_on_one_day_of_utc(store: cab.Database, clock: FakeClock) -> None:
     token, free = add(store, requests_per_day=2), add(store)
     clock.at = MIDNIGHT - 0.5
     assert granted(store, token, 5) == 2 and granted(store, free, 5) == 5
@@ -1099,7 +1100,7 @@ def test_a_token_may_ask_so_often_on_one_day_of_utc(store: cab.Store, clock: Fak
     assert granted(store, token, 5) == 2
 
 
-def test_the_day_s_requests_stay_used_whatever_becomes_of_them(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+def test_the_day_s_requests_stay_used_whatever_becomes_of_them(open_store: Callable[..., cab.Database], clock: FakeClock) -> None:
     store = open_store()
     token = add(store, requests_per_day=4)
     queue_up(store, token, "completed", "failed", "cancelled", "put back")
@@ -1114,7 +1115,7 @@ def test_the_day_s_requests_stay_used_whatever_becomes_of_them(open_store: Calla
     assert refused_for(open_store(), token, cab.DailyLimit) == wait
 
 
-def test_a_token_with_both_limits_keeps_to_both(store: cab.Store, clock: FakeClock) -> None:
+def test_a_token_with_both_limits_keeps_to_both(store: cab.Database, clock: FakeClock) -> None:
     token = add(store, requests_per_minute=2, requests_per_day=3)
     assert granted(store, token, 5) == 2 and refused_for(store, token, cab.RateLimited) == 60
     clock.advance(60)
@@ -1125,7 +1126,7 @@ def test_a_token_with_both_limits_keeps_to_both(store: cab.Store, clock: FakeClo
     (cab.RateLimited, {"requests_per_minute": 2}, "new key", 50), (cab.DailyLimit, {"requests_per_day": 2}, "new key", 50),
     (cab.QueueFull, {}, "new key", 2), (cab.IdempotencyConflict, {}, "key", 50),
 ], ids=lambda value: getattr(value, "__name__", ""))
-def test_a_refused_ask_leaves_no_trace(store: cab.Store, clock: FakeClock, tmp_path: Path, refusal: Any, limits: Dict[str, Any], key: str,
+def test_a_refused_ask_leaves_no_trace(store: cab.Database, clock: FakeClock, tmp_path: Path, refusal: Any, limits: Dict[str, Any], key: str,
                                        room: int) -> None:
     token = add(store, **limits)
     store.enqueue(token.id, ASK, "key")
@@ -1142,7 +1143,7 @@ def test_a_refused_ask_leaves_no_trace(store: cab.Store, clock: FakeClock, tmp_p
 # --- lists of jobs ---
 
 
-def walk(store: cab.Store, token: Optional[cab.Token] = None, statuses: Sequence[str] = (), limit: int = 3,
+def walk(store: cab.Database, token: Optional[cab.Token] = None, statuses: Sequence[str] = (), limit: int = 3,
          meanwhile: Callable[[], Any] = lambda: None) -> List[List[str]]:
     """The messages of all pages."""
     pages: List[List[str]] = []
@@ -1160,7 +1161,7 @@ def walk(store: cab.Store, token: Optional[cab.Token] = None, statuses: Sequence
 @pytest.mark.parametrize("limit, pages", [
     (1, ["6", "5", "4", "3", "2", "1", "0"]), (3, ["654", "321", "0"]), (6, ["654321", "0"]), (7, ["6543210"]), (100, ["6543210"]),
 ])
-def test_the_pages_hold_every_job_once_newest_first(store: cab.Store, clock: FakeClock, limit: int, pages: List[str]) -> None:
+def test_the_pages_hold_every_job_once_newest_first(store: cab.Database, clock: FakeClock, limit: int, pages: List[str]) -> None:
     token, other = add(store), add(store)
     for number in range(7):
         clock.advance(-1)                                               # the order is that of the queue, not of the clock
@@ -1170,7 +1171,7 @@ def test_the_pages_hold_every_job_once_newest_first(store: cab.Store, clock: Fak
     assert walk(store, other) == [[]]
 
 
-def test_a_page_holds_the_jobs_of_one_token_or_of_all(store: cab.Store) -> None:
+def test_a_page_holds_the_jobs_of_one_token_or_of_all(store: cab.Database) -> None:
     one, other = add(store), add(store)
     for number in range(2):
         queue_up(store, one, "one %d" % number)
@@ -1185,7 +1186,7 @@ def test_a_page_holds_the_jobs_of_one_token_or_of_all(store: cab.Store) -> None:
     ((), "435210"), (("queued",), "43"), (("processing",), "2"), (("completed",), "0"), (("error",), "51"), (("queued", "error"), "4351"),
     (("error", "queued", "error"), "4351"), (("completed", "processing"), "20"), (cab.JobStatus.ALL, "435210"),
 ], ids=lambda value: ",".join(value))
-def test_a_page_holds_the_statuses_that_were_asked_for(store: cab.Store, statuses: Sequence[str], messages: str) -> None:
+def test_a_page_holds_the_statuses_that_were_asked_for(store: cab.Database, statuses: Sequence[str], messages: str) -> None:
     token = add(store)
     queue_up(store, token, "0", "1", "2")
     cancelled = queue_up(store, token, "5", "3", "4")[0]
@@ -1197,7 +1198,7 @@ def test_a_page_holds_the_statuses_that_were_asked_for(store: cab.Store, statuse
         assert [message for page in walk(store, token, statuses, limit) for message in page] == list(messages)
 
 
-def test_a_page_ends_early_where_it_is_large(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_ends_early_where_it_is_large(store: cab.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "PAGE_CHARACTERS", 300)      # ids and status are 78 to 81 of a row
     token = add(store)
     queue_up(store, token, "small 1", "small 2", "x" * 500, "y" * 60, "z" * 60, "small 3", "answered")
@@ -1211,7 +1212,7 @@ def test_a_page_ends_early_where_it_is_large(store: cab.Store, monkeypatch: pyte
 # --- conversations ---
 
 
-def test_a_conversation_is_continued_only_after_a_turn_that_succeeded(store: cab.Store) -> None:
+def test_a_conversation_is_continued_only_after_a_turn_that_succeeded(store: cab.Database) -> None:
     token = add(store)
     keys: Set[str] = set()
 
@@ -1234,7 +1235,7 @@ def test_a_conversation_is_continued_only_after_a_turn_that_succeeded(store: cab
     assert store.open_conversation(token.id, "other")[1:] == (None, 0.0) and store.open_conversation(token.id, "other").key not in keys
 
 
-def test_the_session_is_put_away_while_a_turn_runs(store: cab.Store) -> None:
+def test_the_session_is_put_away_while_a_turn_runs(store: cab.Database) -> None:
     token = add(store)
     queue_up(store, token, "hi", conversation="trip")
     store.open_conversation(token.id, "trip")
@@ -1242,13 +1243,13 @@ def test_the_session_is_put_away_while_a_turn_runs(store: cab.Store) -> None:
     assert [store.open_conversation(token.id, "trip").session_id for _ in range(2)] == ["s1", None]
 
 
-def test_a_conversation_of_a_revoked_token_is_not_begun(store: cab.Store, tmp_path: Path) -> None:
+def test_a_conversation_of_a_revoked_token_is_not_begun(store: cab.Database, tmp_path: Path) -> None:
     session = store.open_conversation("gone", "trip")
     assert session[1:] == (None, 0.0) and not store.has_conversation(session.key)
     assert rows(tmp_path / "bridge.db", "SELECT count(*) FROM conversations") == [(0,)]
 
 
-def test_the_history_is_the_completed_turns_of_this_conversation_before_this_job(store: cab.Store, tmp_path: Path) -> None:
+def test_the_history_is_the_completed_turns_of_this_conversation_before_this_job(store: cab.Database, tmp_path: Path) -> None:
     token, other = add(store), add(store)
     exchange(store, token, "one", "1", "trip")
     exchange(store, token, "elsewhere", "x", "home")
@@ -1265,7 +1266,7 @@ def test_the_history_is_the_completed_turns_of_this_conversation_before_this_job
 @pytest.mark.parametrize("turns, size, kept", [
     (200, 1000, [0, 1, 2, 3]), (2, 1000, [2, 3]), (200, 60, [1, 2, 3]), (200, 59, [2, 3]), (200, 20, [3]),
 ])
-def test_the_newest_turns_are_kept_within_both_limits(store: cab.Store, monkeypatch: pytest.MonkeyPatch, turns: int, size: int,
+def test_the_newest_turns_are_kept_within_both_limits(store: cab.Database, monkeypatch: pytest.MonkeyPatch, turns: int, size: int,
                                                       kept: List[int]) -> None:
     monkeypatch.setattr(cab, "HISTORY_TURNS", turns)
     monkeypatch.setattr(cab, "HISTORY_BYTES", size)
@@ -1276,7 +1277,7 @@ def test_the_newest_turns_are_kept_within_both_limits(store: cab.Store, monkeypa
     assert asked and [int(each.message) for each in store.history(asked)] == kept
 
 
-def test_conversations_are_listed_with_their_turns_the_one_used_last_first(store: cab.Store, clock: FakeClock) -> None:
+def test_conversations_are_listed_with_their_turns_the_one_used_last_first(store: cab.Database, clock: FakeClock) -> None:
     token, other, began = add(store), add(store), clock.now()
     for name in ("trip", "home", "work"):
         exchange(store, token, "hi", "ho", name)
@@ -1299,7 +1300,7 @@ def test_conversations_are_listed_with_their_turns_the_one_used_last_first(store
     assert [each.name for each in store.conversations(other.id)] == ["b", "a", "theirs"] and store.conversations("none") == []
 
 
-def test_a_conversation_that_is_deleted_is_gone_alone(store: cab.Store) -> None:
+def test_a_conversation_that_is_deleted_is_gone_alone(store: cab.Database) -> None:
     token, other = add(store), add(store)
     for owner, name in ((token, "trip"), (token, "home"), (other, "trip")):
         exchange(store, owner, "hi", "ho", name)
@@ -1310,7 +1311,7 @@ def test_a_conversation_that_is_deleted_is_gone_alone(store: cab.Store) -> None:
     assert [store.has_conversation(key) for key in keys] == [False, True, True]
 
 
-def test_what_was_said_in_a_deleted_conversation_can_still_be_polled_and_goes_with_its_time(store: cab.Store, clock: FakeClock) -> None:
+def test_what_was_said_in_a_deleted_conversation_can_still_be_polled_and_goes_with_its_time(store: cab.Database, clock: FakeClock) -> None:
     token = add(store)
     exchange(store, token, "hi", "ho", "trip")
     [[message]] = walk(store, token)
@@ -1321,7 +1322,7 @@ def test_what_was_said_in_a_deleted_conversation_can_still_be_polled_and_goes_wi
     assert store.purge(7) == 1 and store.usage("")[0].completed == 1
 
 
-def test_what_waits_begins_a_deleted_conversation_afresh(store: cab.Store) -> None:
+def test_what_waits_begins_a_deleted_conversation_afresh(store: cab.Database) -> None:
     token = add(store)
     exchange(store, token, "hi", "ho", "trip")
     before = store.open_conversation(token.id, "trip")
@@ -1339,7 +1340,7 @@ def test_what_waits_begins_a_deleted_conversation_afresh(store: cab.Store) -> No
     assert [(each.name, each.turns) for each in store.conversations(token.id)] == [("trip", 1)]
 
 
-def test_a_job_that_ran_when_its_conversation_was_deleted_leaves_nothing_in_the_next_one(store: cab.Store) -> None:
+def test_a_job_that_ran_when_its_conversation_was_deleted_leaves_nothing_in_the_next_one(store: cab.Database) -> None:
     token = add(store)
     runs, waits = queue_up(store, token, "secret", "waits", conversation="trip")
     claimed(store)
@@ -1352,7 +1353,7 @@ def test_a_job_that_ran_when_its_conversation_was_deleted_leaves_nothing_in_the_
     assert after[1:] == (None, 0.0) and after.key != before.key and store.history(waits) == []
 
 
-def test_a_job_that_ran_when_its_conversation_was_deleted_is_tried_again_without_it(store: cab.Store) -> None:
+def test_a_job_that_ran_when_its_conversation_was_deleted_is_tried_again_without_it(store: cab.Database) -> None:
     token = add(store)
     queue_up(store, token, "put back", conversation="trip")
     store.open_conversation(token.id, "trip")
@@ -1365,7 +1366,7 @@ def test_a_job_that_ran_when_its_conversation_was_deleted_is_tried_again_without
 # --- usage ---
 
 
-def test_usage_is_counted_on_the_day_of_the_request(store: cab.Store, clock: FakeClock) -> None:
+def test_usage_is_counted_on_the_day_of_the_request(store: cab.Database, clock: FakeClock) -> None:
     one, other = sorted((add(store), add(store)), key=lambda token: token.id)
     clock.at = MIDNIGHT - 1
     queue_up(store, one, "asked late")
@@ -1384,7 +1385,7 @@ def test_usage_is_counted_on_the_day_of_the_request(store: cab.Store, clock: Fak
     assert store.usage("2027-01-14", other.id) == [failed, today] and store.usage("2027-01-15", one.id) == []
 
 
-def test_each_job_is_counted_once_however_it_ends(store: cab.Store) -> None:
+def test_each_job_is_counted_once_however_it_ends(store: cab.Database) -> None:
     token = add(store)
     jobs = queue_up(store, token, "completed", "failed", "cancelled", "cut off twice", "cancelled while it waits", "waits")
     store.complete(claimed(store), cab.Answer("ok", usage=cab.Usage(1)))
@@ -1401,7 +1402,7 @@ def test_each_job_is_counted_once_however_it_ends(store: cab.Store) -> None:
     assert store.recover() == (0, 0) and store.usage("") == usage
 
 
-def test_what_a_revoked_token_used_stays_in_the_sums(store: cab.Store, clock: FakeClock) -> None:
+def test_what_a_revoked_token_used_stays_in_the_sums(store: cab.Database, clock: FakeClock) -> None:
     token = add(store)
     queue_up(store, token, "done", "runs", "waits")
     store.complete(claimed(store), cab.Answer("ok", usage=cab.Usage(1)))
@@ -1415,7 +1416,7 @@ def test_what_a_revoked_token_used_stays_in_the_sums(store: cab.Store, clock: Fa
     assert store.usage("") == usage
 
 
-def test_usage_goes_after_400_days(store: cab.Store, clock: FakeClock) -> None:
+def test_usage_goes_after_400_days(store: cab.Database, clock: FakeClock) -> None:
     token = add(store)
     for _ in range(2):
         queue_up(store, token, "waits")
@@ -1428,32 +1429,32 @@ def test_usage_goes_after_400_days(store: cab.Store, clock: FakeClock) -> None:
     assert [row.day for row in store.usage("")] == ["2027-01-16"] and store.counts()["queued"] == 2
 
 
-def test_the_limits_of_the_plan_are_kept_as_they_were_told_last(open_store: Callable[..., cab.Store], clock: FakeClock) -> None:
+def test_the_limits_of_the_plan_are_kept_as_they_were_told_last(open_store: Callable[..., cab.Database], clock: FakeClock) -> None:
     store, now = open_store(), clock.now()
     assert store.windows() == []
-    five, seven = cab.PlanWindow("five_hour", "allowed", 0.42, now + 3_600.5, now), cab.PlanWindow("seven_day", None, None, None, now)
-    store.note_windows([seven, five])
+    five, seven = cab.RateLimitWindow("five_hour", "allowed", 0.42, now + 3_600.5, now), cab.RateLimitWindow("seven_day", None, None, None, now)
+    store.save_plan_limits([seven, five])
     assert store.windows() == [five, seven]
-    full = cab.PlanWindow("five_hour", "rejected", 1.0, None, now + 60)
-    store.note_windows([full])
-    store.note_windows([])
+    full = cab.RateLimitWindow("five_hour", "rejected", 1.0, None, now + 60)
+    store.save_plan_limits([full])
+    store.save_plan_limits([])
     store.close()
     assert open_store().windows() == [full, seven]
 
 
-def test_a_limit_with_half_a_letter_is_kept_too(store: cab.Store) -> None:
+def test_a_limit_with_half_a_letter_is_kept_too(store: cab.Database) -> None:
     told = {"status": "a\ud800", "rateLimitType": "b\udfff", "overageStatus": "c\ud800", "resetsAt": 1}
-    store.note_windows(cab.read_limits({"rate_limit_info": told}, 7.0).windows)
+    store.save_plan_limits(cab.parse_rate_limits({"rate_limit_info": told}, 7.0).windows)
     assert {window.seen_at for window in store.windows()} == {7.0}
 
 
 # --- children, and the end of the program ---
 
 
-def test_children_are_noted_and_forgotten(open_store: Callable[..., cab.Store]) -> None:
+def test_children_are_noted_and_forgotten(open_store: Callable[..., cab.Database]) -> None:
     store = open_store()
     for pid, started in ((10, "a"), (11, "b"), (10, "c"), (11, None), (12, None)):
-        store.note_child(pid, started)
+        store.record_process(pid, started)
     store.close()
     assert open_store().children() == [(10, "c", None)]
 
@@ -1472,7 +1473,7 @@ sys.stdin.read()
 """
 
 
-def test_what_was_acknowledged_survives_kill_9(open_store: Callable[..., cab.Store], tmp_path: Path) -> None:
+def test_what_was_acknowledged_survives_kill_9(open_store: Callable[..., cab.Database], tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM, str(MODULE.parent), str(tmp_path / "bridge.db")], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
@@ -1484,7 +1485,7 @@ def test_what_was_acknowledged_survives_kill_9(open_store: Callable[..., cab.Sto
     assert [claimed(store).id for _ in range(2)] == [first, second]
 
 
-def test_an_admin_can_always_be_made_where_there_is_none(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_admin_can_always_be_made_where_there_is_none(store: cab.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "TOKENS", 1)
     add(store)
     assert add(store, admin=True).is_admin
@@ -1492,7 +1493,7 @@ def test_an_admin_can_always_be_made_where_there_is_none(store: cab.Store, monke
         add(store, admin=True)
 
 
-def test_a_turn_larger_than_the_history_is_cut_and_not_forgotten(store: cab.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_larger_than_the_history_is_cut_and_not_forgotten(store: cab.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "HISTORY_BYTES", 10)
     token = add(store, session_mode="stateful")
     for message, response in (("old", "old"), ("new", "é" * 50), ("next", "")):
@@ -1504,7 +1505,7 @@ def test_a_turn_larger_than_the_history_is_cut_and_not_forgotten(store: cab.Stor
     assert store.history(job) == [("new", "ééé")]
 
 
-def test_the_job_that_is_queued_is_the_job_that_is_stored(store: cab.Store) -> None:
+def test_the_job_that_is_queued_is_the_job_that_is_stored(store: cab.Database) -> None:
     token = add(store, session_mode="stateful")
     job = store.enqueue(token.id, cab.Ask("hi", "haiku", "be short", "{}", "trip", "low"), "a key").job
     assert store.job(job.id) == job

@@ -43,7 +43,7 @@ def api(served: RunningBridge) -> Api:
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams look at the store more often; what they tell stays the same."""
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.02)
 
 
 def script(*steps: Dict[str, Any]) -> str:
@@ -98,13 +98,13 @@ def next_event(stream: Stream) -> Event:
     return next(iter(stream))
 
 
-def chunks(wire: Wire) -> List[bytes]:
+def chunks(body_field: Wire) -> List[bytes]:
     """The pieces of a chunked body, to its end; what follows stays unread."""
     found: List[bytes] = []
     while True:
-        size = int(wire.file.readline(), 16)
-        piece = wire.file.read(size)
-        assert wire.file.read(2) == b"\r\n"
+        size = int(body_field.file.readline(), 16)
+        piece = body_field.file.read(size)
+        assert body_field.file.read(2) == b"\r\n"
         if not size:
             return found
         found.append(piece)
@@ -132,10 +132,10 @@ def test_an_ask_that_streams_is_told_its_steps_and_ends_with_the_poll_body(api: 
 
 def test_a_stream_is_chunked_event_by_event_and_the_connection_goes_on(api: Api) -> None:
     body = b'{"message": "say hi", "stream": true}'
-    with Wire(api.port) as wire:
-        head = wire.send(sized(api, "/api/ask", body), request()).answer(has_body=False)
-        pieces = chunks(wire)
-        assert wire.answer().json == {"status": "ok"}                        # what was asked on the same connection
+    with Wire(api.port) as body_field:
+        head = body_field.send(sized(api, "/api/ask", body), request()).answer(has_body=False)
+        pieces = chunks(body_field)
+        assert body_field.answer().json == {"status": "ok"}                        # what was asked on the same connection
     assert (head.status, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     assert (head.headers["transfer-encoding"], head.headers["connection"]) == ("chunked", "keep-alive")
     assert {**head.headers, **STANDARD, "cache-control": "no-store, no-transform", "x-accel-buffering": "no"} == head.headers
@@ -153,9 +153,9 @@ def test_a_stream_is_chunked_event_by_event_and_the_connection_goes_on(api: Api)
 def test_where_a_client_wants_no_chunks_the_end_of_the_connection_ends_a_stream(api: Api, version: str, headers: Tuple[str, ...]) -> None:
     job_id = api.ask("say hi")
     api.done(job_id)
-    with Wire(api.port) as wire:
-        head = wire.send(request(follow_line(job_id, version=version), bearer(api), *headers)).answer(has_body=False)
-        data = wire.rest()
+    with Wire(api.port) as body_field:
+        head = body_field.send(request(follow_line(job_id, version=version), bearer(api), *headers)).answer(has_body=False)
+        data = body_field.rest()
     assert (head.status, head.headers["connection"], head.headers["content-type"]) == (200, "close", "text/event-stream; charset=utf-8")
     assert not {"transfer-encoding", "content-length"} & set(head.headers)
     *events, rest = data.split(b"\n\n")
@@ -164,10 +164,10 @@ def test_where_a_client_wants_no_chunks_the_end_of_the_connection_ends_a_stream(
 
 def test_head_answers_as_the_stream_would_without_a_byte_of_it(api: Api, gate: Path) -> None:
     job_id = processing(api, held(gate))                               # it would not end before the gate opens
-    with Wire(api.port) as wire:
-        head = wire.send(request(follow_line(job_id, "HEAD"), bearer(api))).answer(has_body=False)
+    with Wire(api.port) as body_field:
+        head = body_field.send(request(follow_line(job_id, "HEAD"), bearer(api))).answer(has_body=False)
         assert (head.status, head.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-        assert wire.send(request()).answer().json == {"status": "ok"}
+        assert body_field.send(request()).answer().json == {"status": "ok"}
 
 
 def test_a_stream_that_could_not_begin_is_an_ordinary_refusal(api: Api) -> None:
@@ -311,7 +311,7 @@ def test_a_failed_job_ends_with_error_and_the_poll_body(api: Api, gate: Path) ->
 
 
 def test_a_cancelled_job_ends_its_streams_at_once(api: Api, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 30.0)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 30.0)
     running, waiting = processing(api, held(gate)), api.ask("say never")
     streams = [api.follow(running), api.follow(waiting)]
     streams[0].until("delta"), streams[1].until("queued")
@@ -334,10 +334,10 @@ def test_what_was_said_before_a_tool_call_is_no_part_of_the_text(api: Api, gate:
     assert kinds(late.rest()) == ["started", "delta", "completed"] and late.text == "It is Tuesday."
 
 
-@pytest.mark.parametrize("heard, text, restarts", [
+@pytest.mark.parametrize("heard, text, generation", [
     (("The stream was ",), "The stream was cut.", 0), ((), "All at once", 0), (("wrong ", "words"), "right words", 1),
     (("longer than",), "longer", 1), (("said in vain",), "", 1)])
-def test_the_final_text_is_what_counts_whatever_was_heard(api: Api, gate: Path, heard: Tuple[str, ...], text: str, restarts: int) -> None:
+def test_the_final_text_is_what_counts_whatever_was_heard(api: Api, gate: Path, heard: Tuple[str, ...], text: str, generation: int) -> None:
     stream = api.stream("POST", "/api/ask", {"message": script(*said(*heard), {"wait": str(gate)}, {"result": text}), "stream": True})
     while stream.text != "".join(heard):
         next_event(stream)
@@ -347,7 +347,7 @@ def test_the_final_text_is_what_counts_whatever_was_heard(api: Api, gate: Path, 
     again = api.follow(completed.data["requestId"], 1)
     again.rest()
     assert text_of(again.events, text[:1]) == text
-    assert [event.kind for event in stream.events].count("started") == 1 + restarts
+    assert [event.kind for event in stream.events].count("started") == 1 + generation
 
 
 @pytest.mark.parametrize("heard, text", [
@@ -367,9 +367,9 @@ def test_line_ends_of_any_kind_stay_inside_their_event(api: Api) -> None:
     text = "a\u2028b\u2029c\x85d\re\nf\r\ng\x0bh\x0ci\x00j\ufeffk: \nid: 7\n\nevent: completed\n\n"
     job_id = api.ask(script(*said(text)))
     api.done(job_id)
-    with Wire(api.port) as wire:
-        wire.send(request(follow_line(job_id), bearer(api))).answer(has_body=False)
-        data = b"".join(chunks(wire)).decode()
+    with Wire(api.port) as body_field:
+        body_field.send(request(follow_line(job_id), bearer(api))).answer(has_body=False)
+        data = b"".join(chunks(body_field)).decode()
     lines = data.splitlines()                                                # by each of the ends that some reader may know
     assert data.split("\n")[:-1] == lines and len(lines) == 12
     assert [json.loads(line[6:]).get("text") for line in lines if line.startswith("data: ")] == [None, text, None]
@@ -413,7 +413,7 @@ def expected(steps: List[Dict[str, Any]]) -> str:
     text = ""
     for step in steps:
         text = step["result"] if "result" in step else "" if "message" in step else text + step["delta"]
-    return cab.clean_text(text)
+    return cab.replace_surrogates(text)
 
 
 def read_with_breaks(api: Api, job_id: str, chance: random.Random) -> Tuple[str, str]:
@@ -497,8 +497,8 @@ def test_readers_that_do_not_read_and_readers_that_vanish_harm_nobody(api: Api, 
 
 def test_a_slow_reader_gets_in_few_pieces_what_the_run_did_not_wait_to_tell_it(api: Api, gate: Path, tmp_path: Path,
                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = cab.Handler.setup
-    monkeypatch.setattr(cab.Handler, "setup", lambda handler: (
+    setup = cab.ConnectionHandler.setup
+    monkeypatch.setattr(cab.ConnectionHandler, "setup", lambda handler: (
         handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 11), setup(handler)))
     words, begin = ["word-%d %s " % (n, "x" * 60) for n in range(300)], tmp_path / "begin"     # more than the buffers between them take
     job_id, text = api.ask(script({"wait": str(begin)}, *said(*words), {"wait": str(gate)}, {"delta": "end"})), "".join(words)
@@ -520,17 +520,17 @@ def test_a_slow_reader_gets_in_few_pieces_what_the_run_did_not_wait_to_tell_it(a
 
 def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.SEND, 0.25)             # the last event alone takes longer
-    setup = cab.Handler.setup
-    monkeypatch.setattr(cab.Handler, "setup", lambda handler: (
+    setup = cab.ConnectionHandler.setup
+    monkeypatch.setattr(cab.ConnectionHandler, "setup", lambda handler: (
         handler.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16), setup(handler)))
     job_id = api.ask("flood 2")
     api.done(job_id)
     data, pace = b"", threading.Event()
-    with Deaf(api.port, 1 << 16) as wire:
-        wire.send(request(follow_line(job_id), bearer(api)))
+    with Deaf(api.port, 1 << 16) as body_field:
+        body_field.send(request(follow_line(job_id), bearer(api)))
         while not data.endswith(b"0\r\n\r\n"):
             pace.wait(0.01)
-            part = wire.socket.recv(1 << 16)
+            part = body_field.socket.recv(1 << 16)
             assert part, "cut after %d bytes" % len(data)
             data += part
     assert data.count(b"x") > 4 << 20
@@ -539,12 +539,12 @@ def test_a_slow_reader_may_take_its_time_for_each_part_of_a_large_answer(api: Ap
 # --- silence, and the end ---
 
 def test_a_silent_stream_says_that_it_lives(api: Api, gate: Path, quick_looks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(cab, "HEARTBEAT_SECONDS", 0.05)
     running, waiting = processing(api, held(gate)), api.ask("say hi")
     for job_id, last in ((running, b"delta"), (waiting, b"queued")):
-        with Wire(api.port) as wire:
-            wire.send(request(follow_line(job_id), bearer(api))).answer(has_body=False)
-            lines = iter(wire.file.readline, b"")
+        with Wire(api.port) as body_field:
+            body_field.send(request(follow_line(job_id), bearer(api))).answer(has_body=False)
+            lines = iter(body_field.file.readline, b"")
             assert next(line for line in lines if line == b"event: %b\n" % last)
             assert [next(lines) for _ in range(9)][-6:] == [b"e\r\n", b": still here\n", b"\n", b"\r\n", b"e\r\n", b": still here\n"]
 
@@ -570,12 +570,12 @@ def test_a_reader_who_left_during_a_silent_run_leaves_no_thread(served: RunningB
                                                                 sent: bytes) -> None:
     api = served.admin
     job_id = processing(api, held(gate))
-    with Wire(api.port) as wire:
-        wire.send(request(follow_line(job_id, method), bearer(api), "Content-Length: %d" % len(sent)))
+    with Wire(api.port) as body_field:
+        body_field.send(request(follow_line(job_id, method), bearer(api), "Content-Length: %d" % len(sent)))
         wait_until(lambda: head_was_read(served))
-        wire.send(sent)                                                      # a body that nobody wants
-        wire.answer(has_body=False)
-        assert next(line for line in iter(wire.file.readline, b"") if line == b"event: delta\n") and connection_threads()
+        body_field.send(sent)                                                      # a body that nobody wants
+        body_field.answer(has_body=False)
+        assert next(line for line in iter(body_field.file.readline, b"") if line == b"event: delta\n") and connection_threads()
     wait_until(lambda: not connection_threads())
     assert api.poll(job_id)["status"] == "processing"
 
@@ -589,21 +589,21 @@ def test_a_body_that_nobody_wants_does_not_cut_the_end_of_a_stream(served: Runni
     api = served.admin
     job_id = api.ask("big 600")
     api.done(job_id)
-    with Deaf(api.port) as wire:                                             # the body is there long before the stream is through
-        wire.send(request(follow_line(job_id, "POST"), bearer(api), CHUNKED))
+    with Deaf(api.port) as body_field:                                             # the body is there long before the stream is through
+        body_field.send(request(follow_line(job_id, "POST"), bearer(api), CHUNKED))
         wait_until(lambda: head_was_read(served))
-        head = wire.send(b"2\r\n{}\r\n0\r\n\r\n").answer(has_body=False)
-        data = b"".join(chunks(wire)) if "transfer-encoding" in head.headers else wire.rest()
+        head = body_field.send(b"2\r\n{}\r\n0\r\n\r\n").answer(has_body=False)
+        data = b"".join(chunks(body_field)) if "transfer-encoding" in head.headers else body_field.rest()
     assert data.count("\xe9".encode()) == 2 * 307_200 and b"event: completed" in data
 
 
 def test_a_client_that_only_ended_its_sending_is_told_how_things_stand(api: Api) -> None:
     job_id = api.ask("say hi")
     api.done(job_id)
-    with Wire(api.port) as wire:
-        wire.send(request(follow_line(job_id), bearer(api))).socket.shutdown(socket.SHUT_WR)
-        wire.answer(has_body=False)
-        assert b'"response":"hi"' in wire.rest()
+    with Wire(api.port) as body_field:
+        body_field.send(request(follow_line(job_id), bearer(api))).socket.shutdown(socket.SHUT_WR)
+        body_field.answer(has_body=False)
+        assert b'"response":"hi"' in body_field.rest()
 
 
 def test_a_revoked_token_ends_its_streams_with_an_error(api: Api, gate: Path, quick_looks: None) -> None:
@@ -627,18 +627,18 @@ def test_a_revoked_token_ends_its_streams_with_an_error(api: Api, gate: Path, qu
 
 def test_the_end_of_the_bridge_ends_streams_cleanly_and_quickly(bridge: Start, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "FINISH_SECONDS", 0.05)
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 0.1)
     running = bridge(spare=0)
     api = running.admin
     active, waiting = processing(api, held(gate)), api.ask("say hi")
     stream = api.follow(waiting)
     stream.until("queued")
-    with Wire(running.port) as wire:
-        wire.send(request(follow_line(active), bearer(api))).answer(has_body=False)
+    with Wire(running.port) as body_field:
+        body_field.send(request(follow_line(active), bearer(api))).answer(has_body=False)
         began = time.monotonic()
         running.bridge.__exit__(None, None, None)
         assert time.monotonic() - began < 10                                 # no sign of life was waited for
-        assert b"event: delta" in b"".join(chunks(wire)) and wire.rest() == b""
+        assert b"event: delta" in b"".join(chunks(body_field)) and body_field.rest() == b""
     assert set(kinds(stream.rest())) == {"queued"}
 
 
@@ -664,7 +664,7 @@ def test_after_a_restart_a_finished_text_goes_on_exactly_where_a_reader_was(brid
 
 def test_a_text_that_a_restart_cut_begins_anew(bridge: Start, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "FINISH_SECONDS", 0.05)
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 0.1)
     running = bridge(spare=0)
     first = once(tmp_path / "once", {"delta": "What it said at "}, {"message": True}, {"delta": "first"}, {"wait": str(gate)})
     job_id = running.admin.ask(script(first, {"delta": "At last "}, {"wait": str(tmp_path / "more")}, {"delta": "this"}))
@@ -683,7 +683,7 @@ def test_a_text_that_a_restart_cut_begins_anew(bridge: Start, gate: Path, tmp_pa
 
 def test_a_text_begins_anew_when_the_worker_met_an_error_and_runs_again(bridge: Start, gate: Path, tmp_path: Path,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    complete: Callable[..., bool] = cab.Store.complete
+    complete: Callable[..., bool] = cab.Database.complete
     failures: List[int] = []
 
     def fail_once(*args: Any) -> bool:
@@ -692,8 +692,8 @@ def test_a_text_begins_anew_when_the_worker_met_an_error_and_runs_again(bridge: 
             raise ValueError("none of ours")
         return complete(*args)
 
-    monkeypatch.setattr(cab, "LOOK_SECONDS", 5.0)                            # else a look may fall into the moment in which it is queued
-    monkeypatch.setattr(cab.Store, "complete", fail_once)
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 5.0)                            # else a look may fall into the moment in which it is queued
+    monkeypatch.setattr(cab.Database, "complete", fail_once)
     api = bridge(spare=0).admin
     first = once(tmp_path / "once", {"delta": "I look"}, {"wait": str(gate)}, {"message": True}, {"delta": "first"},
                  {"wait": str(tmp_path / "more")}, {"result": "first"})
@@ -749,7 +749,7 @@ def test_a_text_begins_anew_after_an_overload(api: Api, tmp_path: Path, monkeypa
 # --- how many ---
 
 def test_one_token_cannot_take_all_connections(api: Api, gate: Path, quick_looks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "WATCHES", 3)
+    monkeypatch.setattr(cab, "MAX_STREAMS_PER_TOKEN", 3)
     guest, other = api.new_token("guest"), api.new_token("other")
     job = processing(guest, held(gate))
     streams = [guest.follow(job) for _ in range(3)]

@@ -60,7 +60,7 @@ TUNNEL_TOKEN = base64.b64encode(json.dumps({"a": "b" * 32, "t": str(uuid.UUID(in
     *((line, ("", "")) for line in (WELCOME + HARMLESS + PRE_CHECKS).splitlines()), ("", ("", "")),
 ])
 def test_a_line_of_the_log_tells_this(line: str, told: Tuple[str, str]) -> None:
-    assert cab.read_tunnel_line(line) == told
+    assert cab.parse_tunnel_line(line) == told
 
 
 @pytest.mark.parametrize("system, machine, name", [
@@ -105,7 +105,7 @@ def test_a_program_on_this_machine_finds_us_where_we_listen(host: str, no_tunnel
     assert cab.Config(host=host, no_tunnel=no_tunnel).origin(3456) == origin
 
 
-KEPT = {"PATH": "/bin", "HOME": "/root", "LANG": "C.UTF-8", "LC_ALL": "C", "TMPDIR": "/tmp", "SSL_CERT_FILE": "/x.pem",
+CACHE_ENTRIES = {"PATH": "/bin", "HOME": "/root", "LANG": "C.UTF-8", "LC_ALL": "C", "TMPDIR": "/tmp", "SSL_CERT_FILE": "/x.pem",
         **dict.fromkeys(("USER", "USERPROFILE", "TZ", "TEMP", "TMP", "SYSTEMROOT", "windir", "APPDATA", "LOCALAPPDATA",
                          "SSL_CERT_DIR"), "y")}
 DROPPED = ("TUNNEL_NAME", "TUNNEL_LOGLEVEL", "TUNNEL_TOKEN", "tunnel_url", "NO_AUTOUPDATE", "NO_TLS_VERIFY", "NOTIFY_SOCKET", "CAB_PORT",
@@ -116,8 +116,8 @@ DROPPED = ("TUNNEL_NAME", "TUNNEL_LOGLEVEL", "TUNNEL_TOKEN", "tunnel_url", "NO_A
 
 @pytest.mark.parametrize("token", ["", TUNNEL_TOKEN])
 def test_the_environment_is_what_any_program_needs_and_its_token(token: str) -> None:
-    environ = {**KEPT, **dict.fromkeys(DROPPED, "x")}
-    assert cab.tunnel_environment(environ, token) == {**KEPT, **({"TUNNEL_TOKEN": token} if token else {})}
+    environ = {**CACHE_ENTRIES, **dict.fromkeys(DROPPED, "x")}
+    assert cab.tunnel_environment(environ, token) == {**CACHE_ENTRIES, **({"TUNNEL_TOKEN": token} if token else {})}
 
 
 def encoded(value: Any) -> str:
@@ -168,12 +168,12 @@ def test_the_rules_of_a_configuration_are_listed_with_a_star_for_no_name() -> No
 
 # --- when it is started, given up and tried again: histories, told to the policy ---
 
-NOTHING, ADDRESS, READY = cab.Sight(), cab.Sight(has_host=True), cab.Sight(has_host=True, is_ready=True)
-ENDED = cab.Sight(True, words="it ended")
-LIMITED = cab.Sight(True, words='it ended: status_code="429 Too Many Requests"')
-LIMITED_TOO = cab.Sight(True, words="it ended: error code: 1015")
-HOPELESS = cab.Sight(True, True, words="it is no use")
-Moment = Tuple[float, cab.Sight, str, str, str]              # seconds since the start, what is seen; then action, state, protocol
+NOTHING, ADDRESS, READY = cab.TunnelStatus(), cab.TunnelStatus(has_host=True), cab.TunnelStatus(has_host=True, is_ready=True)
+ENDED = cab.TunnelStatus(True, words="it ended")
+LIMITED = cab.TunnelStatus(True, words='it ended: status_code="429 Too Many Requests"')
+LIMITED_TOO = cab.TunnelStatus(True, words="it ended: error code: 1015")
+HOPELESS = cab.TunnelStatus(True, True, words="it is no use")
+Moment = Tuple[float, cab.TunnelStatus, str, str, str]              # seconds since the start, what is seen; then action, state, protocol
 
 HISTORIES: List[Any] = [
     pytest.param(("quic", "http2"), False, [
@@ -234,7 +234,7 @@ def test_a_history_of_the_tunnel(protocols: Sequence[str], is_named: bool, momen
 
 
 @pytest.mark.parametrize("sight, seconds, action", [(NOTHING, 30, "stop"), (ADDRESS, 30, "start")])
-def test_the_time_of_a_start_counts_from_when_the_program_runs(sight: cab.Sight, seconds: float, action: str) -> None:
+def test_the_time_of_a_start_counts_from_when_the_program_runs(sight: cab.TunnelStatus, seconds: float, action: str) -> None:
     policy = cab.TunnelPolicy(["quic", "http2"])
     policy.start(1_000)
     policy.began(1_031)                                      # after a download
@@ -276,7 +276,7 @@ def test_after_a_time_that_was_good_the_pauses_are_short_again() -> None:
     assert policy.retry_at - 3_801 == 5
 
 
-def starts_within(hours: float, sight: Callable[[float], cab.Sight]) -> int:
+def starts_within(hours: float, sight: Callable[[float], cab.TunnelStatus]) -> int:
     """How often cloudflared is started. sight: what is seen, by the seconds since the last start."""
     policy, begun, starts, now = cab.TunnelPolicy(["quic", "http2"], jitter=lambda: 0.0), 0.0, 1, 0.0
     policy.start(now)
@@ -297,7 +297,7 @@ def starts_within(hours: float, sight: Callable[[float], cab.Sight]) -> int:
     pytest.param(lambda since: READY if since < 2 else ENDED, 300, id="it is connected and ends, again and again"),
     pytest.param(lambda since: HOPELESS, 1, id="hopeless"),
 ])
-def test_eight_hours_of_failure_are_few_starts(sight: Callable[[float], cab.Sight], most: int) -> None:
+def test_eight_hours_of_failure_are_few_starts(sight: Callable[[float], cab.TunnelStatus], most: int) -> None:
     assert 1 <= starts_within(8, sight) <= most
 
 
@@ -326,16 +326,16 @@ class Rig:
 
     def __init__(self, folder: Path, install: Any, clock: FakeClock, protocols: Sequence[str], token: str, **settings: Any) -> None:
         self.clock, self.announced, self.said = clock, [], []    # type: Tuple[FakeClock, List[str], List[str]]
-        self.remembered: Dict[str, str] = {}
+        self.get_state: Dict[str, str] = {}
         self.noted: Dict[int, Tuple[Any, ...]] = {}
         config = cab.Config(data_dir=folder, **settings)
         self.policy = cab.TunnelPolicy(protocols, bool(token), lambda: 0.5)
         self.tunnel = cab.Tunnel(config, install(config), self.policy, token, clock, "test%d" % os.getpid(), self._note,
-                                 self.announced.append, self.said.append, self.remembered.__setitem__)
+                                 self.announced.append, self.said.append, self.get_state.__setitem__)
         self.tunnel._stopping = Impatient()
         self.stepped_at, step = float("-inf"), self.policy.step
 
-        def noted(now: float, sight: cab.Sight) -> str:
+        def noted(now: float, sight: cab.TunnelStatus) -> str:
             action, self.stepped_at = step(now, sight), now
             return action
         self.policy.step = noted                                     # type: ignore[method-assign]
@@ -416,7 +416,7 @@ def test_a_tunnel_that_fares_well_is_announced_once_with_its_address(rig: Rigs, 
     assert details == {"state": "running", "url": URL, "since": cab.iso_time(one.clock.at), "protocol": "quic", "starts": 1, "error": None,
                        "retryInSeconds": None}
     assert (one.announced, one.said, one.tunnel.hosts) == ([URL], [], {"foo-bar.trycloudflare.com"})
-    assert one.remembered == {"tunnel_protocol": "quic"}
+    assert one.get_state == {"tunnel_protocol": "quic"}
     for _ in range(5):
         one.clock.advance(5)
         one.looked()
@@ -502,7 +502,7 @@ def test_the_protocol_that_worked_is_remembered(rig: Rigs, fake: FakeCloudflared
     one = rig(quick(connects="http2"))
     one.addressed()
     one.clock.advance(30)
-    assert one.until(RUNNING)["protocol"] == "http2" and one.remembered == {"tunnel_protocol": "http2"}
+    assert one.until(RUNNING)["protocol"] == "http2" and one.get_state == {"tunnel_protocol": "http2"}
     fake.turn("die", "1")
     one.until(BACKOFF)
     one.clock.advance(5)
@@ -635,7 +635,7 @@ def test_it_gets_its_time_to_leave_and_is_gone_when_the_tunnel_is_closed(rig: Ri
     one.tunnel.retire()
     one.tunnel.close()
     one.tunnel.close()
-    assert not is_running(pid) and fake.has_left() == ([pid] if is_ordered else [])
+    assert not is_running(pid) and fake.client_disconnected() == ([pid] if is_ordered else [])
     assert (one.noted, one.tunnel.state, one.tunnel.hosts, one.said) == ({}, "stopped", frozenset(), [])
 
 
@@ -1333,7 +1333,7 @@ def test_without_our_tunnel_nobody_names_a_client(bridge: Bridges, clock: FakeCl
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
 def test_a_local_peer_is_believed_by_each_of_its_addresses(peer: str) -> None:
-    names = cab.Names(through_tunnel=lambda: frozenset([THROUGH]))
+    names = cab.HostPolicy(through_tunnel=lambda: frozenset([THROUGH]))
     request = cab.Request("GET", "/", {}, {"host": THROUGH.upper() + ".:443", "cf-connecting-ip": "203.0.113.1"}, peer, lambda: b"")
     assert names.address(request) == "203.0.113.1"
 
@@ -1417,7 +1417,7 @@ def test_one_start_gives_a_public_address_with_the_exact_command_and_a_clean_env
                                         "--url", "http://127.0.0.1:%d" % running.port]
     assert (tmp_path / "data" / "cloudflared.yml").read_text() == "{}\n" and mode(tmp_path / "data" / "cloudflared.yml") == 0o600
     seen = fake.starts()[0]["env"]
-    assert {name for name in seen if not name.startswith("__")} == {"PATH", "HOME", "LANG", cab.TAG}
+    assert {name for name in seen if not name.startswith("__")} == {"PATH", "HOME", "LANG", cab.OWNER_ENV_VAR}
     assert running.end(signal.SIGTERM) == 0 and "Traceback" not in running.stderr and alive(fake) == []
 
 
@@ -1451,7 +1451,7 @@ def test_no_cloudflared_is_left_at_an_end(start: Programs, fake: FakeCloudflared
     if number == signal.SIGKILL:
         wait_until(lambda: not alive(fake))
     else:
-        assert (status, alive(fake), len(fake.has_left())) == (0, [], 0 if leaves == "never" else 1)
+        assert (status, alive(fake), len(fake.client_disconnected())) == (0, [], 0 if leaves == "never" else 1)
         assert "Traceback" not in running.stderr
 
 
@@ -1484,10 +1484,10 @@ def test_only_the_very_process_that_was_noted_is_ended(bridge: Bridges, tmp_path
         when = {each.pid: cab.started_at(each.pid) for each in started}
         program = cab.program_of(noted.pid)
         (tmp_path / "data").mkdir()
-        with contextlib.closing(cab.Store(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
-            store.note_child(noted.pid, when[noted.pid], program)
-            store.note_child(other_program.pid, when[other_program.pid], "/usr/bin/cloudflared")
-            store.note_child(other_start.pid, "%s0" % when[other_start.pid], program)
+        with contextlib.closing(cab.Database(tmp_path / "data" / "bridge.db", cab.Clock())) as store:
+            store.record_process(noted.pid, when[noted.pid], program)
+            store.record_process(other_program.pid, when[other_program.pid], "/usr/bin/cloudflared")
+            store.record_process(other_start.pid, "%s0" % when[other_start.pid], program)
         running = bridge(spare=0)
         assert noted.wait(20) == -signal.SIGKILL
         assert [each.poll() for each in started[1:]] == [None] * 2
@@ -1563,7 +1563,7 @@ def test_a_named_tunnel_takes_its_token_from_a_file_or_the_environment_and_shows
     only = fake.starts()[0]
     assert only["argv"] == ["tunnel", "--config", str(tmp_path / "data" / "cloudflared.yml"), "--no-autoupdate", "--metrics", "127.0.0.1:0",
                             "--grace-period", "5s", "run"]
-    assert {name for name in only["env"] if not name.startswith("__")} == {"PATH", "HOME", "LANG", "TUNNEL_TOKEN", cab.TAG}
+    assert {name for name in only["env"] if not name.startswith("__")} == {"PATH", "HOME", "LANG", "TUNNEL_TOKEN", cab.OWNER_ENV_VAR}
     assert only["env"]["TUNNEL_TOKEN"] == TUNNEL_TOKEN
     assert TUNNEL_TOKEN not in running.stderr + str(running.api.get("/api/status").json)
     if sys.platform == "linux":

@@ -353,7 +353,7 @@ def test_a_request_that_waits_is_gone_at_once_and_the_next_move_up(bridge: Start
 
 def test_a_running_request_is_cancelled_at_once_and_its_process_goes(bridge: Start, fake_claude: Fakes,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 100.0)
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 100.0)
     clock, claude = Skipped(), fake_claude()
     api = bridge(claude, spare=0, clock=clock).admin
     running, after = api.ask("hang"), api.ask("say next")
@@ -370,7 +370,7 @@ def test_a_running_request_is_cancelled_at_once_and_its_process_goes(bridge: Sta
 
 
 def test_a_cancelled_run_is_interrupted(bridge: Start, fake_claude: Fakes, gate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cab, "LEAVE_SECONDS", 20.0)                        # the fake reads what it was told when the gate is open
+    monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 20.0)                        # the fake reads what it was told when the gate is open
     claude = fake_claude()
     api = bridge(claude, spare=0).admin
     running = api.ask("tool %s" % gate)
@@ -542,7 +542,7 @@ def test_a_page_of_long_answers_ends_early_and_the_next_goes_on(bridge: Start, m
 @pytest.mark.parametrize("query, field", [
     *(("limit=" + value, "limit") for value in ("0", "101", "-1", "x", "", "1.5", "1e1", "%D9%A3")),
     *(("before=" + value, "before") for value in ("0", "-1", "x", "", "1.5", "1000000000")),
-    *(("status=" + value, "status") for value in ("done", "Queued", "queued,", ",", "queued;error", "queued%20"))])
+    *(("status=" + value, "status") for value in ("done", "EnqueueResult", "queued,", ",", "queued;error", "queued%20"))])
 def test_a_list_that_cannot_be_is_400_and_names_the_field(admin: Api, query: str, field: str) -> None:
     answer = admin.get("/api/requests?" + query)
     assert (answer.status, answer.json["code"], answer.json["field"]) == (400, "invalid_request", field)
@@ -1036,7 +1036,7 @@ def test_a_full_queue_tells_the_rate_limit_too(bridge: Start, gate: Path, monkey
     def refuse(*args: Any) -> None:
         raise cab.QueueFull(headers=(("Retry-After", "10"),))
 
-    monkeypatch.setattr(cab.Store, "enqueue", refuse)
+    monkeypatch.setattr(cab.Database, "enqueue", refuse)
     answer = bridge(spare=0, rate_limit=5).admin.post("/api/ask", {"message": "hi"})
     assert (answer.status, answer.headers.get("ratelimit-limit"), answer.headers.get("ratelimit-remaining")) == (429, "5", "4")
 

@@ -359,25 +359,25 @@ async def exchange(field: Field, sent: bytes, expected: Sequence[str] = (), name
     """One connection: sends, hears, closes. ends: whether the sending side is shut before; cut: so many bytes come in a packet of their
     own. -> what came."""
     try:
-        wire = await Wire(field).open()
+        body_field = await Wire(field).open()
     except (OSError, asyncio.TimeoutError) as error:
         field.note(type(error).__name__)
         return b""
     try:
         if cut:
-            await wire.send(sent[:cut])
+            await body_field.send(sent[:cut])
             await asyncio.sleep(0.01)
-        await wire.send(sent[cut:])
+        await body_field.send(sent[cut:])
         if ends:
             try:
-                wire.socket.shutdown(socket.SHUT_WR)
+                body_field.socket.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
-        data, end = await wire.hear(seconds, answers)
+        data, end = await body_field.hear(seconds, answers)
         field.heard(data, end, expected, name)
         return data
     finally:
-        wire.close()
+        body_field.close()
 
 
 # --- 1. heads ---
@@ -460,12 +460,12 @@ async def bad_chunks(field: Field) -> None:
 
 @attack("pipelining 1,000 requests")
 async def pipeline(field: Field) -> None:
-    wire = await Wire(field).open()
+    body_field = await Wire(field).open()
     count = field.count(1000)
-    sending = asyncio.ensure_future(wire.send(HIDDEN.replace(b"/hidden", b"/health") * count, PATIENCE_SECONDS))
-    data, end = await wire.hear(PATIENCE_SECONDS, count)
+    sending = asyncio.ensure_future(body_field.send(HIDDEN.replace(b"/hidden", b"/health") * count, PATIENCE_SECONDS))
+    data, end = await body_field.hear(PATIENCE_SECONDS, count)
     await sending
-    wire.close()
+    body_field.close()
     for status in STATUS.findall(data):
         field.note(status.decode())
     if field.answers["200"] != count:
@@ -478,11 +478,11 @@ async def deaf_pipeline(field: Field) -> None:
     sent = b"".join(field.request("GET " + path, token="") for path in ("/openapi.json", "/dashboard")) * 40
 
     async def one(number: int) -> None:
-        wire = await Wire(field, 4096).open()
-        taken = await wire.send(sent, field.seconds)
+        body_field = await Wire(field, 4096).open()
+        taken = await body_field.send(sent, field.seconds)
         await asyncio.sleep(field.seconds)
         field.note("all requests taken" if taken else "no more requests taken")
-        wire.close()
+        body_field.close()
 
     await crowd(field.count(64), one, 64)
 
@@ -645,31 +645,31 @@ async def besiege(field: Field, idle: int, drips: Sequence[Tuple[bytes, bytes]],
     async def begin(number: int) -> None:
         start, drip = drips[number % len(drips)] if number < slow else (b"", b"")
         try:
-            wire = await Wire(field).open(5)
+            body_field = await Wire(field).open(5)
         except (OSError, asyncio.TimeoutError) as error:
             return field.note(type(error).__name__)
         if start:
-            await wire.send(start)
-        wires.append((wire, drip))
+            await body_field.send(start)
+        wires.append((body_field, drip))
         field.note("opened")
 
     await crowd(slow + idle, begin, 32)
     gone = 0
     while time.monotonic() < until:
-        for wire, drip in list(wires):
-            if wire.is_closed():
-                wires.remove((wire, drip))
-                wire.close()
+        for body_field, drip in list(wires):
+            if body_field.is_closed():
+                wires.remove((body_field, drip))
+                body_field.close()
                 field.answers["closed"] += 1
                 gone += 1
             elif drip:
-                await wire.send(drip)
+                await body_field.send(drip)
         again, gone = min(gone, 50), max(0, gone - 50)
         if again:
             await crowd(again, begin, 8)
         await asyncio.sleep(0.5)
-    for wire, _ in wires:
-        wire.close()
+    for body_field, _ in wires:
+        body_field.close()
 
 
 @attack("1,000 idle connections")
@@ -716,21 +716,21 @@ async def deaf(field: Field, count: int, sent: bytes) -> None:
 
     async def one(number: int) -> None:
         try:
-            wire = await Wire(field, 4096).open()
+            body_field = await Wire(field, 4096).open()
         except (OSError, asyncio.TimeoutError) as error:
             return field.note(type(error).__name__)
-        wires.append(wire)
-        await wire.send(sent)
+        wires.append(body_field)
+        await body_field.send(sent)
 
     await crowd(count, one, 16)
     await asyncio.sleep(field.seconds)
-    for wire in wires:
+    for body_field in wires:
         try:
-            first = wire.socket.recv(12, socket.MSG_PEEK)
+            first = body_field.socket.recv(12, socket.MSG_PEEK)
             field.note("%s, not read" % first[9:12].decode())
         except OSError:
             field.note("nothing")
-        wire.close()
+        body_field.close()
 
 
 @attack("deaf readers of a 9 MiB answer")
@@ -756,12 +756,12 @@ async def deaf_lists(field: Field) -> None:
 @attack("slow readers of a 9 MiB answer")
 async def slow_readers(field: Field) -> None:
     async def one(number: int) -> None:
-        wire = await Wire(field, 4096).open()
-        await wire.send(field.request("GET /api/ask/" + field.finished))
+        body_field = await Wire(field, 4096).open()
+        await body_field.send(field.request("GET /api/ask/" + field.finished))
         until, heard, end = time.monotonic() + field.seconds, 0, "open"
         while time.monotonic() < until:
             try:
-                data = await asyncio.wait_for(wire.loop.sock_recv(wire.socket, 1024), 1)
+                data = await asyncio.wait_for(body_field.loop.sock_recv(body_field.socket, 1024), 1)
             except (OSError, asyncio.TimeoutError):
                 data = b""
             heard += len(data)
@@ -769,7 +769,7 @@ async def slow_readers(field: Field) -> None:
                 end = "closed"
                 break
             await asyncio.sleep(0.1)
-        wire.close()
+        body_field.close()
         field.note("%s, some read" % end)
 
     await crowd(field.count(64), one, 64)
@@ -797,11 +797,11 @@ async def resets(field: Field) -> None:
 
     async def one(number: int) -> None:
         try:
-            wire = await Wire(field).open()
+            body_field = await Wire(field).open()
         except (OSError, asyncio.TimeoutError) as error:
             return field.note(type(error).__name__)
-        await wire.send(pieces[number % len(pieces)])
-        wire.close(resets=True)
+        await body_field.send(pieces[number % len(pieces)])
+        body_field.close(resets=True)
         field.note("reset by us")
 
     await crowd(field.count(5000), one, 64)
@@ -819,9 +819,9 @@ async def connect_and_hold(field: Field) -> None:
 
     await crowd(field.count(3000), one, 64)
     await asyncio.sleep(1)
-    for wire in wires:
-        field.note("closed" if wire.is_closed() else "held")
-        wire.close()
+    for body_field in wires:
+        field.note("closed" if body_field.is_closed() else "held")
+        body_field.close()
 
 
 @attack("half-closed connections")
@@ -852,12 +852,12 @@ async def many_streams(field: Field) -> None:
 
     await crowd(field.count(200), one, 16)
     await asyncio.sleep(min(field.seconds, 3))
-    for wire in wires:
+    for body_field in wires:
         try:
-            field.note(wire.socket.recv(12)[9:12].decode() or "closed")
+            field.note(body_field.socket.recv(12)[9:12].decode() or "closed")
         except OSError:
             field.note("waits")
-        wire.close()
+        body_field.close()
     if field.scale >= 1 and field.answers["429"] != 200 - 128:
         field.broken.append("streams of one token: %d refused, not 72" % field.answers["429"])
 
@@ -866,12 +866,12 @@ async def many_streams(field: Field) -> None:
 async def hidden_hang_ups(field: Field) -> None:
     """A byte of the next request, then the end: what was asked has nobody to go to."""
     async def one(number: int) -> None:
-        wire = await Wire(field).open()
-        await wire.send(field.request("GET /api/ask/%s?wait=90" % field.waiting))
+        body_field = await Wire(field).open()
+        await body_field.send(field.request("GET /api/ask/%s?wait=90" % field.waiting))
         await asyncio.sleep(1)                          # the byte must not be read together with the head
-        await wire.send(b"G")
+        await body_field.send(b"G")
         await asyncio.sleep(1)
-        wire.close()
+        body_field.close()
         field.note("left")
 
     await crowd(field.count(100), one, 100)
@@ -900,18 +900,18 @@ async def flood(field: Field, sent: bytes, expected: Sequence[str], per_connecti
     async def one(number: int) -> None:
         while time.monotonic() < until:
             try:
-                wire = await Wire(field).open()
+                body_field = await Wire(field).open()
             except (OSError, asyncio.TimeoutError) as error:
                 field.note(type(error).__name__)
                 continue
             for _ in range(per_connection):
-                if not await wire.send(sent):
+                if not await body_field.send(sent):
                     break
-                data, end = await wire.hear(20, 1)
+                data, end = await body_field.hear(20, 1)
                 field.heard(data, end, [*expected, "-"], "flood")
                 if end != "answered" or time.monotonic() > until:
                     break
-            wire.close()
+            body_field.close()
 
     await crowd(16, one, 16)
 
@@ -930,15 +930,15 @@ async def flood_of_wrong_tokens(field: Field) -> None:
 async def many_addresses(field: Field) -> None:
     """More than the limiter remembers; from 127.1.0.0 on."""
     async def one(number: int) -> None:
-        wire = Wire(field, source="127.%d.%d.%d" % (1 + (number >> 16), (number >> 8) & 255, number & 255 or 1))
+        body_field = Wire(field, source="127.%d.%d.%d" % (1 + (number >> 16), (number >> 8) & 255, number & 255 or 1))
         try:
-            await wire.open()
-            await wire.send(field.request("GET /hidden", "Connection: close", token=""))
-            field.heard(*await wire.hear(), expected=["404", "401"], name="address")
+            await body_field.open()
+            await body_field.send(field.request("GET /hidden", "Connection: close", token=""))
+            field.heard(*await body_field.hear(), expected=["404", "401"], name="address")
         except (OSError, asyncio.TimeoutError) as error:
             field.note(type(error).__name__)
         finally:
-            wire.close()
+            body_field.close()
 
     await crowd(field.count(12_000), one, 32)
 
@@ -1016,10 +1016,10 @@ def few_files(folder: Path) -> List[str]:
     bridge, held = Bridge(folder, files=64), []
     try:
         for _ in range(200):
-            wire = socket.socket()
-            wire.settimeout(1)
-            held.append(wire)
-            if wire.connect_ex(("127.0.0.1", bridge.port)):
+            body_field = socket.socket()
+            body_field.settimeout(1)
+            held.append(body_field)
+            if body_field.connect_ex(("127.0.0.1", bridge.port)):
                 break
         time.sleep(1)
         began, before = time.monotonic(), bridge.cpu_seconds()
@@ -1032,8 +1032,8 @@ def few_files(folder: Path) -> List[str]:
         return (["few files: the bridge used %.0f %% of a CPU" % (share * 100)] if share > 0.5 else []) + (
             ["few files: a new client waited %.1f s" % took] if took > 5 else [])
     finally:
-        for wire in held:
-            wire.close()
+        for body_field in held:
+            body_field.close()
         bridge.end()
 
 

@@ -33,7 +33,7 @@ from common import MODULE, Served, bridge, call, cpu_seconds, environment, judge
 
 STAMP = re.compile(r"<(\d+)>")
 OWN = 40                                                # requests that wait at once, of the 50 that may
-ROUND_SECONDS = 60.0                                    # the longest that one round may take
+MAINTENANCE_SECONDS = 60.0                                    # the longest that one round may take
 SETTLE_SECONDS = 0.5                                    # until all that have asked do wait
 
 
@@ -80,13 +80,13 @@ class Crowd:
 
     def read(self, has_enough: Callable[[bytes], bool]) -> None:
         """Until each reader was cut off, or got a part that is enough."""
-        until = time.monotonic() + ROUND_SECONDS
+        until = time.monotonic() + MAINTENANCE_SECONDS
         with selectors.DefaultSelector() as selector:
             for reader in self.readers:
                 selector.register(reader.connection, selectors.EVENT_READ, reader)
             while selector.get_map():
                 if time.monotonic() > until:
-                    raise SystemExit("a round took more than %g s" % ROUND_SECONDS)
+                    raise SystemExit("a round took more than %g s" % MAINTENANCE_SECONDS)
                 for key, _ in selector.select(1):
                     data = key.data.connection.recv(1 << 16)
                     key.data.parts.append((time.monotonic_ns(), data))

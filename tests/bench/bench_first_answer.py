@@ -35,7 +35,7 @@ from messages_api import MessagesApi
 
 PROMPT = "What is the capital of France?"
 READY_SECONDS = 0.3                                     # a process that used no CPU for so long is waiting for its input
-LOOK_SECONDS = 0.1                                      # between two looks at the memory
+RECHECK_SECONDS = 0.1                                      # between two looks at the memory
 
 
 # --- the processes of a bridge ---
@@ -81,8 +81,8 @@ def watched_memory(bridge: int) -> Iterator[List[float]]:
     """The memory from time to time, as long as the block goes on."""
     seen, over = [memory_mb(bridge)], threading.Event()
 
-    def watch() -> None:
-        while not over.wait(LOOK_SECONDS):
+    def subscribe() -> None:
+        while not over.wait(RECHECK_SECONDS):
             seen.append(memory_mb(bridge))
 
     thread = threading.Thread(target=watch, name="memory")

@@ -60,7 +60,7 @@ CREATE TRIGGER at_once AFTER INSERT ON jobs BEGIN
     UPDATE jobs SET status = 'completed', completed_at = created_at WHERE seq = NEW.seq;
 END"""
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
-STUCK_SECONDS = 10.0                                    # the longest that a server may leave all clients without an answer
+EVICTABLE_SEND_SECONDS = 10.0                                    # the longest that a server may leave all clients without an answer
 
 
 # --- the naive server ---
@@ -172,9 +172,9 @@ def load(port: int, request: bytes, status: bytes, wanted: bytes, clients: int, 
             connect()
         began = answered = time.perf_counter()
         while answered - began < seconds:
-            chosen = selector.select(STUCK_SECONDS)
+            chosen = selector.select(EVICTABLE_SEND_SECONDS)
             if not chosen:
-                raise SystemExit("no answer within %g s" % STUCK_SECONDS)
+                raise SystemExit("no answer within %g s" % EVICTABLE_SEND_SECONDS)
             for key, ready in chosen:
                 client: Client = key.data
                 try:

@@ -498,7 +498,7 @@ class Evidence:
 
 
 def left_behind(data_dir: Path) -> List[int]:
-    return cab.tagged(cab.data_tag(data_dir) + ".")
+    return cab.processes_tagged(cab.data_tag(data_dir) + ".")
 
 
 def wait_gone(data_dir: Path, seconds: float) -> Optional[float]:

@@ -275,7 +275,7 @@ def drive(crowd: Crowd, seconds: float, rate: float, requests: int, clients: int
         for number in iter(orders.get, None):
             crowd.act(number)
 
-    def watch() -> None:
+    def subscribe() -> None:
         every = 2.0 if requests else min(10.0, seconds / 60)
         while not is_over.wait(every):
             samples.append(look(pid, data_dir, began, crowd.done))

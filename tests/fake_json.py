@@ -1,5 +1,9 @@
-"""What the fakes need of `json`, from its inside: `import json` compiles regular expressions that it needs for the unusual only,
-which takes as long as all else in the start of a fake."""
+"""A small JSON reader and writer for the fake programs, on the C parts of `json`.
+
+`import json` compiles regular expressions that only unusual values need. That takes as long as
+all the rest of the start of a fake program.
+"""
+
 from __future__ import annotations
 
 from _json import encode_basestring_ascii, make_encoder, make_scanner
@@ -9,21 +13,24 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-class Reading:
+class ReaderOptions:
+    """The options that `make_scanner` reads as attributes."""
+
     strict, parse_float, parse_int, parse_constant = True, float, int, float
     object_hook = object_pairs_hook = None
 
 
 def refuse(value: Any) -> Any:
+    """Raise TypeError for a value that JSON cannot express."""
     raise TypeError("no JSON: %r" % (value,))
 
 
-_read = make_scanner(Reading)
+_read = make_scanner(ReaderOptions)
 _write = make_encoder({}, refuse, encode_basestring_ascii, None, ": ", ", ", False, False, True)
 
 
 def loads(text: Any) -> Any:
-    """The value of a text, or of bytes in UTF-8."""
+    """Return the one JSON value in a text, or in UTF-8 bytes."""
     text = text.decode() if isinstance(text, bytes) else text
     value, end = _read(text.lstrip(), 0)
     if text.lstrip()[end:].strip():
@@ -32,4 +39,5 @@ def loads(text: Any) -> Any:
 
 
 def dumps(value: Any) -> str:
+    """Return the value as JSON, with non-ASCII characters escaped."""
     return "".join(_write(value, 0))

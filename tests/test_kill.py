@@ -1,4 +1,8 @@
-"""A few kills of tests/bench/kill.py, which says what is checked. Those at chosen moments are in test_bridge."""
+"""A few kills at random moments; tests/bench/kill.py documents the checks.
+
+test_bridge kills the bridge at chosen moments.
+"""
+
 from __future__ import annotations
 
 import sys
@@ -11,7 +15,10 @@ import kill  # noqa: E402
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and PR_SET_PDEATHSIG")
-def test_what_was_accepted_ends_once_and_in_order_however_often_the_bridge_is_killed(tmp_path: Path) -> None:
-    found = kill.campaign(kills=3, seed=7, clients=3, folder=tmp_path)
-    assert found["violations"] == []
-    assert found["accepted"] > 0 and found["completed"] > 0
+def test_accepted_requests_end_once_and_in_order_although_the_bridge_is_killed(
+    tmp_path: Path,
+) -> None:
+    summary = kill.campaign(kills=3, seed=7, clients=3, folder=tmp_path)
+    assert summary["violations"] == []
+    assert summary["accepted"] > 0
+    assert summary["completed"] > 0

@@ -1,4 +1,5 @@
-"""The page in a real browser: what a person, or a screen reader, finds on it, and what nobody may put into it."""
+"""The dashboard in a real browser: what a user or a screen reader finds, and what stays out."""
+
 from __future__ import annotations
 
 import contextlib
@@ -20,403 +21,533 @@ pytestmark = pytest.mark.browser
 Start = Callable[..., RunningBridge]
 VIEWS = ("Requests", "Playground", "Usage", "Tokens", "API")
 EVIL = "<img src=x onerror=alert(1)>"
+CURRENT_LINK = "document.querySelector('nav [aria-current=page]')"
+
+# Timers fire after a tenth of their time, and the clock of the page runs ten times as fast.
+SPEED_UP = """((realTimeout, realNow, start) => {
+    setTimeout = (callback, delay, ...args) => realTimeout(callback, delay / 10, ...args);
+    Date.now = () => start + (realNow() - start) * 10;
+})(setTimeout, Date.now, Date.now()); refreshNow(); 1"""
+
+# Each stream breaks after its first delta. `paths` collects the paths of all streams.
+BREAK_STREAMS = """whole = readEvents; paths = [];
+readEvents = async function* (path, ...args) {
+    paths.push(path);
+    for await (const event of whole(path, ...args)) {
+        yield event;
+        if (event.type === "delta") return;
+    }
+}; 1"""
+
+# The first response whose path contains a text is held back until release() is called.
+# `first` is the promise of the poll that waits for it.
+HOLD_FIRST = """release = null; realFetch = fetch;
+fetch = async (path, options) => {
+    const response = await realFetch(path, options);
+    if (!release && path.includes("%s")) {
+        await new Promise((resolve) => { release = resolve });
+    }
+    return response;
+};
+lastFetch.at = lastFetch.allAt = 0; first = pollOnce(); 1"""
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One browser for all tests here, from before the first one on."""
+    """One browser for all tests here. It starts before the first test."""
     started = Browser(tmp_path_factory.mktemp("browser"))
     yield started
     started.close()
 
 
 class Visit(Page):
-    """The page of a bridge, opened by somebody."""
+    """The dashboard of a bridge, open in a tab."""
 
     def sign_in(self, token: Any) -> None:
         self.write("Token", str(token))
         self.press("Sign in")
 
-    def hasten(self) -> None:
-        """From now on what the page does after some seconds it does after a tenth of them, and its clock goes as fast."""
-        self.js("""((wait, now, since) => {
-            setTimeout = (what, after, ...more) => wait(what, after / 10, ...more);
-            Date.now = () => since + (now() - since) * 10 })(setTimeout, Date.now, Date.now()); hurry(); 1""")
+    def speed_up(self) -> None:
+        """Make the page do after 0.1 s what it does after 1 s."""
+        self.js(SPEED_UP)
 
-    def look(self) -> None:
-        """Lets the page look now, not some seconds later."""
-        self.js("hurry(); 1")
+    def refresh(self) -> None:
+        """Make the page poll now instead of some seconds later."""
+        self.js("refreshNow(); 1")
 
-    def view(self, name: str) -> None:
-        """Goes to a view, and waits until the page has moved the focus there: it would take it from what is done next."""
-        current = "document.querySelector('nav [aria-current]')"
-        is_there = self.js("%s.innerText === %s && %s.hash === location.hash" % (current, json.dumps(name), current))
+    def open_view(self, name: str) -> None:
+        """Open a view, and wait until the page has moved the focus to its heading.
+
+        Without the wait the page could take the focus from the element that a test uses next.
+        """
+        is_current = "%s.innerText === %s" % (CURRENT_LINK, json.dumps(name))
+        was_open = self.js("%s && %s.hash === location.hash" % (is_current, CURRENT_LINK))
         self.press(name, "nav")
-        self.until("%s.innerText === %s" % (current, json.dumps(name)))
-        if not is_there:
+        self.until(is_current)
+        if not was_open:
             self.until("document.activeElement.matches('[data-view] h2')")
 
 
+Visitor = Callable[..., Visit]
+
+
 @pytest.fixture
-def visit(browser: Browser, bridge: Start) -> Iterator[Callable[..., Visit]]:
-    """visit(running, token=...) -> its page, signed in where a token is given. At the end nobody has complained."""
+def visit(browser: Browser, bridge: Start) -> Iterator[Visitor]:
+    """visit(running, token=...) -> its page, signed in if there is a token.
+
+    At the end no page may have caused a problem.
+    """
     opened: List[Visit] = []
 
     def visit(running: RunningBridge, token: Any = None, **options: Any) -> Visit:
-        opened.append(Visit(browser, "http://127.0.0.1:%d/" % running.port, **options))
+        page = Visit(browser, "http://127.0.0.1:%d/" % running.port, **options)
+        opened.append(page)
         if token:
-            opened[-1].sign_in(token)
-            opened[-1].sees("Running now")
-            opened[-1].until("seen.figures")                                     # the first lists are there, and come no more
-        return opened[-1]
+            page.sign_in(token)
+            page.wait_for_text("Running now")
+            # The first lists have arrived, so that they cannot arrive during the test.
+            page.until("lastFetch.counters")
+        return page
 
     yield visit
-    complaints = [complaint for page in opened for complaint in page.complaints]
+    problems = [problem for page in opened for problem in page.problems]
     for page in opened:
         page.close()
-    assert not complaints
+    assert not problems
 
 
 def script(*steps: Dict[str, Any]) -> str:
-    """A prompt that makes the fake claude do this."""
+    """Return a prompt that makes the fake claude do these steps."""
     return "script " + json.dumps(steps)
 
 
-def test_the_browser_notes_what_the_policy_stops_and_what_a_page_logs(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_the_browser_records_policy_violations_and_what_a_page_logs(
+    visit: Visitor, bridge: Start
+) -> None:
+    """Without this, the check at the end of each test could not fail."""
     page = visit(bridge())
-    page.js("document.body.setAttribute('style', 'color: red'); console.error('oh'); setTimeout(() => { throw new Error('thrown') }); 1")
-    wait_until(lambda: page.js("1") and len(page.complaints) >= 3)              # or nothing here could fail
+    page.js("document.body.setAttribute('style', 'color: red'); 1")
+    page.js("console.error('oh'); setTimeout(() => { throw new Error('thrown') }); 1")
+    wait_until(lambda: page.js("1") and len(page.problems) >= 3)
     for word in ("Content Security Policy", "oh", "thrown"):
-        assert any(word in complaint for complaint in page.complaints)
-    page.complaints.clear()
+        assert any(word in problem for problem in page.problems)
+    page.problems.clear()
 
 
-# --- Who comes ---
+# --- Roles ---
 
 
-def test_without_a_token_there_are_counters_the_api_and_a_way_in(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_without_a_token_there_are_counters_the_api_and_the_sign_in_form(
+    visit: Visitor, bridge: Start
+) -> None:
     running = bridge()
     running.admin.answer("secret words")
     page = visit(running)
-    page.sees("ready", "[role=status]")
-    shown = page.js("Object.fromEntries(['queued', 'processing', 'completed', 'failed', 'requests', 'tokens'].map("
-                    "(id) => [id, document.getElementById(id).innerText]))")
-    assert shown == {"queued": "0", "processing": "0", "completed": "1", "failed": "0", "requests": "1", "tokens": "1"}
+    page.wait_for_text("ready", "[role=status]")
+    counters = page.js(
+        "Object.fromEntries([...document.querySelectorAll('#counters dd')]"
+        ".map((element) => [element.id.replace('counters-', ''), element.innerText]))"
+    )
+    assert counters == {
+        "queued": "0",
+        "processing": "0",
+        "completed": "1",
+        "failed": "0",
+        "requests": "1",
+        "tokens": "1",
+    }
     text = page.text()
     assert "token create" in text and "start printed the admin token" in text
-    assert "secret words" not in text and "Sign out" not in text and page.text("nav").split() == ["Requests", "API"]
-    page.view("API")
+    assert "secret words" not in text and "Sign out" not in text
+    assert page.text("nav").split() == ["Requests", "API"]
+    page.open_view("API")
     for route in cab.ROUTES:
-        page.sees("%s %s" % (route.method, route.path), "#endpoints")
+        page.wait_for_text("%s %s" % (route.method, route.path), "#endpoints")
 
 
-def test_a_wrong_token_is_told_so_and_a_right_one_lasts_as_long_as_the_tab(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_a_wrong_token_is_refused_and_a_valid_one_lasts_as_long_as_the_tab(
+    visit: Visitor, bridge: Start
+) -> None:
     running = bridge()
     page = visit(running)
     page.sign_in("cab-" + "0" * 64)
-    page.sees("Invalid or expired token", "[role=alert]")
+    page.wait_for_text("Invalid or expired token", "[role=alert]")
     assert page.js("sessionStorage.length") == 0
     page.sign_in(running.admin.token)
-    page.sees("Running now")
-    assert page.text("nav").split() == list(VIEWS) and page.text("#enter") == ""
-    assert page.js("[sessionStorage.token, localStorage.length, document.cookie, location.href.includes('cab-')]") == [
-        running.admin.token, 0, "", False]
+    page.wait_for_text("Running now")
+    assert page.text("nav").split() == list(VIEWS) and page.text("#sign-in") == ""
+    assert page.js("sessionStorage.token") == running.admin.token
+    assert page.js("[localStorage.length, document.cookie]") == [0, ""]
+    assert not page.js("location.href.includes('cab-')")
     page.js("isOld = true; location.reload(); 1")
     page.until("!('isOld' in window)")
-    page.sees("Sign out")
+    page.wait_for_text("Sign out")
     page.press("Sign out")
-    page.sees("Signed out.", "[role=alert]")
+    page.wait_for_text("Signed out.", "[role=alert]")
     assert page.js("sessionStorage.length") == 0 and "Running now" not in page.text()
     assert str(running.admin.token) not in page.js("document.documentElement.outerHTML")
 
 
-def test_a_token_that_is_revoked_ends_the_visit(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_a_revoked_token_is_signed_out(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     admin = running.admin
-    made = admin.post("/api/tokens", {"name": "short"}).json
-    page = visit(running, made["token"])
-    admin.delete("/api/tokens/" + made["tokenId"])
-    page.look()
-    page.sees("You were signed out.", "[role=alert]")
+    created = admin.post("/api/tokens", {"name": "short"}).json
+    page = visit(running, created["token"])
+    admin.delete("/api/tokens/" + created["tokenId"])
+    page.refresh()
+    page.wait_for_text("You were signed out.", "[role=alert]")
 
 
-def test_an_ordinary_token_sees_its_own_part(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_a_user_sees_only_the_requests_of_its_own_token(visit: Visitor, bridge: Start) -> None:
     running = bridge()
-    mine, other = running.admin.new_token("mine"), running.admin.new_token("other")
+    user, other = running.admin.new_token("user"), running.admin.new_token("other")
     other.answer("say not for you")
-    mine.answer("say all mine")
-    page = visit(running, mine.token)
-    page.sees("say all mine", "#recent")
+    user.answer("say all mine")
+    page = visit(running, user.token)
+    page.wait_for_text("say all mine", "#recent")
     assert page.text("nav").split() == ["Requests", "Playground", "Usage", "API"]
-    page.view("Usage")
-    page.sees("1", "#totals")
+    page.open_view("Usage")
+    page.wait_for_text("1", "#totals")
     html = page.js("document.documentElement.outerHTML")
-    assert "not for you" not in html and "other" not in page.text() and "2.1.330" not in html and "Bridge" not in page.text()
+    assert "not for you" not in html and "2.1.330" not in html
+    assert "other" not in page.text() and "Bridge" not in page.text()
 
 
 # --- Requests ---
 
 
-def test_an_answer_is_read_while_it_is_written(visit: Callable[..., Visit], bridge: Start, tmp_path: Path) -> None:
+def test_the_text_of_a_running_request_appears_live(
+    visit: Visitor, bridge: Start, tmp_path: Path
+) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.hasten()
+    page.speed_up()
     gates = [tmp_path / "one", tmp_path / "two"]
-    running.admin.ask(script({"delta": "Once upon"}, {"wait": str(gates[0])}, {"delta": " a time"}, {"wait": str(gates[1])}))
-    page.look()
-    page.sees("Once upon", "#running")
-    page.sees("resolved-default-model · admin", "#running")
+    running.admin.ask(
+        script(
+            {"delta": "Once upon"},
+            {"wait": str(gates[0])},
+            {"delta": " a time"},
+            {"wait": str(gates[1])},
+        )
+    )
+    page.refresh()
+    page.wait_for_text("Once upon", "#running")
+    page.wait_for_text("resolved-default-model · admin", "#running")
     page.js("document.querySelector('#running li').marked = true")
     gates[0].touch()
-    page.sees("Once upon a time", "#running .text")
-    assert page.js("document.querySelector('#running li').marked")               # the same element: focus and selection stay
+    page.wait_for_text("Once upon a time", "#running .text")
+    # It is still the same element, so that focus and selection stay.
+    assert page.js("document.querySelector('#running li').marked")
     gates[1].touch()
-    page.sees("Nothing runs.")
+    page.wait_for_text("No request is running.")
     page.press("✓ completed", "#recent")
-    page.sees("Once upon a time", "#recent")
-    for word in ("waited ", "ran ", "10 in", "7 out", "5 from cache", "3 to cache", "about $0.0010"):
-        page.sees(word, "#recent")
-    assert page.js("[...document.querySelectorAll('#recent time')].every((each) => !isNaN(Date.parse(each.dateTime)))")
+    page.wait_for_text("Once upon a time", "#recent")
+    details = ("waited ", "ran ", "10 in", "7 out", "5 cache read", "3 cache write", "est. $0.0010")
+    for text in details:
+        page.wait_for_text(text, "#recent")
+    times = page.js("[...document.querySelectorAll('#recent time')].map((time) => time.dateTime)")
+    assert times and all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", time) for time in times)
 
 
-def test_where_streams_do_not_come_through_the_page_polls(visit: Callable[..., Visit], bridge: Start, gate: Path) -> None:
+def test_the_page_polls_if_streams_do_not_get_through(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.hasten()
-    page.js("events = async function* () {}; 1")
+    page.speed_up()
+    page.js("readEvents = async function* () {}; 1")
     running.admin.ask(script({"delta": "slowly but"}, {"wait": str(gate)}, {"delta": " surely"}))
-    page.look()
-    page.sees("slowly but", "#running")
-    page.view("Playground")
+    page.refresh()
+    page.wait_for_text("slowly but", "#running")
+    page.open_view("Playground")
     page.write("Message", "say asked without a stream")
-    page.press("Ask", "#ask")
-    page.sees("waits, position 1")
+    page.press("Ask", "#ask-form")
+    page.wait_for_text("waiting, position 1")
     gate.touch()
-    page.sees("asked without a stream", "#answer")
-    page.sees("done after")
+    page.wait_for_text("asked without a stream", "#answer")
+    page.wait_for_text("done in")
 
 
-def test_a_stream_that_was_cut_off_goes_on_where_it_stopped(visit: Callable[..., Visit], bridge: Start, tmp_path: Path) -> None:
+def test_a_stream_that_breaks_is_resumed_at_its_offset(
+    visit: Visitor, bridge: Start, tmp_path: Path
+) -> None:
     running, gates = bridge(), [tmp_path / "one", tmp_path / "two"]
     page = visit(running, running.admin.token)
-    page.hasten()
-    page.js("""whole = events; paths = []; events = async function* (path, ...more) { paths.push(path);
-        for await (const event of whole(path, ...more)) { yield event; if (event.kind === "delta") return } }; 1""")
-    page.view("Playground")
-    page.write("Message", script({"delta": "a😀"}, {"wait": str(gates[0])}, {"delta": "b"}, {"wait": str(gates[1])}, {"delta": "c"}))
-    page.press("Ask", "#ask")
-    page.sees("a😀", "#answer")
-    page.until("paths.some((path) => path.endsWith('events?after=2'))")           # code points
+    page.speed_up()
+    page.js(BREAK_STREAMS)
+    page.open_view("Playground")
+    message = script(
+        {"delta": "a😀"},
+        {"wait": str(gates[0])},
+        {"delta": "b"},
+        {"wait": str(gates[1])},
+        {"delta": "c"},
+    )
+    page.write("Message", message)
+    page.press("Ask", "#ask-form")
+    page.wait_for_text("a😀", "#answer")
+    # Offsets count code points, not UTF-16 units.
+    page.until("paths.some((path) => path.endsWith('events?after=2'))")
     gates[0].touch()
     page.until("document.querySelector('#answer').textContent === 'a😀b'")
     page.until("paths.some((path) => path.endsWith('events?after=3'))")
     assert page.js("document.querySelector('#answer').textContent") == "a😀b"
     gates[1].touch()
-    page.sees("done after")
+    page.wait_for_text("done in")
     assert page.text("#answer") == "a😀bc"
     assert len(running.admin.get("/api/requests").json["requests"]) == 1
 
 
-def test_running_and_waiting_requests_are_cancelled(visit: Callable[..., Visit], bridge: Start, gate: Path) -> None:
+def test_running_and_waiting_requests_are_cancelled(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
     running = bridge()
     first = running.admin.ask("hold %s" % gate)
     waiting = [running.admin.ask("number %d" % n) for n in (1, 2)]
     page = visit(running, running.admin.token)
-    page.sees("he", "#running .text")
-    page.until("[...document.querySelectorAll('#waiting .begin')].map((each) => each.innerText).join() === 'number 1,number 2'")
+    page.wait_for_text("he", "#running .text")
+    page.until(
+        "[...document.querySelectorAll('#waiting .ellipsis')]"
+        ".map((element) => element.innerText).join() === 'number 1,number 2'"
+    )
     page.press("Cancel: number 1", "#waiting")
-    page.lacks("number 1", "#waiting")
+    page.wait_for_no_text("number 1", "#waiting")
     assert running.admin.done(waiting[0])["errorCode"] == "cancelled"
     page.press("Cancel", "#running")
     assert running.admin.done(first)["errorCode"] == "cancelled"
     assert running.admin.done(waiting[1])["status"] == "completed"
-    page.sees("cancelled", "#recent")
+    page.wait_for_text("cancelled", "#recent")
 
 
-def test_recent_requests_are_filtered_searched_and_loaded_on(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_recent_requests_are_filtered_searched_and_more_are_loaded(
+    visit: Visitor, bridge: Start
+) -> None:
     running = bridge()
     for n in range(23):
         running.admin.answer("die 3 broke %02d" % n if n == 20 else "say number %02d" % n)
     page = visit(running, running.admin.token)
-    rows = "[...document.querySelectorAll('#recent li')].length"
-    page.until(rows + " === 20")
-    page.press("More")
-    page.until(rows + " === 23")
+    row_count = "document.querySelectorAll('#recent li').length"
+    page.until(row_count + " === 20")
+    page.press("Load more")
+    page.until(row_count + " === 23")
     running.admin.answer("say one more")
-    page.look()
-    page.until(rows + " === 24")                                                 # what was loaded stays
+    page.refresh()
+    # The older requests stay loaded.
+    page.until(row_count + " === 24")
     page.write("Search", "NUMBER 0")
-    page.until(rows + " === 10")
-    page.sees("10 of 24 loaded", "[role=status]")
+    page.until(row_count + " === 10")
+    page.wait_for_text("10 of 24 loaded", "[role=status]")
     page.write("Search", "")
     page.press("Failed")
-    page.until(rows + " === 1")
+    page.until(row_count + " === 1")
     page.press("✕ failed", "#recent")
-    page.sees("Error: cli_error", "#recent")
+    page.wait_for_text("Error: cli_error", "#recent")
     page.press("All")
-    page.until(rows + " === 20")
+    page.until(row_count + " === 20")
 
 
-def test_a_request_is_asked_again_with_all_that_was_asked(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_ask_again_sends_all_fields_and_a_conversation_is_deleted(
+    visit: Visitor, bridge: Start
+) -> None:
     running = bridge()
-    mine = running.admin.new_token("mine", sessionMode="stateful")
-    asked = {"systemPrompt": "Be brief.", "effort": "low", "conversation": "trip", "jsonSchema": {"type": "object"}}
-    mine.answer("hello", **asked)
-    page = visit(running, mine.token)
+    user = running.admin.new_token("user", sessionMode="stateful")
+    fields = {
+        "systemPrompt": "Be brief.",
+        "effort": "low",
+        "conversation": "trip",
+        "jsonSchema": {"type": "object"},
+    }
+    user.answer("hello", **fields)
+    page = visit(running, user.token)
     page.press("✓ completed", "#recent")
     page.press("Ask again")
-    again = wait_until(lambda: mine.get("/api/requests?status=completed").json["requests"][:-1])[0]
-    assert {name: again[name] for name in asked} == asked and again["message"] == "hello"
-    page.look()
-    page.sees("2 turns", "#conversations")                                       # from now on nothing changes there
+    completed = "/api/requests?status=completed"
+    newer = wait_until(lambda: user.get(completed).json["requests"][:-1])
+    assert {name: newer[0][name] for name in fields} == fields
+    assert newer[0]["message"] == "hello"
+    page.refresh()
+    # After this the list of conversations does not change by itself.
+    page.wait_for_text("2 turns", "#conversations")
     page.press("Delete trip", "#conversations")
     page.press("Keep", "#conversations")
     page.press("Delete trip", "#conversations")
     page.press("Yes, delete", "#conversations")
-    page.lacks("trip", "#conversations")
-    assert mine.get("/api/conversations").json["conversations"] == []
+    page.wait_for_no_text("trip", "#conversations")
+    assert user.get("/api/conversations").json["conversations"] == []
 
 
-def test_what_came_over_the_other_formats_cannot_be_asked_again(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_requests_of_the_v1_formats_cannot_be_asked_again(visit: Visitor, bridge: Start) -> None:
     running = bridge()
-    body = {"model": "haiku", "max_tokens": 9, "messages": [{"role": "user", "content": "say hello"}]}
+    messages = [{"role": "user", "content": "say hello"}]
+    body = {"model": "haiku", "max_tokens": 9, "messages": messages}
     assert running.admin.post("/v1/messages", body).status == 200
     page = visit(running, running.admin.token)
-    page.sees("/v1", "#recent")
+    page.wait_for_text("/v1", "#recent")
     page.press("✓ completed", "#recent")
-    page.sees("Copy answer", "#recent")
+    page.wait_for_text("Copy answer", "#recent")
     assert "Ask again" not in page.text("#recent")
 
 
-# --- The bridge, the plan, usage ---
+# --- Bridge, plan and usage ---
 
 
-def test_an_admin_sees_the_bridge_its_plan_and_what_was_used(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_an_admin_sees_the_bridge_its_plan_and_the_usage(visit: Visitor, bridge: Start) -> None:
     running = bridge(public_url="https://bridge.example.com")
-    soon = cab.Clock().now() + 7200
-    limits = {"status": "allowed_warning", "rateLimitType": "five_hour", "utilization": 0.62, "resetsAt": soon}
+    limits = {
+        "status": "allowed_warning",
+        "rateLimitType": "five_hour",
+        "utilization": 0.62,
+        "resetsAt": cab.Clock().now() + 7200,
+    }
     running.admin.answer(script({"limits": limits}, {"result": "hi"}))
     page = visit(running, running.admin.token)
-    for words in ("https://bridge.example.com", "2.1.330", "Claude Max subscription"):
-        page.sees(words, "#facts")
-    page.sees("62 % used", "#windows")
-    assert page.js("document.querySelector('#windows progress').value") == 0.62
-    page.sees("resets ", "#windows")
-    page.view("Usage")
+    for text in ("https://bridge.example.com", "2.1.330", "Claude Max subscription"):
+        page.wait_for_text(text, "#bridge-facts")
+    for text in ("5-hour limit", "62 % used", "resets "):
+        page.wait_for_text(text, "#plan-limits")
+    assert page.js("document.querySelector('#plan-limits progress').value") == 0.62
+    page.open_view("Usage")
     page.until("document.querySelectorAll('#chart g').length === 30")
     today = page.js("document.querySelector('#chart g:last-child').textContent")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d · 25 tokens · 1 requests · about \$0.0010", today)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d · 25 tokens · 1 request · est\. \$0\.0010", today)
     page.press("Day by day")
-    page.sees("$0.0010", "#days")
-    page.sees("admin", "#shares")
+    page.wait_for_text("$0.0010", "#usage-by-day")
+    page.wait_for_text("admin", "#usage-by-token")
 
 
-def test_a_rest_is_told_with_its_end(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_a_reached_plan_limit_is_shown_with_its_reset(visit: Visitor, bridge: Start) -> None:
     running = bridge()
-    limits = {"status": "rejected", "rateLimitType": "five_hour", "resetsAt": cab.Clock().now() + 7200}
-    running.admin.ask(script({"limits": limits}, {"fail": {"said": "rate_limit", "result": "limit reached", "api_error_status": 429}}))
-    wait_until(lambda: running.admin.get("/api/usage").json["plan"]["waitingFor"])        # the page would ask again after 15 s only
+    limits = {
+        "status": "rejected",
+        "rateLimitType": "five_hour",
+        "resetsAt": cab.Clock().now() + 7200,
+    }
+    failure = {"said": "rate_limit", "result": "limit reached", "api_error_status": 429}
+    running.admin.ask(script({"limits": limits}, {"fail": failure}))
+    # Otherwise the page would fetch the plan again only after 15 s.
+    wait_until(lambda: running.admin.get("/api/usage").json["plan"]["waitingFor"])
     page = visit(running, running.admin.token)
-    page.sees("Resting until", "#rest")
-    page.sees("Waits for the plan's limit until", "#waiting")
+    page.wait_for_text("Waiting for the plan limit to reset at", "#plan-notice")
+    page.wait_for_text("Waiting for the plan limit to reset at", "#waiting")
     assert page.js("Date.parse(document.querySelector('#waiting time').dateTime) > Date.now()")
 
 
 # --- Tokens ---
 
 
-def test_a_token_is_made_shown_once_and_revoked(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.view("Tokens")
+    page.open_view("Tokens")
     page.write("Name", "robot")
-    for label, value in (("Memory", "stateful"), ("Tools", "web"), ("Expires", "7")):
+    for label, value in (("Session mode", "stateful"), ("Tools", "web"), ("Expires", "7")):
         page.choose(label, value)
-    page.write("Requests a minute", "5")
-    page.write("Requests a day", "50")
+    page.write("Requests per minute", "5")
+    page.write("Requests per day", "50")
     page.write("Models", "haiku, sonnet")
     page.press("Create token")
-    secret = page.until("document.querySelector('#made code')?.innerText")
-    made = next(each for each in running.admin.get("/api/tokens").json["tokens"] if each["name"] == "robot")
-    wanted = {"sessionMode": "stateful", "tools": "web", "requestsPerMinute": 5, "requestsPerDay": 50, "models": ["haiku", "sonnet"],
-              "isAdmin": False}
-    assert {name: made[name] for name in wanted} == wanted and made["expiresAt"]
+    secret = page.until("document.querySelector('#created-token code')?.innerText")
+    tokens = running.admin.get("/api/tokens").json["tokens"]
+    robot = next(token for token in tokens if token["name"] == "robot")
+    expected = {
+        "sessionMode": "stateful",
+        "tools": "web",
+        "requestsPerMinute": 5,
+        "requestsPerDay": 50,
+        "models": ["haiku", "sonnet"],
+        "isAdmin": False,
+    }
+    assert {name: robot[name] for name in expected} == expected and robot["expiresAt"]
     assert running.admin.with_token(secret).get("/api/requests").status == 200
     page.js("copied = []; navigator.clipboard.writeText = async (text) => { copied.push(text) }; 1")
     page.press("Copy token")
-    page.sees("Copied.", "#said")
+    page.wait_for_text("Copied.", "#toast")
     assert page.js("copied") == [secret]
-    page.press("I have it")
+    page.press("Done")
     assert secret not in page.js("document.documentElement.outerHTML")
-    for words in ("stateful", "tools: web", "5 a minute", "50 a day", "haiku, sonnet", "expires"):
-        page.sees(words, "#holders")
-    page.press("Revoke robot", "#holders")
-    page.press("Yes, revoke", "#holders")
-    page.lacks("robot", "#holders")
+    row = ("stateful", "tools: web", "5 per minute", "50 per day", "haiku, sonnet", "expires")
+    for text in row:
+        page.wait_for_text(text, "#tokens")
+    page.press("Revoke robot", "#tokens")
+    page.press("Yes, revoke", "#tokens")
+    page.wait_for_no_text("robot", "#tokens")
     assert running.admin.with_token(secret).get("/api/requests").status == 401
-    page.press("Revoke admin", "#holders")
-    page.press("Yes, revoke", "#holders")
-    page.sees("last admin token", "#said")
+    page.press("Revoke admin", "#tokens")
+    page.press("Yes, revoke", "#tokens")
+    page.wait_for_text("last admin token", "#toast")
 
 
 # --- Playground ---
 
 
-def test_the_playground_streams_and_stops(visit: Callable[..., Visit], bridge: Start, gate: Path) -> None:
+def test_the_playground_streams_and_stops(visit: Visitor, bridge: Start, gate: Path) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.view("Playground")
-    page.write("Message", script({"delta": "first try"}, {"message": True}, {"delta": "Dear "}, {"wait": str(gate)}, {"delta": "reader"}))
+    page.open_view("Playground")
+    message = script(
+        {"delta": "first try"},
+        {"message": True},
+        {"delta": "Dear "},
+        {"wait": str(gate)},
+        {"delta": "reader"},
+    )
+    page.write("Message", message)
     page.write("Model", "haiku")
     page.write("System prompt", "Be kind.")
     page.choose("Effort", "low")
-    page.press("Ask", "#ask")
+    page.press("Ask", "#ask-form")
     page.until("document.querySelector('#answer').innerText.trim() === 'Dear'")
     gate.touch()
-    page.sees("Dear reader", "#answer")
-    page.sees("done after", "[role=status]")
-    page.sees("resolved-haiku · 10 in · 7 out", "#cost")
+    page.wait_for_text("Dear reader", "#answer")
+    page.wait_for_text("done in", "[role=status]")
+    page.wait_for_text("resolved-haiku · 10 in · 7 out", "#answer-usage")
     job = running.admin.get("/api/requests").json["requests"][0]
-    assert (job["systemPrompt"], job["effort"], job["response"]) == ("Be kind.", "low", "Dear reader")
+    fields = ("systemPrompt", "effort", "response")
+    assert [job[name] for name in fields] == ["Be kind.", "low", "Dear reader"]
     page.write("Message", "hang")
-    page.press("Ask", "#ask")
-    page.sees("thinking", "#answer")
+    page.press("Ask", "#ask-form")
+    page.wait_for_text("thinking", "#answer")
     page.press("Stop")
-    page.sees("failed: cancelled", "[role=status]")
+    page.wait_for_text("failed: cancelled", "[role=status]")
     page.write("Model", "no such model!")
-    page.press("Ask", "#ask")
-    page.sees("model", "#asked")
+    page.press("Ask", "#ask-form")
+    page.wait_for_text("model", "#ask-status")
 
 
-def test_the_call_as_code_does_the_same(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_the_code_examples_send_the_same_request(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.view("Playground")
-    message = "say it's \"so\" $HOME \\n `é`"
+    page.open_view("Playground")
+    message = 'say it\'s "so" $HOME \\n `é`'
     page.write("Message", message)
     page.write("Model", "haiku")
     words = shlex.split(page.text("#code"))
-    assert json.loads(words[words.index("-d") + 1]) == {"message": message, "model": "haiku", "wait": 60} and words[0] == "curl"
+    body = json.loads(words[words.index("-d") + 1])
+    assert body == {"message": message, "model": "haiku", "wait": 60} and words[0] == "curl"
     page.press("Python", "#languages")
-    page.sees("import json", "#code")
+    page.wait_for_text("import json", "#code")
     python = page.text("#code")
     page.press("JavaScript", "#languages")
-    page.sees("await fetch", "#code")
+    page.wait_for_text("await fetch", "#code")
     javascript = page.text("#code")
+    token = str(running.admin.token)
     for code in (" ".join(words), python, javascript):
-        assert "cab-..." in code and str(running.admin.token) not in code
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(python.replace("cab-...", str(running.admin.token)), {})
-    assert said.getvalue() == message[4:] + "\n"
-    run = javascript.replace("cab-...", str(running.admin.token)).replace("console.log(", "return (")
-    assert page.js("(async () => { %s })()" % run) == message[4:]
+        assert "cab-..." in code and token not in code
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(python.replace("cab-...", token), {})
+    assert output.getvalue() == message[4:] + "\n"
+    runnable = javascript.replace("cab-...", token).replace("console.log(", "return (")
+    assert page.js("(async () => { %s })()" % runnable) == message[4:]
 
 
-# --- In all of it ---
+# --- All views ---
 
 
-def test_what_others_wrote_is_text_wherever_it_is_shown(visit: Callable[..., Visit], bridge: Start, gate: Path) -> None:
+def test_text_of_other_people_is_shown_as_text_everywhere(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
     running = bridge()
     other = running.admin.new_token(EVIL, sessionMode="stateful")
     other.answer("say " + EVIL, systemPrompt=EVIL)
@@ -424,150 +555,197 @@ def test_what_others_wrote_is_text_wherever_it_is_shown(visit: Callable[..., Vis
     other.ask(script({"delta": EVIL}, {"wait": str(gate)}))
     other.ask(EVIL)
     page = visit(running, running.admin.token)
-    for place in ("#running .text", "#running .begin", "#waiting .begin", "#waiting .meta", "#recent .begin", "#recent .meta"):
-        page.sees(EVIL[:20], place)
+    page.wait_for_text(EVIL[:20], "#running .text")
+    for part in ("#running", "#waiting", "#recent"):
+        page.wait_for_text(EVIL[:20], part + " .ellipsis")
+    for part in ("#waiting", "#recent"):
+        page.wait_for_text(EVIL[:20], part + " .meta")
     page.press("✓ completed", "#recent")
     page.press("✕ failed", "#recent")
-    page.until("[...document.querySelectorAll('#recent .text')].filter((each) => each.innerText.includes('<img')).length >= 5")
+    page.until(
+        "[...document.querySelectorAll('#recent .text')]"
+        ".filter((element) => element.innerText.includes('<img')).length >= 5"
+    )
     gate.touch()
-    page.view("Usage")
-    page.sees(EVIL, "#shares")
-    page.view("Tokens")
-    page.sees(EVIL, "#holders")
+    page.open_view("Usage")
+    page.wait_for_text(EVIL, "#usage-by-token")
+    page.open_view("Tokens")
+    page.wait_for_text(EVIL, "#tokens")
     page.write("Name", EVIL)
     page.press("Create token")
-    page.sees(EVIL, "#made")
-    page.view("Playground")
+    page.wait_for_text(EVIL, "#created-token")
+    page.open_view("Playground")
     page.write("Message", "say " + EVIL)
-    page.press("Ask", "#ask")
-    page.sees(EVIL, "#answer")
-    page.sees("img", "#code")
+    page.press("Ask", "#ask-form")
+    page.wait_for_text(EVIL, "#answer")
+    page.wait_for_text("img", "#code")
     assert page.js("document.querySelectorAll('img').length") == 0
 
 
-def busy(running: RunningBridge, gate: Path) -> None:
-    """A bridge with something in every part of the page, and with words that have no end."""
-    long = running.admin.new_token("W" * 100, sessionMode="stateful")
-    long.answer("say " + "x" * 400)
-    long.answer("die 3 " + "y" * 400)
-    running.admin.answer(script({"limits": {"status": "allowed_warning", "rateLimitType": "seven_day", "utilization": 0.9,
-                                            "resetsAt": cab.Clock().now() + 999999}}, {"result": "z" * 400}))
+def fill_all_views(running: RunningBridge, gate: Path) -> None:
+    """Put something into every part of the page, with very long words."""
+    user = running.admin.new_token("W" * 100, sessionMode="stateful")
+    user.answer("say " + "x" * 400)
+    user.answer("die 3 " + "y" * 400)
+    limits = {
+        "status": "allowed_warning",
+        "rateLimitType": "seven_day",
+        "utilization": 0.9,
+        "resetsAt": cab.Clock().now() + 999999,
+    }
+    running.admin.answer(script({"limits": limits}, {"result": "z" * 400}))
     running.admin.ask(script({"delta": "v" * 600}, {"wait": str(gate)}))
-    long.ask("u" * 400)
+    user.ask("u" * 400)
 
 
-def test_a_narrow_screen_needs_no_scrolling_to_the_side(visit: Callable[..., Visit], bridge: Start, gate: Path) -> None:
+def test_a_narrow_screen_needs_no_horizontal_scrolling(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
     running = bridge(public_url="https://%s.example.com" % ("a-long-name-" * 8))
-    busy(running, gate)
+    fill_all_views(running, gate)
     page = visit(running, width=390)
-    page.sees("working", "[role=status]")
+    page.wait_for_text("working", "[role=status]")
     fits = "document.documentElement.scrollWidth <= innerWidth && innerWidth <= 390"
     assert page.js(fits)
     page.sign_in(running.admin.token)
-    page.sees("v" * 600, "#running")
+    page.wait_for_text("v" * 600, "#running")
     page.press("✓ completed", "#recent")
     page.press("✕ failed", "#recent")
     for view in VIEWS:
-        page.view(view)
-        page.until("[...document.querySelectorAll('[data-view]:not([hidden]) h2')].length > 0")
+        page.open_view(view)
+        assert page.js("document.querySelectorAll('[data-view]:not([hidden]) h2').length") > 0
         assert page.js(fits), view
-    page.view("Tokens")
-    page.press("Revoke W", "#holders")
+    page.open_view("Tokens")
+    page.press("Revoke W", "#tokens")
     page.write("Name", "n" * 60)
     page.press("Create token")
-    page.sees("cab-", "#made")
+    page.wait_for_text("cab-", "#created-token")
     assert page.js(fits)
-    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    page.call("Emulation.setEmulatedMedia", features=[dark])
     for view in VIEWS:
-        page.view(view)
+        page.open_view(view)
         assert page.js(fits), view
 
 
-USED = {"button", "link", "textbox", "searchbox", "combobox", "checkbox", "spinbutton", "progressbar", "region"}
+def test_numbers_in_tables_never_break_on_a_narrow_screen(visit: Visitor, bridge: Start) -> None:
+    """Beside a long token name a column of numbers would get the width of one digit."""
+    running = bridge()
+    user = running.admin.new_token("W" * 100)
+    user.answer("hi")
+    page = visit(running, running.admin.token, width=390)
+    page.open_view("Usage")
+    page.wait_for_text("WWW", "#usage-by-token")
+    line_counts = page.js(
+        "[...document.querySelectorAll('[data-view=\"#/usage\"] :is(td, thead th)')]"
+        ".filter((cell) => cell.checkVisibility()).map((cell) => {"
+        " const range = document.createRange(); range.selectNodeContents(cell);"
+        " return range.getClientRects().length })"
+    )
+    assert len(line_counts) >= 7 and set(line_counts) == {1}
 
 
-def test_a_screen_reader_finds_a_name_for_all_that_can_be_used(visit: Callable[..., Visit], bridge: Start, gate: Path) -> None:
+USED_ROLES = {
+    "button",
+    "link",
+    "textbox",
+    "searchbox",
+    "combobox",
+    "checkbox",
+    "spinbutton",
+    "progressbar",
+    "region",
+}
+
+
+def test_every_control_has_a_name_for_screen_readers(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
     running = bridge(public_url="https://bridge.example.com")
-    busy(running, gate)
+    fill_all_views(running, gate)
     page = visit(running)
-    found = set()
+    seen_roles = set()
 
-    def look() -> None:
+    def check_names_and_ids() -> None:
         for node in page.call("Accessibility.getFullAXTree")["nodes"]:
             role = node.get("role", {}).get("value")
-            if role in USED | {"DisclosureTriangle", "img"} and not node.get("ignored"):
+            is_named = role in USED_ROLES | {"DisclosureTriangle", "img"}
+            if is_named and not node.get("ignored"):
                 assert node.get("name", {}).get("value", "").strip(), node
-                found.add(role)
-        doubled = page.js("[...document.querySelectorAll('[id]')].map((each) => each.id).filter((id, n, all) => all.indexOf(id) !== n)")
-        assert doubled == []
-        assert page.js("[...document.querySelectorAll('[data-view]:not([hidden]) h2')].length") >= 1
+                seen_roles.add(role)
+        ids = page.js("[...document.querySelectorAll('[id]')].map((element) => element.id)")
+        assert len(ids) == len(set(ids))
+        assert page.js("document.querySelectorAll('[data-view]:not([hidden]) h2').length") >= 1
 
-    look()
+    check_names_and_ids()
     page.sign_in(running.admin.token)
-    page.sees("v" * 600, "#running")
-    page.sees("90 % used", "#windows")
+    page.wait_for_text("v" * 600, "#running")
+    page.wait_for_text("90 % used", "#plan-limits")
     page.press("✓ completed", "#recent")
     for view in VIEWS:
-        page.view(view)
-        look()
+        page.open_view(view)
+        check_names_and_ids()
+        assert page.js("document.querySelectorAll('[aria-current]').length") == 1
+        assert page.js(CURRENT_LINK + ".innerText") == view
         if view != "Requests":
             assert page.js("document.activeElement.tagName") in ("H2", "A")
-    assert found >= USED
+    assert seen_roles >= USED_ROLES
 
 
-def test_the_page_says_when_the_bridge_is_gone_and_when_it_heard_from_it(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_the_page_shows_its_last_update_and_that_the_bridge_is_gone(
+    visit: Visitor, bridge: Start
+) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.sees("heard ", "#heard")
+    page.wait_for_text("updated ", "#last-update")
     running.bridge.__exit__(None, None, None)
-    page.js("round(); 1")
-    page.sees("not reachable, last heard: ", "[role=status]")
+    page.js("pollOnce(); 1")
+    page.wait_for_text("not reachable, last update: ", "[role=status]")
 
 
-def test_the_page_asks_seldom_while_nothing_happens(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_the_page_fetches_little_while_nothing_happens(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.sees("2.1.330", "#facts")
-    page.js("sent = []; realFetch = fetch; fetch = (path, more) => { sent.push(path); return realFetch(path, more) }; 1")
+    page.wait_for_text("2.1.330", "#bridge-facts")
+    page.js("sent = []; realFetch = fetch; 1")
+    page.js("fetch = (path, options) => { sent.push(path); return realFetch(path, options) }; 1")
     for _ in range(3):
-        page.js("round()")
-    assert page.js("sent.filter((path) => path !== '/api/status')") == []         # the rest is asked for when the counters change
-    page.js("Object.defineProperty(document, 'hidden', { value: true, configurable: true }); sent = []; 1")
-    page.js("round()")
-    assert page.js("sent.length") == 0                                            # nothing at all while nobody looks
+        page.js("pollOnce()")
+    # The lists are fetched only when the counters change.
+    assert page.js("sent.filter((path) => path !== '/api/status')") == []
+    page.js("Object.defineProperty(document, 'hidden', { value: true, configurable: true }); 1")
+    page.js("sent = []; 1")
+    page.js("pollOnce()")
+    # A hidden page fetches nothing.
+    assert page.js("sent.length") == 0
     running.admin.answer("say news")
-    page.js("delete document.hidden; document.dispatchEvent(new Event('visibilitychange')); 1")
-    page.sees("say news", "#recent")
+    page.js("delete document.hidden; 1")
+    page.js("document.dispatchEvent(new Event('visibilitychange')); 1")
+    page.wait_for_text("say news", "#recent")
 
 
-def test_the_page_is_small_and_names_no_other_host() -> None:
-    page = cab.dashboard_page("abc").decode()
-    assert len(page.encode()) < 40_000 and "\\" not in page
-    assert not re.findall(r"https?:|//[a-z0-9-]+\.|@import|url\(", page)
-
-def test_an_older_answer_never_overwrites_a_newer_one(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_an_older_response_never_overwrites_a_newer_one(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
-    page.view("Tokens")
-    page.js("""go = null; real = fetch; fetch = async (path, more) => { const answer = await real(path, more);
-        if (!go && path.includes("limit=100")) await new Promise((done) => { go = done }); return answer };
-        seen.at = seen.allAt = 0; first = round(); 1""")
-    page.until("Boolean(go)")                                                    # its tokens are known, but not shown
+    page.open_view("Tokens")
+    page.js(HOLD_FIRST % "limit=100")
+    # The first update has its list of tokens now, but has not shown it.
+    page.until("Boolean(release)")
     running.admin.new_token("late")
-    page.js("seen.at = seen.allAt = 0; second = round(); Promise.race([second, new Promise((done) => setTimeout(done, 200))]).then(() => 1)")
-    page.js("go(); Promise.all([first, second]).then(() => 1)")
-    assert "late" in page.text("#holders")
+    page.js("lastFetch.at = lastFetch.allAt = 0; second = pollOnce(); 1")
+    page.js("new Promise((resolve) => setTimeout(resolve, 200)).then(() => 1)")
+    page.js("release(); Promise.all([first, second]).then(() => 1)")
+    assert "late" in page.text("#tokens")
 
 
-def test_what_was_asked_for_before_a_filter_was_chosen_is_not_shown_after_it(visit: Callable[..., Visit], bridge: Start) -> None:
+def test_a_response_for_the_previous_filter_is_not_shown(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     for prompt in ("say fine", "die 3 broke", "say good"):
         running.admin.answer(prompt)
     page = visit(running, running.admin.token)
-    page.js("""go = null; real = fetch; fetch = async (path, more) => { const answer = await real(path, more);
-        if (!go && path.includes("limit=20&")) await new Promise((done) => { go = done }); return answer };
-        seen.at = 0; first = round(); 1""")
-    page.until("Boolean(go)")
+    page.js(HOLD_FIRST % "limit=20&")
+    page.until("Boolean(release)")
     page.press("Failed")
-    page.js("new Promise((done) => setTimeout(done, 200)).then(() => { go(); return first }).then(() => 1)")
-    page.until("[...document.querySelectorAll('#recent li')].length === 1")
+    page.js("new Promise((resolve) => setTimeout(resolve, 200)).then(() => 1)")
+    page.js("release(); first.then(() => 1)")
+    page.until("document.querySelectorAll('#recent li').length === 1")

@@ -1,10 +1,12 @@
-"""The bridge over the real `claude`, against a stand-in of the Messages API: what the CLI does with what we send it.
+"""Tests of the bridge over the real `claude`, against a stand-in for the Messages API.
 
     npm install @anthropic-ai/claude-code
     CAB_TEST_CLAUDE=node_modules/.bin/claude python -m pytest tests/test_real.py
 
-Nothing here reaches the network: the CLI's only other way out is a proxy variable that names the stand-in, which refuses.
+Nothing here reaches the network: the proxy variables of the CLI name the stand-in, which refuses
+such requests.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -23,41 +25,77 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
 import claude_api_bridge as cab
 from conftest import Api, Program, Stream, imported, is_running, text_of, wait_until
-from messages_api import Context, MessagesApi, NotingClaude, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts
+from messages_api import (
+    Call,
+    MessagesApi,
+    NotingClaude,
+    Reply,
+    calls_tools,
+    echo,
+    last_text,
+    system_text,
+    tool_results,
+    turn_texts,
+)
 
-pytestmark = [pytest.mark.real, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+]
 
 Version = Tuple[int, ...]
 OAUTH_TOKEN = "sk-ant-oat01-dummy"
 API_KEY = "sk-ant-api03-of-the-owner"
-NEVER = Reply("too late", hold=threading.Event())         # sent when the stand-in is closed
-FAR = 4_102_444_800                                     # a moment in 2100
+NEVER = Reply("too late", hold=threading.Event())  # sent when the stand-in closes
+FAR = 4_102_444_800  # a time in 2100
+
+
+def wait_for_count(processes: Callable[[], Set[int]], count: int, seconds: float) -> Set[int]:
+    """Wait until exactly so many processes run. -> their pids."""
+    pids: Set[int] = set()
+
+    def is_reached() -> bool:
+        pids.clear()
+        pids.update(processes())
+        return len(pids) == count
+
+    wait_until(is_reached, seconds)
+    return pids
 
 
 class Site:
-    """A home, a data directory, a stand-in of the API, and the bridge over the real CLI as a program."""
+    """A bridge over the real CLI, with its own home, data directory and stand-in API."""
 
     def __init__(self, claude: Path, version: Version, folder: Path) -> None:
         self.claude, self.version, self.folder = claude, version, folder
         self.home, self.data = folder / "home", folder / "data"
         self.home.mkdir()
         self.messages = MessagesApi()
-        self.environ = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.home), "ANTHROPIC_BASE_URL": self.messages.url,
-                        "CLAUDE_CODE_OAUTH_TOKEN": OAUTH_TOKEN, "HTTPS_PROXY": self.messages.url, "NO_PROXY": "127.0.0.1"}
+        self.environ = {
+            "PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": str(self.home),
+            "ANTHROPIC_BASE_URL": self.messages.url, "CLAUDE_CODE_OAUTH_TOKEN": OAUTH_TOKEN,
+            "HTTPS_PROXY": self.messages.url, "NO_PROXY": "127.0.0.1",
+        }
         self.program: Optional[Program] = None
         self._admin = ""
 
     def start(self, *flags: str, **environ: str) -> None:
-        """The bridge, once it serves."""
-        self.program = Program([*imported(), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0", "--data-dir", str(self.data),
-                                "--claude", str(self.claude), "--rate-limit", "0", *flags],
-                               {**self.environ, **environ}, self.folder)
+        """Start the bridge, and return once it serves."""
+        self.program = Program(
+            [
+                *imported(), "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0",
+                "--data-dir", str(self.data), "--claude", str(self.claude), "--rate-limit", "0",
+                *flags,
+            ],
+            {**self.environ, **environ},
+            self.folder,
+        )
         self._admin = self._admin or self.program.token
 
     @property
@@ -66,54 +104,63 @@ class Site:
         return Api(self.program.port, self._admin)
 
     def client(self, **fields: Any) -> Tuple[Api, Dict[str, Any]]:
-        """-> (a client with a token of its own, what GET /api/tokens says of it)."""
-        made = self.admin.post("/api/tokens", {"name": "test", **fields}).json
+        """Return a client with a new token, and the row of that token in GET /api/tokens."""
+        created = self.admin.post("/api/tokens", {"name": "test", **fields}).json
         listed = self.admin.get("/api/tokens").json["tokens"]
-        return self.admin.with_token(made["token"]), next(token for token in listed if token["id"] == made["tokenId"])
+        return self.admin.with_token(created["token"]), next(
+            token for token in listed if token["id"] == created["tokenId"]
+        )
 
     def ask(self, message: str, client: Optional[Api] = None, **fields: Any) -> Dict[str, Any]:
-        """Asks, and waits for the end. -> the poll body."""
-        return dict((client or self.admin).post("/api/ask", {"message": message, "wait": 60, **fields}).json)
+        """Ask, and wait for the end. -> the poll body."""
+        return dict(
+            (client or self.admin).post("/api/ask", {"message": message, "wait": 60, **fields}).json
+        )
 
-    def calls(self) -> List[Context]:
+    def calls(self) -> List[Call]:
         return self.messages.messages()
 
     def processes(self) -> Set[int]:
-        """The children of this site's bridges and all that they started."""
-        found = set()
+        """Return the processes that the bridges of this site started, and their descendants."""
+        pids = set()
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
                 if entry.isdigit() and int(entry) != os.getpid():
                     environ = Path("/proc", entry, "environ").read_bytes().split(b"\0")
-                    if ("HOME=%s" % self.home).encode() in environ and any(line.startswith(b"CAB_CHILD=") for line in environ):
-                        found.add(int(entry))
-        return {pid for pid in found if is_running(pid)}
+                    if ("HOME=%s" % self.home).encode() in environ and any(
+                        line.startswith(b"CAB_CHILD=") for line in environ
+                    ):
+                        pids.add(int(entry))
+        return {pid for pid in pids if is_running(pid)}
 
     def idle(self, count: int = 1) -> Set[int]:
-        """Waits until the spare alone is there. -> the process that will take the next stateless request."""
-        return set(wait_until(lambda: (lambda found: found if len(found) == count else None)(self.processes()), 10))
+        """Wait until only so many processes run. -> those that take the next requests."""
+        return wait_for_count(self.processes, count, 10)
 
     def plan(self) -> Dict[str, Any]:
         return dict(self.admin.get("/api/usage").json["plan"])
 
     def files(self) -> Dict[str, int]:
-        """Path -> moment of the last change, of all that the CLI or a tool could touch. What every start and every turn writes into
-        the CLI's own folder is left out; that is the owner's home only for versions that know no other."""
-        own = r"(\.claude\.json|sessions|session-env|projects|plugins|backups|shell-snapshots|statsig|debug|todos|cache)"
+        """Return the path and modification time of all files that the CLI or a tool could touch.
+
+        Files that every start and every turn writes into the CLI's own folder are left out.
+        """
+        own = (
+            r"(\.claude\.json|sessions|session-env|projects|plugins|backups"
+            r"|shell-snapshots|statsig|debug|todos|cache)"
+        )
         usual = r"stderr-|data/(bridge\.|claude-home/%s)" % own
-        if self.version < (2, 1, 197):
-            usual += r"|home/(\.npm/|\.claude\.json|\.claude/%s)" % own
-        found = {}
+        times = {}
         for parent, _, names in os.walk(self.folder):
             for path in (Path(parent, name) for name in names):
                 name = path.relative_to(self.folder).as_posix()
                 with contextlib.suppress(FileNotFoundError):
                     if not re.match(usual, name):
-                        found[name] = path.lstat().st_mtime_ns
-        return found
+                        times[name] = path.lstat().st_mtime_ns
+        return times
 
     def end(self) -> int:
-        """An ordered end. -> the exit status."""
+        """Shut down in an orderly way. -> the exit status."""
         assert self.program is not None
         status = self.program.end(signal.SIGTERM, 20)
         self.program = None
@@ -133,16 +180,22 @@ class Site:
 
 @pytest.fixture(scope="module")
 def version(real_claude: Path, tmp_path_factory: pytest.TempPathFactory) -> Version:
-    """Of the CLI, by its own words."""
+    """Return the version that the CLI reports."""
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path_factory.mktemp("version"))}
-    words = subprocess.run([str(real_claude), "--version"], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                           timeout=60).stdout
+    words = subprocess.run(
+        [str(real_claude), "--version"], env=environ, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, timeout=60,
+    ).stdout
     return cab.Features.read(words.decode(), "").version
 
 
 @pytest.fixture(scope="module")
-def standing(real_claude: Path, version: Version, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with contextlib.closing(Site(real_claude, version, tmp_path_factory.mktemp("standing"))) as site:
+def standing(
+    real_claude: Path, version: Version, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    with contextlib.closing(
+        Site(real_claude, version, tmp_path_factory.mktemp("standing"))
+    ) as site:
         secret = site.home / ".ssh" / "id_rsa"
         secret.parent.mkdir()
         secret.write_text("SECRET-OF-THE-OWNER\n")
@@ -152,7 +205,7 @@ def standing(real_claude: Path, version: Version, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def shared(standing: Site) -> Site:
-    """A bridge with the usual settings that many tests use, one after the other."""
+    """Return a bridge with the usual settings that many tests use in turn."""
     standing.messages.reply = echo
     del standing.messages.calls[:], standing.messages.outside[:]
     return standing
@@ -160,14 +213,17 @@ def shared(standing: Site) -> Site:
 
 @pytest.fixture
 def site(real_claude: Path, version: Version, tmp_path: Path) -> Iterator[Site]:
-    """A place for a bridge of one's own; nothing is started yet."""
+    """Return a site for a bridge with its own settings; nothing is started yet."""
     with contextlib.closing(Site(real_claude, version, tmp_path)) as site:
         yield site
 
 
 @contextlib.contextmanager
 def passing(site: Site, **fields: Any) -> Iterator[Api]:
-    """A client with a token of its own, which is revoked in the end: no process of it stays."""
+    """Yield a client with a new token.
+
+    The token is revoked at the end, so that no process of it remains.
+    """
     client, token = site.client(**fields)
     try:
         yield client
@@ -176,16 +232,22 @@ def passing(site: Site, **fields: Any) -> Iterator[Api]:
 
 
 def streamed(client: Api, message: str, **fields: Any) -> "contextlib.closing[Stream]":
-    return contextlib.closing(client.stream("POST", "/api/ask", {"message": message, "stream": True, **fields}))
+    return contextlib.closing(
+        client.stream("POST", "/api/ask", {"message": message, "stream": True, **fields})
+    )
 
 
-def moment(told: str) -> float:
-    """Epoch seconds of a time on the wire."""
-    return datetime.strptime(told, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
+def moment(timestamp: str) -> float:
+    """Return the epoch seconds of a time on the wire."""
+    return (
+        datetime.strptime(timestamp, "%Y-%m-%dT%H:%M:%S.%fZ")
+        .replace(tzinfo=timezone.utc)
+        .timestamp()
+    )
 
 
-def everything(calls: List[Context]) -> str:
-    """All that reached the API, headers too."""
+def everything(calls: List[Call]) -> str:
+    """Return everything that reached the API, including headers."""
     return "\n".join(json.dumps(call.headers) + call.raw.decode() for call in calls)
 
 
@@ -193,52 +255,59 @@ def everything(calls: List[Context]) -> str:
 
 
 def curl(*words: str) -> Dict[str, Any]:
-    done = subprocess.run(["curl", "-s", "-S", "--max-time", "30", *words], env={"PATH": os.environ["PATH"]}, stdout=subprocess.PIPE,
-                          check=True, timeout=60)
+    done = subprocess.run(
+        ["curl", "-s", "-S", "--max-time", "30", *words], env={"PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE, check=True, timeout=60,
+    )
     return dict(json.loads(done.stdout))
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
 def test_quick_start_by_curl(shared: Site) -> None:
-    url, admin = "http://localhost:%d" % shared.admin.port, "Authorization: Bearer %s" % shared.admin.token
+    url = "http://localhost:%d" % shared.admin.port
+    admin = "Authorization: Bearer %s" % shared.admin.token
     json_body = "Content-Type: application/json"
-    made = curl("-X", "POST", url + "/api/tokens", "-H", admin, "-H", json_body, "-d", '{"name": "my-app"}')
+    made = curl(
+        "-X", "POST", url + "/api/tokens", "-H", admin, "-H", json_body, "-d", '{"name": "my-app"}'
+    )
     mine = "Authorization: Bearer " + made["token"]
-    asked = curl("-X", "POST", url + "/api/ask", "-H", mine, "-H", json_body, "-d", '{"message": "Hello Claude"}')
-    assert asked == {"ok": True, "requestId": asked["requestId"], "position": 1, "poll": "GET /api/ask/" + asked["requestId"]}
-    answer = wait_until(lambda: next(iter([body for body in [curl(url + "/api/ask/" + asked["requestId"], "-H", mine)]
-                                           if body["status"] == "completed"]), None), 30)
+    asked = curl(
+        "-X", "POST", url + "/api/ask", "-H", mine, "-H", json_body, "-d",
+        '{"message": "Hello Claude"}',
+    )
+    assert asked == {
+        "ok": True, "requestId": asked["requestId"], "position": 1,
+        "poll": "GET /api/ask/" + asked["requestId"],
+    }
+    answer = wait_until(
+        lambda: next(
+            iter(
+                [
+                    body
+                    for body in [curl(url + "/api/ask/" + asked["requestId"], "-H", mine)]
+                    if body["status"] == "completed"
+                ]
+            ),
+            None,
+        ),
+        30,
+    )
     assert answer["response"] == "Echo: Hello Claude" and answer["attempts"] == 1
-    assert answer["usage"]["inputTokens"] == 10 and answer["usage"]["outputTokens"] == 7 and answer["usage"]["costUsd"] > 0
-    assert [call.headers.get("authorization") for call in shared.calls()] == ["Bearer " + OAUTH_TOKEN]
+    assert answer["usage"]["inputTokens"] == 10
+    assert answer["usage"]["outputTokens"] == 7
+    assert answer["usage"]["costUsd"] > 0
+    assert [call.headers.get("authorization") for call in shared.calls()] == [
+        "Bearer " + OAUTH_TOKEN
+    ]
 
 
-# --- what a prompt can and cannot do ---
-
-PROMPTS = ("@/etc/hostname", "what is in @/etc/hostname ?", "@~/.ssh/id_rsa", '@"~/.ssh/id_rsa"', "/config theme=dark", "/heapdump",
-           "/clear", "/cost", "/init", "/etc/hosts is what?", "!id", "#remember x", "--help", "a\0b", "a \U0001f600 smile",
-           "a\u2028b\u2029c", "a\r\nb\n", "é" * 16_384)
-
-
-def test_a_prompt_is_only_text_also_for_an_old_version(shared: Site) -> None:
-    if shared.version >= (2, 1, 197):
-        pytest.skip("all of these, and what surrounds them, are asked in test_hostile_prompts")
-    before = shared.files()
-    for prompt in PROMPTS:
-        del shared.messages.calls[:]
-        body = shared.ask(prompt)
-        sent = " " + prompt if prompt.startswith("/") else prompt
-        assert [last_text(call.body) for call in shared.calls()] == [sent]
-        assert body["status"] == "completed" and body["response"] == "Echo: " + sent
-        told = everything(shared.calls())
-        assert "SECRET-OF-THE-OWNER" not in told and "Called the Read tool" not in told
-        assert [message["role"] for message in shared.calls()[0].body["messages"]].count("user") == 1
-    assert shared.files() == before and not any(name.endswith(("settings.json", ".heapsnapshot")) for name in before)
+# --- what a prompt can and cannot do (see also test_hostile_prompts) ---
 
 
 def test_lone_surrogate_arrives_as_replacement(shared: Site) -> None:
     answer = shared.admin.post("/api/ask", b'{"message": "a\\ud800b", "wait": 60}').json
-    assert answer["response"] == "Echo: a\ufffdb" and [last_text(call.body) for call in shared.calls()] == ["a\ufffdb"]
+    assert answer["response"] == "Echo: a\ufffdb"
+    assert [last_text(call.body) for call in shared.calls()] == ["a\ufffdb"]
 
 
 def test_one_byte_too_many_is_refused(shared: Site) -> None:
@@ -249,42 +318,53 @@ def test_one_byte_too_many_is_refused(shared: Site) -> None:
 def test_a_plain_ask_is_lean(shared: Site, tmp_path: Path) -> None:
     assert shared.ask("hello")["status"] == "completed"
     lean = shared.calls()[-1]
-    assert len(lean.raw) <= 4_096 and not lean.body.get("tools") and cab.SYSTEM_PROMPT in system_text(lean.body)
+    assert len(lean.raw) <= 4_096
+    assert not lean.body.get("tools")
+    assert cab.SYSTEM_PROMPT in system_text(lean.body)
     count = len(shared.calls())
-    bare = subprocess.run([str(shared.claude), "-p", "hello"], env={**shared.environ, "HOME": str(tmp_path)}, cwd=tmp_path,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+    bare = subprocess.run(
+        [str(shared.claude), "-p", "hello"], env={**shared.environ, "HOME": str(tmp_path)},
+        cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60,
+    )
     assert bare.returncode == 0 and bare.stdout.strip() == b"Echo: hello"
     heaviest = max(len(call.raw) for call in shared.calls()[count:])
-    assert heaviest >= 45_000 and heaviest >= 20 * len(lean.raw), "%d bytes against %d" % (heaviest, len(lean.raw))
+    assert heaviest >= 45_000 and heaviest >= 20 * len(lean.raw), "%d bytes against %d" % (
+        heaviest,
+        len(lean.raw),
+    )
 
 
 # --- settings of one request ---
 
 
 def test_settings_reach_the_api(shared: Site) -> None:
-    schema = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"type": "string"}},
+        "required": ["answer"],
+    }
     assert shared.ask("as you are")["status"] == "completed"
     plain = shared.calls()[-1].body
     body = shared.ask("be brief", model="haiku", systemPrompt="Answer as a pirate ☠.")
     assert body["status"] == "completed" and "haiku" in body["model"]
     call = shared.calls()[-1].body
     assert re.match(r"claude-haiku-\d", call["model"]) and call["model"] != plain["model"]
-    assert "Answer as a pirate ☠." in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
-    assert [text for role, text in turn_texts(call)] == ["be brief"], "a change of model leaves a trace in the prompt"
+    assert "Answer as a pirate ☠." in system_text(call)
+    assert cab.SYSTEM_PROMPT not in system_text(call)
+    assert [text for role, text in turn_texts(call)] == ["be brief"], (
+        "a change of model leaves a trace in the prompt"
+    )
     assert shared.ask("think", model="claude-opus-4-8", effort="low")["status"] == "completed"
     assert shared.calls()[-1].body["model"] == "claude-opus-4-8"
-    if shared.version >= (2, 1, 197):                   # older ones do not know this model, nor that it can think harder
-        assert shared.calls()[-1].body["output_config"]["effort"] == "low"
-        shared.ask("think harder", model="claude-opus-4-8", effort="max")
-        assert shared.calls()[-1].body["output_config"]["effort"] == "max"
+    assert shared.calls()[-1].body["output_config"]["effort"] == "low"
+    shared.ask("think harder", model="claude-opus-4-8", effort="max")
+    assert shared.calls()[-1].body["output_config"]["effort"] == "max"
     body = shared.ask("forty-two", jsonSchema=schema)
-    if shared.version < cab.JSON_SCHEMA_CLI:
-        assert body["errorCode"] == "cli_error" and "2.1.197" in body["error"]
-    else:
-        assert body["structured"] == {"answer": "forty-two"} and json.loads(body["response"]) == {"answer": "forty-two"}
-        shared.messages.reply = lambda body: Reply("I would rather not")
-        assert shared.ask("no", jsonSchema=schema)["errorCode"] == "cli_error"
-        shared.messages.reply = echo
+    assert body["structured"] == {"answer": "forty-two"}
+    assert json.loads(body["response"]) == {"answer": "forty-two"}
+    shared.messages.reply = lambda body: Reply("I would rather not")
+    assert shared.ask("no", jsonSchema=schema)["errorCode"] == "cli_error"
+    shared.messages.reply = echo
     assert shared.ask("as you were")["status"] == "completed"
     after = shared.calls()[-1].body
     for name in ("model", "output_config"):
@@ -294,28 +374,55 @@ def test_settings_reach_the_api(shared: Site) -> None:
 
 
 @pytest.mark.parametrize("model", ("default", "claude-sonnet-4-5-20250929", "gpt-4o"))
-def test_a_model_is_taken_at_its_word(shared: Site, model: str) -> None:
-    """Full names arrive as they are, also unknown ones (the API refuses them); `default` is what no model is."""
-    assert shared.ask("hello")["status"] == shared.ask("hello", model=model)["status"] == "completed"
+def test_a_model_name_is_passed_on_unchanged(shared: Site, model: str) -> None:
+    """Full names arrive unchanged, even unknown ones (the API refuses them).
+
+    `default` means no model.
+    """
+    assert (
+        shared.ask("hello")["status"] == shared.ask("hello", model=model)["status"] == "completed"
+    )
     plain, named = (call.body["model"] for call in shared.calls())
     assert named == (plain if model == "default" else model)
 
 
-# --- what the API can answer ---
+# --- errors of the API ---
 
 API_ERRORS = (
     ("auth_required", Reply("OAuth token has expired", status=401, error="authentication_error")),
     ("auth_required", Reply("OAuth token has been revoked", status=403, error="permission_error")),
-    ("auth_required", Reply("OAuth token does not meet scope requirement user:inference", status=403, error="permission_error")),
-    ("context_too_long", Reply("prompt is too long: 250000 tokens > 200000 maximum", status=400, error="invalid_request_error")),
+    (
+        "auth_required",
+        Reply(
+            "OAuth token does not meet scope requirement user:inference",
+            status=403,
+            error="permission_error",
+        ),
+    ),
+    (
+        "context_too_long",
+        Reply(
+            "prompt is too long: 250000 tokens > 200000 maximum",
+            status=400,
+            error="invalid_request_error",
+        ),
+    ),
     ("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")),
     ("model_not_found", Reply("model: nosuch", status=404, error="not_found_error")),
-    ("context_too_long", Reply("Request exceeds the maximum size", status=413, error="request_too_large")),
+    (
+        "context_too_long",
+        Reply("Request exceeds the maximum size", status=413, error="request_too_large"),
+    ),
 )
 
 
-@pytest.mark.parametrize("code, reply", API_ERRORS,
-                         ids=lambda value: value if isinstance(value, str) else "%d-%s" % (value.status, value.text[:12]))
+@pytest.mark.parametrize(
+    "code, reply",
+    API_ERRORS,
+    ids=lambda value: (
+        value if isinstance(value, str) else "%d-%s" % (value.status, value.text[:12])
+    ),
+)
 def test_api_error_has_its_code(shared: Site, code: str, reply: Reply) -> None:
     shared.messages.reply = lambda body: reply
     body = shared.ask("hello")
@@ -325,19 +432,29 @@ def test_api_error_has_its_code(shared: Site, code: str, reply: Reply) -> None:
     assert shared.ask("and now?")["response"] == "Echo: and now?"
 
 
-OVERLOADS = (                                           # that the CLI does not try again by itself, as it does a 529 up to 2.1.197
-    Reply("Number of concurrent connections has exceeded your rate limit", status=429, error="rate_limit_error",
-          headers={"x-should-retry": "false"}),
-    Reply("Internal server error", status=500, error="api_error", headers={"x-should-retry": "false"}))
+# The CLI does not retry these by itself, as versions up to 2.1.197 do with a 529.
+OVERLOADS = (
+    Reply(
+        "Number of concurrent connections has exceeded your rate limit",
+        status=429,
+        error="rate_limit_error",
+        headers={"x-should-retry": "false"},
+    ),
+    Reply(
+        "Internal server error", status=500, error="api_error", headers={"x-should-retry": "false"}
+    ),
+)
 
 
 def test_an_overload_that_lasts_is_an_error(site: Site) -> None:
-    """Tried again after 2 s; the next try would come after the end of the time."""
+    """The bridge retries after 2 s; the next retry would come after the end of the run."""
     site.start("--run-seconds", "6")
     for count, reply in enumerate(OVERLOADS, 1):
         site.messages.reply = lambda body: reply
         body = site.ask("hello")
-        assert body["errorCode"] == "overloaded" and body["attempts"] == 1 and 2_000 <= body["durationMs"] < 6_000, body
+        assert body["errorCode"] == "overloaded", body
+        assert body["attempts"] == 1, body
+        assert 2_000 <= body["durationMs"] < 6_000, body
         assert len(site.calls()) == 2 * count
     site.messages.reply = echo
     assert site.ask("and now?")["response"] == "Echo: and now?"
@@ -345,12 +462,19 @@ def test_an_overload_that_lasts_is_an_error(site: Site) -> None:
 
 
 def test_an_overload_that_passes_is_waited_out(shared: Site) -> None:
-    """Longer than the CLI's own 4 retries, which take 9 s: then the bridge asks again."""
+    """The overload lasts longer than the CLI's own 4 retries (9 s), so that the bridge retries."""
     replies = [Reply("Overloaded", status=529, error="overloaded_error")] * 6
     shared.messages.reply = lambda body: replies.pop() if replies else echo(body)
     request = shared.admin.ask("hello")
-    waits = wait_until(lambda: (lambda body: body if body.get("waitingFor") else None)(shared.admin.poll(request)), 30)
-    assert waits["waitingFor"] == "overloaded" and waits["status"] == "processing" and -20 < moment(waits["resumesAt"]) - time.time() <= 2
+
+    def waiting_body() -> Optional[Dict[str, Any]]:
+        body = shared.admin.poll(request)
+        return body if body.get("waitingFor") else None
+
+    waits = wait_until(waiting_body, 30)
+    assert waits["waitingFor"] == "overloaded"
+    assert waits["status"] == "processing"
+    assert -20 < moment(waits["resumesAt"]) - time.time() <= 2
     body = shared.admin.done(request)
     assert body["response"] == "Echo: hello" and body["attempts"] == 1 and "waitingFor" not in body
     assert shared.messages.prompts() == ["hello"] * 7
@@ -367,16 +491,17 @@ def test_a_big_answer_arrives_whole(shared: Site) -> None:
 
 
 def test_a_unicode_answer_arrives_exactly(shared: Site) -> None:
-    text = "äß€ \U0001f469\u200d\U0001f680 \u2028 \u2029 \x85 \0 \x7f \ufeff \ufffd e\u0301 \\u0041 \"'<&>\t\r\n tail "
+    text = (
+        "äß€ \U0001f469\u200d\U0001f680 \u2028 \u2029 \x85 \0 \x7f \ufeff \ufffd "
+        "e\u0301 \\u0041 \"'<&>\t\r\n tail "
+    )
     shared.messages.reply = lambda body: Reply(text)
     assert shared.ask("odd")["response"] == text
     shared.messages.reply = lambda body: Reply(text, word_seconds=0.001)
     assert shared.ask("odd, word by word")["response"] == text
 
 
-def test_a_cut_answer_is_asked_for_again(shared: Site) -> None:
-    if shared.version < (2, 1, 50):
-        pytest.skip("this CLI gives up when a stream breaks off")
+def test_a_cut_answer_is_requested_again(shared: Site) -> None:
     text = "one two three four"
     shared.messages.reply = lambda body: Reply(text, cut_after=2 if body.get("stream") else None)
     body = shared.ask("count")
@@ -384,10 +509,15 @@ def test_a_cut_answer_is_asked_for_again(shared: Site) -> None:
     assert {last_text(call.body) for call in shared.calls()} == {"count"}
 
 
-def test_the_text_so_far_is_seen(shared: Site) -> None:
+def test_a_poll_returns_the_text_so_far(shared: Site) -> None:
     shared.messages.reply = lambda body: Reply("one two three four five six", word_seconds=0.2)
     request = shared.admin.ask("slowly")
-    seen = wait_until(lambda: (lambda body: body.get("partial") or body["status"] == "completed")(shared.admin.poll(request)), 20)
+
+    def text_or_end() -> Any:
+        body = shared.admin.poll(request)
+        return body.get("partial") or body["status"] == "completed"
+
+    seen = wait_until(text_or_end, 20)
     assert isinstance(seen, str) and "one two three four five six".startswith(seen)
     assert shared.admin.poll(request, wait=30)["response"] == "one two three four five six"
 
@@ -397,8 +527,8 @@ def test_the_text_so_far_is_seen(shared: Site) -> None:
 WORDS = " ".join("word-%d" % n for n in range(30))
 
 
-def test_words_arrive_as_they_come(shared: Site) -> None:
-    """And a reader who was away goes on where he was, or anywhere."""
+def test_words_arrive_as_they_are_written(shared: Site) -> None:
+    """A reader that was disconnected resumes at its offset, or at any other."""
     shared.messages.reply = lambda body: Reply(WORDS, word_seconds=0.05)
     with streamed(shared.admin, "slowly") as stream:
         stream.until("delta")
@@ -406,55 +536,87 @@ def test_words_arrive_as_they_come(shared: Site) -> None:
         meanwhile = shared.admin.poll(request)
         while len(stream.text) < len(WORDS) / 3:
             stream.until("delta")
-    assert meanwhile["status"] == "processing" and 0 < len(meanwhile["partial"]) < len(WORDS) / 3 and WORDS.startswith(meanwhile["partial"])
-    assert [event.kind for event in stream.events[:3]] == ["queued", "started", "delta"] and len(stream.events) > 7
+    assert meanwhile["status"] == "processing"
+    assert 0 < len(meanwhile["partial"]) < len(WORDS) / 3
+    assert WORDS.startswith(meanwhile["partial"])
+    assert [event.kind for event in stream.events[:3]] == ["queued", "started", "delta"]
+    assert len(stream.events) > 7
     assert len(stream.text) < len(WORDS) / 2 and WORDS.startswith(stream.text)
     assert shared.admin.poll(request)["status"] == "processing"
     rest = shared.admin.follow(request, stream.events[-1].id).rest()
     assert {event.kind for event in rest} == {"delta", "completed"} and len(rest) > 10
-    assert text_of(rest, stream.text) == WORDS == rest[-1].data["response"] and rest[-1].id == len(WORDS)
+    assert text_of(rest, stream.text) == WORDS == rest[-1].data["response"]
+    assert rest[-1].id == len(WORDS)
     for after in (0, 1, 17, len(WORDS) - 1, len(WORDS)):
         late = shared.admin.follow(request, after).rest()
         assert text_of(late, WORDS[:after]) == WORDS and late[-1].data == shared.admin.poll(request)
-        assert [event.kind for event in late] == ["started"] * (not after) + ["delta"] * (after < len(WORDS)) + ["completed"]
+        expected = ["completed"]
+        if after < len(WORDS):
+            expected.insert(0, "delta")
+        if not after:
+            expected.insert(0, "started")
+        assert [event.kind for event in late] == expected
 
 
-def test_fifty_readers_see_the_same(shared: Site) -> None:
+def test_fifty_readers_receive_the_same_text(shared: Site) -> None:
     shared.messages.reply = lambda body: Reply(WORDS, word_seconds=0.05)
     request = shared.admin.ask("to all of you")
     with ThreadPoolExecutor(50) as pool:
-        told = list(pool.map(lambda n: shared.admin.follow(request).rest(), range(50)))
-    assert {text_of(events) for events in told} == {WORDS}
-    assert {events[-1].data["response"] for events in told} == {WORDS}
-    assert all([event.kind for event in events].count("delta") > 10 for events in told), "they were told while it was written"
+        streams = list(pool.map(lambda n: shared.admin.follow(request).rest(), range(50)))
+    assert {text_of(events) for events in streams} == {WORDS}
+    assert {events[-1].data["response"] for events in streams} == {WORDS}
+    assert all([event.kind for event in events].count("delta") > 10 for events in streams), (
+        "the text arrived while it was written"
+    )
 
 
 @pytest.mark.parametrize("again", ("one two three four five", "something else"))
 def test_a_cut_stream_is_completed(shared: Site, again: str) -> None:
-    """The CLI asks again, in the end without a stream: what was not heard is added, and a text that differs begins anew."""
-    if shared.version < (2, 1, 50):
-        pytest.skip("this CLI gives up when a stream breaks off")
-    heard = "one two three "
-    shared.messages.reply = lambda body: Reply(heard + "four", word_seconds=0.05, cut_after=3) if body.get("stream") else Reply(again)
+    """The CLI retries, at last without a stream.
+
+    The bridge appends a missing suffix, and restarts a text that differs.
+    """
+    prefix = "one two three "
+    shared.messages.reply = lambda body: (
+        Reply(prefix + "four", word_seconds=0.05, cut_after=3)
+        if body.get("stream")
+        else Reply(again)
+    )
     with streamed(shared.admin, "count") as stream:
         stream.until("delta")
-        while stream.text != heard:
+        while stream.text != prefix:
             stream.until("delta")
         middle = len(stream.events)
         events = stream.rest()
     rest = [kind for kind, _ in groupby(event.kind for event in events[middle:])]
-    anew = sum(bool(call.body.get("stream")) for call in shared.calls()) - 1 + (not again.startswith(heard))      # 2.1.330 streams twice
-    assert rest == (["started", "delta"] * anew or ["delta"]) + ["completed"] and anew <= 2
+    # version 2.1.330 streams twice
+    restarts = (
+        sum(bool(call.body.get("stream")) for call in shared.calls())
+        - 1
+        + (not again.startswith(prefix))
+    )
+    assert rest == (["started", "delta"] * restarts or ["delta"]) + ["completed"] and restarts <= 2
     assert text_of(events) == again == events[-1].data["response"]
-    assert text_of(shared.admin.follow(events[0].data["requestId"], len(heard)).rest(), heard) == again
+    late = shared.admin.follow(events[0].data["requestId"], len(prefix))
+    assert text_of(late.rest(), prefix) == again
 
 
-SMILE = "\ud83d", "\ude00"                              # the halves of one character, as the API may send them
+# The halves of one character, as the API may send them.
+SMILE = "\ud83d", "\ude00"
 
 
-@pytest.mark.parametrize("pieces, text", ((("a " + SMILE[0], SMILE[1] + " b"), "a \U0001f600 b"), (("a", *SMILE), "a\U0001f600"),
-                                          (("a" + SMILE[0], "b"), "a\ufffdb")), ids=("inside", "at the end", "one half only"))
-def test_half_a_character_waits_for_the_other(shared: Site, pieces: Tuple[str, ...], text: str) -> None:
+@pytest.mark.parametrize(
+    "pieces, text",
+    (
+        (("a " + SMILE[0], SMILE[1] + " b"), "a \U0001f600 b"),
+        (("a", *SMILE), "a\U0001f600"),
+        (("a" + SMILE[0], "b"), "a\ufffdb"),
+    ),
+    ids=("inside", "at the end", "one half only"),
+)
+def test_half_a_character_waits_for_the_other(
+    shared: Site, pieces: Tuple[str, ...], text: str
+) -> None:
     shared.messages.reply = lambda body: Reply(pieces=pieces)
     with streamed(shared.admin, "smile") as stream:
         events = stream.rest()
@@ -462,38 +624,61 @@ def test_half_a_character_waits_for_the_other(shared: Site, pieces: Tuple[str, .
     assert [event.kind for event in events].count("started") == 1
 
 
-ALPHABET = ("a", "Z", " ", "\n", "é", "ß", "e\u0301", "\u0323", "日本", "\u200d", "\ufe0f", "\U0001f600", "\U0001f469\u200d\U0001f680",
-            "\U0001f1e9\U0001f1ea", "\U00010348", "क्षि", "שלום", "\u2028", '"', "\\", "<", "data: ")
+ALPHABET = (
+    "a", "Z", " ", "\n", "é", "ß", "e\u0301", "\u0323", "日本", "\u200d", "\ufe0f",
+    "\U0001f600",
+    "\U0001f469\u200d\U0001f680", "\U0001f1e9\U0001f1ea", "\U00010348", "क्षि",
+    "שלום", "\u2028",
+    '"', "\\", "<", "data: ",
+)
 
 
 def test_any_text_in_any_pieces_arrives(shared: Site) -> None:
-    """Cut anywhere, also inside of a character."""
-    with passing(shared, sessionMode="stateful") as client:          # one process for all of them
+    """The pieces are cut anywhere, even inside a character."""
+    # one process for all texts
+    with passing(shared, sessionMode="stateful") as client:
         for seed in range(20):
             chance = random.Random(seed)
-            text = "x" + "".join(chance.choice(ALPHABET) for _ in range(chance.randrange(5, 80))) + "x"
-            units = text.encode("utf-16-be")
-            units = "".join(chr(units[n] << 8 | units[n + 1]) for n in range(0, len(units), 2))        # type: ignore[assignment]
-            cuts = sorted({0, len(units), *(chance.randrange(len(units)) for _ in range(chance.randrange(1, 30)))})
-            pieces = tuple(str(units[start:end]) for start, end in zip(cuts, cuts[1:]))
+            text = (
+                "x" + "".join(chance.choice(ALPHABET) for _ in range(chance.randrange(5, 80))) + "x"
+            )
+            data = text.encode("utf-16-be")
+            units = "".join(chr(data[n] << 8 | data[n + 1]) for n in range(0, len(data), 2))
+            cuts = sorted(
+                {
+                    0, len(units),
+                    *(chance.randrange(len(units)) for _ in range(chance.randrange(1, 30))),
+                }
+            )
+            pieces = tuple(units[start:end] for start, end in zip(cuts, cuts[1:]))
             shared.messages.reply = lambda body: Reply(pieces=pieces)
             with streamed(client, "text %d" % seed) as stream:
                 events = stream.rest()
             assert text_of(events) == text == events[-1].data["response"], seed
-            assert [event.kind for event in events].count("started") == 1, "heard right at once, not only in the end"
+            assert [event.kind for event in events].count("started") == 1, (
+                "the streamed text was right, not only the final one"
+            )
 
 
 # --- cancelling ---
 
 
 def cancelled(site: Site, client: Api, request: str) -> Dict[str, Any]:
-    """Cancels. -> the poll body, once another request has begun and ended after it, within half a second."""
+    """Cancel a request. -> its poll body.
+
+    Another request must start within half a second after it, and complete.
+    """
     following = site.admin.ask("next")
     answer = client.delete("/api/ask/" + request)
-    assert answer.status == 200 and answer.json["status"] == "error" and answer.json["errorCode"] == "cancelled", answer
+    assert answer.status == 200, answer
+    assert answer.json["status"] == "error", answer
+    assert answer.json["errorCode"] == "cancelled", answer
     after = site.admin.done(following)
     body = client.poll(request)
-    assert after["response"] == "Echo: next" and body["status"] == "error" and body["errorCode"] == "cancelled" and "response" not in body
+    assert after["response"] == "Echo: next"
+    assert body["status"] == "error"
+    assert body["errorCode"] == "cancelled"
+    assert "response" not in body
     assert 0 <= moment(after["startedAt"]) - moment(body["completedAt"]) < 0.5, (body, after)
     assert client.delete("/api/ask/" + request).json["code"] == "already_finished"
     return body
@@ -501,7 +686,9 @@ def cancelled(site: Site, client: Api, request: str) -> Dict[str, Any]:
 
 def test_cancelling_ends_an_answer(shared: Site) -> None:
     running = shared.idle()
-    shared.messages.reply = lambda body: echo(body) if last_text(body) == "next" else Reply("word " * 400, word_seconds=0.05)
+    shared.messages.reply = lambda body: (
+        echo(body) if last_text(body) == "next" else Reply("word " * 400, word_seconds=0.05)
+    )
     with streamed(shared.admin, "talk on") as stream:
         for _ in range(3):
             stream.until("delta")
@@ -518,7 +705,7 @@ def test_cancelling_ends_an_answer(shared: Site) -> None:
 
 
 def used(site: Site, client: Api, *tools: Tuple[str, Dict[str, Any]]) -> List[Tuple[bool, str]]:
-    """Has the model call these tools. -> what it was told of each: (refused or failed, text)."""
+    """Make the model call these tools. -> the results: (refused or failed, text)."""
     site.messages.reply = calls_tools(*tools)
     body = site.ask("use them", client)
     assert body["response"] == "done", body
@@ -538,7 +725,7 @@ def writes(path: object) -> Tuple[str, Dict[str, Any]]:
 
 
 def workspace_of(site: Site, **fields: Any) -> Tuple[Api, Path]:
-    """-> (a client with tools, its workspace, which holds in.txt, and a link that leads out)."""
+    """Return a client with tools, and its workspace with in.txt and links that lead out of it."""
     client, token = site.client(**fields)
     workspace = Path(token["workspace"])
     (workspace / "in.txt").write_text("WHAT-IS-INSIDE\n")
@@ -547,87 +734,129 @@ def workspace_of(site: Site, **fields: Any) -> Tuple[Api, Path]:
     return client, workspace
 
 
-def test_no_tools_means_none(shared: Site) -> None:
-    results = used(shared, shared.admin, bash("touch made"), reads("/etc/hostname"),
-                   writes("made"), ("WebFetch", {"url": "https://example.com/", "prompt": "x"}),
-                   ("Agent", {"description": "x", "prompt": "x", "subagent_type": "Explore"}))
-    assert len(results) == 5 and all(failed and "No such tool" in text for failed, text in results), results
+def test_a_token_without_tools_has_none(shared: Site) -> None:
+    results = used(
+        shared,
+        shared.admin,
+        bash("touch made"),
+        reads("/etc/hostname"),
+        writes("made"),
+        ("WebFetch", {"url": "https://example.com/", "prompt": "x"}),
+        ("Agent", {"description": "x", "prompt": "x", "subagent_type": "Explore"}),
+    )
+    assert len(results) == 5, results
+    assert all(failed and "No such tool" in text for failed, text in results), results
     assert not list(shared.data.joinpath("work").iterdir())
 
 
 def test_read_stays_in_the_workspace(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools="read")
     hostname = Path("/etc/hostname").read_text().strip()
-    inside, *outside = used(shared, client, *map(reads, (
-        workspace / "in.txt", "/etc/hostname", "%s/../../bridge.db" % workspace, workspace / "link.txt", workspace / "up/.ssh/id_rsa",
-        shared.home / ".ssh/id_rsa", "~/.ssh/id_rsa")))
+    inside, *outside = used(
+        shared,
+        client,
+        *map(
+            reads,
+            (
+                workspace / "in.txt", "/etc/hostname", "%s/../../bridge.db" % workspace,
+                workspace / "link.txt", workspace / "up/.ssh/id_rsa", shared.home / ".ssh/id_rsa",
+                "~/.ssh/id_rsa",
+            ),
+        ),
+    )
     assert not inside[0] and "WHAT-IS-INSIDE" in inside[1]
     assert len(outside) == 6 and all(failed for failed, _ in outside), outside
-    assert not any("SECRET" in text or text.strip().endswith(hostname) for _, text in outside), outside
-    found, away, *rest = used(shared, client, ("Grep", {"pattern": "INSIDE"}),
-                              ("Grep", {"pattern": "SECRET", "path": str(shared.home), "output_mode": "content"}),
-                              bash("touch made"), writes(workspace / "made"))
-    assert "in.txt" in found[1] and "SECRET" not in away[1]
+    assert not any("SECRET" in text or text.strip().endswith(hostname) for _, text in outside), (
+        outside
+    )
+    match, away, *rest = used(
+        shared, client, ("Grep", {"pattern": "INSIDE"}),
+        ("Grep", {"pattern": "SECRET", "path": str(shared.home), "output_mode": "content"}),
+        bash("touch made"), writes(workspace / "made"),
+    )
+    assert "in.txt" in match[1] and "SECRET" not in away[1]
     assert all(failed for failed, _ in rest), rest
     assert not (workspace / "made").exists()
 
 
 def test_web_tools_are_permitted(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools="web")
-    fetched, searched, read, run = used(shared, client, ("WebFetch", {"url": "https://example.com/", "prompt": "x"}),
-                                        ("WebSearch", {"query": "tides"}), reads(workspace / "in.txt"), bash("touch made"))
+    fetched, searched, read, run = used(
+        shared, client, ("WebFetch", {"url": "https://example.com/", "prompt": "x"}),
+        ("WebSearch", {"query": "tides"}), reads(workspace / "in.txt"), bash("touch made"),
+    )
     assert shared.messages.outside, "it tried to fetch: %r" % (fetched,)
-    assert any(tool.get("type", "").startswith("web_search") for call in shared.calls() for tool in call.body.get("tools") or ()), searched
+    assert any(
+        tool.get("type", "").startswith("web_search")
+        for call in shared.calls()
+        for tool in call.body.get("tools") or ()
+    ), searched
     assert all(failed and "No such tool" in text for failed, text in (read, run)), (read, run)
 
 
 def test_all_tools_act_in_the_workspace(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools="all")
     outside = shared.folder / "outside.txt"
-    ran, wrote, away, up = used(shared, client, bash("touch made && pwd"),
-                                *map(writes, (workspace / "written.txt", outside, workspace / "up/x.txt")))
+    ran, wrote, away, up = used(
+        shared, client, bash("touch made && pwd"),
+        *map(writes, (workspace / "written.txt", outside, workspace / "up/x.txt")),
+    )
     assert not ran[0] and str(workspace) in ran[1] and (workspace / "made").exists(), ran
     assert not wrote[0] and (workspace / "written.txt").read_text() == "hello", wrote
     assert away[0] and not outside.exists(), away
-    if shared.version >= (2, 1, 197):                   # older ones follow a link that leads out, as Bash would
-        assert up[0] and not (shared.home / "x.txt").exists(), up
+    assert up[0] and not (shared.home / "x.txt").exists(), up
 
 
-def test_rules_allow_what_they_say(shared: Site) -> None:
+def test_rules_allow_exactly_what_they_name(shared: Site) -> None:
     client, workspace = workspace_of(shared, tools=["Read", "Bash(git log:*)"])
-    read, log, touch, both, hostname = used(shared, client, reads(workspace / "in.txt"),
-                                            bash("git log --oneline"), bash("touch made"), bash("git log; touch made"),
-                                            reads("/etc/hostname"))
+    read, log, touch, both, hostname = used(
+        shared, client, reads(workspace / "in.txt"), bash("git log --oneline"), bash("touch made"),
+        bash("git log; touch made"), reads("/etc/hostname"),
+    )
     assert not read[0] and "WHAT-IS-INSIDE" in read[1]
     assert "not a git repository" in log[1] or not log[0], log
-    assert touch[0] and both[0] and hostname[0] and not (workspace / "made").exists(), (touch, both, hostname)
+    assert touch[0], (touch, both, hostname)
+    assert both[0], (touch, both, hostname)
+    assert hostname[0], (touch, both, hostname)
+    assert not (workspace / "made").exists(), (touch, both, hostname)
 
 
 SLEEP = "python3 -c 'import time;time.sleep(300)' %s"
 
 
 def sleeping(mark: str) -> Set[int]:
-    """The commands SLEEP with this mark, whatever became of their parents and environment."""
-    found = set()
+    """Return the SLEEP commands with this mark, whatever their parents and environment."""
+    pids = set()
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
-            if entry.isdigit() and Path("/proc", entry, "cmdline").read_bytes().split(b"\0")[-2:] == [mark.encode(), b""]:
-                found.add(int(entry))
-    return found
+            if entry.isdigit() and Path("/proc", entry, "cmdline").read_bytes().split(b"\0")[
+                -2:
+            ] == [mark.encode(), b""]:
+                pids.add(int(entry))
+    return pids
 
 
-@pytest.mark.parametrize("command, count", ((SLEEP, 1), (SLEEP + " & " + SLEEP, 2), ("setsid " + SLEEP + " & " + SLEEP, 2),
-                                            ("setsid env -i PATH=$PATH " + SLEEP + " & " + SLEEP, 2)),
-                         ids=("one", "two", "own session", "own session and environment"))
+@pytest.mark.parametrize(
+    "command, count",
+    (
+        (SLEEP, 1),
+        (SLEEP + " & " + SLEEP, 2),
+        ("setsid " + SLEEP + " & " + SLEEP, 2),
+        ("setsid env -i PATH=$PATH " + SLEEP + " & " + SLEEP, 2),
+    ),
+    ids=("one", "two", "own session", "own session and environment"),
+)
 @pytest.mark.parametrize("how", ("revoke", "cancel"))
-def test_an_unwanted_command_is_ended(shared: Site, how: str, command: str, count: int) -> None:
+def test_the_command_of_a_cancelled_run_or_revoked_token_ends(
+    shared: Site, how: str, command: str, count: int
+) -> None:
     client, token = shared.client(tools="all")
     mark = "mark-" + token["id"]
     runs = calls_tools(bash(command.replace("%s", mark)))
     shared.messages.reply = lambda body: echo(body) if last_text(body) == "next" else runs(body)
     request = client.ask("run it")
     try:
-        running = wait_until(lambda: (lambda found: found if len(found) == count else None)(sleeping(mark)), 20)
+        running = wait_for_count(lambda: sleeping(mark), count, 20)
         if how == "cancel":
             cancelled(shared, client, request)
         else:
@@ -646,29 +875,34 @@ def test_an_unwanted_command_is_ended(shared: Site, how: str, command: str, coun
 
 
 class Talk:
-    """A stateful client that looks, at every turn, whether the API heard all earlier ones, and only those."""
+    """A stateful client that checks every turn.
+
+    The API must receive all earlier turns and no others.
+    """
 
     def __init__(self, site: Site) -> None:
         self.site, self.client = site, site.client(sessionMode="stateful")[0]
-        self.said: List[Tuple[str, str]] = []
+        self.turns: List[Tuple[str, str]] = []
 
     def say(self, text: str, calls: int = 1, **fields: Any) -> Dict[str, Any]:
-        """calls: of the API that it may take. -> the request's body as it reached the API last."""
-        client, count = self.site.admin.with_token(self.client.token), len(self.site.calls())      # the port changes with a restart
+        """Run a turn. -> the body of the last request that reached the API.
+
+        calls: how many calls of the API it must take.
+        """
+        # The port changes with a restart.
+        client, count = self.site.admin.with_token(self.client.token), len(self.site.calls())
         sent = " " + text if text.startswith("/") else text
         body = self.site.ask(text, client, **fields)
         assert body["status"] == "completed" and body["response"].endswith(text), body
         assert len(self.site.calls()) == count + calls, self.site.messages.prompts()[count:]
         call = self.site.calls()[-1]
-        if self.site.version >= (2, 1, 197):
-            assert [turn for turn in turn_texts(call.body) if turn[1]] == [*self.said, ("user", sent)]
-        else:                                           # these cannot be told earlier turns as such; as text is good enough
-            assert all(told in call.raw.decode() for _, told in self.said)
-        self.said += [("user", sent), ("assistant", body["response"] if self.site.version >= (2, 1, 197) else text)]
+        sent_turn = ("user", sent)
+        assert [turn for turn in turn_texts(call.body) if turn[1]] == [*self.turns, sent_turn]
+        self.turns += [sent_turn, ("assistant", body["response"])]
         return call.body
 
     def cool(self) -> None:
-        """Waits until the process of the conversation has left."""
+        """Wait until the process of the conversation has exited."""
         self.site.idle()
 
 
@@ -676,47 +910,54 @@ def test_a_conversation_remembers(site: Site) -> None:
     site.start("--warm-seconds", "1")
     talk = Talk(site)
     talk.say("my number is 7")
-    talk.say("and now?")                                # the same process
+    talk.say("and now?")  # the same process
     other = Talk(site)
     other.say("I am somebody else")
     talk.cool()
-    talk.say("after a pause")                           # the CLI's own session is resumed
+    talk.say("after a pause")  # the CLI resumes its own session
     site.end()
     site.start("--warm-seconds", "1")
     plain = talk.say("after a restart")
     talk.cool()
     for projects in (site.data / "claude-home/projects", site.home / ".claude/projects"):
         shutil.rmtree(projects, ignore_errors=True)
-    talk.say("after the loss of the CLI's files")       # told again from our own database
-    talk.say("in the process that was told")
+    talk.say("after the loss of the CLI's files")  # replayed from our database
+    talk.say("in the process that received the turns")
     talk.cool()
-    assert talk.say("told a second time")["model"] == plain["model"]
+    assert talk.say("replayed a second time")["model"] == plain["model"]
     call = talk.say("with other instructions", systemPrompt="Speak like a pirate ☠.")
     assert "pirate ☠" in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
     call = talk.say("with another model", model="haiku")
-    assert re.match(r"claude-haiku-\d", call["model"]) and "pirate" not in system_text(call) and cab.SYSTEM_PROMPT in system_text(call)
+    assert re.match(r"claude-haiku-\d", call["model"])
+    assert "pirate" not in system_text(call)
+    assert cab.SYSTEM_PROMPT in system_text(call)
     assert talk.say("with no model named")["model"] == plain["model"]
     other.say("and still am")
 
 
 def test_a_resumed_session_follows_new_settings(site: Site) -> None:
-    """The same without the detour over our own copy of the turns: the CLI resumes its session under new settings."""
+    """Without a replay of the turns: the CLI resumes its session under new settings."""
     site.start("--warm-seconds", "0")
     talk = Talk(site)
     plain = talk.say("one")
     call = talk.say("two", systemPrompt="Speak like a pirate ☠.")
     assert "pirate ☠" in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
     call = talk.say("three", model="haiku")
-    assert re.match(r"claude-haiku-\d", call["model"]) and "pirate" not in system_text(call) and cab.SYSTEM_PROMPT in system_text(call)
+    assert re.match(r"claude-haiku-\d", call["model"])
+    assert "pirate" not in system_text(call)
+    assert cab.SYSTEM_PROMPT in system_text(call)
     assert talk.say("four")["model"] == plain["model"]
     assert not talk.say("five").get("tools")
 
 
-def test_a_failed_turn_is_no_part_of_a_conversation(site: Site) -> None:
-    site.start("--run-seconds", "4" if site.version >= (2, 1, 197) else "8")
+def test_a_failed_turn_is_not_part_of_a_conversation(site: Site) -> None:
+    site.start("--run-seconds", "4")
     talk = Talk(site)
     talk.say("/clear @/etc/hostname")
-    for code, reply in (("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")), ("timeout", NEVER)):
+    for code, reply in (
+        ("cli_error", Reply("messages: something odd", status=400, error="invalid_request_error")),
+        ("timeout", NEVER),
+    ):
         site.messages.reply = lambda body: reply
         assert site.ask("this fails", talk.client)["errorCode"] == code
         site.messages.reply = echo
@@ -728,31 +969,41 @@ def test_a_failed_turn_is_no_part_of_a_conversation(site: Site) -> None:
         assert stream.rest()[-1].data["errorCode"] == "cancelled"
     site.messages.reply = echo
     talk.say("after the cancelled one")
-    talk.say("in the process that was told")
+    talk.say("in the process that received the turns")
 
 
-# --- the plan and what is used of it ---
+# --- plan limits and usage ---
 
 Headers = Dict[str, str]
 
 
 def unified(status: str, reset: int, utilization: float, **more: object) -> Headers:
-    """What the API tells of a plan whose window of 5 hours matters most."""
-    told = {"status": status, "reset": reset, "representative-claim": "five_hour", "5h-status": status, "5h-reset": reset,
-            "5h-utilization": utilization, **{name.replace("_", "-"): value for name, value in more.items()}}
-    return {"anthropic-ratelimit-unified-" + name: str(value) for name, value in told.items()}
+    """Return the headers that the API sends for a plan whose 5-hour window matters most."""
+    fields = {
+        "status": status, "reset": reset, "representative-claim": "five_hour", "5h-status": status,
+        "5h-reset": reset, "5h-utilization": utilization,
+        **{name.replace("_", "-"): value for name, value in more.items()},
+    }
+    return {"anthropic-ratelimit-unified-" + name: str(value) for name, value in fields.items()}
 
 
 def refuse_once(site: Site, seconds: int = 5) -> List[int]:
-    """The next call is refused because the plan is used up. -> the moment of the reset, once it was."""
+    """Let the API refuse the next call because the plan is used up.
+
+    -> the time of the reset, once it was.
+    """
     resets: List[int] = []
 
     def reply(body: Dict[str, Any]) -> Reply:
         if resets:
             return echo(body)
         resets.append(int(time.time()) + seconds)
-        return Reply("This request would exceed your account's rate limit.", status=429, error="rate_limit_error",
-                     headers=unified("rejected", resets[0], 1.0))
+        return Reply(
+            "This request would exceed your account's rate limit.",
+            status=429,
+            error="rate_limit_error",
+            headers=unified("rejected", resets[0], 1.0),
+        )
 
     site.messages.reply = reply
     return resets
@@ -763,18 +1014,28 @@ def test_a_used_up_plan_delays_the_queue(site: Site) -> None:
     resets = refuse_once(site)
     ids = [site.admin.ask("request %d" % n) for n in range(4)]
     with contextlib.closing(site.admin.follow(ids[0])) as stream:
-        told = stream.until("queued")
-        while "waitingFor" not in told.data:
-            told = stream.until("queued")
+        event = stream.until("queued")
+        while "waitingFor" not in event.data:
+            event = stream.until("queued")
         waits = site.admin.poll(ids[0])
-        assert waits["status"] == "queued" and waits["waitingFor"] == "usage_limit" and waits["queuePosition"] == 1
-        assert waits["resumesAt"] == told.data["resumesAt"] and resets[0] <= moment(waits["resumesAt"]) <= resets[0] + 3
-        assert [site.admin.poll(request)["waitingFor"] for request in ids[1:]] == ["usage_limit"] * 3
+        assert waits["status"] == "queued"
+        assert waits["waitingFor"] == "usage_limit"
+        assert waits["queuePosition"] == 1
+        assert waits["resumesAt"] == event.data["resumesAt"]
+        assert resets[0] <= moment(waits["resumesAt"]) <= resets[0] + 3
+        assert [site.admin.poll(request)["waitingFor"] for request in ids[1:]] == [
+            "usage_limit"
+        ] * 3
         plan = site.plan()
-        assert plan["waitingFor"] == "usage_limit" and plan["resumesAt"] == waits["resumesAt"] and not plan["isUsingOverage"]
-        window, = plan["windows"]
-        assert window["type"] == "five_hour" and window["status"] == "rejected" and moment(window["resetsAt"]) == resets[0]
-        if site.version >= (2, 1, 330):                 # older ones tell how much is used only in warnings
+        assert plan["waitingFor"] == "usage_limit"
+        assert plan["resumesAt"] == waits["resumesAt"]
+        assert not plan["isUsingOverage"]
+        (window,) = plan["windows"]
+        assert window["type"] == "five_hour"
+        assert window["status"] == "rejected"
+        assert moment(window["resetsAt"]) == resets[0]
+        # Older versions report the utilization only in warnings.
+        if site.version >= (2, 1, 330):
             assert window["utilization"] == 1.0
         assert text_of(stream.rest()) == "Echo: request 0"
     bodies = [site.admin.done(request) for request in ids]
@@ -783,7 +1044,9 @@ def test_a_used_up_plan_delays_the_queue(site: Site) -> None:
     moments = [body[name] for body in bodies for name in ("startedAt", "completedAt")]
     assert moments == sorted(moments), "one after the other, in the order of asking"
     assert [body["attempts"] for body in bodies] == [1] * 4
-    assert site.messages.prompts() == ["request 0", "request 0", "request 1", "request 2", "request 3"], "one call was refused"
+    assert site.messages.prompts() == [
+        "request 0", "request 0", "request 1", "request 2", "request 3",
+    ], "one call was refused"
     assert site.plan()["waitingFor"] is None
 
 
@@ -813,36 +1076,52 @@ def test_usage_shows_the_plan(site: Site) -> None:
     site.start()
     reset, later = int(time.time()) + 3600, int(time.time()) + 86_400
 
-    def told(headers: Headers) -> Dict[str, Any]:
-        """What /api/usage says of the plan after an answer with these headers; windows by their type."""
+    def plan_after(headers: Headers) -> Dict[str, Any]:
+        """Return the plan in /api/usage after an answer with these headers.
+
+        Its windows are keyed by type.
+        """
         site.messages.reply = lambda body: Reply("hello", headers=headers)
         assert site.ask("hello")["response"] == "hello"
         plan = site.plan()
         return {**plan, "windows": {window["type"]: window for window in plan["windows"]}}
 
-    tells_all = site.version >= (2, 1, 330)
+    reports_all = site.version >= (2, 1, 330)
     week: Dict[str, object] = {"7d_status": "allowed", "7d_utilization": 0.1, "7d_reset": later}
-    plan = told(unified("allowed", reset, 0.42, **week))
-    assert set(plan["windows"]) == ({"five_hour", "seven_day"} if tells_all else {"five_hour"})
+    plan = plan_after(unified("allowed", reset, 0.42, **week))
+    assert set(plan["windows"]) == ({"five_hour", "seven_day"} if reports_all else {"five_hour"})
     five = plan["windows"]["five_hour"]
-    assert five["status"] == "allowed" and moment(five["resetsAt"]) == reset and five["utilization"] == (0.42 if tells_all else None)
-    if tells_all:
+    assert five["status"] == "allowed"
+    assert moment(five["resetsAt"]) == reset
+    assert five["utilization"] == (0.42 if reports_all else None)
+    if reports_all:
         seven = plan["windows"]["seven_day"]
-        assert seven["status"] == "allowed" and moment(seven["resetsAt"]) == later and seven["utilization"] == 0.1
+        assert seven["status"] == "allowed"
+        assert moment(seven["resetsAt"]) == later
+        assert seven["utilization"] == 0.1
     assert not plan["isUsingOverage"] and plan["waitingFor"] is None
-    plan = told({**unified("allowed_warning", reset, 0.92, **week), "anthropic-ratelimit-unified-5h-surpassed-threshold": "0.9"})
+    plan = plan_after(
+        {
+            **unified("allowed_warning", reset, 0.92, **week),
+            "anthropic-ratelimit-unified-5h-surpassed-threshold": "0.9",
+        }
+    )
     five = plan["windows"]["five_hour"]
-    assert five["status"] == "allowed_warning" and five["utilization"] == 0.92 and not plan["isUsingOverage"]
+    assert five["status"] == "allowed_warning"
+    assert five["utilization"] == 0.92
+    assert not plan["isUsingOverage"]
     overage: Dict[str, object] = {"overage_status": "allowed", "overage_reset": later}
-    for _ in range(2):                                  # paid usage is no reason to rest
-        plan = told(unified("rejected", reset, 1.0, **overage))
-        assert plan["isUsingOverage"] and plan["waitingFor"] is None and plan["windows"]["five_hour"]["status"] == "rejected"
-    plan = told(unified("allowed", reset, 0.0))
+    for _ in range(2):  # paid usage starts no pause
+        plan = plan_after(unified("rejected", reset, 1.0, **overage))
+        assert plan["isUsingOverage"]
+        assert plan["waitingFor"] is None
+        assert plan["windows"]["five_hour"]["status"] == "rejected"
+    plan = plan_after(unified("allowed", reset, 0.0))
     assert not plan["isUsingOverage"] and plan["windows"]["five_hour"]["status"] == "allowed"
 
 
-def test_plan_only_rests_before_paid_usage(site: Site) -> None:
-    """The answer that was paid for is given; the next one waits for the plan."""
+def test_plan_only_pauses_before_paid_usage(site: Site) -> None:
+    """The paid answer is delivered; the next request waits for the plan."""
     site.start("--plan-only")
     resets: List[int] = []
 
@@ -850,7 +1129,12 @@ def test_plan_only_rests_before_paid_usage(site: Site) -> None:
         if resets:
             return echo(body)
         resets.append(int(time.time()) + 5)
-        return Reply("paid", headers=unified("rejected", resets[0], 1.0, overage_status="allowed", overage_reset=FAR))
+        return Reply(
+            "paid",
+            headers=unified(
+                "rejected", resets[0], 1.0, overage_status="allowed", overage_reset=FAR
+            ),
+        )
 
     site.messages.reply = reply
     ids = [site.admin.ask("request %d" % n) for n in range(2)]
@@ -861,33 +1145,56 @@ def test_plan_only_rests_before_paid_usage(site: Site) -> None:
     plan = site.plan()
     assert plan["isUsingOverage"] and plan["waitingFor"] == "usage_limit" and len(site.calls()) == 1
     body = site.admin.done(ids[1])
-    assert body["response"] == "Echo: request 1" and moment(body["startedAt"]) >= moment(waits["resumesAt"])
+    assert body["response"] == "Echo: request 1"
+    assert moment(body["startedAt"]) >= moment(waits["resumesAt"])
     assert site.messages.prompts() == ["request 0", "request 1"]
 
 
 def test_each_turn_has_its_own_usage(real_claude: Path, version: Version, tmp_path: Path) -> None:
-    """The CLI tells the cost of all turns so far; of a resumed session, some versions tell that of all its processes."""
+    """The CLI reports the cost of all turns so far.
+
+    Some versions include all processes of a session.
+    """
     noting = NotingClaude(tmp_path / "noting", real_claude, b'"total_cost_usd"')
-    small = {"input_tokens": 100, "output_tokens": 20, "cache_read_input_tokens": 5, "cache_creation_input_tokens": 3}
-    large = {"input_tokens": 3_000, "output_tokens": 700, "cache_read_input_tokens": 50, "cache_creation_input_tokens": 30}
-    with contextlib.closing(Site(noting.path, version, tmp_path)) as site, contextlib.ExitStack() as stack:
+    small = {
+        "input_tokens": 100, "output_tokens": 20, "cache_read_input_tokens": 5,
+        "cache_creation_input_tokens": 3,
+    }
+    large = {
+        "input_tokens": 3_000, "output_tokens": 700, "cache_read_input_tokens": 50,
+        "cache_creation_input_tokens": 30,
+    }
+    with (
+        contextlib.closing(Site(noting.path, version, tmp_path)) as site,
+        contextlib.ExitStack() as stack,
+    ):
         site.start("--warm-seconds", "1")
         client = stack.enter_context(passing(site, sessionMode="stateful"))
         costs = []
         for n, used in enumerate((small, large, small)):
             site.messages.reply = lambda body: Reply("turn", usage=used)
             body = site.ask("turn %d" % n, client)
-            assert list(body["usage"].values())[:4] == [used[name] for name in (
-                "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")], body
+            assert list(body["usage"].values())[:4] == [
+                used[name]
+                for name in (
+                    "input_tokens", "output_tokens", "cache_read_input_tokens",
+                    "cache_creation_input_tokens",
+                )
+            ], body
             costs.append(body["usage"]["costUsd"])
-            told = [line["total_cost_usd"] for _, line in noting.lines()]
+            totals = [line["total_cost_usd"] for _, line in noting.lines()]
             if n < 2:
-                assert len(told) == n + 1 and sum(costs) == pytest.approx(told[-1], abs=2e-8) and costs[-1] > 0
+                assert len(totals) == n + 1
+                assert sum(costs) == pytest.approx(totals[-1], abs=2e-8)
+                assert costs[-1] > 0
             if n == 1:
-                site.idle(2)                            # the spare, and what stands in front of it; the third turn resumes the session
+                # The spare and the wrapper in front of it; the third turn resumes the session.
+                site.idle(2)
         assert costs[2] == pytest.approx(costs[0], abs=2e-8) and costs[1] > 5 * costs[0]
         total = site.admin.get("/api/usage").json["total"]
-        assert total["requests"] == total["completed"] == 3 and total["inputTokens"] == 3_200 and total["outputTokens"] == 740
+        assert total["requests"] == total["completed"] == 3
+        assert total["inputTokens"] == 3_200
+        assert total["outputTokens"] == 740
         assert total["costUsd"] == pytest.approx(sum(costs), abs=1e-7)
 
 
@@ -897,191 +1204,303 @@ def test_a_key_makes_one_request_of_many_posts(shared: Site) -> None:
 
         def post(n: int) -> Tuple[int, str, bool]:
             ready.wait(20)
-            answer = client.post("/api/ask", {"message": "message %d" % (n % 10)}, headers={"Idempotency-Key": "key-%d" % (n % 10)})
+            answer = client.post(
+                "/api/ask",
+                {"message": "message %d" % (n % 10)},
+                headers={"Idempotency-Key": "key-%d" % (n % 10)},
+            )
             assert answer.status == 202, answer
             return n % 10, answer.json["requestId"], "idempotent-replayed" in answer.headers
 
         answers = list(pool.map(post, range(100)))
         ids = {key: request for key, request, _ in answers}
-        assert {(key, request) for key, request, _ in answers} == set(ids.items()) and len(set(ids.values())) == 10
+        assert {(key, request) for key, request, _ in answers} == set(ids.items())
+        assert len(set(ids.values())) == 10
         assert [replayed for _, _, replayed in answers].count(False) == 10
-        assert [client.done(ids[n])["response"] for n in range(10)] == ["Echo: message %d" % n for n in range(10)]
+        assert [client.done(ids[n])["response"] for n in range(10)] == [
+            "Echo: message %d" % n for n in range(10)
+        ]
         assert Counter(shared.messages.prompts()) == {"message %d" % n: 1 for n in range(10)}
-        again = client.post("/api/ask", {"message": "message 3"}, headers={"Idempotency-Key": "key-3"})
+        again = client.post(
+            "/api/ask", {"message": "message 3"}, headers={"Idempotency-Key": "key-3"}
+        )
         assert again.json["requestId"] == ids[3] and len(shared.calls()) == 10
-        assert client.post("/api/ask", {"message": "other"}, headers={"Idempotency-Key": "key-3"}).status == 409
+        other = client.post("/api/ask", {"message": "other"}, headers={"Idempotency-Key": "key-3"})
+        assert other.status == 409
 
 
 # --- the wire formats of /v1 ---
 
 MESSAGES, COMPLETIONS = "/v1/messages", "/v1/chat/completions"
-PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
+    "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 PAPER = "JVBERi0xLjQKMSAwIG9iajw8Pj5lbmRvYmoKdHJhaWxlcjw8Pj4KJSVFT0Y="
-ADD = {"name": "add", "description": "adds", "input_schema": {"type": "object", "properties": {"a": {"type": "number"}}}}
+ADD = {
+    "name": "add",
+    "description": "adds",
+    "input_schema": {"type": "object", "properties": {"a": {"type": "number"}}},
+}
 
 
-def blocks_of(call: Context) -> List[Tuple[str, List[Dict[str, Any]]]]:
-    """(role, blocks) per message of user and assistant, without what the CLI adds."""
-    return [(message["role"], [{key: value for key, value in block.items() if key != "cache_control"} for block in message["content"]
-                               if not str(block.get("text")).startswith("<system-reminder>")])
-            for message in call.body["messages"] if message["role"] != "system" and not isinstance(message["content"], str)]
+def blocks_of(call: Call) -> List[Tuple[str, List[Dict[str, Any]]]]:
+    """Return (role, blocks) of every user and assistant message, without the CLI's additions."""
+    return [
+        (
+            message["role"],
+            [
+                {key: value for key, value in block.items() if key != "cache_control"}
+                for block in message["content"]
+                if not str(block.get("text")).startswith("<system-reminder>")
+            ],
+        )
+        for message in call.body["messages"]
+        if message["role"] != "system" and not isinstance(message["content"], str)
+    ]
 
 
 def texts(*words: str) -> List[Tuple[str, List[Dict[str, Any]]]]:
-    return [(("user", "assistant")[n % 2], [{"type": "text", "text": word}]) for n, word in enumerate(words)]
+    return [
+        (("user", "assistant")[n % 2], [{"type": "text", "text": word}])
+        for n, word in enumerate(words)
+    ]
 
 
 def chat(client: Api, path: str, messages: List[Dict[str, Any]], **fields: Any) -> Dict[str, Any]:
-    answer = client.post(path, {"model": "sonnet", "max_tokens": 100, "messages": messages, **fields})
+    answer = client.post(
+        path, {"model": "sonnet", "max_tokens": 100, "messages": messages, **fields}
+    )
     assert answer.status == 200, answer
     return dict(answer.json)
 
 
 def said(*words: str) -> List[Dict[str, Any]]:
-    """Messages of user and assistant in turn."""
+    """Return messages that alternate between user and assistant."""
     return [{"role": ("user", "assistant")[n % 2], "content": word} for n, word in enumerate(words)]
 
 
 @pytest.mark.parametrize("path", (MESSAGES, COMPLETIONS))
 def test_earlier_turns_are_real_turns(shared: Site, path: str) -> None:
-    if shared.version < cab.HISTORY_REPLAY_CLI:
-        pytest.skip("needs Claude Code 2.1.197 or newer")
     words = ["one", "1", "two /cost", "2", "/cost three"]
     instructions: Dict[str, Any] = {"system": "Count."} if path == MESSAGES else {}
-    messages = ([] if path == MESSAGES else [{"role": "developer", "content": "Count."}]) + said(*words)
+    messages = ([] if path == MESSAGES else [{"role": "developer", "content": "Count."}]) + said(
+        *words
+    )
     body = chat(shared.admin, path, messages, **instructions)
-    call, = shared.calls()
-    assert blocks_of(call) == texts(*words[:-1], " /cost three") and "Count." in system_text(call.body)
-    told = body["content"][0]["text"] if path == MESSAGES else body["choices"][0]["message"]["content"]
-    assert told == "Echo:  /cost three" and not call.body.get("tools") and len(call.raw) < 5_000
+    (call,) = shared.calls()
+    assert blocks_of(call) == texts(*words[:-1], " /cost three")
+    assert "Count." in system_text(call.body)
+    text = (
+        body["content"][0]["text"] if path == MESSAGES else body["choices"][0]["message"]["content"]
+    )
+    assert text == "Echo:  /cost three" and not call.body.get("tools") and len(call.raw) < 5_000
 
 
-def test_pictures_and_papers_are_real_blocks_and_files_stay_closed(shared: Site) -> None:
-    """What a client sends as a block arrives as one, also in earlier turns; @/path and /command stay text wherever they stand."""
-    if shared.version < cab.HISTORY_REPLAY_CLI:
-        pytest.skip("needs Claude Code 2.1.197 or newer")
+def test_images_and_documents_are_real_blocks_and_files_stay_closed(shared: Site) -> None:
+    """A block of the client arrives as a block, also in earlier turns.
+
+    @/path and /command stay text everywhere.
+    """
     before = shared.files()
-    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PICTURE}}
-    paper = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PAPER}, "title": "paper.pdf"}
+    picture = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": PICTURE},
+    }
+    paper = {
+        "type": "document",
+        "source": {"type": "base64", "media_type": "application/pdf", "data": PAPER},
+        "title": "paper.pdf",
+    }
     linked = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
     secret = {"type": "text", "text": "what is in @~/.ssh/id_rsa and @/etc/hostname ?"}
     command = {"type": "text", "text": "/config theme=dark"}
-    messages = [{"role": "user", "content": [picture, secret]}, {"role": "assistant", "content": "seen"},
-                {"role": "user", "content": [paper, command]}, {"role": "assistant", "content": "read"},
-                {"role": "user", "content": [linked, command, paper, secret]}]
+    messages: List[Dict[str, Any]] = [
+        {"role": "user", "content": [picture, secret]},
+        {"role": "assistant", "content": "seen"},
+        {"role": "user", "content": [paper, command]},
+        {"role": "assistant", "content": "read"},
+        {"role": "user", "content": [linked, command, paper, secret]},
+    ]
     chat(shared.admin, MESSAGES, messages)
-    openai = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + PICTURE}},
-              {"type": "file", "file": {"filename": "paper.pdf", "file_data": "data:application/pdf;base64," + PAPER}},
-              {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, secret]
+    openai = [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PICTURE}},
+        {
+            "type": "file",
+            "file": {"filename": "paper.pdf", "file_data": "data:application/pdf;base64," + PAPER},
+        },
+        {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+        secret,
+    ]
     chat(shared.admin, COMPLETIONS, [{"role": "user", "content": openai}])
-    ours, theirs = shared.calls()
+    messages_call, completions_call = shared.calls()
     escaped = {"type": "text", "text": " /config theme=dark"}
-    assert blocks_of(ours) == [("user", [picture, secret]), ("assistant", [{"type": "text", "text": "seen"}]), ("user", [paper, escaped]),
-                               ("assistant", [{"type": "text", "text": "read"}]), ("user", [linked, command, paper, secret])]
-    assert blocks_of(theirs) == [("user", [picture, paper, linked, secret])]
-    told = everything([ours, theirs])
-    assert "SECRET-OF-THE-OWNER" not in told and "Called the Read tool" not in told
+    assert blocks_of(messages_call) == [
+        ("user", [picture, secret]),
+        ("assistant", [{"type": "text", "text": "seen"}]),
+        ("user", [paper, escaped]),
+        ("assistant", [{"type": "text", "text": "read"}]),
+        ("user", [linked, command, paper, secret]),
+    ]
+    assert blocks_of(completions_call) == [("user", [picture, paper, linked, secret])]
+    traffic = everything([messages_call, completions_call])
+    assert "SECRET-OF-THE-OWNER" not in traffic and "Called the Read tool" not in traffic
     assert shared.files() == before
 
 
 def tool_turn(body: Dict[str, Any], *results: Any) -> List[Dict[str, Any]]:
-    """The two messages that answer the tool calls of an answer."""
+    """Return the two messages that answer the tool calls of an answer."""
     calls = [block["id"] for block in body["content"] if block["type"] == "tool_use"]
-    return [{"role": "assistant", "content": body["content"]},
-            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": each, "content": result} for each, result in zip(calls, results)]}]
+    return [
+        {"role": "assistant", "content": body["content"]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": call_id, "content": result}
+                for call_id, result in zip(calls, results)
+            ],
+        },
+    ]
 
 
-def test_a_tool_of_the_client_goes_on_in_the_live_turn(shared: Site) -> None:
-    if shared.version < cab.CLIENT_TOOLS_CLI:
-        assert shared.admin.post(MESSAGES, {"messages": said("add"), "tools": [ADD]}).status in (500, 502)
-        return
+def test_a_client_tool_call_continues_in_the_live_turn(shared: Site) -> None:
     shared.messages.reply = calls_tools(("mcp__api__add", {"a": 1}), ("mcp__api__add", {"a": 2}))
     long = {**ADD, "name": "long", "description": "x" * 5_000 + " the end"}
     with passing(shared) as client:
         asked = said("add both")
         first = chat(client, MESSAGES, asked, tools=[ADD, long])
-        assert first["stop_reason"] == "tool_use" and [(block["name"], block["input"]) for block in first["content"]] == [
-            ("add", {"a": 1}), ("add", {"a": 2})]
+        assert first["stop_reason"] == "tool_use"
+        assert [(block["name"], block["input"]) for block in first["content"]] == [
+            ("add", {"a": 1}), ("add", {"a": 2}),
+        ]
         assert first["usage"]["input_tokens"] == 10 and first["usage"]["output_tokens"] == 7
         offered = {tool["name"]: tool for tool in shared.calls()[0].body["tools"]}
         assert set(offered) == {"mcp__api__add", "mcp__api__long"}
-        assert offered["mcp__api__add"]["input_schema"] == ADD["input_schema"] and offered["mcp__api__add"]["description"] == "adds"
-        assert "x" * 5_000 + " the end" in system_text(shared.calls()[0].body) and "truncated" not in offered["mcp__api__long"]["description"]
+        assert offered["mcp__api__add"]["input_schema"] == ADD["input_schema"]
+        assert offered["mcp__api__add"]["description"] == "adds"
+        assert "x" * 5_000 + " the end" in system_text(shared.calls()[0].body)
+        assert "truncated" not in offered["mcp__api__long"]["description"]
         waiting = shared.processes()
-        last = chat(client, MESSAGES, asked + tool_turn(first, "one", [{"type": "text", "text": "two"}]), tools=[ADD, long])
-        assert last["content"] == [{"type": "text", "text": "done"}] and last["stop_reason"] == "end_turn"
+        last = chat(
+            client, MESSAGES, asked + tool_turn(first, "one", [{"type": "text", "text": "two"}]),
+            tools=[ADD, long],
+        )
+        assert last["content"] == [{"type": "text", "text": "done"}]
+        assert last["stop_reason"] == "end_turn"
         assert last["usage"]["input_tokens"] == 10 and last["usage"]["output_tokens"] == 7
-        begun, ended = shared.calls()
-        assert tool_results(ended.body) == [(False, "one"), (False, "two")]
-        assert [role for role, _ in blocks_of(ended)] == ["user", "assistant", "user"]
-        wait_until(lambda: not waiting <= shared.processes(), 10)           # it was the process that had waited
-        # A process that is gone is replaced by one that is told all of it.
+        first_call, last_call = shared.calls()
+        assert tool_results(last_call.body) == [(False, "one"), (False, "two")]
+        assert [role for role, _ in blocks_of(last_call)] == ["user", "assistant", "user"]
+        # The process that had waited is gone.
+        wait_until(lambda: not waiting <= shared.processes(), 10)
+        # Without that process a new one receives the whole conversation.
         chat(client, MESSAGES, asked + tool_turn(first, "one", "two"), tools=[ADD, long])
         seeded = shared.calls()[-1]
         assert tool_results(seeded.body) == [(False, "one"), (False, "two")]
-        assert [block.get("name") for _, blocks in blocks_of(seeded) for block in blocks if block["type"] == "tool_use"] == ["mcp__api__add"] * 2
+        assert [
+            block.get("name")
+            for _, blocks in blocks_of(seeded)
+            for block in blocks
+            if block["type"] == "tool_use"
+        ] == ["mcp__api__add"] * 2
 
 
-def test_a_waiting_call_is_continued_by_its_own_token_and_ids_only(shared: Site) -> None:
-    """Two tokens with the same conversation, and a model that gives the same ids to both."""
-    if shared.version < cab.CLIENT_TOOLS_CLI:
-        pytest.skip("needs Claude Code 2.1.197 or newer")
+def test_a_pending_tool_call_is_continued_only_by_its_own_token_and_ids(shared: Site) -> None:
+    """Two tokens have the same conversation, and the model gives the same ids to both."""
 
     def reply(body: Dict[str, Any]) -> Reply:
-        return Reply("done") if tool_results(body) else Reply(tools=(("mcp__api__add", {"a": 1}),), ids=("toolu_1_0",))
+        return (
+            Reply("done")
+            if tool_results(body)
+            else Reply(tools=(("mcp__api__add", {"a": 1}),), ids=("toolu_1_0",))
+        )
 
     shared.messages.reply = reply
     with passing(shared) as one, passing(shared) as two:
         asked = said("add")
         firsts = [chat(client, MESSAGES, asked, tools=[ADD]) for client in (one, two)]
         assert firsts[0]["content"] == firsts[1]["content"]
-        shared.idle(3)                                   # a spare, and one for each token
-        other = chat(one, MESSAGES, said("add") + [{"role": "assistant", "content": [
-            {"type": "tool_use", "id": "toolu_9_9", "name": "add", "input": {"a": 1}}]}, {"role": "user", "content": [
-                {"type": "tool_result", "tool_use_id": "toolu_9_9", "content": "for nobody"}]}], tools=[ADD])
+        shared.idle(3)  # a spare, and one for every token
+        other = chat(
+            one,
+            MESSAGES,
+            said("add")
+            + [
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "tool_use", "id": "toolu_9_9", "name": "add", "input": {"a": 1}}
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "toolu_9_9", "content": "for nobody"}
+                    ],
+                },
+            ],
+            tools=[ADD],
+        )
         assert other["stop_reason"] == "end_turn"
-        shared.idle(3)                                   # other ids: a process of its own, which is gone
+        # The ids differ: the call got its own process, which has exited.
+        shared.idle(3)
         chat(two, MESSAGES, asked + tool_turn(firsts[1], "for two"), tools=[ADD])
         assert tool_results(shared.calls()[-1].body) == [(False, "for two")]
         shared.idle(2)
         chat(one, MESSAGES, asked + tool_turn(firsts[0], "for one"), tools=[ADD])
         assert tool_results(shared.calls()[-1].body) == [(False, "for one")]
         shared.idle(1)
-        assert len(shared.calls()) == 5                  # two calls, three answers: nothing was asked again
+        # Two calls and three answers: nothing was requested again.
+        assert len(shared.calls()) == 5
 
 
 def test_a_client_that_hangs_up_ends_its_run(shared: Site) -> None:
     shared.messages.reply = lambda body: Reply("word " * 400, word_seconds=0.05)
     client = shared.admin
-    with contextlib.closing(client.stream("POST", MESSAGES, {"messages": said("go on for ever"), "stream": True})) as stream:
+    with contextlib.closing(
+        client.stream("POST", MESSAGES, {"messages": said("go on for ever"), "stream": True})
+    ) as stream:
         assert stream.status == 200
-    latest = wait_until(lambda: next((row for row in client.get("/api/requests?limit=1").json["requests"] if row["status"] == "error"), None))
+    latest = wait_until(
+        lambda: next(
+            (
+                row
+                for row in client.get("/api/requests?limit=1").json["requests"]
+                if row["status"] == "error"
+            ),
+            None,
+        )
+    )
     assert latest["errorCode"] == "cancelled" and latest["api"] == "anthropic"
     shared.idle(1)
     wait_until(lambda: shared.calls()[0].was_left)
 
 
 @pytest.mark.parametrize("path", (MESSAGES, COMPLETIONS))
-def test_a_limit_of_the_plan_that_resets_soon_is_waited_for(site: Site, path: str) -> None:
+def test_a_plan_limit_that_resets_soon_is_waited_for(site: Site, path: str) -> None:
     site.start()
     resets = refuse_once(site, 3)
     chat(site.admin, path, said("patience"))
     assert time.time() >= resets[0] and site.messages.prompts() == ["patience", "patience"]
-    site.messages.reply = lambda body: Reply("limit", status=429, error="rate_limit_error",
-                                             headers=unified("rejected", int(time.time()) + 3600, 1.0))
+    site.messages.reply = lambda body: Reply(
+        "limit", status=429, error="rate_limit_error",
+        headers=unified("rejected", int(time.time()) + 3600, 1.0),
+    )
     answer = site.admin.post(path, {"messages": said("in vain")})
-    assert answer.status == 429 and 3500 < int(answer.headers["retry-after"]) <= 3600 and "used up until" in answer.json["error"]["message"]
-    assert site.admin.post(path, {"messages": said("again")}).status == 429 and len(site.calls()) == 3
+    assert answer.status == 429 and 3500 < int(answer.headers["retry-after"]) <= 3600
+    assert site.admin.post(path, {"messages": said("again")}).status == 429
+    assert len(site.calls()) == 3
 
 
 def test_the_models_are_those_of_the_cli(shared: Site) -> None:
     models = shared.admin.get("/v1/models").json
     ids = [model["id"] for model in models["data"]]
-    assert {"default", "sonnet", "opus", "haiku"} <= set(ids) and any(re.match(r"claude-\w+-\d", each) for each in ids)
+    assert {"default", "sonnet", "opus", "haiku"} <= set(ids)
+    assert any(re.match(r"claude-\w+-\d", model_id) for model_id in ids)
     assert not shared.calls()
 
 
-# --- ends ---
+# --- shutdown ---
 
 
 def test_kill_nine_loses_nothing(site: Site) -> None:
@@ -1089,7 +1508,12 @@ def test_kill_nine_loses_nothing(site: Site) -> None:
     site.messages.reply = lambda body: NEVER
     ids = [site.admin.ask("request %d" % n) for n in range(6)]
     wait_until(site.calls, 20)
-    first = wait_until(lambda: (lambda found: found if len(found) >= 2 else None)(site.processes()), 20)      # the running one and a spare
+
+    def running_and_spare() -> Optional[Set[int]]:
+        pids = site.processes()
+        return pids if len(pids) >= 2 else None
+
+    first = wait_until(running_and_spare, 20)
     site.kill()
     site.messages.reply = echo
     site.start()
@@ -1099,11 +1523,16 @@ def test_kill_nine_loses_nothing(site: Site) -> None:
     assert [body["attempts"] for body in bodies] == [2, 1, 1, 1, 1, 1]
     moments = [moment for body in bodies for moment in (body["startedAt"], body["completedAt"])]
     assert moments == sorted(moments), "one after the other, in the order of asking"
-    assert Counter(site.messages.prompts()) == {"request 0": 2, **{"request %d" % n: 1 for n in range(1, 6)}}
+    assert Counter(site.messages.prompts()) == {
+        "request 0": 2, **{"request %d" % n: 1 for n in range(1, 6)},
+    }
 
 
-def test_an_end_leaves_nothing_running(site: Site) -> None:
-    """Kill -9 while a tool runs a command, then an ordered end while the model is asked; the latter is no attempt."""
+def test_a_shutdown_leaves_nothing_running(site: Site) -> None:
+    """Kill -9 while a tool runs a command, then shut down during a call of the model.
+
+    The shutdown does not count as an attempt.
+    """
     site.start()
     client, token = site.client(tools="all")
     mark = "mark-" + token["id"]
@@ -1144,16 +1573,24 @@ def test_deadlines_end_the_process(site: Site) -> None:
     wait_until(lambda: not site.processes())
 
 
-# --- who pays, and what stays at home ---
+# --- billing and privacy ---
 
 
 def test_an_api_key_is_not_used(site: Site) -> None:
-    site.start(ANTHROPIC_API_KEY=API_KEY, ANTHROPIC_AUTH_TOKEN=API_KEY, ANTHROPIC_MODEL="claude-of-the-key",
-               ANTHROPIC_CUSTOM_HEADERS="x-custom: " + API_KEY)
+    site.start(
+        ANTHROPIC_API_KEY=API_KEY,
+        ANTHROPIC_AUTH_TOKEN=API_KEY,
+        ANTHROPIC_MODEL="claude-of-the-key",
+        ANTHROPIC_CUSTOM_HEADERS="x-custom: " + API_KEY,
+    )
     assert site.ask("hello")["response"] == "Echo: hello"
-    assert all(call.headers["authorization"] == "Bearer " + OAUTH_TOKEN and "x-api-key" not in call.headers for call in site.calls())
-    assert API_KEY not in everything(site.messages.calls) and "claude-of-the-key" not in everything(site.messages.calls)
-    assert site.program and "ANTHROPIC_API_KEY is set; it is not handed on to claude." in site.program.stderr
+    assert all(
+        call.headers["authorization"] == "Bearer " + OAUTH_TOKEN and "x-api-key" not in call.headers
+        for call in site.calls()
+    )
+    assert API_KEY not in everything(site.messages.calls)
+    assert "claude-of-the-key" not in everything(site.messages.calls)
+    assert site.program and "ANTHROPIC_API_KEY is set" in site.program.stderr
     assert API_KEY not in site.program.stderr
     site.end()
     site.start("--allow-api-key", ANTHROPIC_API_KEY=API_KEY)
@@ -1163,71 +1600,118 @@ def test_an_api_key_is_not_used(site: Site) -> None:
 
 
 def test_the_billing_guard_stops_a_run(site: Site) -> None:
-    """An owner whose `claude` is signed in to an API account: the key is in its own settings file, not in the environment."""
-    if site.version < (2, 1, 197):
-        pytest.skip("this CLI does not say where the key comes from")
+    """The owner's `claude` is signed in to an API account.
+
+    The key is in its own settings file, not in the environment.
+    """
     (site.home / ".claude.json").write_text(json.dumps({"primaryApiKey": API_KEY}))
     site.start(CLAUDE_CODE_OAUTH_TOKEN="")
     body = site.ask("hello")
     assert body["errorCode"] == "billing_guard" and not site.calls()
-    assert site.program and "(--allow-api-key): requests are BILLED" not in site.program.stderr, "nobody gave that flag"
+    assert site.program and "(--allow-api-key): requests are BILLED" not in site.program.stderr, (
+        "the flag was not given"
+    )
     site.end()
     site.start("--allow-api-key", CLAUDE_CODE_OAUTH_TOKEN="")
-    assert site.ask("hello")["response"] == "Echo: hello" and site.calls()[-1].headers.get("x-api-key") == API_KEY
+    assert site.ask("hello")["response"] == "Echo: hello"
+    assert site.calls()[-1].headers.get("x-api-key") == API_KEY
     assert site.program and "BILLED PER TOKEN" in site.program.stderr
 
 
 def sign_in(home: Path) -> None:
-    """A login on disk, as `claude` keeps it on Linux."""
+    """Create a login on disk, as `claude` stores it on Linux."""
     (home / ".claude").mkdir()
-    (home / ".claude/.credentials.json").write_text(json.dumps({"claudeAiOauth": {
-        "accessToken": "sk-ant-oat01-x", "refreshToken": "sk-ant-ort01-x", "expiresAt": FAR * 1000,
-        "scopes": ["user:inference", "user:profile"], "subscriptionType": "max"}}))
+    (home / ".claude/.credentials.json").write_text(
+        json.dumps(
+            {
+                "claudeAiOauth": {
+                    "accessToken": "sk-ant-oat01-x",
+                    "refreshToken": "sk-ant-ort01-x",
+                    "expiresAt": FAR * 1000,
+                    "scopes": ["user:inference", "user:profile"],
+                    "subscriptionType": "max",
+                }
+            }
+        )
+    )
 
 
-def test_what_is_the_owners_stays_out(site: Site) -> None:
-    if site.version < (2, 1, 50):
-        pytest.skip("this CLI cannot be asked who is signed in")
+def test_settings_and_data_of_the_owner_stay_out(site: Site) -> None:
     sign_in(site.home)
     touch = "touch " + str(site.folder / "RAN-")
     server = {"owners-server": {"command": "sh", "args": ["-c", touch + "server"]}}
-    (site.home / ".claude.json").write_text(json.dumps({"mcpServers": server, "oauthAccount": {
-        "emailAddress": "owner@example.com", "displayName": "OWNERS-NAME", "fullName": "OWNERS-NAME", "organizationName": "OWNERS-FIRM",
-        "accountUuid": "11111111-1111-1111-1111-111111111111", "organizationUuid": "22222222-2222-2222-2222-222222222222",
-        "billingType": "stripe_subscription", "accountCreatedAt": "2025-01-01T00:00:00Z", "subscriptionCreatedAt": "2025-01-01T00:00:00Z",
-        "ccOnboardingFlags": {}}}))
+    (site.home / ".claude.json").write_text(
+        json.dumps(
+            {
+                "mcpServers": server,
+                "oauthAccount": {
+                    "emailAddress": "owner@example.com",
+                    "displayName": "OWNERS-NAME",
+                    "fullName": "OWNERS-NAME",
+                    "organizationName": "OWNERS-FIRM",
+                    "accountUuid": "11111111-1111-1111-1111-111111111111",
+                    "organizationUuid": "22222222-2222-2222-2222-222222222222",
+                    "billingType": "stripe_subscription",
+                    "accountCreatedAt": "2025-01-01T00:00:00Z",
+                    "subscriptionCreatedAt": "2025-01-01T00:00:00Z",
+                    "ccOnboardingFlags": {},
+                },
+            }
+        )
+    )
     hook = [{"hooks": [{"type": "command", "command": touch + "hook"}]}]
-    (site.home / ".claude/settings.json").write_text(json.dumps({
-        "model": "claude-of-the-owner", "apiKeyHelper": touch + "helper; echo " + API_KEY, "outputStyle": "Explanatory",
-        "env": {"ANTHROPIC_MODEL": "claude-of-the-owner"}, "permissions": {"allow": ["Bash(*)", "Read"]},
-        "hooks": {name: hook for name in ("SessionStart", "UserPromptSubmit", "Stop", "SessionEnd")}}))
-    for name in ("CLAUDE.md", ".claude/CLAUDE.md", ".claude/commands/mine.md", ".claude/agents/mine.md", ".claude/skills/mine/SKILL.md",
-                 ".claude/rules/mine.md"):
+    (site.home / ".claude/settings.json").write_text(
+        json.dumps(
+            {
+                "model": "claude-of-the-owner",
+                "apiKeyHelper": touch + "helper; echo " + API_KEY,
+                "outputStyle": "Explanatory",
+                "env": {"ANTHROPIC_MODEL": "claude-of-the-owner"},
+                "permissions": {"allow": ["Bash(*)", "Read"]},
+                "hooks": {
+                    name: hook
+                    for name in ("SessionStart", "UserPromptSubmit", "Stop", "SessionEnd")
+                },
+            }
+        )
+    )
+    for name in (
+        "CLAUDE.md", ".claude/CLAUDE.md", ".claude/commands/mine.md", ".claude/agents/mine.md",
+        ".claude/skills/mine/SKILL.md", ".claude/rules/mine.md",
+    ):
         (site.home / name).parent.mkdir(parents=True, exist_ok=True)
-        (site.home / name).write_text("---\nname: mine\ndescription: OWNERS-WORDS\n---\nOWNERS-WORDS\n")
+        (site.home / name).write_text(
+            "---\nname: mine\ndescription: OWNERS-WORDS\n---\nOWNERS-WORDS\n"
+        )
     (site.home / ".mcp.json").write_text(json.dumps({"mcpServers": server}))
     site.start(CLAUDE_CODE_OAUTH_TOKEN="")
-    assert site.program and "Who pays: Claude Max subscription" in site.program.stderr
+    assert site.program and "Claude Max subscription" in site.program.stderr
     client, token = site.client(tools="all", sessionMode="stateful")
     (Path(token["workspace"]) / "CLAUDE.md").write_text("OWNERS-WORDS\n")
     before = site.files()
     for n in (1, 2, 3):
         assert site.ask("hello %d" % n)["response"] == "Echo: hello %d" % n
         assert site.ask("hello tools %d" % n, client)["response"] == "Echo: hello tools %d" % n
-    told = everything(site.messages.calls)
-    assert not re.findall(r"OWNERS-[A-Z]+|owner@example\.com|claude-of-the-owner|owners-server|sk-ant-ort01-x|" + API_KEY, told)
+    traffic = everything(site.messages.calls)
+    assert not re.findall(
+        r"OWNERS-[A-Z]+|owner@example\.com|claude-of-the-owner|owners-server|sk-ant-ort01-x|"
+        + API_KEY,
+        traffic,
+    )
     assert {call.headers["authorization"] for call in site.calls()} == {"Bearer sk-ant-oat01-x"}
     assert not list(site.folder.glob("RAN-*")) and site.files() == before
-    if site.version >= (2, 1, 197):
-        assert not site.messages.outside
+    assert not site.messages.outside
 
 
-def test_nobody_is_asked_who_the_owner_is(site: Site) -> None:
-    """Where the record of the account is incomplete the CLI would fetch the profile, and from then on tell the model the e-mail address."""
-    if site.version < (2, 1, 197):
-        pytest.skip("this CLI knows no folder but the owner's, and calls home whatever it is told")
+def test_the_cli_does_not_fetch_the_profile_of_the_owner(site: Site) -> None:
+    """The CLI would fetch the profile for an incomplete account record.
+
+    It would then send the e-mail address to the model.
+    """
     sign_in(site.home)
-    (site.home / ".claude.json").write_text(json.dumps({"oauthAccount": {"emailAddress": "owner@example.com", "accountUuid": "1" * 32}}))
+    (site.home / ".claude.json").write_text(
+        json.dumps({"oauthAccount": {"emailAddress": "owner@example.com", "accountUuid": "1" * 32}})
+    )
     site.start(CLAUDE_CODE_OAUTH_TOKEN="")
     assert site.ask("one")["status"] == site.ask("two")["status"] == "completed"
     assert not site.messages.outside and "owner@example.com" not in everything(site.messages.calls)

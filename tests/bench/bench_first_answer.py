@@ -1,18 +1,23 @@
-"""How long a short question takes: `claude -p` started for it, against the bridge with its waiting processes.
+"""Measure the time of a short answer: of a cold `claude -p`, and of the bridge.
 
-    python tests/bench/bench_first_answer.py [--claude PATH] [--asks 4] [--burst 20] [--rounds 3] [--spares 0,1,2,3] [--json]
+    python tests/bench/bench_first_answer.py [--claude PATH] [--asks 4] [--burst 20] [--rounds 3]
+                                             [--spares 0,1,2,3] [--json]
 
-Both drive the same real CLI against a stand-in of the Messages API on loopback that answers at once, with the same
-environment. In each round a bridge of each number of spares is started in turn:
-1. Paced: a question when its spares are ready, up to the first token and to the end of the answer, in turn with a cold start.
-2. A burst: so many questions at once, until all are answered; against so many times the mean of the cold starts before and
-   after it, as if they ran one after the other.
-3. Memory of the bridge's processes of `claude`, idle and at most in the burst: as a sum what is theirs alone and their part of what
-   they share (PSS).
-The ratios are those to the cold starts of the same minute, as others may use the machine too. For the first token there are two: to
-that of a `claude -p` which streams, and ("to end") to the end of one, where it says its words when it is not asked to stream.
-Linux (it looks into /proc).
+Both run the same real CLI, with the same environment, against a fake Messages API on loopback that
+answers at once. Each round starts a bridge with each number of idle processes:
+1. Paced: a message when the idle processes are ready, up to the first token and to the end of the
+   answer, in turn with a cold start.
+2. A burst: so many messages at once, until all are answered. The table compares it with so many
+   times the mean of the cold starts before and after it, as if they ran one after the other.
+3. The memory of the bridge's `claude` processes: when idle, and the maximum in the burst. It is the
+   sum of their own memory and their share of common memory (PSS).
+
+The ratios refer to the cold starts of the same minute, because other programs may use the machine.
+There are two ratios for the first token: to the first token of a `claude -p` that streams, and
+("to end") to the end of one, when a `claude -p` prints its words if it does not stream.
+Linux only (it reads /proc).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,44 +35,50 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import common                                           # beside this file; it also makes tests/ importable
+# `common` makes tests/ importable.
+import common
 from messages_api import MessagesApi
 
 PROMPT = "What is the capital of France?"
-READY_SECONDS = 0.3                                     # a process that used no CPU for so long is waiting for its input
-RECHECK_SECONDS = 0.1                                      # between two looks at the memory
+# A process that has used no CPU for this time waits for its input.
+READY_SECONDS = 0.3
+# Interval between two measurements of the memory.
+SAMPLE_SECONDS = 0.1
 
 
 # --- the processes of a bridge ---
 
 
 def children(pid: int) -> Dict[int, int]:
-    """The living processes whose parent is `pid`, with their CPU time in ticks."""
-    found = {}
+    """Return the child processes of `pid`, with their CPU time in ticks."""
+    processes = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             parent, ticks, _ = common.cpu_ticks(int(entry))
             if parent == pid:
-                found[int(entry)] = ticks
-    return found
+                processes[int(entry)] = ticks
+    return processes
 
 
 def wait_for_spares(bridge: int, count: int = 1) -> None:
-    """Waits until the bridge has just so many children, and all have worked and stand still."""
-    until, still_since = time.monotonic() + 60, time.monotonic()
+    """Wait until the bridge has exactly `count` children, and all of them wait for input."""
+    deadline, still_since = time.monotonic() + 60, time.monotonic()
     last: Dict[int, int] = {}
-    while time.monotonic() < until:
-        found = children(bridge)
-        if len(found) != count or found.keys() != last.keys() or any(found[pid] > last[pid] + 1 for pid in found):
-            last, still_since = found, time.monotonic()                     # one tick more may be a timer of its own
-        elif all(ticks > 10 for ticks in found.values()) and time.monotonic() - still_since >= READY_SECONDS:
-            return
+    while time.monotonic() < deadline:
+        now = children(bridge)
+        is_changed = len(now) != count or now.keys() != last.keys()
+        # A single tick may come from a timer.
+        if is_changed or any(now[pid] > last[pid] + 1 for pid in now):
+            last, still_since = now, time.monotonic()
+        elif all(ticks > 10 for ticks in now.values()):
+            if time.monotonic() - still_since >= READY_SECONDS:
+                return
         time.sleep(0.02)
-    raise SystemExit("%d spares did not become ready within 60 s" % count)
+    raise SystemExit("%d idle processes did not become ready within 60 s" % count)
 
 
 def memory_mb(bridge: int) -> float:
-    """What its children take, in MB."""
+    """Return the memory of its children in MB."""
     total = 0
     for pid in children(bridge):
         with contextlib.suppress(OSError):
@@ -78,46 +89,60 @@ def memory_mb(bridge: int) -> float:
 
 @contextlib.contextmanager
 def watched_memory(bridge: int) -> Iterator[List[float]]:
-    """The memory from time to time, as long as the block goes on."""
-    seen, over = [memory_mb(bridge)], threading.Event()
+    """Measure the memory at intervals during the block; yield the list of the samples."""
+    samples, is_over = [memory_mb(bridge)], threading.Event()
 
-    def subscribe() -> None:
-        while not over.wait(RECHECK_SECONDS):
-            seen.append(memory_mb(bridge))
+    def measure_memory() -> None:
+        while not is_over.wait(SAMPLE_SECONDS):
+            samples.append(memory_mb(bridge))
 
-    thread = threading.Thread(target=watch, name="memory")
+    thread = threading.Thread(target=measure_memory, name="memory")
     thread.start()
     try:
-        yield seen
+        yield samples
     finally:
-        over.set()
+        is_over.set()
         thread.join()
 
 
-# --- one question ---
+# --- one message ---
 
 
 def cold(claude: str, environ: Dict[str, str], home: Path) -> Tuple[float, float]:
-    """One `claude -p` that streams. -> seconds to its first text and to its end."""
+    """Run a `claude -p` that streams; return the seconds to its first text and to its end."""
     home.mkdir()
-    began = time.perf_counter()
-    child = subprocess.Popen([claude, "-p", "--output-format", "stream-json", "--verbose", "--include-partial-messages", PROMPT],
-                             env={**environ, "HOME": str(home)}, cwd=str(home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL)
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [
+            claude, "-p", "--output-format", "stream-json", "--verbose",
+            "--include-partial-messages", PROMPT,
+        ],
+        env={**environ, "HOME": str(home)},
+        cwd=str(home),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert child.stdout is not None
     with child.stdout:
-        first = next((time.perf_counter() for line in child.stdout if b'"text_delta"' in line), None)
+        first = next(
+            (time.perf_counter() for line in child.stdout if b'"text_delta"' in line), None
+        )
         child.stdout.read()
     if child.wait(60) or first is None:
         raise SystemExit("claude -p ended without an answer (status %d)" % child.returncode)
-    return first - began, time.perf_counter() - began
+    return first - start, time.perf_counter() - start
 
 
 def ask(port: int, token: str) -> Tuple[float, float]:
-    """One question to the bridge that streams, connection included. -> seconds to its first `delta` and to its end."""
-    began = time.perf_counter()
+    """Send a message that streams; return the seconds to its first `delta` and to its end.
+
+    The time of the connection is included.
+    """
+    start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", "/api/ask", json.dumps({"message": PROMPT, "stream": True}), {"Authorization": "Bearer " + token})
+    body = json.dumps({"message": PROMPT, "stream": True})
+    connection.request("POST", "/api/ask", body, {"Authorization": "Bearer " + token})
     response, first, end = connection.getresponse(), 0.0, 0.0
     for line in response:
         if line == b"event: delta\n" and not first:
@@ -129,35 +154,45 @@ def ask(port: int, token: str) -> Tuple[float, float]:
     connection.close()
     if not first or not end:
         raise SystemExit("the stream ended without an answer")
-    return first - began, end - began
+    return first - start, end - start
 
 
 def ask_at_once(count: int, port: int, token: str) -> float:
-    """So many questions, each on a connection of its own. -> seconds until all are answered."""
+    """Send `count` messages at once; return the seconds until all are answered."""
     answered: List[Tuple[float, float]] = []
-    threads = [threading.Thread(target=lambda: answered.append(ask(port, token)), name="ask-%d" % n) for n in range(count)]
-    began = time.perf_counter()
+    threads = [
+        threading.Thread(target=lambda: answered.append(ask(port, token)), name="ask-%d" % n)
+        for n in range(count)
+    ]
+    start = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    took = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if len(answered) < count:
-        raise SystemExit("%d of %d questions were answered" % (len(answered), count))
-    return took
+        raise SystemExit("%d of %d messages were answered" % (len(answered), count))
+    return seconds
 
 
 def environment(api: MessagesApi) -> Dict[str, str]:
-    """What both sides run with, but HOME: nothing of this machine's own, and no other way out than the stand-in."""
-    return {**common.environment(), "ANTHROPIC_BASE_URL": api.url, "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
-            "HTTPS_PROXY": api.url, "NO_PROXY": "127.0.0.1"}
+    """Return the environment of both sides, without HOME. It allows no other server."""
+    return {
+        **common.environment(),
+        "ANTHROPIC_BASE_URL": api.url,
+        "CLAUDE_CODE_OAUTH_TOKEN": "sk-ant-oat01-dummy",
+        "HTTPS_PROXY": api.url,
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
-# --- all of it ---
+# --- all measurements ---
 
 
-def measure_one(claude: str, spares: int, options: argparse.Namespace, api: MessagesApi, folder: Path) -> Dict[str, Any]:
-    """One bridge with so many spares, and the cold starts in turn with it."""
+def measure_one(
+    claude: str, spares: int, options: argparse.Namespace, api: MessagesApi, folder: Path
+) -> Dict[str, Any]:
+    """Measure a bridge with so many idle processes, in turn with cold starts."""
     colds: List[Tuple[float, float]] = []
     asks: List[Tuple[float, float]] = []
     environ, sizes = environment(api), {}
@@ -175,83 +210,133 @@ def measure_one(claude: str, spares: int, options: argparse.Namespace, api: Mess
             asks.append(ask(at.port, at.token))
             sizes["bridge"] = max(len(call.raw) for call in api.messages())
         wait_for_spares(at.pid, spares)
-        with watched_memory(at.pid) as seen:
+        with watched_memory(at.pid) as samples:
             burst = ask_at_once(options.burst, at.port, at.token)
         for _ in range(options.asks):
             start_cold()
-    (first, total), (cold_first, cold_total) = (map(statistics.median, zip(*each)) for each in (asks, colds))
-    cold_burst = statistics.mean(each for _, each in colds) * options.burst
-    return {"first": first, "total": total, "burst": burst, "cold_first": cold_first, "cold_total": cold_total, "cold_burst": cold_burst,
-            "first_ratio": first / cold_first, "end_ratio": first / cold_total, "total_ratio": total / cold_total,
-            "burst_ratio": burst / cold_burst,
-            "idle_mb": seen[0], "peak_mb": max(seen), "bytes": sizes["bridge"], "cold_bytes": sizes["cold"]}
+    first, total = map(statistics.median, zip(*asks))
+    cold_first, cold_total = map(statistics.median, zip(*colds))
+    cold_burst = statistics.mean(seconds for _, seconds in colds) * options.burst
+    return {
+        "first": first,
+        "total": total,
+        "burst": burst,
+        "cold_first": cold_first,
+        "cold_total": cold_total,
+        "cold_burst": cold_burst,
+        "first_ratio": first / cold_first,
+        "end_ratio": first / cold_total,
+        "total_ratio": total / cold_total,
+        "burst_ratio": burst / cold_burst,
+        "idle_mb": samples[0],
+        "peak_mb": max(samples),
+        "bytes": sizes["bridge"],
+        "cold_bytes": sizes["cold"],
+    }
+
+
+def medians(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """Return the median of each figure."""
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def measure(claude: str, options: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
-    """-> the medians of all rounds for each number of spares."""
-    found: Dict[int, List[Dict[str, Any]]] = {spares: [] for spares in options.spares}
+    """Return the medians of all rounds, for each number of idle processes."""
+    by_spares: Dict[int, List[Dict[str, Any]]] = {spares: [] for spares in options.idle_count}
     with MessagesApi() as api:
         for n in range(options.rounds):
-            for spares in options.spares:
-                found[spares].append(measure_one(claude, spares, options, api, folder / ("bridge-%d-%d" % (n, spares))))
-                print("round %d, %d spares: done" % (n + 1, spares), file=sys.stderr)
-    return [{"spares": spares, **{name: statistics.median(each[name] for each in rounds) for name in rounds[0]}}
-            for spares, rounds in found.items()]
+            for spares in options.idle_count:
+                home = folder / ("bridge-%d-%d" % (n, spares))
+                by_spares[spares].append(measure_one(claude, spares, options, api, home))
+                print("round %d, %d idle processes: done" % (n + 1, spares), file=sys.stderr)
+    return [{"spares": spares, **medians(rounds)} for spares, rounds in by_spares.items()]
 
 
 def table(version: str, rows: Sequence[Dict[str, Any]], burst: int) -> str:
-    def line(name: str, prefix: str, row: Dict[str, Any]) -> str:
-        ratios = [1.0 if prefix else row[key + "_ratio"] for key in ("first", "total", "burst")]
-        to_end = "%7s" % "" if prefix else "%7.3f" % row["end_ratio"]
-        memory = ["%8s" % "" if prefix else "%8.0f" % row[key] for key in ("idle_mb", "peak_mb")]
-        return "%-18s %9.3f %6.3f %s %9.3f %6.3f %9.2f %6.3f %s %s %7d" % (
-            name, row[prefix + "first"], ratios[0], to_end, row[prefix + "total"], ratios[1], row[prefix + "burst"], ratios[2], *memory,
-            row[prefix + "bytes"])
+    """Return the figures as text."""
 
-    middle = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    return "\n".join([version, "%-18s %9s %6s %7s %9s %6s %9s %6s %8s %8s %7s" % (
-        "", "first (s)", "ratio", "to end", "total (s)", "ratio", "%d (s)" % burst, "ratio", "idle MB", "peak MB", "bytes"),
-        line("claude -p, cold", "cold_", middle), *(line("bridge, --spare %d" % row["spares"], "", row) for row in rows)])
+    def line(name: str, prefix: str, row: Dict[str, Any]) -> str:
+        cells = ["%-18s" % name]
+        for key, form in (("first", "%9.3f"), ("total", "%9.3f"), ("burst", "%9.2f")):
+            cells.append(form % row[prefix + key])
+            cells.append("%6.3f" % (1.0 if prefix else row[key + "_ratio"]))
+            if key == "first":
+                cells.append("%7s" % "" if prefix else "%7.3f" % row["end_ratio"])
+        for key in ("idle_mb", "peak_mb"):
+            cells.append("%8s" % "" if prefix else "%8.0f" % row[key])
+        cells.append("%7d" % row[prefix + "bytes"])
+        return " ".join(cells)
+
+    head = "%-18s %9s %6s %7s %9s %6s %9s %6s %8s %8s %7s" % (
+        "", "first (s)", "ratio", "to end", "total (s)", "ratio", "%d (s)" % burst, "ratio",
+        "idle MB", "peak MB", "bytes",
+    )
+    bridges = [line("bridge, --spare %d" % row["spares"], "", row) for row in rows]
+    return "\n".join([version, head, line("claude -p, cold", "cold_", medians(rows)), *bridges])
 
 
 def options_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of all benchmarks over the real CLI."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--claude", default=os.environ.get("CAB_TEST_CLAUDE") or "claude",
-                        help="the real CLI (default: $CAB_TEST_CLAUDE, or found in PATH)")
+    parser.add_argument(
+        "--claude",
+        default=os.environ.get("CAB_TEST_CLAUDE") or "claude",
+        help="the real CLI (default: $CAB_TEST_CLAUDE, or `claude` in PATH)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
 
-def found_claude(named: str) -> Optional[str]:
-    """The path of the real CLI; None, and a word about it, where this cannot run."""
+def find_claude(named: str) -> Optional[str]:
+    """Return the path of the real CLI; or print an error and return None."""
     claude = shutil.which(named)
     if not claude or sys.platform != "linux":
-        print("error: this needs Linux and a real claude; name it with --claude PATH", file=sys.stderr)
+        message = "error: this needs Linux and a real claude; name it with --claude PATH"
+        print(message, file=sys.stderr)
         return None
     return str(Path(claude).absolute())
 
 
 def version_of(claude: str, home: str) -> str:
-    return subprocess.run([claude, "--version"], env={"PATH": os.environ["PATH"], "HOME": home}, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE).stdout.decode().strip()
+    """Return what `claude --version` prints."""
+    done = subprocess.run(
+        [claude, "--version"],
+        env={"PATH": os.environ["PATH"], "HOME": home},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    )
+    return done.stdout.decode().strip()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = options_parser("Times cold `claude -p` against the bridge, on a stand-in of the Messages API.")
-    parser.add_argument("--asks", type=int, default=4,
-                        help="paced requests of each bridge, with as many cold starts before and after the burst (default: 4)")
+    parser = options_parser(
+        "Measure a cold `claude -p` and the bridge, with a fake Messages API."
+    )
+    parser.add_argument(
+        "--asks",
+        type=int,
+        default=4,
+        help="paced messages, and cold starts before and after the burst (default: 4)",
+    )
     parser.add_argument("--burst", type=int, default=20, help="requests at once (default: 20)")
     parser.add_argument("--rounds", type=int, default=3, help="bridges of each kind (default: 3)")
-    parser.add_argument("--spares", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2, 3],
-                        help="numbers of waiting processes (default: 0,1,2,3)")
+    parser.add_argument(
+        "--spares",
+        type=lambda text: [int(word) for word in text.split(",")],
+        default=[0, 1, 2, 3],
+        help="numbers of idle processes (default: 0,1,2,3)",
+    )
     options = parser.parse_args(argv)
-    claude = found_claude(options.claude)
+    claude = find_claude(options.claude)
     if not claude:
         return 2
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         version = version_of(claude, folder)
         rows = measure(claude, options, Path(folder))
-    print(json.dumps({"version": version, "burst": options.burst, "rows": rows}) if options.json else table(version, rows, options.burst))
+    if options.json:
+        print(json.dumps({"version": version, "burst": options.burst, "rows": rows}))
+    else:
+        print(table(version, rows, options.burst))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""The fake `claude` of the benchmarks: tests/fake_claude.py with answers that take their time.
+"""The fake `claude` of the benchmarks: tests/fake_claude.py with answers at a given pace.
 
     python tests/bench/paced_claude.py FOLDER [arguments of claude]
 
-FOLDER: for its log and sessions. `common.paced_claude` makes an executable of it.
+FOLDER contains its log and its sessions. `common.paced_claude` writes an executable that runs it.
 """
+
 from __future__ import annotations
 
 import sys
@@ -17,36 +18,42 @@ import fake_claude  # noqa: E402
 
 
 class Paced(fake_claude.Fake):
+    """The fake with two more actions."""
+
     def act_busy(self, rest: str) -> None:
-        """Never answers, but shows signs of life until it is ended."""
+        """Never answer, but print a line every second."""
         while True:
             self.say(type="system", subtype="api_retry", attempt=1)
             time.sleep(1)
 
     def act_stamps(self, rest: str) -> None:
-        """stamps COUNT SECONDS FILE: a word; then, once the file exists, COUNT deltas that far apart, each with the moment at which
-        it is written (of the clock that all processes share). With a count of 0 the result alone has one."""
-        count, seconds, gate = rest.split()
-        said: List[str] = []
+        """stamps COUNT SECONDS FILE: print "ready ", wait for FILE, print COUNT deltas.
 
-        def say(text: str) -> None:
-            said.append(text)
+        The deltas are SECONDS apart. Each contains the time at which it is printed, by the clock
+        that all processes share. If COUNT is 0, only the result contains the time.
+        """
+        words = rest.split()
+        count, seconds, gate = int(words[0]), float(words[1]), words[2]
+        pieces: List[str] = []
+
+        def write(text: str) -> None:
+            pieces.append(text)
             self.delta(text)
 
-        if int(count):
-            say("begun ")
+        if count:
+            write("ready ")
         fake_claude.wait_for_file(gate)
-        began = time.monotonic()
-        for n in range(int(count)):
-            time.sleep(max(0.0, began + n * float(seconds) - time.monotonic()))
-            say(stamp())
-        if not said:
-            time.sleep(float(seconds))
-        self.result("".join(said) or stamp())
+        start = time.monotonic()
+        for n in range(count):
+            time.sleep(max(0.0, start + n * seconds - time.monotonic()))
+            write(stamp())
+        if not pieces:
+            time.sleep(seconds)
+        self.result("".join(pieces) or stamp())
 
 
 def stamp() -> str:
-    """As long as a delta of the real one may be."""
+    """Return the time, in a text of the usual length of a delta."""
     return "<%d> and some words. " % time.monotonic_ns()
 
 

@@ -1,0 +1,212 @@
+// Tests of the dashboard's pure functions, run by test_page_functions.py:
+// DASHBOARD_JS=script.js node --test page_functions.test.js
+"use strict";
+
+const assert = require("node:assert");
+const fs = require("node:fs");
+const { test } = require("node:test");
+
+const script = fs.readFileSync(process.env.DASHBOARD_JS, "utf8");
+const section = script.match(/^\/\/ === Pure functions ===\n(.*?)^\/\/ === /ms)[1];
+const page = new Function(`"use strict";
+${section}
+return {
+  CODE_EXAMPLES, formatCompact, formatCount, formatDollars, formatDuration, formatElapsed,
+  formatTime, joinNonEmpty, limitName, matchesSearch, mergeRecent, newTokenBody, parseEvent, plural,
+  totalTokens, truncate, usageParts, waitingText,
+};`)();
+
+const SECOND = 1000;
+const MINUTE = 60 * SECOND;
+const HOUR = 60 * MINUTE;
+
+// Check a function of one argument against a table of [argument, expected result].
+function checkTable(name, rows) {
+  for (const [argument, expected] of rows) {
+    assert.deepStrictEqual(page[name](argument), expected, `${name}(${JSON.stringify(argument)})`);
+  }
+}
+
+test("formatDuration uses the two largest units", () => {
+  checkTable("formatDuration", [
+    [-5 * SECOND, "0 s"],
+    [0, "0 s"],
+    [499, "0 s"],
+    [500, "1 s"],
+    [59.4 * SECOND, "59 s"],
+    [59.6 * SECOND, "1 min 0 s"],
+    [90 * SECOND, "1 min 30 s"],
+    [HOUR - SECOND, "59 min 59 s"],
+    [HOUR, "1 h 0 min"],
+    [49 * HOUR + 5 * MINUTE + 9 * SECOND, "49 h 5 min"],
+  ]);
+});
+
+test("formatElapsed is empty if a time is missing", () => {
+  const from = "2026-01-31T12:00:00.000Z";
+  assert.strictEqual(page.formatElapsed(from, "2026-01-31T12:01:05.000Z"), "1 min 5 s");
+  assert.ok(!page.formatElapsed(null, from));
+  assert.ok(!page.formatElapsed(from, undefined));
+});
+
+test("formatTime has a date unless it is today", () => {
+  const now = new Date();
+  assert.match(page.formatTime(now), /^\d\d:\d\d\s[AP]M$/);
+  assert.match(page.formatTime(new Date(2020, 0, 31, 9, 5)), /^Jan 31, 09:05\s[AP]M$/);
+});
+
+test("formatCount separates thousands and shows a missing number as 0", () => {
+  checkTable("formatCount", [[0, "0"], [null, "0"], [undefined, "0"], [1234567, "1,234,567"]]);
+});
+
+test("formatCompact shortens large numbers and keeps decimals of small ones", () => {
+  checkTable("formatCompact", [
+    [0, "0"],
+    [16.394, "16.39"],
+    [99, "99"],
+    [999, "999"],
+    [1234, "1.2K"],
+    [13900000, "13.9M"],
+  ]);
+});
+
+test("formatDollars shows small amounts with four decimals", () => {
+  const rows = [[0, "$0.00"], [0.001, "$0.0010"], [0.1, "$0.10"], [1234.5, "$1234.50"]];
+  checkTable("formatDollars", rows);
+});
+
+test("plural adds an s except for 1", () => {
+  const texts = [0, 1, 2, 1000].map((number) => page.plural(number, "turn"));
+  assert.deepStrictEqual(texts, ["0 turns", "1 turn", "2 turns", "1,000 turns"]);
+});
+
+test("joinNonEmpty flattens lists and skips empty parts", () => {
+  const text = page.joinNonEmpty("a", "", null, undefined, false, ["b", 0, "c"]);
+  assert.strictEqual(text, "a · b · c");
+  assert.strictEqual(page.joinNonEmpty(), "");
+});
+
+test("truncate cuts a text only if it is longer than the limit", () => {
+  assert.strictEqual(page.truncate("abc", 3), "abc");
+  assert.strictEqual(page.truncate("abcd", 3), "abc…");
+  assert.strictEqual(page.truncate("x".repeat(301)), "x".repeat(300) + "…");
+});
+
+const USAGE = {
+  inputTokens: 1000,
+  outputTokens: 20,
+  cacheReadTokens: 3,
+  cacheCreationTokens: 4,
+  costUsd: 0.5,
+};
+
+test("usage is added up and written out", () => {
+  assert.strictEqual(page.totalTokens(USAGE), 1027);
+  const parts = ["1,000 in", "20 out", "3 cache read", "4 cache write", "est. $0.50"];
+  assert.deepStrictEqual(page.usageParts(USAGE), parts);
+  assert.strictEqual(page.usageParts(undefined), undefined);
+});
+
+test("limitName names each limit of a plan", () => {
+  checkTable("limitName", [
+    ["five_hour", "5-hour limit"],
+    ["seven_day", "Weekly limit"],
+    ["seven_day_opus", "Weekly limit (Opus)"],
+    ["some_new_limit", "some new limit"],
+  ]);
+});
+
+test("waitingText ends before the time", () => {
+  checkTable("waitingText", [
+    ["usage_limit", "Waiting for the plan limit to reset at "],
+    ["overloaded", "Waiting (overloaded) until "],
+  ]);
+});
+
+const requests = (...ids) => ids.map((requestId) => ({ requestId }));
+const idsOf = ({ requests }) => requests.map((job) => job.requestId).join("");
+
+test("mergeRecent puts the newest page before the older requests", () => {
+  const loaded = { requests: requests("c", "b", "a"), next: "7" };
+  const merged = page.mergeRecent(loaded, { requests: requests("e", "d", "c"), next: "9" });
+  assert.deepStrictEqual([idsOf(merged), merged.next], ["edcba", "7"]);
+});
+
+test("mergeRecent takes the newest version of a request, and drops requests that are gone", () => {
+  const loaded = { requests: [{ requestId: "c", old: true }, ...requests("b", "a")], next: null };
+  const merged = page.mergeRecent(loaded, { requests: requests("c", "a"), next: "9" });
+  assert.deepStrictEqual(merged, { requests: requests("c", "a"), next: null });
+});
+
+test("mergeRecent drops the older requests if there may be a gap", () => {
+  const loaded = { requests: requests("b", "a"), next: null };
+  const merged = page.mergeRecent(loaded, { requests: requests("z", "y"), next: "9" });
+  assert.deepStrictEqual([idsOf(merged), merged.next], ["zy", "9"]);
+  const first = page.mergeRecent({ requests: [], next: null }, { requests: [], next: null });
+  assert.deepStrictEqual(first, { requests: [], next: null });
+});
+
+test("matchesSearch ignores case and looks at texts, model, error and token name", () => {
+  const job = { message: "Name Rivers", response: "Rhine", errorCode: "cli_error", model: "haiku" };
+  for (const query of ["", "name r", "RHINE", "cli_e", "haiku", "my-APP"]) {
+    assert.ok(page.matchesSearch(job, "my-app", query), query);
+  }
+  assert.ok(!page.matchesSearch(job, "my-app", "undefined"));
+});
+
+test("parseEvent reads an event and skips a heartbeat", () => {
+  const event = page.parseEvent('event: delta\nid: 12\ndata: {"text": "a: b"}');
+  assert.deepStrictEqual(event, { type: "delta", end: 12, data: { text: "a: b" } });
+  assert.strictEqual(page.parseEvent(": keep-alive"), null);
+});
+
+test("newTokenBody turns form fields into the body of a request", () => {
+  const fields = {
+    name: "robot",
+    expiresInDays: "never",
+    requestsPerMinute: "",
+    requestsPerDay: "50",
+    models: " haiku, sonnet ",
+  };
+  assert.deepStrictEqual(page.newTokenBody({ ...fields, admin: "on" }), {
+    name: "robot",
+    admin: true,
+    expiresInDays: null,
+    requestsPerMinute: null,
+    requestsPerDay: 50,
+    models: ["haiku", "sonnet"],
+  });
+  const { admin, models } = page.newTokenBody({ ...fields, models: "" });
+  assert.deepStrictEqual([admin, models], [false, null]);
+});
+
+const URL = "http://localhost:3456/api/ask";
+const BODY = { message: "it's \"so\" $HOME \\n `é`", wait: 60 };
+
+test("every code example has the address and a placeholder for the token", () => {
+  assert.deepStrictEqual(Object.keys(page.CODE_EXAMPLES), ["curl", "Python", "JavaScript"]);
+  for (const example of Object.values(page.CODE_EXAMPLES)) {
+    const code = example(URL, BODY);
+    assert.ok(code.includes(URL) && code.includes("Bearer cab-..."), code);
+  }
+});
+
+test("the curl example quotes the body for a shell", () => {
+  const code = page.CODE_EXAMPLES.curl(URL, BODY);
+  const quoted = code.slice(code.indexOf(" -d ") + 4);
+  // Undo the quoting as a shell does: '...' is literal, and "'" is a single quote.
+  const parts = [...quoted.matchAll(/'([^']*)'|"(')"/g)].map((match) => match[1] ?? match[2]);
+  assert.deepStrictEqual(JSON.parse(parts.join("")), BODY);
+});
+
+test("the JavaScript example sends the body", async () => {
+  const code = page.CODE_EXAMPLES.JavaScript(URL, BODY).replace("console.log(", "return (");
+  const calls = [];
+  const fakeFetch = async (url, options) => {
+    calls.push([url, options.method, JSON.parse(options.body)]);
+    return { json: async () => ({ response: "yes" }) };
+  };
+  const AsyncFunction = (async () => {}).constructor;
+  assert.strictEqual(await new AsyncFunction("fetch", code)(fakeFetch), "yes");
+  assert.deepStrictEqual(calls, [[URL, "POST", BODY]]);
+});

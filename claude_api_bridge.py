@@ -732,7 +732,7 @@ METRICS = (
     Metric("cab_start_time_seconds", "gauge", "", "start of the bridge and its counters, epoch"),
     Metric("cab_http_responses_total", "counter", "status", "HTTP answers by status"),
     Metric("cab_requests_accepted_total", "counter", "", "requests that were queued"),
-    Metric("cab_requests_finished_total", "counter", "status, code", "by status and errorCode"),
+    Metric("cab_requests_finished_total", "counter", "status, code", "finished, by status and code"),
     Metric("cab_queue_length", "gauge", "status", "requests that are queued or processing"),
     Metric("cab_wait_seconds", "histogram", "", "from a request's arrival to its first run"),
     Metric("cab_run_seconds", "histogram", "", "length of the runs that ended a request"),

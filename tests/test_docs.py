@@ -55,7 +55,7 @@ def answers(route: cab.Route) -> str:
     """Return the cell with the example responses of a route."""
     return "<br>".join(
         ("%d `%s`" if text.startswith("{") else "%d %s") % (status, text)
-        for status, text in route.example_responses.items()
+        for status, (_, text) in route.responses.items()
     )
 
 
@@ -146,7 +146,7 @@ def test_the_tables_are_those_of_the_program() -> None:
 def test_every_error_and_setting_is_explained() -> None:
     assert all(error.__doc__ for error in cab.ERRORS)
     assert all(row.help and row.flag and row.variables for row in cab.SETTINGS)
-    assert all(route.doc and route.example_responses for route in cab.ROUTES)
+    assert all(route.doc and route.responses for route in cab.ROUTES)
 
 
 # --- the shape of the page ---

@@ -732,7 +732,7 @@ METRICS = (
     Metric("cab_start_time_seconds", "gauge", "", "start of the bridge and its counters, epoch"),
     Metric("cab_http_responses_total", "counter", "status", "HTTP answers by status"),
     Metric("cab_requests_accepted_total", "counter", "", "requests that were queued"),
-    Metric("cab_requests_finished_total", "counter", "status, code", "finished, by status and code"),
+    Metric("cab_requests_finished_total", "counter", "status, code", "finished, by status, code"),
     Metric("cab_queue_length", "gauge", "status", "requests that are queued or processing"),
     Metric("cab_wait_seconds", "histogram", "", "from a request's arrival to its first run"),
     Metric("cab_run_seconds", "histogram", "", "length of the runs that ended a request"),
@@ -3356,12 +3356,11 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
             "name the right program with --claude PATH")
     missing = sorted(NEEDED_FLAGS - features.flags)
     if features.version < MINIMUM_CLI or missing:
-        reason = "the bridge needs %d.%d.%d or newer" % MINIMUM_CLI
-        problem = "is too old"
+        problem = "is too old; the bridge needs %d.%d.%d or newer" % MINIMUM_CLI
         if features.version >= MINIMUM_CLI:
             problem = "cannot be driven safely: it lacks %s" % ", ".join(missing)
         raise CannotStart(
-            "%s %s; %s." % (features.version_text, problem, reason),
+            "%s %s." % (features.version_text, problem),
             "update it: claude update, or npm install -g @anthropic-ai/claude-code@latest")
     home = private_directory(config.data_dir / "claude-home")
     write_account(home, environ)

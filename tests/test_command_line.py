@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,8 +10,10 @@ import re
 import shlex
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import (
@@ -18,7 +21,9 @@ from typing import (
 )
 
 import pytest
-from conftest import IMPORTED, MODULE, Api, FakeClaude, Program, run_cli, wait_until
+from conftest import (
+    IMPORTED, MODULE, Api, FakeClaude, Program, is_running, run_cli, wait_until,
+)
 from fake_claude import FLAGS
 
 import claude_api_bridge as cab
@@ -582,7 +587,7 @@ def executable(path: Path, text: str) -> Path:
         ("#!/nowhere/at-all\n", "cannot be run", "--claude PATH"),
         (
             "#!/bin/sh\necho hello\n",
-            "does not answer like Claude Code (its --version says 'hello')",
+            "does not answer like Claude Code (its --version prints 'hello')",
             "--claude PATH",
         ),
     ],
@@ -621,19 +626,19 @@ KEY = "sk-ant-api03-" + "A1b2" * 10
     [
         (
             {"loggedIn": True, "authMethod": "claude.ai", "subscriptionType": "max"}, {}, [],
-            ["Who pays: Claude Max subscription"], ["PER TOKEN", "ANTHROPIC"],
+            ["Billing: Claude Max subscription"], ["PER TOKEN", "ANTHROPIC"],
         ),
         (
             {"loggedIn": True, "authMethod": "oauth_token"}, {"CLAUDE_CODE_OAUTH_TOKEN": "x"}, [],
-            ["Who pays: the subscription behind CLAUDE_CODE_OAUTH_TOKEN"], ["PER TOKEN"],
+            ["Billing: the subscription behind CLAUDE_CODE_OAUTH_TOKEN"], ["PER TOKEN"],
         ),
         (
             {"loggedIn": True, "subscriptionType": "pro"},
             {"ANTHROPIC_API_KEY": KEY},
             [],
             [
-                "Who pays: Claude Pro subscription",
-                "ANTHROPIC_API_KEY is set; it is not handed on to claude.",
+                "Billing: Claude Pro subscription",
+                "ANTHROPIC_API_KEY is set; it is not passed to claude.",
             ],
             ["PER TOKEN", KEY],
         ),
@@ -647,12 +652,12 @@ KEY = "sk-ant-api03-" + "A1b2" * 10
         ),
         (
             {"loggedIn": True, "apiKeySource": "apiKeyHelper"}, {}, [], ["apiKeyHelper"],
-            ["is handed on"],
+            ["is passed"],
         ),
         (
             {"loggedIn": True, "subscriptionType": "max"},
             {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}, [],
-            ["ANTHROPIC_BASE_URL is handed on to claude: http://127.0.0.1:9"], [],
+            ["ANTHROPIC_BASE_URL is passed to claude: http://127.0.0.1:9"], [],
         ),
     ],
 )
@@ -721,6 +726,204 @@ print(before - rss())
 """
     # In kB; about 17,000 are released.
     assert int(run_code(code).stdout) > 6_000
+
+
+# --- the plain script ---
+
+SCRIPT = (sys.executable, "-S", str(MODULE))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_plain_script_with_status_0(
+    program: Programs, tmp_path: Path, number: int
+) -> None:
+    # The main thread of the script ends before the bridge: another one waits for the signal.
+    running = program("--spare", "1", command=SCRIPT)
+    assert running.api.answer("hello")["response"] == "Echo: hello"
+    assert running.end(number) == 0
+    assert running.stderr.splitlines()[-1] == "Shutting down..."
+    assert "Traceback" not in running.stderr
+    children = FakeClaude(tmp_path / "fake").children()
+    assert [start["pid"] for start in children if is_running(start["pid"])] == []
+    # The lock is free.
+    assert program(command=SCRIPT).end(number) == 0
+
+
+def test_a_second_plain_script_names_the_holder_of_the_lock(
+    program: Programs, tmp_path: Path
+) -> None:
+    running = program(command=SCRIPT)
+    done = subprocess.run(
+        [
+            *SCRIPT, "start", "--no-tunnel", "--host", "127.0.0.1", "--port", "0",
+            "--data-dir", str(tmp_path / "data"), "--claude", str(tmp_path / "fake" / "claude"),
+        ],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: Another bridge is running with this data directory: ")
+    assert re.search(r"\b%d\b" % running.process.pid, error)
+    assert "http://localhost:%d" % running.port in error
+    assert hint.startswith("hint: ")
+    assert "Traceback" not in done.stderr
+    assert running.api.get("/health").status == 200
+
+
+def resident_kb(pid: int) -> int:
+    """Return the resident memory of a process in kB."""
+    status = Path("/proc/%d/status" % pid).read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine(), platform.libc_ver()[0]) != ("linux", "x86_64", "glibc"),
+    reason="the bound was measured on Linux x86_64 with glibc",
+)
+def test_an_idle_plain_script_needs_little_memory(program: Programs) -> None:
+    # An imported module has no syntax tree to release, so only the script itself can show a leak.
+    running = program(command=SCRIPT)
+    # One second after the start the script releases what the start took.
+    time.sleep(1)
+    wait_until(lambda: resident_kb(running.process.pid) < 40_000, 5)
+
+
+# --- ask, without a usable bridge ---
+
+
+def failed_ask(tmp_path: Path, *words: str, **variables: str) -> Tuple[str, str]:
+    """Run an `ask` that fails; return its error and its hint. It prints nothing else."""
+    folder = ("--data-dir", str(tmp_path / "data"))
+    done = run_cli("ask", "hello", *words, *folder, home=tmp_path, environ=variables)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    match = re.fullmatch(r"error: ([^\n]+\.)\nhint: ([^\n]+)\n", done.stderr)
+    assert match, done.stderr
+    return match.group(1), match.group(2)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:3456", "127.0.0.1", "//localhost:3456", "http:localhost", "http://",
+        "http://:3456", "ftp://localhost:3456", "file:///etc/passwd", "http://localhost:port",
+        "http://localhost:65536", "http://localhost:-1", "http://[::1", "http://[x]:3456",
+    ],
+)
+def test_ask_refuses_an_invalid_address(tmp_path: Path, url: str) -> None:
+    for words, variables in ((("--url", url), {}), ((), {"CAB_URL": url})):
+        error, hint = failed_ask(tmp_path, *words, **variables)
+        assert error == "%s is not the address of a bridge." % url
+        assert "http://localhost:3456" in hint
+
+
+def response(status: str, content_type: str, body: bytes) -> bytes:
+    """Return an HTTP response after which the server closes."""
+    head = "HTTP/1.1 %s\r\nContent-Type: %s\r\nConnection: close\r\n\r\n"
+    return (head % (status, content_type)).encode() + body
+
+
+def events(*lines: bytes) -> bytes:
+    """Return a response of status 200 with these lines as its Server-Sent Events."""
+    return response("200 OK", "text/event-stream", b"".join(line + b"\n" for line in lines))
+
+
+@contextlib.contextmanager
+def serving(data: bytes) -> Iterator[str]:
+    """Run a server that reads one request per connection and sends these bytes; yield its URL."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            length = 0
+            for line in self.rfile:
+                name, _, value = line.partition(b":")
+                if name.lower() == b"content-length":
+                    length = int(value)
+                if not line.strip():
+                    break
+            self.rfile.read(length)
+            with contextlib.suppress(OSError):
+                self.wfile.write(data)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="no bridge")
+        thread.start()
+        try:
+            yield "http://127.0.0.1:%d" % server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+HTML = b"<!doctype html>\n<title>A page</title>\n"
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (response("200 OK", "text/html", HTML), "it sent no events"),
+        (response("200 OK", "application/json", b"{}"), "it sent no events"),
+        (response("302 Found\r\nLocation: /login", "text/html", b""), "it sent no events"),
+        (response("404 Not Found", "text/html", HTML), "status 404"),
+        (response("404 Not Found", "application/json", b'{"error": {"code": 5}}'), "status 404"),
+        (response("500 Internal Server Error", "application/json", b"[1, 2]"), "status 500"),
+        (response("502 Bad Gateway", "application/json", b"\xff" * 100), "status 502"),
+        (response("503 Unavailable", "application/json", b"[" * 200_000), "status 503"),
+        (events(), ""),
+        (events(b"hello", b"", *HTML.split(b"\n")), ""),
+        (events(b"event: completed", b"data: hello", b""), ""),
+        (events(b"event: completed", b"data: [1]", b""), "unknown event"),
+        (events(b"event: completed", b"data: " + b"[" * 200_000, b""), ""),
+        (events(b"event: queued", b'data: {"position": "first"}', b""), ""),
+        (events(b"event: queued", b'data: {"position": null}', b""), ""),
+        (events(b"\xff\xfe\0: \x1b[2J"), ""),
+        (b"", ""),
+        (b"nonsense\r\nmore\r\n", ""),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1_000 + b"\r\n", ""),
+        (b"HTTP/1.1 500 Error\r\nContent-Length: 90\r\n\r\n{}", ""),
+    ],
+    ids=[
+        "200 html", "200 json", "302", "404 html", "404 json object", "500 json list",
+        "502 not utf-8", "503 deep", "no event", "no fields", "no json", "json list", "deep json",
+        "text as position", "null as position", "bytes", "nothing", "no http", "many headers",
+        "cut off",
+    ],
+)
+def test_ask_reports_a_server_that_is_no_bridge(tmp_path: Path, data: bytes, words: str) -> None:
+    with serving(data) as url:
+        error, hint = failed_ask(tmp_path, "--url", url, CAB_TOKEN="cab-test")
+    assert url in error
+    assert words in error
+    assert "--url" in hint
+    assert "\x1b" not in error
+
+
+def test_ask_discards_a_token_that_it_cannot_store(
+    program: Programs, command: Command, tmp_path: Path
+) -> None:
+    running = program("--spare", "0")
+    path = tmp_path / "data" / "ask-tokens.json"
+    path.mkdir()
+    before = sorted((tmp_path / "data").iterdir())
+    for words in ((), ("--conversation", "trip")):
+        error, hint = failed_ask(tmp_path, *words)
+        assert error.startswith("The file %s cannot be written: " % path)
+        assert "CAB_TOKEN" in hint
+    assert list(tokens(command)) == ["admin"]
+    assert sorted((tmp_path / "data").iterdir()) == before
+    # The advice of the hint.
+    done = run_cli(
+        "ask", "hello", "--data-dir", str(tmp_path / "data"), environ={"CAB_TOKEN": running.token}
+    )
+    assert (done.returncode, done.stdout) == (0, "Echo: hello\n")
+    path.rmdir()
+    done = run_cli("ask", "again", "--data-dir", str(tmp_path / "data"))
+    assert (done.returncode, done.stdout) == (0, "Echo: again\n")
 
 
 # --- the .pyz ---
@@ -798,7 +1001,7 @@ def test_the_pyz_is_a_complete_bridge_with_the_demo(program: Programs, pyz: Path
 def test_the_demo_is_a_complete_bridge_that_answers_with_an_echo(program: Programs) -> None:
     first = program(demo=True, environ={"PATH": os.defpath})
     assert "Demo: " in first.stderr
-    assert "Who pays" not in first.stderr
+    assert "Billing" not in first.stderr
     body = first.api.answer("good morning  all\n/x")
     assert (body["status"], body["model"]) == ("completed", "demo")
     assert "demo" in body["response"]

@@ -41,11 +41,11 @@ def script(*steps: Dict[str, Any]) -> str:
     return "script " + json.dumps(steps)
 
 
-def store_of(running: RunningBridge) -> cab.Stores:
-    """Return the bridge's own store: some faults need its connection."""
+def stores_of(running: RunningBridge) -> cab.Stores:
+    """Return the bridge's own stores: some faults need their connection."""
     server: Any = running.bridge._server
-    store: cab.Stores = server.dispatcher._service._store
-    return store
+    stores: cab.Stores = server.dispatcher._service.stores
+    return stores
 
 
 def database(running: RunningBridge) -> Path:
@@ -77,7 +77,7 @@ def reading_works(api: Api, job: str) -> None:
 @contextlib.contextmanager
 def full_disk(running: RunningBridge) -> Iterator[None]:
     """Make SQLite report a full disk: the file must not grow."""
-    db = store_of(running)._db
+    db = stores_of(running).database._db
     # SQLite raises the number to the present size.
     db.execute("PRAGMA max_page_count = 1")
     try:
@@ -134,7 +134,7 @@ def test_a_request_that_a_full_disk_cut_off_runs_again_after_a_restart(
     job = admin.ask(script({"wait": str(gate)}, {"result": BIG}))
     wait_until(lambda: admin.poll(job)["status"] == "processing")
     # The disk stays full until the bridge ends.
-    store_of(running)._db.execute("PRAGMA max_page_count = 1")
+    stores_of(running).database._db.execute("PRAGMA max_page_count = 1")
     gate.touch()
     wait_until(lambda: any("cannot be stored" in line for line in running.log))
     running.bridge.__exit__(None, None, None)
@@ -223,13 +223,13 @@ def test_a_read_only_database_serves_readers_and_recovers(bridge: Bridges) -> No
     job = admin.ask("hi")
     admin.done(job)
     before = accepted(admin)
-    store_of(running)._db.execute("PRAGMA query_only = ON")
+    stores_of(running).database._db.execute("PRAGMA query_only = ON")
     assert refused(admin.post("/api/ask", {"message": "hi"}), "readonly")
     assert refused(admin.get("/health"), "readonly")
     assert refused(admin.post("/api/tokens", {"name": "new"}), "readonly")
     reading_works(admin, job)
     assert accepted(admin) == before
-    store_of(running)._db.execute("PRAGMA query_only = OFF")
+    stores_of(running).database._db.execute("PRAGMA query_only = OFF")
     assert admin.get("/health").status == 200
     assert admin.answer("next")["response"] == "Echo: next"
 
@@ -482,7 +482,7 @@ class HouseClock(cab.Clock):
         self.passed += seconds
 
 
-class NoClaude:
+class NoPool:
     """Replaces the process pool in a test of the maintenance alone."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -493,33 +493,34 @@ def test_requests_are_deleted_when_time_has_passed_not_when_the_clock_jumped(
     tmp_path: Path,
 ) -> None:
     clock = HouseClock()
-    store = cab.Stores(tmp_path / "bridge.db", clock)
-    with contextlib.closing(store):
-        token = store.tokens.add(cab.NewToken(name="app"), "secret")
-        claude: Any = NoClaude()
-        worker = cab.Worker(store, claude, cab.Notifier(), clock, print, cab.Config(keep_days=30))
-        job = store.jobs.enqueue(token.id, cab.Ask("hi")).job
-        claimed = store.jobs.claim()
+    stores = cab.Stores(tmp_path / "bridge.db", clock)
+    with contextlib.closing(stores):
+        token = stores.tokens.add(cab.NewToken(name="app"), "secret")
+        pool: Any = NoPool()
+        runner = cab.ClaudeRunner(pool)
+        worker = cab.Worker(stores, runner, cab.Notifier(), cab.Config(keep_days=30), clock)
+        job = stores.jobs.enqueue(token.id, cab.Ask("hi")).job
+        claimed = stores.jobs.claim()
         assert claimed
-        assert store.jobs.complete(claimed, cab.Answer("kept"))
+        assert stores.jobs.complete(claimed, cab.Answer("kept"))
         worker._run_maintenance()
         clock.at += YEARS
         clock.advance(3601)
         # The first maintenance after the jump.
         worker._run_maintenance()
-        assert store.jobs.get(job.id)
-        assert store.usage.by_day("2000-01-01")
+        assert stores.jobs.get(job.id)
+        assert stores.usage.by_day("2000-01-01")
         clock.at -= YEARS
         for _ in range(2):
             clock.advance(3601)
             worker._run_maintenance()
-        assert store.jobs.get(job.id)
-        assert store.usage.by_day("2000-01-01")
+        assert stores.jobs.get(job.id)
+        assert stores.usage.by_day("2000-01-01")
         for _ in range(30 * 24):
             clock.advance(3601)
             worker._run_maintenance()
         # After 30 days by both clocks.
-        assert store.jobs.get(job.id) is None
+        assert stores.jobs.get(job.id) is None
 
 
 # --- claude is replaced while the bridge runs ---
@@ -901,24 +902,25 @@ def test_a_run_waits_for_a_process_that_cannot_be_started_yet(
         run_seconds=10 if passes else 0.15,
     )
     install = cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
-    cli = cab.ClaudePool(install, config, cab.Clock(), "scarce", lambda *_: None)
+    pool = cab.ClaudePool(cab.ClaudeProgram(install), config, cab.Clock(), "scarce")
+    runner = cab.ClaudeRunner(pool)
     live = cab.LiveText()
-    work = cab.RunRequest("hi", cab.SessionConfig(cab.SYSTEM_PROMPT))
+    request = cab.RunRequest("hi", cab.SessionConfig(cab.SYSTEM_PROMPT))
 
     def look() -> None:
         # The first attempt has failed, and the run pauses before the next.
-        if passes and live.rest:
+        if passes and live.current_pause:
             undo()
 
     undo = scarcity(monkeypatch)
     try:
         if passes:
-            assert cli.run(work, live, look).text == "Echo: hi"
+            assert runner.run(request, live, look).text == "Echo: hi"
         else:
             with pytest.raises(cab.RunFailed) as error:
-                cli.run(work, live, look)
+                runner.run(request, live, look)
             assert error.value.code == "overloaded"
             assert "could not be started" in str(error.value)
     finally:
         undo()
-        cli.close()
+        pool.close()

@@ -133,8 +133,6 @@ def missing_in(body: Dict[str, Any], texts: Sequence[str]) -> List[str]:
 def standing_den(
     real_claude: Path, version: Version, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Den]:
-    if version < (2, 1, 197):
-        pytest.skip("older versions send additional requests")
     with contextlib.closing(Den(Site(real_claude, version, tmp_path_factory.mktemp("den")))) as den:
         den.site.start(OWNERS_VARIABLE="SECRET-OF-THE-ENVIRONMENT")
         yield den

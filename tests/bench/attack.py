@@ -568,7 +568,11 @@ SMUGGLES: Sequence[Tuple[str, bytes, Sequence[str]]] = (
     ("NUL in a value", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n" + HIDDEN, ["400"]),
     ("HTTP/0.9", b"GET /\r\n" + HIDDEN, ["400"]),
     ("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HIDDEN, ["400", "505"]),
-    ("HTTP/1.2", b"GET / HTTP/1.2\r\nHost: localhost\r\n\r\n" + HIDDEN, ["400", "505"]),
+    (
+        "HTTP/1.2 is like 1.1",
+        b"GET /health HTTP/1.2\r\nHost: localhost\r\nConnection: close\r\n\r\n" + HIDDEN,
+        ["200"],
+    ),
     ("HTTP/9.9", b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n" + HIDDEN, ["400", "505"]),
     ("two spaces", b"GET  / HTTP/1.1\r\nHost: localhost\r\n\r\n" + HIDDEN, ["400"]),
     ("a tab", b"GET\t/\tHTTP/1.1\r\nHost: localhost\r\n\r\n" + HIDDEN, ["400"]),

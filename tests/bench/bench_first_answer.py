@@ -242,10 +242,10 @@ def medians(rows: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 def measure(claude: str, options: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
     """Return the medians of all rounds, for each number of idle processes."""
-    by_spares: Dict[int, List[Dict[str, Any]]] = {spares: [] for spares in options.idle_count}
+    by_spares: Dict[int, List[Dict[str, Any]]] = {spares: [] for spares in options.spares}
     with MessagesApi() as api:
         for n in range(options.rounds):
-            for spares in options.idle_count:
+            for spares in options.spares:
                 home = folder / ("bridge-%d-%d" % (n, spares))
                 by_spares[spares].append(measure_one(claude, spares, options, api, home))
                 print("round %d, %d idle processes: done" % (n + 1, spares), file=sys.stderr)

@@ -65,8 +65,8 @@ start, run_maintenance = time.time(), cab.Worker._run_maintenance
 cab.Clock.now = staticmethod(lambda: start + (time.time() - start) * 86400 / DAY)
 
 def run_maintenance_often(worker):
-    if time.monotonic() - worker._last_purge >= DAY / 24:
-        worker._last_purge, worker._clock_offset = float("-inf"), None
+    if worker._purge_at - time.monotonic() <= cab.PURGE_SECONDS - DAY / 24:
+        worker._purge_at, worker._clock_offset = float("-inf"), None
     run_maintenance(worker)
 
 cab.Worker._run_maintenance = run_maintenance_often

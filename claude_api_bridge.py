@@ -3356,12 +3356,14 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
             "name the right program with --claude PATH")
     missing = sorted(NEEDED_FLAGS - features.flags)
     if features.version < MINIMUM_CLI or missing:
-        problem = "is too old; the bridge needs %d.%d.%d or newer" % MINIMUM_CLI
+        minimum = "%d.%d.%d" % MINIMUM_CLI
+        problem = "is too old; the bridge needs %s or newer" % minimum
         if features.version >= MINIMUM_CLI:
             problem = "cannot be driven safely: it lacks %s" % ", ".join(missing)
         raise CannotStart(
             "%s %s." % (features.version_text, problem),
-            "update it: claude update, or npm install -g @anthropic-ai/claude-code@latest")
+            "update it to %s or newer: claude update, or npm install -g"
+            " @anthropic-ai/claude-code@latest" % minimum)
     home = private_directory(config.data_dir / "claude-home")
     write_account(home, environ)
     own_environment = child_environment(environ, config.allow_api_key, str(home))

@@ -730,7 +730,7 @@ print(before - rss())
 
 # --- the plain script ---
 
-SCRIPT = (sys.executable, "-S", str(MODULE))
+SCRIPT = (sys.executable, str(MODULE))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")

@@ -2135,10 +2135,9 @@ class JobStore:
         chat = request.to_json() if isinstance(request, Chat) else None
         api = request.api if isinstance(request, Chat) else None
         fingerprint = request.fingerprint if isinstance(request, Ask) and key else None
-        now = self._database.clock.now()
         values = {
             "id": str(uuid.uuid4()), "token_id": token_id, "status": JobStatus.QUEUED,
-            "message": request.message, "created_at": now, "model": request.model,
+            "message": request.message, "model": request.model,
             "system_prompt": request.system_prompt, "json_schema": request.json_schema,
             "conversation": request.conversation, "effort": request.effort, "idempotency_key": key,
             "fingerprint": fingerprint, "chat": chat, "api": api}
@@ -2150,7 +2149,8 @@ class JobStore:
     @runs_in_writer
     def _insert(
             self, db: sqlite3.Connection, values: Mapping[str, Any], limit: int) -> EnqueueResult:
-        token_id, now = values["token_id"], values["created_at"]
+        # The order of the times must be the order of the jobs, for the limit per minute.
+        token_id, now = values["token_id"], self._database.clock.now()
         row = None
         if values["idempotency_key"] is not None:
             row = db.execute(
@@ -2166,10 +2166,10 @@ class JobStore:
             "SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
         if ahead >= limit:
             raise retry_later(QueueFull, "", 10)
+        values = {**values, "created_at": now}
         columns = ", ".join(values)
-        seq = db.execute(
-            "INSERT INTO jobs (%s) VALUES (%s)" % (columns, placeholders(columns.split(", "))),
-            tuple(values.values())).lastrowid
+        seq = db.execute("INSERT INTO jobs (%s) VALUES (%s)" % (columns, placeholders([*values])),
+                         tuple(values.values())).lastrowid
         self._usage.add(db, day_of(now), token_id, "requests")
         return EnqueueResult(self._select(db, "seq", seq), ahead + 1)
 
@@ -9620,7 +9620,7 @@ class Console(TunnelObserver):
             if self._has_transient:
                 self._has_transient = False
                 text = "\n" + text
-            print(text, file=sys.stderr, flush=True)
+            print(escape_controls(text), file=sys.stderr, flush=True)
 
     def info(self, symbol: str, text: str) -> None:
         self._print_stderr("  %s  %s" % (symbol, text) if self._is_rich else text)
@@ -9845,14 +9845,8 @@ def print_urls(bridge: Bridge, console: Console) -> None:
 
 
 # --- token ---
-class NothingRuns:
-    """The RunningJobs of a process without a worker."""
-
-    def live(self, job_id: str) -> Optional[LiveText]:
-        return None
-
-    def current_pause(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
-        return None
+class NothingRuns(RunningJobs):
+    """The RunningJobs of a process without a worker: its methods return None."""
 
 
 @contextlib.contextmanager
@@ -9927,30 +9921,32 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
 class AskClient:
     """A client of the running bridge, for the shell. Raises CannotStart for an unusable address."""
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url
-        self._headers = {"Authorization": "Bearer " + token, "Content-Type": "application/json"}
-        parts = urlsplit(url)
+        self.token = ""
         try:
+            parts = urlsplit(url)
             self._port = parts.port
         except ValueError:
-            self._port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or self._port == -1:
+            parts, self._port = urlsplit(""), None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise CannotStart("%s is not the address of a bridge." % escape_controls(url, keep=""),
                               "use a form such as http://localhost:3456")
+        self._is_https = parts.scheme == "https"
         self._host = str(parts.hostname)
         self._path = parts.path.rstrip("/")
-        self._connection_class: Type[http.client.HTTPConnection] = http.client.HTTPConnection
-        if parts.scheme == "https":
-            self._connection_class = http.client.HTTPSConnection
 
     def request(self, method: str, path: str,
                 body: Optional[Mapping[str, Any]] = None) -> http.client.HTTPResponse:
         """Send one request; the caller reads the answer. Raises OSError, HTTPException; CannotStart
         for a refusal."""
-        connection = self._connection_class(self._host, self._port, timeout=WAIT_SECONDS)
+        if not self.token.isprintable():
+            raise CannotStart("CAB_TOKEN holds a control character.", "copy the token again")
+        headers = {"Authorization": "Bearer " + self.token, "Content-Type": "application/json"}
+        kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=WAIT_SECONDS)
         data = None if body is None else as_json(body).encode("utf-8", "replace")
-        connection.request(method, self._path + path, data, self._headers)
+        connection.request(method, self._path + path, data, headers)
         response = connection.getresponse()
         if response.status >= 400:
             raise self._refusal(response)
@@ -9958,13 +9954,13 @@ class AskClient:
 
     def _refusal(self, response: http.client.HTTPResponse) -> CannotStart:
         error = None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             answer = json.loads(response.read(1 << 20))
             error = answer.get("error") if isinstance(answer, dict) else None
         if not isinstance(error, str):
             return self.not_a_bridge("it answered with status %d" % response.status)
         hint = "check CAB_TOKEN" if response.status == 401 else ""
-        return CannotStart("The bridge refused the request: %s" % escape_controls(error), hint)
+        return CannotStart("The bridge refused the request: %s" % error, hint)
 
     def not_a_bridge(self, reason: str) -> CannotStart:
         return CannotStart(
@@ -9983,7 +9979,9 @@ class AskClient:
             if key == "event":
                 name = value
             elif key == "data":
-                data = json.loads(value)
+                data = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    data = json.loads(value)
                 if not isinstance(data, dict):
                     raise self.not_a_bridge("it sent an unknown event")
                 yield name, data
@@ -9996,8 +9994,9 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
     if message == "-":
         message = sys.stdin.buffer.read().decode("utf-8", "replace")
     url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
-    token = os.environ.get("CAB_TOKEN") or shell_token(config, bool(arguments.conversation))
-    client = AskClient(url, token)
+    client = AskClient(url)
+    client.token = os.environ.get("CAB_TOKEN", "").strip()
+    client.token = client.token or shell_token(config, bool(arguments.conversation))
     body = {
         "message": message, "stream": True, "model": arguments.model,
         "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
@@ -10016,15 +10015,15 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
         console.fail("Cancelled.")
         return 130
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise CannotStart(
-            "The bridge at %s cannot be reached: %s." % (url, error or type(error).__name__),
-            "is it running? start it, or name it with --url") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CannotStart("The bridge at %s cannot be reached: %s." % (url, reason),
+                          "is it running? start it, or name it with --url") from None
 
 
 def show_event(
         arguments: argparse.Namespace, console: Console, name: str, data: Dict[str, Any]) -> None:
     """Show the progress of an answer; `arguments.shown` is the text on the terminal so far."""
-    if name == "queued" and (data.get("position", 0) > 1 or "waitingFor" in data):
+    if name == "queued" and (data.get("position") != 1 or "waitingFor" in data):
         until = ""
         if data.get("waitingFor") == "usage_limit":
             until = ", for the plan until %s" % data.get("resumesAt")
@@ -10050,7 +10049,7 @@ def finish_ask(arguments: argparse.Namespace, console: Console, body: Mapping[st
         console.data(text)
     else:
         code = body.get("errorCode") or body.get("code")
-        console.fail("%s: %s" % (code, escape_controls(str(body.get("error")))))
+        console.fail("%s: %s" % (code, body.get("error")))
     return 0 if is_completed else 1
 
 

@@ -43,7 +43,8 @@ to change how Claude Code is driven, in 6 and 7.
 # Threads and locks
 #
 # thread                    owner              waits on                       ends by
-# main                      main               queue of signals               SIGINT, SIGTERM
+# main or shutdown          command_start      ExitSignals                    SIGINT, SIGTERM
+# second-signal             wait_for_signal    ExitSignals                    the end of the process
 # http                      BridgeServer       accept, 0.2 s                  stop_accepting
 # http-ADDRESS (many)       BridgeServer       its socket, a Notifier event   the end of its socket
 # worker                    Worker             a Notifier event, 1 s          stop event
@@ -1966,14 +1967,10 @@ class TokenStore:
             (now,)).fetchone()
         if tokens >= TOKENS and (admins or not new.admin):
             raise TokenLimit()
-        values = (token.id, token.name, token.prefix, token.session_mode, token.expires_at,
-                  token.created_at, None, int(token.is_admin), as_json(token.tools),
-                  token.workspace, token.requests_per_minute, token.requests_per_day,
-                  as_json(token.models), digest(secret))
-        db.execute(
-            "INSERT INTO tokens (%s, token_hash) VALUES (%s)"
-            % (TOKEN_COLUMNS, placeholders(values)),
-            values)
+        texts = {"tools": as_json(token.tools), "models": as_json(token.models)}
+        values = (*{**vars(token), **texts}.values(), digest(secret))
+        db.execute("INSERT INTO tokens (%s, token_hash) VALUES (%s)"
+                   % (TOKEN_COLUMNS, placeholders(values)), values)
         self._database.mark_tokens_changed()
         return token
 
@@ -2821,7 +2818,6 @@ def parse_rate_limits(body: Mapping[str, Any], now: float) -> RateLimitStatus:
     status = info.get("status")
     resets_at = number_or_none(info.get("resetsAt"))
     is_using_overage = info.get("isUsingOverage") is True
-
     parts: Dict[str, Mapping[str, Any]] = {str(kind): info} if kind else {}
     all_windows = info.get("unifiedWindows")
     if isinstance(all_windows, dict):
@@ -2834,7 +2830,6 @@ def parse_rate_limits(body: Mapping[str, Any], now: float) -> RateLimitStatus:
             replace_surrogates(name[:40]), _short_text(part_status),
             number_or_none(part.get("utilization")), number_or_none(part.get("resetsAt")), now)
         windows.append(window)
-
     resets = [window.resets_at or 0 for window in windows if (window.utilization or 0) >= 1]
     if kind != "overage" or not resets:
         resets.append(resets_at or 0)
@@ -4834,8 +4829,10 @@ class RunningJobs(Protocol):
     """What the service needs to know of the worker."""
     def live(self, job_id: str) -> Optional[LiveText]:
         """Return the text of a running answer."""
+        return None
     def current_pause(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
         """Return why no job of a model starts now."""
+        return None
 
 
 class StreamSlots:
@@ -6189,10 +6186,6 @@ def heartbeat_then_body(context: Context, format: Format, steps: ChatSteps) -> B
             yield as_json(format.error(error)).encode("utf-8", "replace")
 
 
-def short_id(job: Job) -> str:
-    return job.id.replace("-", "")
-
-
 def stop_info_of(job: Job) -> StopInfo:
     return job.stop_info or StopInfo()
 
@@ -6216,7 +6209,7 @@ def message_body(job: Job) -> Dict[str, Any]:
         block = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
         content.append(block)
     return {
-        "id": "msg_" + short_id(job), "type": "message", "role": "assistant",
+        "id": "msg_" + job.id.replace("-", ""), "type": "message", "role": "assistant",
         "model": job.model or "default", "content": content, "stop_reason": stop_info.reason,
         "stop_sequence": stop_info.sequence, "usage": message_usage(job)}
 
@@ -6323,7 +6316,7 @@ def completion_body(job: Job) -> Dict[str, Any]:
         message["tool_calls"] = calls
     choice = {"index": 0, "message": message, "logprobs": None}
     return {
-        "id": "chatcmpl-" + short_id(job), "object": "chat.completion",
+        "id": "chatcmpl-" + job.id.replace("-", ""), "object": "chat.completion",
         "created": int(job.created_at), "model": job.model or "default",
         "choices": [{**choice, "finish_reason": finish_reason(job)}],
         "usage": completion_usage(job)}
@@ -6333,7 +6326,7 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
     """Yield the answer as Server-Sent Events."""
     def chunk(model: Optional[str], choices: Sequence[Mapping[str, Any]], **more: Any) -> bytes:
         body = {
-            "id": "chatcmpl-" + short_id(job), "object": "chat.completion.chunk",
+            "id": "chatcmpl-" + job.id.replace("-", ""), "object": "chat.completion.chunk",
             "created": int(job.created_at), "model": model or "default", "choices": choices}
         if chat.include_usage:
             body["usage"] = None
@@ -7267,7 +7260,6 @@ class ConnectionState:
 class ConnectionHandler(BaseHTTPRequestHandler):
     """One connection. It decides only what is HTTP at all, and is strict where one request could
     hide another."""
-    protocol_version = "HTTP/1.1"
     # The server ends late connections. Windows alone does not wake a blocked call.
     timeout = SEND_SECONDS if os.name == "nt" else None
     disable_nagle_algorithm = True
@@ -7505,9 +7497,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 if not data:
                     break
                 budget -= len(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing, where the base prints a line to stderr."""
 
 
 # --- all connections ---
@@ -9336,12 +9325,11 @@ class DirectoryLock:
                 "stop it first, or choose another folder with --data-dir") from None
 
     def _lock(self) -> None:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
             # Beyond the text, which others must be able to read.
             os.lseek(self._file, 4_096, os.SEEK_SET)
-            msvcrt.locking(  # type: ignore[attr-defined,unused-ignore]
-                self._file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -9473,7 +9461,6 @@ class Bridge:
         if tunnel:
             on_exit(tunnel.close)
         on_exit(self._server.close)
-
         notifier = Notifier()
         program = ClaudeProgram(self._install, lambda: find_claude(self.config, os.environ))
         pool = ClaudePool(program, self.config, self._clock, data_tag(data_dir) + ".claude",
@@ -9684,24 +9671,31 @@ def lan_address() -> Optional[str]:
     return None
 
 
-def signals_queue() -> "queue.SimpleQueue[int]":
-    """Return a queue of the signals that end the program; a second one has its default effect."""
-    received: "queue.SimpleQueue[int]" = queue.SimpleQueue()
-    numbers = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        number = getattr(signal, name, None)
-        # nohup ignores SIGHUP, and must stay in force.
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            numbers.append(number)
+class ExitSignals:
+    """Receives the signals that end the program, from its creation on (in the main thread).
+    Python writes each to a socket, in whichever thread it arrives. A handler would run in the main
+    thread alone, which does not wake up from every wait."""
 
-    def handle(number: int, frame: Any) -> None:
-        for each_number in numbers:
-            signal.signal(each_number, signal.SIG_DFL)
-        received.put(number)
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._numbers = []
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            # nohup ignores SIGHUP, and must stay in force.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._numbers.append(int(number))
+                signal.signal(number, lambda number, frame: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
-    for number in numbers:
-        signal.signal(number, handle)
-    return received
+    def wait(self, seconds: Optional[float] = None) -> Optional[int]:
+        """Return the number of the next signal; None after so many seconds."""
+        self._reader.settimeout(seconds)
+        with contextlib.suppress(socket.timeout):
+            for byte in iter(lambda: self._reader.recv(1), b""):
+                if byte[0] in self._numbers:
+                    return byte[0]
+        return None
 
 
 def tune_process() -> None:
@@ -9744,35 +9738,41 @@ def command_start(config: Config, console: Console) -> int:
     print_billing(config, install, console)
     console.info("✅", "Data directory: %s" % config.data_dir)
     token = find_tunnel_token(config, os.environ)
-    received = signals_queue()
+    signals = ExitSignals()
     with contextlib.ExitStack() as stack:
         bridge = stack.enter_context(Bridge(config, install, Clock(), token, console))
         if bridge.new_admin_token:
             print_admin_token(bridge, bridge.new_admin_token, console)
         bridge.serve()
         print_urls(bridge, console)
-        if __name__ == "__main__" and os.name == "posix":
+        if __name__ == "__main__":
             # CPython keeps the syntax tree of the main script, 19 MB, until its last line has run.
             # So the script ends here, and a thread waits in its place.
-            threading.Thread(target=wait_for_signal, args=(received, stack.pop_all(), console),
+            closing = stack.pop_all()
+            threading.Thread(target=wait_in_thread, args=(signals, closing, console),
                              name="shutdown").start()
             return 0
-        wait_for_signal(received, stack.pop_all(), console)
+        wait_for_signal(signals, stack.pop_all(), console)
     return 0
 
 
-def wait_for_signal(
-        received: "queue.SimpleQueue[int]", stack: contextlib.ExitStack, console: Console) -> None:
-    """Wait for a signal, then close everything."""
+def wait_for_signal(signals: ExitSignals, stack: contextlib.ExitStack, console: Console) -> None:
+    """Wait for a signal, then close everything; a second signal ends the program at once."""
     with stack:
-        for seconds in count(1):
-            with contextlib.suppress(queue.Empty):
-                # Windows runs no signal handler during an endless wait.
-                received.get(timeout=1)
-                break
-            if seconds == 1:
-                trim_memory()
+        if not signals.wait(1):
+            trim_memory()
+            signals.wait()
+        threading.Thread(target=lambda: os._exit(128 + (signals.wait() or 0)),
+                         name="second-signal", daemon=True).start()
         console.info("👋", "Shutting down...")
+
+
+def wait_in_thread(signals: ExitSignals, stack: contextlib.ExitStack, console: Console) -> None:
+    try:
+        wait_for_signal(signals, stack, console)
+    except Exception:
+        logger.exception("The bridge did not close properly")
+        os._exit(1)
 
 
 def print_admin_token(bridge: Bridge, token: str, console: Console) -> None:
@@ -10023,11 +10023,13 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
 def show_event(
         arguments: argparse.Namespace, console: Console, name: str, data: Dict[str, Any]) -> None:
     """Show the progress of an answer; `arguments.shown` is the text on the terminal so far."""
-    if name == "queued" and (data.get("position") != 1 or "waitingFor" in data):
+    position = data.get("position")
+    is_behind = isinstance(position, int) and position > 1
+    if name == "queued" and (is_behind or "waitingFor" in data):
         until = ""
         if data.get("waitingFor") == "usage_limit":
             until = ", for the plan until %s" % data.get("resumesAt")
-        console.info("·", "waits at position %s%s" % (data.get("position"), until))
+        console.info("·", "waits at position %s%s" % (position, until))
     elif name == "started" and arguments.shown:
         console.write("\n")
         arguments.shown = ""

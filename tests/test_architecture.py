@@ -236,6 +236,7 @@ def test_the_head_names_every_lock() -> None:
 # One request, or one job, must not take the others along: the dispatcher and the tops of threads.
 CATCHES_ALL = {
     "Dispatcher._respond", "Database._execute_writes", "Worker._loop", "Tunnel._loop",
+    "wait_in_thread",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@
     python3 claude_api_bridge.py ask "MESSAGE"          ask the running bridge from a shell
     python3 claude_api_bridge.py doctor                 check everything that a start needs
 
-The way of one request. Data flows one way; the database is the only truth:
+How one request travels. Data flows one way; the database is the only source of truth:
 
     client -> ConnectionHandler -> Dispatcher -> handle_* -> Service -> JobStore.enqueue
               Worker -> JobStore.claim -> ClaudePool -> Turn -> ClaudeProcess -> claude
@@ -36,7 +36,7 @@ The rooms of this file, in order:
     16 App                     Bridge, BridgeStatus, DirectoryLock
     17 Command line            start, token, ask, doctor, demo
 
-Names point upward only: a room uses the rooms above it and receives what lies below as an argument.
+Names point upward only: a room uses the rooms above it; what is below is passed in as an argument.
 A test checks this. Inside a room the pure part comes first. To change an answer, start in 10 or 11;
 to change how Claude Code is driven, in 6 and 7.
 """
@@ -520,23 +520,19 @@ class RunFailed(Exception):
         self.is_model_limit = is_model_limit
 
 
-class ErrorWithHint(Exception):
-    """An error for the terminal: what happened, and a hint what to do."""
+class CannotStart(Exception):
+    """The bridge or a command cannot start: what happened, and a hint what to do."""
 
     def __init__(self, text: str, hint: str = "") -> None:
         super().__init__(text)
         self.hint = hint
 
 
-class CannotStart(ErrorWithHint):
-    """The bridge or a command cannot start."""
-
-
 class DatabaseCorrupt(CannotStart):
     """The file is not a database, or is corrupt."""
 
 
-class CannotTunnel(ErrorWithHint):
+class CannotTunnel(CannotStart):
     """No retry can bring a public address."""
 
 
@@ -751,7 +747,6 @@ METRICS = (
     Metric("cab_tunnel_starts_total", "counter", "", "starts of cloudflared"))
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 Labels = Tuple[Tuple[str, str], ...]
-MetricValues = Mapping[Tuple[str, Labels], float]
 
 
 class Metrics:
@@ -779,7 +774,7 @@ class Metrics:
             return dict(self._values)
 
 
-def metrics_text(values: MetricValues) -> str:
+def metrics_text(values: Mapping[Tuple[str, Labels], float]) -> str:
     """Return the text format of Prometheus, in the order of METRICS."""
     escapes = {"\n": "\\n", '"': '\\"', "\\": "\\\\"}
 
@@ -1777,7 +1772,7 @@ class Database:
             try:
                 self._run_batch(tasks, results, errors)
             except Exception as error:
-                # Of the whole batch: the disk is full, or the file is locked or gone.
+                # The whole batch failed: the disk is full, or the file is locked or gone.
                 for number in range(len(tasks)):
                     errors.setdefault(number, as_unavailable(error))
             # After the commit, before a caller can continue.
@@ -2120,6 +2115,7 @@ class JobStore:
         self._database = database
         self._usage = usage
         self._metrics = metrics
+        metrics.inc("cab_cost_usd_total", 0)
 
     # --- the queue ---
     def enqueue(self, token_id: str, request: Union[Ask, Chat], key: Optional[str] = None,
@@ -3251,7 +3247,7 @@ def processes_tagged(tag: str) -> List[int]:
 
 
 def process_table() -> List[Tuple[int, int]]:
-    """Return (pid, parent) of every process; empty on Windows, where taskkill knows."""
+    """Return (pid, parent) of every process; empty on Windows, where taskkill needs no table."""
     if sys.platform == "linux":
         table = []
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -3305,7 +3301,7 @@ def find_orphans(tag: str, recorded: Iterable[ProcessRow]) -> Dict[int, Optional
 
 
 def kill_orphans(tag: str, recorded: Iterable[ProcessRow]) -> List[int]:
-    """Kill what a dead bridge left behind. -> pids, gone."""
+    """Kill what a dead bridge left behind. -> the killed pids."""
     orphans = find_orphans(tag, recorded)
     for pid in orphans:
         kill_process(pid)
@@ -3687,7 +3683,7 @@ class ClaudeProcess:
 
     def begin_shutdown(self, now: float, grace: float, interrupt: bool = False,
                        has_tools: bool = False) -> None:
-        """Begin the end: interrupt; `poll_shutdown` closes stdin, `stop` kills. grace: seconds
+        """Begin to shut down: interrupt; `poll_shutdown` closes stdin, `stop` kills. grace: seconds
         until the kill. has_tools: it may have started other processes."""
         self.terminate_at = now + grace * 0.6
         self.kill_at = now + grace
@@ -3707,7 +3703,7 @@ class ClaudeProcess:
         return now >= self.kill_at or not self.is_alive
 
     def stop(self) -> None:
-        """Kill the process and everything that it started; they are gone on return."""
+        """Kill the process and everything that it started; they have exited on return."""
         self._stdin_queue.put(None)
         if os.name != "nt" or self.is_alive:
             kill_process(self.pid, group=True)
@@ -4327,7 +4323,7 @@ class ClaudePool:
 
     def terminate(
             self, process: ClaudeProcess, session: SessionConfig, is_idle: bool = True) -> None:
-        """Begin the end of a process; nobody waits for it."""
+        """Begin to shut a process down; nobody waits for it."""
         has_tools = session.tools != Tools.NONE
         # A client that asks and cancels in turn must not pile them up.
         while len(self._terminating) >= MAX_KEPT_PROCESSES:
@@ -4680,7 +4676,7 @@ class Worker:
             is_stored = True
         finally:
             if not is_stored:
-                # More than the database knows of.
+                # Higher than the stored generation, so that readers see a restart.
                 self._restart_counts[job.id] = live.generation + 1
             if request and request.conversation and not is_completed:
                 # Its process may have received a turn that is not part of the conversation.
@@ -4745,7 +4741,7 @@ class Worker:
         pause = Pause("usage_limit", self._clock.now() + seconds)
         self._pauses[model] = pause, self._clock.monotonic() + seconds
         if seconds > MAX_INLINE_WAIT_SECONDS:
-            # The clients of /v1 hold a connection open and would wait in vain.
+            # The clients of /v1 hold a connection open and would wait for nothing.
             with contextlib.suppress(Unavailable):
                 job_ids = self._stores.jobs.fail_chats(
                     "usage_limit", limit_message(pause), (JobStatus.QUEUED,), model)
@@ -4787,7 +4783,7 @@ class Worker:
             self._purge_at = now + PURGE_SECONDS
             last_offset = self._clock_offset
             self._clock_offset = self._clock.now() - now
-            # Otherwise the clock was set, perhaps to a wrong time and not for long.
+            # If the clock was set, perhaps to a wrong time and not for long, do not purge.
             if last_offset is None or abs(self._clock_offset - last_offset) < 3600:
                 self._stores.jobs.purge(self._config.keep_days)
                 self._stores.usage.purge()
@@ -4928,7 +4924,7 @@ class Service:
             if pause:
                 text = limit_message(pause)
                 seconds = pause.until - self.clock.now()
-                raise retry_later(QueueFull, "Queue is full: t" + text[1:], seconds) from None
+                raise retry_later(QueueFull, "Queue is full. " + text, seconds) from None
             raise
         self._notifier.notify(Notifier.JOB_QUEUED)
         return result
@@ -5005,7 +5001,7 @@ class Service:
         NotFound and RateLimited at once; InvalidToken or NotFound later, if the token is revoked.
         """
         self._summary(caller, job_id)
-        # The stream counts itself from its first step on.
+        # The generator takes its slot at its first step.
         self._slots.check(caller)
         return self._follow(caller, job_id, TextCursor(after), position, client_disconnected)
 
@@ -5022,7 +5018,7 @@ class Service:
         topics = (job_id, Notifier.text_topic(job_id))
         with self._slots.take(caller), self._notifier.subscribe(*topics) as event:
             while True:
-                # 1. The database: the truth, whatever the notification was.
+                # 1. Read the database: the notification carries no data.
                 event.clear()
                 recheck_at = self.clock.monotonic() + RECHECK_SECONDS
                 try:
@@ -5124,7 +5120,7 @@ class Service:
         job = self.stores.jobs.summary(job_id)
         return job is not None and job.token_id == caller.token.id and not job.is_finished
 
-    # --- the rest ---
+    # --- conversations, models, tokens ---
     def delete_conversation(self, caller: Caller, name: str) -> None:
         """Make the next request start the conversation again. Raises NotFound."""
         if not self.stores.conversations.delete(caller.token.id, replace_surrogates(name)):
@@ -5161,7 +5157,7 @@ class Service:
             self._notifier.notify(job_id)
 
     def discard_token(self, token: Token) -> None:
-        """Undo a creation whose secret reached nobody."""
+        """Delete a token that could not be shown to the user."""
         self.stores.tokens.delete(token.id, protect=False)
 
 
@@ -5252,7 +5248,7 @@ class Route:
     responses: status -> (schema, example for people). The schema is a name of RESPONSE_EXAMPLES,
     "" for a text or a stream, None for an error.
     query: name -> (type, description). error_statuses: of its own errors.
-    uses_poll_limiter: polls of one's own unfinished request have a bucket of their own."""
+    uses_poll_limiter: polls of a token's own unfinished requests have their own bucket."""
     method: str
     path: str
     auth: str
@@ -5294,7 +5290,7 @@ def delta_event(offset: int, text: str) -> bytes:
 
 
 def stream_response(pieces: BodyIterator, headers: Sequence[Tuple[str, str]] = ()) -> Response:
-    """Return Server-Sent Events that no proxy shall buffer or compress."""
+    """Return Server-Sent Events that no proxy must buffer or compress."""
     no_buffering = (("Cache-Control", "no-store, no-transform"), ("X-Accel-Buffering", "no"))
     return Response(200, content_type="text/event-stream; charset=utf-8",
                     headers=(*no_buffering, *headers), stream=pieces)
@@ -7073,8 +7069,8 @@ class HostPolicy:
         if host not in self._tunnel_hosts():
             shown = host[:100]
             raise UnknownHost(
-                "This bridge does not answer by the name %s. If it is its name, start it with"
-                " --names %s" % (shown, shown))
+                "This bridge does not serve the host name %s. If the name is yours, start the"
+                " bridge with --names %s" % (shown, shown))
 
     def client_address(self, request: Request) -> str:
         """Return the client's address, for version 6 its network. For requests through our tunnel
@@ -7242,11 +7238,13 @@ class Phase:
 class ConnectionState:
     """The phase of a connection and its deadline.
     Only the connection's thread changes the phase; other threads read it and may shut the socket
-    down. since: when its last request was complete. is_late: the request missed its deadline."""
+    down, and set is_late and late_deadline: the request missed its deadline and gets a 408.
+    since: when its last request was complete."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.is_late = False
+        self.late_deadline = 0.0
         self.set_phase(Phase.IDLE)
 
     def set_phase(self, phase: str) -> None:
@@ -7661,12 +7659,13 @@ class BridgeServer(ThreadingHTTPServer):
         with self._lock:
             late = [item for item in self._connections.items() if now >= item[1].deadline]
         for connection, state in late:
-            if state.phase in (Phase.HEAD, Phase.BODY) and not state.is_late:
+            is_reading = state.phase in (Phase.HEAD, Phase.BODY)
+            if is_reading and not state.is_late:
                 # Its thread reads the end of the request and answers 408.
                 state.is_late = True
-                state.deadline = now + LATE_SECONDS
+                state.late_deadline = now + LATE_SECONDS
                 shutdown_socket(connection, socket.SHUT_RD)
-            else:
+            elif not is_reading or now >= state.late_deadline:
                 shutdown_socket(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -8184,7 +8183,7 @@ class Cloudflared:
         return redact((explaining or lines[-1:] or [""])[0])[:300]
 
     def stop(self, grace: float) -> None:
-        """Send SIGTERM, and SIGKILL after `grace` seconds; it is gone on return."""
+        """Send SIGTERM, and SIGKILL after `grace` seconds; it has exited on return."""
         if self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -8236,11 +8235,11 @@ class Tunnel:
         self._thread.start()
 
     def request_stop(self) -> None:
-        """Begin the end: no new requests arrive, those in flight get 5 seconds. Returns at once."""
+        """Begin to shut down: no new requests arrive, open ones get 5 seconds. Returns at once."""
         self._stopping.set()
 
     def close(self) -> None:
-        """Stop cloudflared; it is gone on return. Idempotent."""
+        """Stop cloudflared; it has exited on return. Idempotent."""
         self._stopping.set()
         if self._thread.ident:
             self._thread.join(CLOSE_SECONDS + 2)
@@ -8353,7 +8352,7 @@ class Tunnel:
             self._policy.mark_started(self._clock.monotonic())
             return
         policy = self._policy
-        outlook = "the tunnel is given up."
+        outlook = "there are no more retries."
         if policy.state != TunnelState.FATAL:
             seconds = math.ceil(policy.retry_at - self._clock.monotonic())
             outlook = "next try in %d s." % seconds
@@ -8397,7 +8396,7 @@ class Tunnel:
             self._process = None
 
 
-# === 15 Dashboard =================================================================================
+# === 15 Dashboard ================================================================================
 # The dashboard: one page, in three raw constants. It holds no data. Its script fetches JSON with
 # the token of the tab and inserts it by textContent only, never as markup. To edit the constants
 # as files: `python tests/page.py extract DIR`, then `python tests/page.py embed DIR`.
@@ -9320,7 +9319,7 @@ class DirectoryLock:
             holder = os.read(self._file, 200).decode("utf-8", "replace").strip()
             os.close(self._file)
             raise CannotStart(
-                "Another bridge is running with this data directory%s."
+                "Another bridge is running with this data folder%s."
                 % (": " + holder if holder else ""),
                 "stop it first, or choose another folder with --data-dir") from None
 
@@ -9335,7 +9334,7 @@ class DirectoryLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, text: str) -> None:
-        """Write who holds the lock, for those who are refused."""
+        """Write the holder's pid and address, which a refused start prints."""
         os.lseek(self._file, 0, os.SEEK_SET)
         os.ftruncate(self._file, 0)
         os.write(self._file, text.encode())
@@ -9393,7 +9392,7 @@ class BridgeStatus:
         return metrics_text({**self._metrics.values(), **self._gauges()})
 
     def _gauges(self) -> Dict[Tuple[str, Labels], float]:
-        """Return the metrics of the present."""
+        """Return the current gauges."""
         tunnel = self._tunnel_details()
         version = self._program.install.features.version_text
         gauges: Dict[Tuple[str, Labels], float] = {
@@ -9421,7 +9420,7 @@ class BridgeStatus:
 
 
 class Bridge:
-    """The whole, as a context manager: started on entry, gone on exit. Raises CannotStart."""
+    """The complete bridge, a context manager that starts and stops it. Raises CannotStart."""
 
     def __init__(self, config: Config, install: ClaudeInstall, clock: Clock, tunnel_token: str = "",
                  observer: Optional[TunnelObserver] = None) -> None:
@@ -9682,7 +9681,7 @@ class ExitSignals:
         self._numbers = []
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
-            # nohup ignores SIGHUP, and must stay in force.
+            # Under nohup SIGHUP is ignored; keep it so.
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self._numbers.append(int(number))
                 signal.signal(number, lambda number, frame: None)
@@ -9748,8 +9747,7 @@ def command_start(config: Config, console: Console) -> int:
         if __name__ == "__main__":
             # CPython keeps the syntax tree of the main script, 19 MB, until its last line has run.
             # So the script ends here, and a thread waits in its place.
-            closing = stack.pop_all()
-            threading.Thread(target=wait_in_thread, args=(signals, closing, console),
+            threading.Thread(target=wait_in_thread, args=(signals, stack.pop_all(), console),
                              name="shutdown").start()
             return 0
         wait_for_signal(signals, stack.pop_all(), console)
@@ -9762,6 +9760,9 @@ def wait_for_signal(signals: ExitSignals, stack: contextlib.ExitStack, console: 
         if not signals.wait(1):
             trim_memory()
             signals.wait()
+        # A key pressed twice, or a signal from terminal and shell, is one request.
+        while signals.wait(0.2):
+            pass
         threading.Thread(target=lambda: os._exit(128 + (signals.wait() or 0)),
                          name="second-signal", daemon=True).start()
         console.info("👋", "Shutting down...")
@@ -9940,8 +9941,8 @@ class AskClient:
                 body: Optional[Mapping[str, Any]] = None) -> http.client.HTTPResponse:
         """Send one request; the caller reads the answer. Raises OSError, HTTPException; CannotStart
         for a refusal."""
-        if not self.token.isprintable():
-            raise CannotStart("CAB_TOKEN holds a control character.", "copy the token again")
+        if not (self.token.isascii() and self.token.isprintable()):
+            raise CannotStart("CAB_TOKEN is not a token.", "copy the token again")
         headers = {"Authorization": "Bearer " + self.token, "Content-Type": "application/json"}
         kind = http.client.HTTPSConnection if self._is_https else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=WAIT_SECONDS)
@@ -10045,7 +10046,7 @@ def finish_ask(arguments: argparse.Namespace, console: Console, body: Mapping[st
     if arguments.json:
         console.data(json.dumps(body, ensure_ascii=False, indent=2))
     elif is_completed:
-        text = str(body.get("response", ""))
+        text = str(body.get("response") or "")
         if sys.stdout.isatty():
             text = escape_controls(text[len(arguments.shown) :], keep="\n\t")
         console.data(text)

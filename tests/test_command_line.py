@@ -768,7 +768,7 @@ def test_a_second_plain_script_names_the_holder_of_the_lock(
     )
     assert (done.returncode, done.stdout) == (1, "")
     error, hint = done.stderr.splitlines()[-2:]
-    assert error.startswith("error: Another bridge is running with this data directory: ")
+    assert error.startswith("error: Another bridge is running with this data folder: ")
     assert re.search(r"\b%d\b" % running.process.pid, error)
     assert "http://localhost:%d" % running.port in error
     assert hint.startswith("hint: ")

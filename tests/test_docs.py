@@ -290,7 +290,7 @@ def test_the_python_examples_work_as_written(program: StartProgram) -> None:
     assert "You said: Name three rivers.\n" in output
     assert "You said: Explain quantum computing" in output
     assert "You said: Tell me a story." in output
-    assert re.search(r"cancelled\n([0-9a-f-]{36})\n\1\nat work\n$", output)
+    assert re.search(r"cancelled\n([0-9a-f-]{36})\n\1\nno pause\n$", output)
 
 
 def test_the_javascript_examples_work_as_written(program: StartProgram, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from messages_api import (
     Call, Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts,
 )
 from sdk_client import ANSWER, IMAGE_URL, MODEL, PDF, PNG, RESULTS, STOP, SYSTEM, TOOLS, TURNS
-from test_real import Site, Version, version  # `version` is a fixture
+from test_real import Site, Version, version  # noqa: F401 (a fixture)
 
 pytestmark = [
     pytest.mark.real,

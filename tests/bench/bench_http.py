@@ -383,7 +383,7 @@ def slow_fsync(folder: Path, milliseconds: float) -> Dict[str, str]:
 
 Results = Dict[str, Dict[str, List[Load]]]
 # Case -> least ratio of the bridge to the naive server.
-TARGETS = {"poll, 16, kept": 10, "poll, 16, each": 2.5, "submit, 16, kept": 4}
+TARGETS = {"poll, 16, kept": 5, "poll, 16, each": 1, "submit, 16, kept": 4}
 TARGET_P99 = ("poll, 64, kept", 60)
 
 

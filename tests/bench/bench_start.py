@@ -158,6 +158,8 @@ def idle_memory(argv: Sequence[str], folder: Path, home: str) -> float:
             with contextlib.closing(connection):
                 connection.request("GET", paths[n % 3])
                 connection.getresponse().read()
+        # One second after its start the bridge gives memory back.
+        time.sleep(1.5)
         return resident(served.pid)
 
 

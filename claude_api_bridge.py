@@ -9744,9 +9744,9 @@ def command_start(config: Config, console: Console) -> int:
             print_admin_token(bridge, bridge.new_admin_token, console)
         bridge.serve()
         print_urls(bridge, console)
-        if __name__ == "__main__":
-            # CPython keeps the syntax tree of the main script, 19 MB, until its last line has run.
-            # So the script ends here, and a thread waits in its place.
+        if __name__ == "__main__" and sys.version_info < (3, 12):
+            # CPython keeps the main script's syntax tree, 19 MB, until its last line has run. So
+            # it ends here and a thread waits. From 3.12 on, no thread can start after that line.
             threading.Thread(target=wait_in_thread, args=(signals, stack.pop_all(), console),
                              name="shutdown").start()
             return 0

@@ -1586,7 +1586,7 @@ def inspect_database(path: Path) -> DatabaseInfo:
         url = "file:%s?mode=ro" % quote(str(path))
         with contextlib.closing(sqlite3.connect(url, uri=True)) as db:
             fault = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-            version = int(db.execute("PRAGMA user_version").fetchone()[0])
+            version = schema_version(db)
             if version > len(MIGRATIONS):
                 fault = "it was written by a newer version of this program"
             elif fault == "ok" and version < 3:
@@ -3573,20 +3573,8 @@ class ClaudeProcess:
                 pump.start()
         except RuntimeError as error:
             # The system has no thread left; without its owner's threads nobody would end it.
-            self._abandon()
+            self.stop()
             raise OSError(errno.EAGAIN, str(error)) from None
-
-    def _abandon(self) -> None:
-        self._stdin_queue.put(None)
-        kill_process(self.pid, group=True)
-        self.process.wait()
-        pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
-        for pump, pipe in zip(self._pumps, pipes):
-            assert pipe is not None
-            if pump.ident:
-                pump.join(1)
-            else:
-                pipe.close()
 
     # The threads only move bytes, so that neither side waits for the other.
 
@@ -3715,17 +3703,18 @@ class ClaudeProcess:
             for pid in processes_tagged(self.tag):
                 kill_process(pid)
         self._is_closing = True
-        for pump in self._pumps:
-            pump.join(1)
+        pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
+        for pump, pipe in zip(self._pumps, pipes):
+            if pump.ident:
+                pump.join(1)
+            elif pipe:
+                pipe.close()
 
-    def close_stdin_and_wait(self, seconds: float) -> bool:
-        """Close stdin. -> whether the process exited in time."""
+    def close_stdin_and_wait(self, seconds: float) -> None:
+        """Close stdin, on which the process may exit in time."""
         self._stdin_queue.put(None)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-            return True
-        except subprocess.TimeoutExpired:
-            return False
 
 
 # --- one turn ---
@@ -3899,25 +3888,23 @@ class Turn:
         for call_id in list(self._process.open_calls):
             self._reply(*self._process.open_calls.pop(call_id), results[call_id])
 
-    def read_answer(self, live: LiveText, model: Optional[str] = None) -> Answer:
+    def read_answer(self, live: LiveText) -> Answer:
         """Read to the end of the turn, to a stop sequence or to a call of the client's tools. A
         structured answer is not streamed. Raises RunFailed, SessionLost, ProcessExited."""
         while True:
             event = self.next_event()
-            if event.kind == "init":
-                model = event.body.get("model")
             if event.kind == "result":
-                return self._finish(event.body, model, live)
+                return self._finish(event.body, live)
             if event.kind == "delta":
                 if not self._session.json_schema:
                     live.add(event.text)
                     check_output_size(live.size)
                 if live.stopped_by:
-                    return self._stop_early(live, model)
+                    return self._stop_early(live)
             else:
                 self._handle_event(event, live)
             if self._process.open_calls and self._message_complete:
-                return self._return_calls(model)
+                return self._return_calls(live.model)
 
     def _handle_event(self, event: CliEvent, live: LiveText) -> None:
         body = event.body
@@ -3977,13 +3964,13 @@ class Turn:
             sum(counts.get(name, 0) for counts in self._counts.values()) for name in USAGE_NAMES]
         return Usage(*sums)
 
-    def _stop_early(self, live: LiveText, model: Optional[str]) -> Answer:
+    def _stop_early(self, live: LiveText) -> Answer:
         """End the answer at a stop sequence, with an estimate of the output tokens."""
         text = live.read()
         usage = self._usage_so_far()
         usage = usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4))
         stop_info = StopInfo("stop_sequence", live.stopped_by)
-        return Answer(text, usage=usage, model=model, stop_info=stop_info)
+        return Answer(text, usage=usage, model=live.model, stop_info=stop_info)
 
     def _return_calls(self, model: Optional[str]) -> Answer:
         """Return the calls of the client's tools; the process waits for their results."""
@@ -4019,7 +4006,7 @@ class Turn:
             text = "claude refused its settings: %s" % redact(str(response.get("error")))
             raise RunFailed("cli_error", text)
 
-    def _finish(self, body: Mapping[str, Any], model: Optional[str], live: LiveText) -> Answer:
+    def _finish(self, body: Mapping[str, Any], live: LiveText) -> Answer:
         """Return the answer of a `result` line. Raises RunFailed, SessionLost."""
         self.finished = True
         if body.get("is_error") or body.get("subtype") != "success":
@@ -4042,7 +4029,7 @@ class Turn:
         if reason == "tool_use":
             # Of the tool by which the CLI takes a structured answer.
             reason = "end_turn"
-        return Answer(text, structured, usage, model, spent_usd=self._process.spent_usd,
+        return Answer(text, structured, usage, live.model, spent_usd=self._process.spent_usd,
                       stop_info=StopInfo(reason, stop_sequence))
 
 
@@ -4051,19 +4038,15 @@ class ConversationProcess(NamedTuple):
     """The process of a conversation, which waits for its next turn."""
     process: ClaudeProcess
     session: SessionConfig
-    session_id: Optional[str]
     expires_at: float
 
 
 class PendingToolCall(NamedTuple):
-    """A process in the middle of a turn that waits for the results of the client's tools. before:
-    the history before this turn. prompt: what began it."""
+    """A process in the middle of a turn that waits for the results of the client's tools. request:
+    the one that it answered with calls."""
     process: ClaudeProcess
-    session: SessionConfig
+    request: RunRequest
     model: Optional[str]
-    owner: str
-    before: Sequence[HistoryTurn]
-    prompt: Content
     calls: Sequence[ToolCall]
     expires_at: float
 
@@ -4075,10 +4058,10 @@ class PendingToolCall(NamedTuple):
         calls = [ToolCall(block["id"], block["name"][len(TOOL_PREFIX) :], block["input"])
                  for block in response if isinstance(block, dict) and block["type"] == "tool_use"]
         return (
-            self.owner == request.owner
-            and self.session == request.session
+            self.request.owner == request.owner
+            and self.request.session == request.session
             and self.process.is_alive
-            and [*self.before, self.prompt] == [*before, prompt]
+            and [*self.request.history(), self.request.message] == [*before, prompt]
             and {call.id for call in calls} == set(results)
             and {call.id: call for call in calls} == {call.id: call for call in self.calls}
         )
@@ -4090,7 +4073,6 @@ class Candidate(NamedTuple):
     is_fresh: it was started for this turn.
     tool_results: with which a pending turn continues, and model: the one that answers there."""
     process: ClaudeProcess
-    session_id: Optional[str]
     is_configured: bool = False
     history: Sequence[HistoryTurn] = ()
     is_fresh: bool = False
@@ -4149,9 +4131,7 @@ class ClaudePool:
             yield from self._for_conversation(request, request.conversation)
             history = request.history()
             if not history:
-                session_id = str(uuid.uuid4())
-                yield Candidate(
-                    self._spawn(request.session, "--session-id=" + session_id), session_id)
+                yield Candidate(self._spawn(request.session, "--session-id=%s" % uuid.uuid4()))
         else:
             history = request.history()
             pending = self._take_pending(request, history)
@@ -4159,18 +4139,18 @@ class ClaudePool:
                 yield pending
         idle = self._take_idle(request.session)
         if idle:
-            yield Candidate(idle, None, history=history)
-        yield Candidate(self._spawn(request.session), None, history=history, is_fresh=True)
+            yield Candidate(idle, history=history)
+        yield Candidate(self._spawn(request.session), history=history, is_fresh=True)
 
     def _for_conversation(self, request: RunRequest, key: str) -> Iterator[Candidate]:
         """Yield the conversation's own process, then one that resumes its session."""
         entry = self._conversations.pop(key, None)
         if entry and entry.process.is_alive and entry.session == request.session:
-            yield Candidate(entry.process, entry.session_id, is_configured=True)
+            yield Candidate(entry.process, is_configured=True)
         elif entry:
             self.terminate(entry.process, entry.session)
         if request.session_id:
-            yield Candidate(self._resume(request, request.session_id), request.session_id)
+            yield Candidate(self._resume(request, request.session_id))
 
     def _take_pending(
             self, request: RunRequest, history: Sequence[HistoryTurn]) -> Optional[Candidate]:
@@ -4180,7 +4160,7 @@ class ClaudePool:
         for pending in self._awaiting_tools:
             if pending.fits(request, results, history):
                 self._awaiting_tools.remove(pending)
-                return Candidate(pending.process, None, is_configured=True, tool_results=results,
+                return Candidate(pending.process, is_configured=True, tool_results=results,
                                  model=pending.model)
         return None
 
@@ -4249,17 +4229,15 @@ class ClaudePool:
         now = self.clock.monotonic()
         if answer.stop_info.calls:
             self._awaiting_tools.append(PendingToolCall(
-                process=candidate.process, session=request.session, model=answer.model,
-                owner=request.owner, before=request.history(), prompt=request.message,
-                calls=answer.stop_info.calls, expires_at=now + TOOL_RESULT_WAIT_SECONDS))
+                candidate.process, request, answer.model, answer.stop_info.calls,
+                expires_at=now + TOOL_RESULT_WAIT_SECONDS))
             self._terminate_pending(self._awaiting_tools[:-MAX_KEPT_PROCESSES])
             return
         if not request.conversation or not self.config.warm_seconds:
             self.terminate(candidate.process, request.session, is_idle)
             return
         self._conversations[request.conversation] = ConversationProcess(
-            candidate.process, request.session, candidate.session_id,
-            now + self.config.warm_seconds)
+            candidate.process, request.session, now + self.config.warm_seconds)
         while len(self._conversations) > MAX_KEPT_PROCESSES:
             _, oldest = self._conversations.popitem(last=False)
             self.terminate(oldest.process, oldest.session)
@@ -4301,7 +4279,8 @@ class ClaudePool:
     def evict_unless(self, conversation_exists: Callable[[str], bool],
                      token_exists: Callable[[str], bool]) -> None:
         """Terminate the processes of deleted conversations and tokens."""
-        self._terminate_pending([p for p in self._awaiting_tools if not token_exists(p.owner)])
+        self._terminate_pending(
+            [p for p in self._awaiting_tools if not token_exists(p.request.owner)])
         for key in [key for key in self._conversations if not conversation_exists(key)]:
             self.forget(key)
 
@@ -4314,7 +4293,7 @@ class ClaudePool:
     def _terminate_pending(self, pending_calls: Sequence[PendingToolCall]) -> None:
         for pending in list(pending_calls):
             self._awaiting_tools.remove(pending)
-            self.terminate(pending.process, pending.session, is_idle=False)
+            self.terminate(pending.process, pending.request.session, is_idle=False)
 
     def _terminate_idle(self, processes: Sequence[ClaudeProcess]) -> None:
         for process in list(processes):
@@ -4412,8 +4391,8 @@ class ClaudeRunner:
                     if not candidate.is_configured:
                         turn.start(self.pool.program.install.features, candidate.history)
                     turn.send_prompt(request.message)
-                answer = turn.read_answer(live, candidate.model)
-                answer = replace(answer, session_id=candidate.session_id)
+                answer = turn.read_answer(live)
+                answer = replace(answer, session_id=candidate.process.session_id)
             except (SessionLost, ProcessExited) as lost:
                 self.pool.terminate(candidate.process, request.session, is_idle=False)
                 is_final = turn.prompt_accepted or candidate.is_fresh
@@ -4976,7 +4955,6 @@ class Service:
         return self._running.live(job.id) if job.status == JobStatus.PROCESSING else None
 
     def _view(self, job: Job) -> JobView:
-        pause = None
         if job.status == JobStatus.QUEUED:
             pause = self._running.current_pause(job.model)
         else:
@@ -5053,9 +5031,8 @@ class Service:
                     if self.clock.monotonic() >= recheck_at:
                         break
                     event.clear()
-                    is_running = live is not None and self._running.live(job_id) is live
                     events = []
-                    if is_notified and live and is_running:
+                    if is_notified and live and self._running.live(job_id) is live:
                         events = live.events_since(cursor)
                     if not events:
                         break
@@ -7272,8 +7249,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         HTML and dispatches to do_GET."""
         self.close_connection = True
         self.command = ""
-        # Bytes of the body to come; None: chunked.
-        self._body_remaining: Optional[int] = 0
+        # Bytes of the body to come; None: chunked, or unknown.
+        self._body_remaining: Optional[int] = None
         self._expects_continue = False
         try:
             self._state.set_phase(Phase.IDLE)
@@ -7283,10 +7260,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             self._state.set_phase(Phase.HEAD)
             try:
                 self._head = self._read_head()
-                if self._head.method not in METHODS:
-                    raise UnknownCoding()
             except BridgeError as error:
-                self._send_error_response(error)
+                self._write(error_response(error))
                 return
             self._handle_request()
         except (ConnectionError, socket.timeout, ValueError):
@@ -7310,6 +7285,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             if size > HEAD_BYTES:
                 raise HeadTooLarge()
         head = parse_request_head(b"".join(lines))
+        if head.method not in METHODS:
+            raise UnknownCoding()
         self.command = head.method
         self.close_connection = head.close_connection
         self._body_remaining = head.length
@@ -7324,9 +7301,10 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             raise HeadTooLarge()
         if line.endswith(b"\n"):
             raise MalformedRequest("Malformed header line: lines must end with CRLF")
-        if self._state.is_late:
-            raise RequestTimeout()
-        raise MalformedRequest("The request head is incomplete")
+        raise self._incomplete("The request head is incomplete")
+
+    def _incomplete(self, text: str) -> BridgeError:
+        return RequestTimeout() if self._state.is_late else MalformedRequest(text)
 
     def _handle_request(self) -> None:
         self._state.set_phase(Phase.BUSY)
@@ -7334,11 +7312,10 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         request = Request(head.method, head.path, head.query, head.headers, self.client_address[0],
                           self._body, self._client_disconnected)
         response = self.server.dispatcher.dispatch(request)
-        if self._body_remaining != 0:
-            # A small body that nobody read is skipped; otherwise the connection ends.
-            is_small = self._body_remaining is not None and self._body_remaining <= 1 << 16
-            if not is_small or self._expects_continue:
-                self.close_connection = True
+        # A small body that nobody read is skipped; otherwise the connection ends.
+        size = self._body_remaining
+        if size is None or size > 1 << 16 or (size and self._expects_continue):
+            self.close_connection = True
         if response.stream is None:
             self._write(response)
         else:
@@ -7370,7 +7347,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                     data = self._read_exactly(size)
         except (MalformedRequest, RequestTimeout, BodyTooLarge):
             self._body_remaining = None
-            self.close_connection = True
             raise
         self._state.set_phase(Phase.BUSY)
         self._body_remaining = 0
@@ -7379,9 +7355,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     def _read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
         if len(data) < size:
-            if self._state.is_late:
-                raise RequestTimeout()
-            raise MalformedRequest("The body is incomplete")
+            raise self._incomplete("The body is incomplete")
         return data
 
     def _read_chunks(self, reservation: contextlib.ExitStack) -> bytes:
@@ -7393,9 +7367,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             line = self.rfile.readline(1026)
             match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line)
             if not match:
-                if self._state.is_late:
-                    raise RequestTimeout()
-                raise MalformedRequest("Malformed chunk")
+                raise self._incomplete("Malformed chunk")
             size = int(match.group(1), 16)
             total += size
             if total > BODY_BYTES:
@@ -7475,12 +7447,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
             if is_chunked:
                 self._send(b"0\r\n\r\n")
-
-    def _send_error_response(self, error: BridgeError) -> None:
-        """Answer a request that cannot be read, and close the connection."""
-        self.close_connection = True
-        self._body_remaining = None
-        self._write(error_response(error))
 
     def _drain(self) -> None:
         """After a refused body, read on for a moment; a reset would lose the answer."""
@@ -10078,11 +10044,11 @@ def running_url(config: Config) -> str:
 def shell_token(config: Config, is_stateful: bool) -> str:
     """Return the token of `ask`, which the owner of the data folder may create. It is created again
     if it was revoked or lost. Raises CannotStart."""
-    path = data_directory(config.data_dir) / "ask-tokens.json"
+    path = config.data_dir / "ask-tokens.json"
     mode = SessionMode.STATEFUL if is_stateful else SessionMode.STATELESS
-    secrets_by_mode = read_json_object(path)
-    secret = secrets_by_mode.get(mode)
     with open_service(config) as service:
+        secrets_by_mode = read_json_object(path)
+        secret = secrets_by_mode.get(mode)
         if isinstance(secret, str) and service.stores.tokens.by_digest(digest(secret)):
             return secret
         token, secret = service.create_token(NewToken("ask (%s)" % mode, mode))

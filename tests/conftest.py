@@ -19,7 +19,9 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import (
+    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence,
+    Tuple)
 
 import pytest
 
@@ -103,8 +105,8 @@ def asked_once(probe: Callable[..., str]) -> Callable[..., str]:
     def ask(argv: Sequence[str], environment: Mapping[str, str]) -> str:
         words, head = tuple(argv[1:]), b""
         with contextlib.suppress(OSError), open(argv[0], "rb") as file:
-            head = file.read(len(PROBE_SCRIPT))
-        if head != PROBE_SCRIPT.encode():
+            head = file.read(len(fake_claude_program.PROBE_SCRIPT))
+        if head != fake_claude_program.PROBE_SCRIPT.encode():
             return probe(argv, environment)
         if words not in cache:
             cache[words] = probe(argv, environment)
@@ -152,17 +154,6 @@ def gate(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "gate").touch()
 
 
-# Answers the three questions of a start without Python.
-PROBE_SCRIPT = (
-    """#!/bin/sh
-case "$1" in
---version) echo "2.1.330 (Claude Code)"; exit ;;
---help) echo "  auth %s"; exit ;;
---setting-sources=) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
-esac
-"""
-    % fake_claude_program.FLAGS
-)
 FAKE_SCRIPT = """import sys
 sys.path.insert(0, %r)
 import fake_claude
@@ -182,7 +173,7 @@ class FakeClaude:
         self.script = folder / "claude.py"
         folder.mkdir(parents=True, exist_ok=True)
         self.script.write_text(FAKE_SCRIPT % (str(TESTS), str(folder), options))
-        head = "#!/bin/sh\n" if options else PROBE_SCRIPT
+        head = "#!/bin/sh\n" if options else fake_claude_program.PROBE_SCRIPT
         interpreter, script = shlex.quote(sys.executable), shlex.quote(str(self.script))
         self.path.write_text('%sexec %s -S %s "$@"\n' % (head, interpreter, script))
         self.path.chmod(0o755)
@@ -437,6 +428,27 @@ class RunningBridge:
         self.port = bridge.port
 
 
+@contextlib.contextmanager
+def running_bridge(
+    config: cab.Config, environ: Mapping[str, str], clock: cab.Clock
+) -> Iterator[RunningBridge]:
+    """Run a bridge in this process."""
+    install = cab.find_claude(config, environ)
+    with collected_log() as log, cab.Bridge(config, install, clock) as opened:
+        opened.serve()
+        yield RunningBridge(opened, log)
+
+
+def plain_bridge(folder: Path) -> ContextManager[RunningBridge]:
+    """Run a bridge for many tests. It has no spare, so that no process of one test is in the next.
+    """
+    config = cab.Config(
+        port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data",
+        claude=str(FakeClaude(folder / "fake").path), rate_limit=0, spare=0,
+    )
+    return running_bridge(config, {"PATH": "", "HOME": str(folder)}, cab.Clock())
+
+
 @pytest.fixture
 def bridge(
     tmp_path: Path, fake_claude: Callable[..., FakeClaude]
@@ -462,11 +474,7 @@ def bridge(
             }
         )
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **(environ or {})}
-        install = cab.find_claude(config, environment)
-        log = opened.enter_context(collected_log())
-        running = opened.enter_context(cab.Bridge(config, install, clock or cab.Clock()))
-        running.serve()
-        return RunningBridge(running, log)
+        return opened.enter_context(running_bridge(config, environment, clock or cab.Clock()))
 
     with opened:
         yield start

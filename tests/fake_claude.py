@@ -31,6 +31,14 @@ FLAGS = (
     "--session-id --include-partial-messages --disable-slash-commands --no-session-persistence "
     "--agent --system-prompt-snapshot --restricted"
 )
+# Answers the three questions of a start without Python.
+PROBE_SCRIPT = """#!/bin/sh
+case "$1" in
+--version) echo "2.1.330 (Claude Code)"; exit ;;
+--help) echo "  auth %s"; exit ;;
+--setting-sources=) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
+esac
+""" % FLAGS
 
 
 def main(

@@ -444,7 +444,6 @@ def service_of(running: RunningBridge) -> cab.Service:
 @pytest.mark.parametrize("how", (REVOKED, EXPIRES))
 def test_an_admin_that_follows_a_request_is_cut_off_when_its_own_token_ends(
     bridge: Start,
-    fake_claude: Fakes,
     gate: Path,
     monkeypatch: pytest.MonkeyPatch,
     what: str,

@@ -286,7 +286,7 @@ def test_after_kill_9_a_stream_restarts_and_the_same_key_returns_its_request(
 
 @only_linux
 def test_a_request_that_waits_for_the_plan_limit_survives_kill_9(
-    program: Programs, fake: FakeClaude, tmp_path: Path
+    program: Programs, tmp_path: Path
 ) -> None:
     first = program("--spare", "0")
     limits = {"status": "rejected", "rateLimitType": "five_hour", "resetsAt": time.time() + 3_600}
@@ -358,7 +358,7 @@ def test_the_next_start_ends_processes_that_survived_the_bridge(
     assert re.search(r"\b1 process.*\b0 .*\b0 ", second.stderr)
 
 
-def test_a_conversation_continues_after_a_restart(program: Programs, fake: FakeClaude) -> None:
+def test_a_conversation_continues_after_a_restart(program: Programs) -> None:
     first = program()
     talk = first.api.new_token(sessionMode="stateful")
     talk.answer("I am Ann")

@@ -536,7 +536,7 @@ def test_a_live_check_asks_the_model_once_and_leaves_no_files(
 
 
 def test_a_failed_live_check_gives_advice_for_its_error_code(
-    doctor: Doctor, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = {
         "auth_required": "sign ", "usage_limit": "reset", "overloaded": "later",

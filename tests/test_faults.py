@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import sqlite3
@@ -25,6 +24,7 @@ import claude_api_bridge as cab
 from conftest import (
     MODULE, TESTS, Answer, Api, FakeClaude, Program, RunningBridge, is_running, wait_until,
 )
+from test_stream import script
 
 Bridges = Callable[..., RunningBridge]
 Fakes = Callable[..., FakeClaude]
@@ -34,11 +34,6 @@ BIG = "x" * 20_000
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="sets the limits of a process from outside"
 )
-
-
-def script(*steps: Dict[str, Any]) -> str:
-    """Return a prompt that makes the fake run these steps."""
-    return "script " + json.dumps(steps)
 
 
 def stores_of(running: RunningBridge) -> cab.Stores:
@@ -127,7 +122,7 @@ def test_the_result_of_a_run_on_a_full_disk_is_stored_once_there_is_room(
 
 
 def test_a_request_that_a_full_disk_cut_off_runs_again_after_a_restart(
-    bridge: Bridges, fake_claude: Fakes, gate: Path
+    bridge: Bridges, gate: Path
 ) -> None:
     running = bridge()
     admin = running.admin
@@ -245,7 +240,7 @@ def locked(path: Path, how: str = "IMMEDIATE") -> Iterator[None]:
 
 @pytest.mark.parametrize("how", ["IMMEDIATE", "EXCLUSIVE"])
 def test_a_lock_of_another_program_delays_writers_for_a_bounded_time_and_no_reader(
-    bridge: Bridges, monkeypatch: pytest.MonkeyPatch, how: str
+    bridge: Bridges, how: str
 ) -> None:
     running = bridge()
     admin = running.admin

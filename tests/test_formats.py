@@ -2610,7 +2610,7 @@ def test_a_pause_after_the_first_delta_is_an_event(
 
 
 def test_a_pause_of_one_model_does_not_affect_the_others(
-    bridge: Start, fake: FakeClaude, tmp_path: Path
+    bridge: Start, fake: FakeClaude
 ) -> None:
     clock = Skipped()
     running = bridge(fake, clock=clock)

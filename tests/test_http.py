@@ -19,10 +19,9 @@ import pytest
 import claude_api_bridge as cab
 from conftest import (
     Answer,
-    FakeClaude,
     FakeClock,
     RunningBridge,
-    collected_log,
+    plain_bridge,
     wait_until,
 )
 
@@ -127,16 +126,8 @@ NEW_TOKEN = b'{"name": "from the wire"}'
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBridge]:
     """Run one bridge for all tests that only send requests to it."""
-    folder = tmp_path_factory.mktemp("served")
-    claude = FakeClaude(folder / "fake")
-    config = cab.Config(
-        port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data", claude=str(claude.path),
-        rate_limit=0, spare=0,
-    )
-    install = cab.find_claude(config, {"PATH": "", "HOME": str(folder)})
-    with collected_log() as log, cab.Bridge(config, install, cab.Clock()) as opened:
-        opened.serve()
-        yield RunningBridge(opened, log)
+    with plain_bridge(tmp_path_factory.mktemp("served")) as running:
+        yield running
 
 
 def connection_threads() -> List[str]:

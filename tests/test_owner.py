@@ -394,7 +394,7 @@ def test_the_answer_alone_goes_to_stdout(asks: Asks, tmp_path: Path) -> None:
 
 
 def test_the_message_can_come_from_standard_input_and_a_conversation_continues(
-    asks: Asks, program: Programs, tmp_path: Path
+    asks: Asks, tmp_path: Path
 ) -> None:
     words = [*IMPORTED, "ask", "-", "--conversation", "trip", "--data-dir", str(tmp_path / "data")]
     for message in (b"remember \xc3\xa9 this", b"turns"):
@@ -411,7 +411,7 @@ def test_the_message_can_come_from_standard_input_and_a_conversation_continues(
     ]
 
 
-def test_a_failure_is_a_sentence_and_a_status(asks: Asks, tmp_path: Path) -> None:
+def test_a_failure_is_a_sentence_and_a_status(asks: Asks) -> None:
     done = asks(
         'error {"api_error_status": 404, "said": "model_not_found", "result": "no such model"}'
     )

@@ -8,13 +8,14 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Iterator, List
 
 import pytest
 
 import claude_api_bridge as cab
 from browser import Browser, Page
 from conftest import RunningBridge, wait_until
+from test_stream import script
 
 pytestmark = pytest.mark.browser
 
@@ -114,11 +115,6 @@ def visit(browser: Browser, bridge: Start) -> Iterator[Visitor]:
     for page in opened:
         page.close()
     assert not problems
-
-
-def script(*steps: Dict[str, Any]) -> str:
-    """Return a prompt that makes the fake claude do these steps."""
-    return "script " + json.dumps(steps)
 
 
 def test_the_browser_records_policy_violations_and_what_a_page_logs(

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import pytest
 from conftest import FakeClaude, FakeClock, RunningBridge, is_running, run_cli, wait_until
 from fake_claude import FLAGS
-from test_stream import Skipped
+from test_stream import Skipped, script
 
 import claude_api_bridge as cab
 
@@ -90,11 +90,6 @@ def spare_of(fake: FakeClaude) -> int:
 def error(**fields: Any) -> str:
     """Return a prompt that the fake answers with a result with these fields."""
     return "error " + json.dumps(fields)
-
-
-def script(*steps: Mapping[str, Any]) -> str:
-    """Return a prompt at which the fake does these steps."""
-    return "script " + json.dumps(steps)
 
 
 class Direct:

@@ -503,7 +503,7 @@ def test_every_write_that_races_with_close_is_stored_or_fails_at_once(
 
 
 def test_a_caller_that_gives_up_while_its_write_fails_does_not_end_the_writer(
-    store: cab.Stores, tmp_path: Path
+    store: cab.Stores,
 ) -> None:
     class GivesUp(Future[Any]):
         """A future that its caller cancels just after the writer looked at its state."""
@@ -1742,7 +1742,7 @@ def test_requests_per_day_limits_every_utc_day(store: cab.Stores, clock: FakeClo
 
 
 def test_requests_count_for_the_day_however_they_end(
-    open_store: Callable[..., cab.Stores], clock: FakeClock
+    open_store: Callable[..., cab.Stores],
 ) -> None:
     store = open_store()
     token = add(store, requests_per_day=4)

@@ -11,7 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import pytest
 
@@ -22,7 +22,7 @@ from conftest import (
     FakeClaude,
     RunningBridge,
     Stream,
-    collected_log,
+    plain_bridge,
     text_of,
     wait_until,
 )
@@ -34,19 +34,9 @@ UNKNOWN_ID = "00000000-0000-4000-8000-000000000000"
 
 @pytest.fixture(scope="module")
 def shared_bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBridge]:
-    """Run one bridge for all tests that need no other settings.
-
-    It has no spare, so that no process of one test is in the next.
-    """
-    folder = tmp_path_factory.mktemp("served")
-    config = cab.Config(
-        port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data",
-        claude=str(FakeClaude(folder / "fake").path), rate_limit=0, spare=0,
-    )
-    install = cab.find_claude(config, {"PATH": "", "HOME": str(folder)})
-    with collected_log() as log, cab.Bridge(config, install, cab.Clock()) as opened:
-        opened.serve()
-        yield RunningBridge(opened, log)
+    """Run one bridge for all tests that need no other settings."""
+    with plain_bridge(tmp_path_factory.mktemp("served")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -67,7 +57,7 @@ def quick_rechecks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.02)
 
 
-def script(*steps: Dict[str, Any]) -> str:
+def script(*steps: Mapping[str, Any]) -> str:
     """Return the prompt at which the fake does these steps."""
     return "script " + json.dumps(steps)
 

@@ -1811,7 +1811,7 @@ def test_a_download_from_a_wrong_address_is_reported_and_retried(
 
 
 def test_a_program_that_cannot_be_stored_is_a_temporary_error(
-    run_tunnel: RunTunnel, fake: FakeCloudflared
+    run_tunnel: RunTunnel,
 ) -> None:
     def get() -> Path:
         raise PermissionError(13, "Permission denied")
@@ -1891,7 +1891,7 @@ def wait_for_status(api: Api, **expected: Any) -> Dict[str, Any]:
     "step, state", [(FAILURES["refused"], BACKOFF), (FAILURES["flag"], FATAL), (HANGING, STARTING)]
 )
 def test_the_bridge_serves_locally_without_a_working_tunnel(
-    bridge_with_tunnel: Bridges, fake: FakeCloudflared, step: Step, state: str
+    bridge_with_tunnel: Bridges, step: Step, state: str
 ) -> None:
     running = bridge_with_tunnel(step)
     tunnel = wait_for_status(running.admin, state=state, starts=1)

@@ -20,7 +20,8 @@ import pytest
 
 import claude_api_bridge as cab
 from conftest import (
-    Answer, Api, FakeClaude, FakeClock, RunningBridge, is_running, missing, wait_until,
+    Answer, Api, FakeClaude, FakeClock, RunningBridge, is_running, missing,
+    plain_bridge, wait_until,
 )
 from test_stream import OVERLOADED, Skipped, once, refused_once, script
 
@@ -34,16 +35,9 @@ DAY = 86_400
 @pytest.fixture(scope="module")
 def admin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """An admin client of a bridge that is shared by all tests that queue nothing."""
-    folder = tmp_path_factory.mktemp("served")
-    config = cab.Config(
-        port=0, host="127.0.0.1", no_tunnel=True, data_dir=folder / "data",
-        claude=str(FakeClaude(folder / "fake").path), rate_limit=0, spare=0,
-    )
-    install = cab.find_claude(config, {"PATH": "", "HOME": str(folder)})
-    with cab.Bridge(config, install, cab.Clock()) as opened:
-        opened.serve()
-        yield Api(opened.port, opened.new_admin_token)
-        assert Api(opened.port).get("/api/status").json["stats"]["totalRequests"] == 0
+    with plain_bridge(tmp_path_factory.mktemp("served")) as running:
+        yield running.admin
+        assert Api(running.port).get("/api/status").json["stats"]["totalRequests"] == 0
 
 
 def processing(api: Api, gate: Path) -> str:
@@ -1558,7 +1552,7 @@ def test_a_full_queue_is_429_with_advice_and_the_queue_continues(bridge: Start, 
 
 
 def test_a_full_queue_has_the_rate_limit_headers_too(
-    bridge: Start, gate: Path, monkeypatch: pytest.MonkeyPatch
+    bridge: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any) -> None:
         raise cab.QueueFull(headers=(("Retry-After", "10"),))

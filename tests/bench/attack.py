@@ -35,6 +35,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+from common import cpu_seconds
+
 TESTS = Path(__file__).resolve().parent.parent
 BRIDGE = TESTS.parent / "claude_api_bridge.py"
 # The good client alone makes 300 requests a minute in addition to its polls.
@@ -113,11 +115,6 @@ class Bridge:
         status = dict(line.split(":", 1) for line in lines)
         files = len(os.listdir("/proc/%d/fd" % self.pid))
         return int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), files
-
-    def cpu_seconds(self) -> float:
-        """Return the CPU time of the bridge."""
-        words = Path("/proc/%d/stat" % self.pid).read_text().rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     def call(self, token: str, method: str, path: str, body: Any = None) -> Tuple[int, Any]:
         """Send a request; return (status, JSON of the response)."""
@@ -1325,9 +1322,9 @@ def few_files(folder: Path) -> List[str]:
             if connection.connect_ex(("127.0.0.1", bridge.port)):
                 break
         time.sleep(1)
-        start, before = time.monotonic(), bridge.cpu_seconds()
+        start, before = time.monotonic(), cpu_seconds(bridge.pid)
         time.sleep(3)
-        percent = (bridge.cpu_seconds() - before) / (time.monotonic() - start) * 100
+        percent = (cpu_seconds(bridge.pid) - before) / (time.monotonic() - start) * 100
         start = time.monotonic()
         status = bridge.call(bridge.admin, "GET", "/health")[0]
         seconds = time.monotonic() - start

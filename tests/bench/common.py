@@ -94,6 +94,16 @@ def cpu_seconds(pid: int) -> float:
     return cpu_ticks(pid)[1] / os.sysconf("SC_CLK_TCK")
 
 
+def children_of(pid: int) -> int:
+    """Return the number of child processes."""
+    count = 0
+    for path in Path("/proc/%d/task" % pid).glob("*/children"):
+        # The thread may end before its file is read.
+        with contextlib.suppress(OSError):
+            count += len(path.read_text().split())
+    return count
+
+
 def paced_claude(folder: Path) -> str:
     """Write an executable that runs paced_claude.py with its log in `folder`; return its path."""
     folder.mkdir(parents=True)

@@ -37,6 +37,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS)]
 
+from common import children_of  # noqa: E402
 from mutations import (  # noqa: E402
     Judge, Mutations, Request, Response, Violation, is_failed_run, read_all, read_response,
 )
@@ -119,17 +120,10 @@ class Bridge:
         """Return the numbers of threads, files and children, and the memory in bytes."""
         proc = Path("/proc/%d" % self.process.pid)
         status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        children = 0
-        for path in proc.glob("task/*/children"):
-            try:
-                children += len(path.read_text().split())
-            except OSError:
-                # The thread has ended.
-                continue
         return {
             "threads": int(status["Threads"]),
             "files": len(os.listdir(proc / "fd")),
-            "children": children,
+            "children": children_of(self.process.pid),
             "rss": int(status["VmRSS"].split()[0]) << 10,
         }
 

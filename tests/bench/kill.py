@@ -99,15 +99,6 @@ class Noting(fake_claude.Fake):
 fake_claude.Fake = Noting
 sys.exit(fake_claude.main(%r))
 """
-# Answers the questions of a start without Python.
-PROBES = """#!/bin/sh
-case "$1" in
---version) echo "2.1.330 (Claude Code)"; exit ;;
---help) echo "  auth %s"; exit ;;
---setting-sources=) echo '{"loggedIn": true, "subscriptionType": "max"}'; exit ;;
-esac
-exec %s -S %s "$@"
-"""
 
 
 def write_fake(folder: Path) -> Path:
@@ -118,7 +109,7 @@ def write_fake(folder: Path) -> Path:
     (folder / "claude.py").write_text(FAKE % (str(TESTS), str(folder)))
     path = folder / "claude"
     interpreter, script = shlex.quote(sys.executable), shlex.quote(str(folder / "claude.py"))
-    path.write_text(PROBES % (fake_claude.FLAGS, interpreter, script))
+    path.write_text('%sexec %s -S %s "$@"\n' % (fake_claude.PROBE_SCRIPT, interpreter, script))
     path.chmod(0o755)
     return path
 

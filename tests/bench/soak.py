@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import kill
+from common import children_of
 from kill import Lost, call, events, opened
 
 # Allowed growth of the memory: the larger of this share and this size.
@@ -315,16 +316,6 @@ class Crowd:
         created = self.new_token(expiresInDays=1)
         self.json("GET", "/api/requests", None, created["token"])
         self.json("DELETE", "/api/tokens/" + created["tokenId"], None, self.admin)
-
-
-def children_of(pid: int) -> int:
-    """Return the number of child processes."""
-    count = 0
-    for path in Path("/proc/%d/task" % pid).glob("*/children"):
-        # The thread may end before its file is read.
-        with contextlib.suppress(OSError):
-            count += len(path.read_text().split())
-    return count
 
 
 def take_sample(pid: int, data_dir: Path, start: float, done: int) -> Sample:

@@ -1421,13 +1421,10 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
 )
 
 SQLITE_VERSION = sqlite3.sqlite_version
-TOKEN_COLUMNS = (
-    "id, name, token_prefix, session_mode, expires_at, created_at, last_used_at, is_admin, tools,"
-    " workspace, requests_per_minute, requests_per_day, models"
-)
 JOB_FIELDS = tuple(row.name for row in fields(Job))
 # The columns that have another name than their field.
-COLUMN_OF = {"generation": "restarts", "stop_info": "ending"}
+COLUMN_OF = {"prefix": "token_prefix", "generation": "restarts", "stop_info": "ending"}
+TOKEN_COLUMNS = ", ".join(COLUMN_OF.get(row.name, row.name) for row in fields(Token))
 JOB_COLUMNS = ", ".join(COLUMN_OF.get(name, name) for name in JOB_FIELDS)
 # A summary leaves out the columns that may be large.
 BLANKED_COLUMNS = {

@@ -124,7 +124,7 @@ from concurrent.futures import Future, TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, count, islice, repeat
@@ -218,15 +218,20 @@ class Config:
     rate_limit: int = setting(
         120, "number", "requests a minute; 0 switches the limit off", maximum=1_000_000)
     spare: int = setting(
-        1, "number",
-        "idle claude processes that stay ready, 90 to 160 MB each; 0 starts one per request",
+        2, "number",
+        "idle claude processes that stay ready, 90 to 160 MB each; from 2 on, one is prepared for"
+        " the settings used last; 0 starts one per request",
         maximum=3)
+    preconnect: bool = setting(
+        False, "switch",
+        "let idle processes connect to the API ahead, by a free request that counts tokens")
     run_seconds: float = setting(
         300, "number", "longest run of one request", minimum=1, maximum=86_400)
     silence_seconds: float = setting(
         90, "number", "longest time without output from claude", minimum=1, maximum=86_400)
     warm_seconds: float = setting(
-        600, "number", "how long the process of a conversation stays ready", maximum=86_400)
+        600, "number", "how long the process of a conversation stays ready; 0 ends it at once",
+        maximum=86_400)
     keep_days: int = setting(
         7, "number",
         "days after which finished requests are deleted (those of a conversation stay with it)",
@@ -646,6 +651,11 @@ def iso_time(moment: Optional[float]) -> Optional[str]:
 def day_of(moment: float) -> str:
     """Return 2026-01-31 (UTC) for epoch seconds."""
     return str(iso_time(moment))[:10]
+
+
+def local_day_of(seconds: float) -> str:
+    """Return the local date, which the CLI sends to the API."""
+    return datetime.fromtimestamp(seconds).date().isoformat()
 
 
 def number_or_none(value: Any) -> Optional[float]:
@@ -1312,13 +1322,17 @@ class Answer:
     spent_usd: float = 0.0
     stop_info: StopInfo = StopInfo()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a text that the model ended."""
+        return self.structured is None and self.stop_info.reason == "end_turn"
+
 
 # === 5 Storage ===================================================================================
 # The data folder and the database; the only user of sqlite3. Records go in and out, never rows. A
 # change is on disk when the method returns (synchronous=FULL). Any thread. Read Database first.
 
-HISTORY_BYTES = 256 << 10
-HISTORY_TURNS = 200
+HISTORY_BYTES = 4 << 20
 QUEUE_JOBS = 50
 JOB_ATTEMPTS = 2
 TOKENS = 100
@@ -1340,7 +1354,8 @@ HEALTH_SECONDS = 1.0
 # The names that the bridge uses in its data folder.
 DATA_NAMES = (
     "bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal", "bridge-original.db",
-    "bridge.lock", "ask-tokens.json", "cloudflared.yml", "claude-home", "bin", "work", "workspaces")
+    "bridge.lock", "ask-tokens.json", "cloudflared.yml", "claude-home", "bin", "work", "workspaces",
+    "transcripts")
 
 # Version 0 is the database of the Node original, or an empty file: its tables are created if they
 # are missing, then both are brought to version 1. This list only grows; a step that has shipped
@@ -2428,22 +2443,24 @@ class ConversationStore:
         return bool(rows)
 
     def history(self, job: Job) -> List[HistoryTurn]:
-        """Return the completed turns before this job, oldest first. The latest HISTORY_TURNS within
+        """Return the completed turns before this job, oldest first: the latest within
         HISTORY_BYTES; the last turn is cut to fit."""
-        rows = self._database.read(
-            "SELECT message, response FROM jobs WHERE token_id = ? AND conversation = ? AND seq < ?"
-            " AND status = 'completed' AND response IS NOT NULL ORDER BY seq DESC LIMIT ?",
-            job.token_id, job.conversation, job.seq, HISTORY_TURNS)
         turns: List[HistoryTurn] = []
         budget = HISTORY_BYTES
-        for message, response in rows:
-            budget -= len(message.encode())
-            encoded = response.encode()
-            if turns and len(encoded) > budget:
-                break
-            turns.insert(0, HistoryTurn(message, encoded[:budget].decode("utf-8", "ignore")))
-            budget -= len(encoded)
-        return turns
+        with _LARGE_VALUE_LOCK, self._database.reading() as db:
+            rows = db.execute(
+                "SELECT message, response FROM jobs WHERE token_id = ? AND conversation = ?"
+                " AND seq < ? AND status = 'completed' AND response IS NOT NULL ORDER BY seq DESC",
+                (job.token_id, job.conversation, job.seq))
+            for message, response in rows:
+                budget -= len(message.encode())
+                encoded = response.encode()
+                if turns and len(encoded) > budget:
+                    break
+                turns.append(HistoryTurn(message, encoded[:budget].decode("utf-8", "ignore")))
+                budget -= len(encoded)
+            rows.close()
+        return turns[::-1]
 
 
 class Stores:
@@ -2471,6 +2488,12 @@ MINIMUM_CLI = (2, 1, 197)
 EFFORT_CLI = (2, 1, 330)
 # Earlier versions let Glob list names outside the workspace.
 CONFINED_CLI = (2, 1, 330)
+# Earlier versions take back only the last message, keep a trace of one without an answer, and
+# ignore PIPED_TEXT.
+REWIND_CLI = (2, 1, 330)
+# A field of the CLI itself, which may change: an assistant line with it becomes a message of the
+# user at once, without a turn of its own.
+PIPED_TEXT = "local_command_source"
 NEEDED_FLAGS = frozenset((
     "--agent", "--disable-slash-commands", "--include-partial-messages", "--input-format",
     "--no-session-persistence", "--permission-mode", "--resume", "--session-id",
@@ -2485,7 +2508,8 @@ ALL_TOOLS = (
 # or load code. PASSED_ENV is the exception.
 STRIPPED_ENV = re.compile(
     r"ANTHROPIC_.*|CLAUDE.*|CAB_.*|MAX_THINKING_TOKENS|OTEL_.*|NODE_OPTIONS|BUN_OPTIONS|"
-    r"ENABLE_CLAUDEAI_MCP_SERVERS|DISABLE_(?:TELEMETRY|AUTOUPDATER|ERROR_REPORTING)",
+    r"ENABLE_CLAUDEAI_MCP_SERVERS|MCP_TOOL_TIMEOUT|"
+    r"DISABLE_(?:TELEMETRY|AUTOUPDATER|ERROR_REPORTING|AUTO_COMPACT|COMPACT)",
     re.IGNORECASE)
 PASSED_ENV = frozenset((
     "ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_GIT_BASH_PATH",
@@ -2500,6 +2524,8 @@ TOOL_PREFIX = "mcp__%s__" % MCP_SERVER
 DESCRIPTION_CHARACTERS = 2_000
 # The CLI replaces larger tool results by the name of a file.
 RESULT_CHARACTERS = 40_000
+# Stands for a blank answer, which the API would refuse later.
+NO_ANSWER = "(no answer)"
 DEFAULT_PAUSE_SECONDS = 900.0
 LONGEST_PAUSE_SECONDS = 8 * 86_400.0
 
@@ -2550,7 +2576,8 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool,
     result.update(CLAUDE_CODE_DISABLE_ATTACHMENTS="1", CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
                   CLAUDE_CODE_DISABLE_TERMINAL_TITLE="1", CLAUDE_CODE_DISABLE_CLAUDE_MDS="1",
                   CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", CLAUDE_CODE_DISABLE_BACKGROUND_TASKS="1",
-                  ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4")
+                  ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4",
+                  DISABLE_AUTO_COMPACT="1")
     owner_dir = environ.get("CLAUDE_CONFIG_DIR", "")
     if config_dir:
         result["CLAUDE_CONFIG_DIR"] = config_dir
@@ -2636,6 +2663,10 @@ def initialize_requests(session: SessionConfig, features: Features) -> List[Dict
             for number, request in enumerate(requests, 1)]
 
 
+def cli_line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
 def cli_message(role: str, content: Content) -> Dict[str, Any]:
     blocks = list(content) if not isinstance(content, str) else [{"type": "text", "text": content}]
     return {"type": role, "message": {"role": role, "content": blocks}}
@@ -2651,15 +2682,84 @@ def user_message(content: Content, wants_reply: bool = True) -> Dict[str, Any]:
     return message if wants_reply else {**message, "shouldQuery": False}
 
 
+def single_text(content: Content) -> Optional[str]:
+    """Return the text of a content that is one text; None for any other."""
+    if isinstance(content, str):
+        return content
+    is_text = len(content) == 1 and content[0]["type"] == "text"
+    return str(content[0]["text"]) if is_text else None
+
+
+def is_pipeable(number: int, turn: HistoryTurn) -> bool:
+    return number > 0 and bool(single_text(turn.message))
+
+
+def piped_message(text: str) -> Dict[str, Any]:
+    """Build an earlier message of the user that needs no turn of its own."""
+    return {**cli_message("assistant", ()), PIPED_TEXT: text}
+
+
+def control_request(request_id: str, subtype: str, **fields: Any) -> Dict[str, Any]:
+    request = {"subtype": subtype, **fields}
+    return {"type": "control_request", "request_id": request_id, "request": request}
+
+
+def has_rewound(response: Mapping[str, Any], message_id: str) -> bool:
+    """Return whether the process took back this message and all after it. The response is a success
+    also if it did not."""
+    details = response.get("response") or {}
+    return details.get("rewound") is True and details.get("targetMessageUuid") == message_id
+
+
 def assistant_message(content: Content, message_id: str = "") -> Dict[str, Any]:
     """Build an earlier answer to replay; the API would refuse blank text later. message_id: without
     one, 2.1.197 merges all answers that have tool calls."""
     if isinstance(content, str) and not content.strip():
-        content = "(no answer)"
+        content = NO_ANSWER
     message = cli_message("assistant", content)
     if message_id:
         message["message"]["id"] = message_id
     return message
+
+
+def transcript(
+        history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "") -> str:
+    """Return a file for --resume that holds a history without its last answer.
+    The last row is invisible to the API; without it the CLI would add an answer of its own. All
+    fields are needed: 2.1.197 may send nothing without one.
+    session_id: a UUID. date: 2026-12-31, for a history that follows on stdin. Otherwise the CLI
+    puts the date behind the last message of each new process, where the prompt cache of the API
+    ends; with it, the requests of all processes begin like those of one that lives on.
+
+    Source: the requests of 2.1.197 and 2.1.332 are those of the same turns sent one by one.
+    """
+    rows: List[Dict[str, Any]] = []
+
+    def add(kind: str, **fields: Any) -> None:
+        rows.append({
+            "parentUuid": rows[-1]["uuid"] if rows else None, "isSidechain": False,
+            "uuid": "%s-%012x" % (session_id[:23], len(rows)), "timestamp": iso_time(now),
+            "sessionId": session_id, "type": kind, **fields})
+
+    def add_user(content: Content) -> None:
+        add("user", message=cli_message("user", content)["message"])
+
+    def add_answer(content: Content, **fields: Any) -> None:
+        message = assistant_message(content, "msg_told_%d" % len(rows))["message"]
+        usage = {"input_tokens": 0, "output_tokens": 0}
+        message.update(type="message", model="<synthetic>", stop_reason="end_turn",
+                       stop_sequence=None, usage=usage)
+        add("assistant", message=message, **fields)
+
+    if date:
+        add("attachment", attachment={"type": "date", "date": date})
+    for turn in history[:-1]:
+        add_user(turn.message)
+        add_answer(turn.response)
+    if history:
+        add_user(history[-1].message)
+    add_answer((), isVirtual=True)
+    return "".join(as_json(row) + "\n" for row in rows)
 
 
 # --- the client's tools, offered as a server of the Model Context Protocol ---
@@ -2730,6 +2830,60 @@ def mcp_results(content: Content) -> Optional[Dict[str, Dict[str, Any]]]:
     return results or None
 
 
+# --- what a process holds ---
+class HeldTurn(NamedTuple):
+    """One turn that a process holds.
+    prompt: the digest of its message. digest: of all turns up to this one.
+    message_id: of the line that sent it, to rewind to; None if it was sent in another way."""
+    prompt: bytes
+    digest: bytes
+    message_id: Optional[str] = None
+
+
+def content_digest(content: Content) -> bytes:
+    """Return a digest that is equal for equal contents, as a text or as blocks."""
+    text = single_text(content)
+    if text is not None:
+        return hashlib.sha256(b"text:" + text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(b"blocks:" + json.dumps(content, sort_keys=True).encode()).digest()
+
+
+def answer_digest(content: Content) -> bytes:
+    """Return the digest of an answer; blanks around it and the division into blocks do not
+    count, because clients change both."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    text = "".join(block["text"] for block in content if block["type"] == "text").strip()
+    calls = [block for block in content if block["type"] == "tool_use"]
+    if not calls:
+        return content_digest(text or NO_ANSWER)
+    return content_digest([{"type": "text", "text": text}, *calls])
+
+
+def hold_turn(before: Sequence[HeldTurn], turn: HistoryTurn,
+              message_id: Optional[str] = None) -> HeldTurn:
+    """Return the turn that follows those before it."""
+    prompt = content_digest(turn.message)
+    previous = before[-1].digest if before else b""
+    digest = hashlib.sha256(previous + prompt + answer_digest(turn.response)).digest()
+    return HeldTurn(prompt, digest, message_id)
+
+
+def held_turns(history: Iterable[HistoryTurn]) -> List[HeldTurn]:
+    turns: List[HeldTurn] = []
+    for turn in history:
+        turns.append(hold_turn(turns, turn))
+    return turns
+
+
+def answer_content(answer: Answer) -> List[Block]:
+    """Return an answer as a client sends it back."""
+    blocks: List[Block] = [{"type": "text", "text": replace_surrogates(answer.text)}]
+    return blocks + [
+        {"type": "tool_use", "id": call.id, "name": TOOL_PREFIX + call.name,
+         "input": call.arguments} for call in answer.stop_info.calls]
+
+
 # --- the CLI's output ---
 class LineFramer:
     """Split a stream of bytes into lines. Raises OverflowError for one over `limit` bytes."""
@@ -2755,7 +2909,7 @@ class LineFramer:
 
 class CliEvent(NamedTuple):
     """One line of the CLI.
-    kind: init, delta, message_start, message_delta, message_stop, assistant, tool_result,
+    kind: init, delta, message_start, message_delta, assistant, tool_result,
     rate_limits, retry, result, control_response, control_request or noise.
     tool_ids: the tool calls that this line starts (assistant) or finishes (tool_result)."""
     kind: str
@@ -2782,7 +2936,7 @@ def parse_cli_event(line: bytes) -> CliEvent:
         delta = event.get("delta") or {}
         if event_type == "content_block_delta" and delta.get("type") == "text_delta":
             return CliEvent("delta", body, str(delta.get("text") or ""))
-        is_of_message = event_type in ("message_start", "message_delta", "message_stop")
+        is_of_message = event_type in ("message_start", "message_delta")
         return CliEvent(event_type if is_of_message else "noise", body)
     if kind == "system":
         kinds = {"init": "init", "api_retry": "retry"}
@@ -2854,6 +3008,8 @@ def pause_seconds(resets_at: Optional[float], now: float) -> float:
 
 
 OVERLOADED = (500, 502, 503, 504, 529)
+# The CLI continues the answer by itself; the client sees one message.
+CUT_REASONS = ("max_tokens", "model_context_window_exceeded")
 
 
 def classify_failure(result: Mapping[str, Any], error_word: str,
@@ -2987,9 +3143,24 @@ DELTA_CHARACTERS = 16_384
 # What is read of a text at once, and how many events are made of it, before they are sent.
 TEXT_CHARACTERS = 1 << 18
 EVENT_BATCH = 16
-# Most processes that wait: for a conversation, for results of the client's tools, for their end.
+# Most processes that wait for the next turn of their conversation; and most that terminate.
 MAX_KEPT_PROCESSES = 4
+# At least so long a process waits for the results of the client's tools.
 TOOL_RESULT_WAIT_SECONDS = 60.0
+# How long a process with tools stays ready for the token that asked last.
+TOOL_SPARE_SECONDS = 600.0
+# For the preparation of an idle process that a request needs now.
+PREPARE_SECONDS = 5.0
+# Piped by the preparation: the first ones are slow. With 200 of them, a history of 200 pairs needs
+# 57 instead of 68 ms.
+WARM_UP_PAIRS = 200
+# From so many turns on that each need a round trip, a transcript is faster: in a process that is
+# started for it, and in one that waits for it.
+TRANSCRIPT_TURNS = 40
+TRANSCRIPT_TURNS_READY = 4
+PIPE_POLL_SECONDS = 0.002
+# The folder of transcripts, in the data folder.
+TRANSCRIPTS = "transcripts"
 # How often a silent run checks whether it was cancelled.
 CANCEL_POLL_SECONDS = 0.1
 # After the exit of a process, for its last output to be read.
@@ -2999,8 +3170,6 @@ SHUTDOWN_GRACE_SECONDS = 1.2
 IDLE_SHUTDOWN_GRACE_SECONDS = 5.0
 # Pause after a failed start of an idle process.
 SPARE_RETRY_SECONDS = 30.0
-# After this many default requests in a row, initialize the idle process ahead: one round trip less.
-DEFAULT_STREAK_TO_PREINIT = 50
 # Between retries while the service is overloaded; the last value repeats.
 BACK_OFF_SECONDS = (2, 4, 8, 16, 30)
 MODELS_SECONDS = 3_600.0
@@ -3309,6 +3478,34 @@ def kill_orphans(tag: str, recorded: Iterable[ProcessRow]) -> List[int]:
     return sorted(orphans)
 
 
+def feed_pipe(path: Path, text: str, seconds: float) -> bool:
+    """Let the program that waits at a named pipe read this text, twice. -> whether it did.
+    `claude` opens the file of --resume two times. The second time it finds a file, so that it
+    cannot take the second copy for a part of the first."""
+    write_file_atomically(path.with_suffix(".part"), text)
+    for _ in range(int(seconds / PIPE_POLL_SECONDS)):
+        try:
+            handle = os.open(str(path), os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            # Nobody has opened it for reading yet.
+            time.sleep(PIPE_POLL_SECONDS)
+    else:
+        return False
+    try:
+        os.replace(path.with_suffix(".part"), path)
+        view = memoryview(text.encode())
+        while view:
+            if not select.select([], [handle], [], seconds)[1]:
+                return False
+            view = view[os.write(handle, view) :]
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def file_fingerprint(path: str) -> Optional[Tuple[float, ...]]:
     """Return what changes when a program is replaced; None if it does not exist."""
     try:
@@ -3435,11 +3632,14 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
 
 class ClaudeProgram:
     """The present `claude`; it may be replaced by an update while the bridge runs. detect: finds it
-    again. Only the worker calls `redetect`; any thread reads `install`."""
+    again. Only the worker calls `redetect`; any thread reads `install`.
+    can_rewind, can_pipe: what a process showed that it can do, None before one was asked."""
 
     def __init__(self, install: ClaudeInstall,
                  detect: Optional[Callable[[], ClaudeInstall]] = None) -> None:
         self.install = install
+        self.can_rewind: Optional[bool] = None
+        self.can_pipe: Optional[bool] = None
         self._detect = detect
         self._fingerprint = file_fingerprint(install.command[0])
 
@@ -3452,6 +3652,7 @@ class ClaudeProgram:
         """Find out what the new program can do. Raises CannotStart."""
         assert self._detect is not None
         self.install = self._detect()
+        self.can_rewind = self.can_pipe = None
         self._fingerprint = file_fingerprint(self.install.command[0])
 
 
@@ -3539,7 +3740,9 @@ class ClaudeProcess:
         assert thread.name == "worker" or thread is threading.main_thread(), thread.name
         self.tag = tag
         self.session_id: Optional[str] = None
-        self.initialized = False
+        self.session: Optional[SessionConfig] = None
+        # The turns that it holds, for the one that continues them.
+        self.turns: List[HeldTurn] = []
         self.spent_usd = 0.0
         # Unanswered calls of the client's tools: call id -> (request id, message id).
         self.open_calls: Dict[str, Tuple[str, Any]] = {}
@@ -3617,9 +3820,10 @@ class ClaudeProcess:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def send(self, *messages: Mapping[str, Any]) -> None:
-        """Write JSON lines in one piece. Returns at once."""
-        lines = [json.dumps(message).encode() + b"\n" for message in messages]
+    def send(self, *messages: Union[bytes, Mapping[str, Any]]) -> None:
+        """Write messages, or lines that hold them, in one piece. Returns at once."""
+        lines = [message if isinstance(message, bytes) else cli_line(message)
+                 for message in messages]
         self._stdin_queue.put(b"".join(lines))
 
     def next_event(self, timeout: float) -> Optional[CliEvent]:
@@ -3659,9 +3863,9 @@ class ClaudeProcess:
 
     def initialize(self, session: SessionConfig, features: Features) -> Sequence[Mapping[str, Any]]:
         """Send the configuration; the CLI accepts it once. -> what was sent."""
-        if self.initialized:
+        if self.session:
             return ()
-        self.initialized = True
+        self.session = session
         requests = initialize_requests(session, features)
         self.send(*requests)
         return requests
@@ -3676,8 +3880,7 @@ class ClaudeProcess:
             pids = descendants(self.pid) if self.is_alive else ()
             self._descendants = {pid: started_at(pid) for pid in pids}
         if interrupt:
-            request = {"subtype": "interrupt"}
-            self.send({"type": "control_request", "request_id": "stop", "request": request})
+            self.send(control_request("stop", "interrupt"))
 
     def poll_shutdown(self, now: float) -> bool:
         """Continue the end. -> whether it is time to `stop` it. Closes stdin, on which an idle CLI
@@ -3716,7 +3919,7 @@ class ClaudeProcess:
 
 # --- one turn ---
 class SessionLost(Exception):
-    """The CLI does not know the session that was to be resumed."""
+    """The CLI does not know the session, or does not go back to the turn, that was to continue."""
 
 
 @dataclass(frozen=True)
@@ -3725,7 +3928,8 @@ class RunRequest:
     conversation: the key of the conversation, None for a stateless request.
     session_id: the CLI's, to resume. spent_usd: its cost so far.
     history: returns the earlier turns; called only when they must be replayed.
-    owner: the token; only its own processes may continue its tool calls."""
+    owner: the token; only its own processes may continue its conversations.
+    is_chat: the message ends a conversation that the client keeps, and may continue."""
     message: Content
     session: SessionConfig
     conversation: Optional[str] = None
@@ -3733,6 +3937,12 @@ class RunRequest:
     spent_usd: float = 0.0
     history: Callable[[], Sequence[HistoryTurn]] = tuple
     owner: str = ""
+    is_chat: bool = False
+
+    @cached_property
+    def earlier_turns(self) -> List[HeldTurn]:
+        """What a process must hold before this turn."""
+        return held_turns(self.history())
 
 
 class RunControl(NamedTuple):
@@ -3752,18 +3962,204 @@ def raise_if_stopped(reason: Optional[str]) -> None:
         raise RunFailed(reason, RUN_ERRORS[reason].capitalize() + ".")
 
 
+def check_control(response: Mapping[str, Any]) -> None:
+    if response.get("subtype") == "error":
+        text = "claude refused its settings: %s" % redact(str(response.get("error")))
+        raise RunFailed("cli_error", text)
+
+
 def check_output_size(size: int) -> None:
     if size > OUTPUT_BYTES:
         raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
+
+
+class ToolServer:
+    """The MCP server of the client's tools, for one process. Calls of tools wait for the client."""
+
+    def __init__(self, process: ClaudeProcess, client_tools: Sequence[Mapping[str, Any]]) -> None:
+        self._process = process
+        self._client_tools = client_tools
+        # The answers of the client, by call id.
+        self.results: Mapping[str, Dict[str, Any]] = {}
+
+    def handle(self, event: CliEvent, call_ids: Sequence[str]) -> None:
+        """Answer a request of the CLI. call_ids: of the calls in the present message."""
+        request_id = str(event.body.get("request_id"))
+        request = event.body.get("request") or {}
+        message = request.get("message")
+        is_mcp = request.get("subtype") == "mcp_message" and isinstance(message, dict)
+        if not self._client_tools or not is_mcp:
+            response = {
+                "subtype": "error", "request_id": request_id,
+                "error": "not supported by this client"}
+            self._process.send({"type": "control_response", "response": response})
+            return
+        assert isinstance(message, dict)
+        message_id = message.get("id")
+        if message.get("method") != "tools/call":
+            self.reply(request_id, message_id, mcp_result(message, self._client_tools))
+            return
+        meta = (message.get("params") or {}).get("_meta") or {}
+        call_id = str(meta.get("claudecode/toolUseId"))
+        if call_id in self.results:
+            self.reply(request_id, message_id, self.results[call_id])
+        elif call_id in call_ids:
+            self._process.open_calls[call_id] = request_id, message_id
+        else:
+            # For example of a subagent: the client never sees this call.
+            content = [{"type": "text", "text": "This tool cannot be called from here."}]
+            self.reply(request_id, message_id, {"content": content, "isError": True})
+
+    def reply(self, request_id: str, message_id: Any, result: Mapping[str, Any]) -> None:
+        answer = {
+            "jsonrpc": "2.0", "id": 0 if message_id is None else message_id, "result": result}
+        response = {
+            "subtype": "success", "request_id": request_id, "response": {"mcp_response": answer}}
+        self._process.send({"type": "control_response", "response": response})
+
+
+class Preparation:
+    """The preparation of a process: its configuration; a message without an answer, which warms the
+    CLI up; and its way back, which leaves nothing of it. On the way it finds out whether this CLI
+    takes PIPED_TEXT.
+
+    Source: 2.1.330 and 2.1.332 send the same request afterwards as without it, 2.1.197 does not.
+    """
+
+    def __init__(self, process: ClaudeProcess, session: SessionConfig, program: ClaudeProgram,
+                 connect: bool = False) -> None:
+        self.process = process
+        self._program = program
+        self._tools = ToolServer(process, session.client_tools)
+        self._message_id = str(uuid.uuid4())
+        features = program.install.features
+        # What is waited for: the id of a request, "result", or "" at the end.
+        self._awaited = ""
+        for request in process.initialize(session, features):
+            self._awaited = request["request_id"]
+        if connect:
+            self._send("connect", "get_context_usage")
+        elif program.can_rewind is not False and features.version >= REWIND_CLI:
+            self._warm_up()
+
+    def _send(self, request_id: str, subtype: str, **fields: Any) -> None:
+        self._awaited = request_id
+        self.process.send(control_request(request_id, subtype, **fields))
+
+    def _warm_up(self) -> None:
+        self._awaited = "result"
+        message = user_message("Hello.", wants_reply=False)
+        self.process.send({**message, "uuid": self._message_id})
+
+    def advance(self, seconds: float) -> bool:
+        """Handle what arrives within `seconds`. -> whether the process is ready. Raises SessionLost
+        or ProcessExited when it is not usable, RunFailed."""
+        while self._awaited:
+            event = self.process.next_event(seconds)
+            if event is None:
+                return False
+            if event.kind == "control_request":
+                self._tools.handle(event, ())
+            response = event.body.get("response") or {}
+            if self._awaited not in ("connect", "export", "rewind"):
+                check_control(response)
+            if self._awaited in (event.kind, response.get("request_id")):
+                self._continue(response)
+        return True
+
+    def _continue(self, response: Mapping[str, Any]) -> None:
+        """Take the next step after the one that was waited for."""
+        step, self._awaited = self._awaited, ""
+        details = response.get("response") or {}
+        if step == "connect":
+            features = self._program.install.features
+            if self._program.can_rewind is not False and features.version >= REWIND_CLI:
+                self._warm_up()
+        elif step == "result" and self._program.can_pipe is not False:
+            pair = (assistant_message("Hello."), piped_message(self._message_id))
+            self.process.send(*(pair * WARM_UP_PAIRS))
+            self._send("export", "export_conversation")
+        elif step in ("result", "export"):
+            if step == "export":
+                self._program.can_pipe = self._message_id in str(details.get("text"))
+            self._send("rewind", "rewind_conversation", target_message_uuid=self._message_id,
+                       last_seen_user_message_uuid=self._message_id)
+        elif step == "rewind":
+            self._program.can_rewind = has_rewound(response, self._message_id)
+            if not self._program.can_rewind:
+                raise SessionLost()
+
+
+class TurnMessages:
+    """The messages of the API that one turn consists of: their blocks, texts and figures.
+    is_complete: whether the present one is. is_cut: it ended at a limit, and the next one goes on
+    with its text. earlier_text: of the messages that the present one goes on with."""
+
+    def __init__(self) -> None:
+        self.blocks: List[Block] = []
+        self.is_complete = False
+        self.is_cut = False
+        self.earlier_text = ""
+        self._id = ""
+        self._counts: Dict[str, Dict[str, int]] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._counts)
+
+    @property
+    def text(self) -> str:
+        return self.earlier_text + self._own_text()
+
+    @property
+    def usage(self) -> Usage:
+        """What all messages used; the cost arrives with the result."""
+        counts = self._counts.values()
+        return Usage(*(sum(count.get(name, 0) for count in counts) for name in USAGE_NAMES))
+
+    def _own_text(self) -> str:
+        return "".join(block["text"] for block in self.blocks if block.get("type") == "text")
+
+    def begin(self, message: Mapping[str, Any]) -> None:
+        if self.is_cut:
+            self.earlier_text += self._own_text()
+        elif self.is_complete:
+            self.earlier_text = ""
+        self._id = str(message.get("id"))
+        self.blocks = []
+        self.is_complete = self.is_cut = False
+        self._counts[self._id] = token_counts(message.get("usage"))
+
+    def end(self, event: Mapping[str, Any]) -> None:
+        """Read a `message_delta`."""
+        self._counts.setdefault(self._id, {}).update(token_counts(event.get("usage")))
+        reason = (event.get("delta") or {}).get("stop_reason")
+        self.is_complete = bool(reason)
+        has_call = any(block.get("type") == "tool_use" for block in self.blocks)
+        self.is_cut = reason in CUT_REASONS and not has_call
+
+    def add_blocks(self, body: Mapping[str, Any]) -> None:
+        """Add a part of a message. Each part of a message that is not streamed carries the reason
+        of its end and its usage."""
+        message = body.get("message") or {}
+        if body.get("parent_tool_use_id") or not isinstance(message.get("content"), list):
+            return
+        if str(message.get("id")) != self._id:
+            self.begin(message)
+        self.blocks += message["content"]
+        if message.get("stop_reason"):
+            self.is_complete = True
+            self._counts[self._id] = token_counts(message.get("usage"))
 
 
 class Turn:
     """One turn with one process: its deadlines, and what is read until the result."""
 
     def __init__(self, process: ClaudeProcess, session: SessionConfig, control: RunControl) -> None:
-        self._process = process
+        self.process = process
         self._session = session
         self._control = control
+        self._tools = ToolServer(process, session.client_tools)
         self._check_stopped_at = float("-inf")
         # The tools that run. A command may be silent for long.
         self._running_tools: Set[str] = set()
@@ -3773,12 +4169,9 @@ class Turn:
         self.finished = False
         # The CLI itself waits and retries.
         self._is_overloaded = False
-        self._tool_results: Mapping[str, Dict[str, Any]] = {}
-        # The present message: its id, its blocks, and whether they are complete.
-        self._message_id = ""
-        self._blocks: List[Block] = []
-        self._message_complete = False
-        self._counts: Dict[str, Dict[str, int]] = {}
+        # Of the line with the prompt.
+        self.message_id: Optional[str] = None
+        self.messages = TurnMessages()
         self._error_word = ""
 
     def next_event(self) -> CliEvent:
@@ -3797,7 +4190,7 @@ class Turn:
             if now >= silent_at and not self._running_tools:
                 text = "claude sent nothing for %g seconds." % config.silence_seconds
                 raise RunFailed("timeout", text)
-            event = self._process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
+            event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
             if event is not None:
                 self._note_tools(event)
                 return event
@@ -3816,74 +4209,107 @@ class Turn:
         elif event.kind == "tool_result":
             self._running_tools.difference_update(event.tool_ids)
         elif event.kind == "control_request":
-            request_id = str(event.body.get("request_id"))
-            self._handle_control_request(request_id, event.body.get("request") or {})
+            self._tools.handle(event, [str(block.get("id")) for block in self.messages.blocks])
 
-    def _handle_control_request(self, request_id: str, request: Mapping[str, Any]) -> None:
-        """Answer a request of the CLI, as the MCP server of the client's tools. Calls of tools wait
-        for the client."""
-        message = request.get("message")
-        is_mcp = request.get("subtype") == "mcp_message" and isinstance(message, dict)
-        if not self._session.client_tools or not is_mcp:
-            response = {
-                "subtype": "error", "request_id": request_id,
-                "error": "not supported by this client"}
-            self._process.send({"type": "control_response", "response": response})
-            return
-        assert isinstance(message, dict)
-        message_id = message.get("id")
-        if message.get("method") != "tools/call":
-            self._reply(request_id, message_id, mcp_result(message, self._session.client_tools))
-            return
-        meta = (message.get("params") or {}).get("_meta") or {}
-        call_id = str(meta.get("claudecode/toolUseId"))
-        if call_id in self._tool_results:
-            self._reply(request_id, message_id, self._tool_results[call_id])
-        elif call_id in [block.get("id") for block in self._blocks]:
-            self._process.open_calls[call_id] = request_id, message_id
-        else:
-            # For example of a subagent: the client never sees this call.
-            content = [{"type": "text", "text": "This tool cannot be called from here."}]
-            self._reply(request_id, message_id, {"content": content, "isError": True})
-
-    def _reply(self, request_id: str, message_id: Any, result: Mapping[str, Any]) -> None:
-        answer = {
-            "jsonrpc": "2.0", "id": 0 if message_id is None else message_id, "result": result}
-        response = {
-            "subtype": "success", "request_id": request_id, "response": {"mcp_response": answer}}
-        self._process.send({"type": "control_response", "response": response})
-
-    def start(self, features: Features, history: Sequence[HistoryTurn]) -> None:
-        """Configure a fresh process and replay the history. The CLI must acknowledge each earlier
-        message before its answer is sent, otherwise it puts all messages after all answers."""
-        requests = self._process.initialize(self._session, features)
-        if len(requests) > 1:
+    def start(self, program: ClaudeProgram, candidate: "Candidate",
+              earlier_turns: Iterable[HeldTurn]) -> None:
+        """Configure a process and put the history into it."""
+        history = candidate.history
+        can_pipe = len(history) > 1 and not candidate.transcript and self._can_pipe(program)
+        requests = self.process.initialize(self._session, program.install.features)
+        if len(requests) > 1 or candidate.transcript:
             self._await_control_response(requests[-1]["request_id"])
-        for number, turn in enumerate(history):
-            self._process.send(user_message(turn.message, wants_reply=False))
-            while self.next_event().kind != "result":
-                pass
-            self._process.send(assistant_message(turn.response, "msg_told_%d" % number))
+        if candidate.transcript:
+            # It was read before the CLI answered.
+            remove_transcript(candidate.transcript)
+            last_answer = assistant_message(history[-1].response, "msg_told_%d" % len(history))
+            self.process.send(last_answer)
+        else:
+            ids = self._replay(history, can_pipe)
+            earlier_turns = [turn._replace(message_id=message_id)
+                             for turn, message_id in zip(earlier_turns, ids)]
+        self.process.turns = list(earlier_turns)
 
-    def _await_control_response(self, request_id: str) -> None:
+    def _replay(
+            self, history: Sequence[HistoryTurn], can_pipe: bool) -> List[Optional[str]]:
+        """Send the history turn by turn. -> the ids of the messages.
+        The CLI must acknowledge an earlier message before its answer is sent, otherwise it puts all
+        messages after all answers. A piped message needs no acknowledgement. The first one is not
+        piped: a part of the CLI's version in each request depends on it."""
+        lines: List[bytes] = []
+        ids: List[Optional[str]] = []
+        is_acknowledged = True
+
+        def send_lines() -> None:
+            # Not before they are complete: meanwhile the CLI works on the message before them.
+            while not is_acknowledged and self.next_event().kind != "result":
+                pass
+            self.process.send(*lines)
+            lines.clear()
+
+        for number, turn in enumerate(history):
+            message_id = None
+            if can_pipe and is_pipeable(number, turn):
+                lines.append(cli_line(piped_message(single_text(turn.message) or "")))
+            else:
+                message_id = str(uuid.uuid4())
+                message = user_message(turn.message, wants_reply=False)
+                lines.append(cli_line({**message, "uuid": message_id}))
+                send_lines()
+                is_acknowledged = False
+            lines.append(cli_line(assistant_message(turn.response, "msg_told_%d" % number)))
+            ids.append(message_id)
+        send_lines()
+        return ids
+
+    def _can_pipe(self, program: ClaudeProgram) -> bool:
+        """Return whether this CLI takes piped messages; if that is not known, try it."""
+        if program.install.features.version < REWIND_CLI:
+            return False
+        if program.can_pipe is None and program.can_rewind is None and not self.process.session:
+            preparation = Preparation(self.process, self._session, program)
+            while not preparation.advance(CANCEL_POLL_SECONDS):
+                raise_if_stopped(self._control.stop_reason())
+        return bool(program.can_pipe)
+
+    def rewind(self, index: int, program: ClaudeProgram) -> None:
+        """Take back the turns from `index` on. Raises SessionLost if the process does not."""
+        # The results of tools were sent without a line of their own.
+        ids = [turn.message_id for turn in self.process.turns[index:] if turn.message_id]
+        is_old = program.install.features.version < REWIND_CLI
+        for message_id in reversed(ids) if is_old else ids[:1]:
+            last_id = message_id if is_old else ids[-1]
+            self.process.send(control_request(
+                "rewind", "rewind_conversation", target_message_uuid=message_id,
+                last_seen_user_message_uuid=last_id))
+            if not has_rewound(self._await_control_response("rewind"), message_id):
+                raise SessionLost()
+        del self.process.turns[index:]
+
+    def _await_control_response(self, request_id: str) -> Mapping[str, Any]:
         """Wait, because a prompt that follows too closely may run without the setting."""
         while True:
-            response = self.next_event().body.get("response") or {}
-            self._check_control(response)
+            event = self.next_event()
+            if event.kind == "result":
+                # It exits, because it cannot resume the session.
+                raise SessionLost()
+            response: Mapping[str, Any] = event.body.get("response") or {}
+            check_control(response)
             if response.get("request_id") == request_id:
-                return
+                return response
 
     def send_prompt(self, message: Content) -> None:
-        self._process.send(user_message(message))
+        self.message_id = str(uuid.uuid4())
+        self.process.send({**user_message(message), "uuid": self.message_id})
 
     def send_tool_results(self, results: Mapping[str, Dict[str, Any]], live: LiveText,
                           model: Optional[str]) -> None:
         """Continue a turn that waits for these results. The CLI requests some of them later when it
         calls one tool after the other."""
-        self._tool_results = results
+        self._tools.results = results
         live.begin(model)
-        for call_id in list(self._process.open_calls):
-            self._reply(*self._process.open_calls.pop(call_id), results[call_id])
+        for call_id in list(self.process.open_calls):
+            self._tools.reply(*self.process.open_calls.pop(call_id), results[call_id])
 
     def read_answer(self, live: LiveText) -> Answer:
         """Read to the end of the turn, to a stop sequence or to a call of the client's tools. A
@@ -3900,7 +4326,7 @@ class Turn:
                     return self._stop_early(live)
             else:
                 self._handle_event(event, live)
-            if self._process.open_calls and self._message_complete:
+            if self.process.open_calls and self.messages.is_complete:
                 return self._return_calls(live.model)
 
     def _handle_event(self, event: CliEvent, live: LiveText) -> None:
@@ -3912,18 +4338,19 @@ class Turn:
             live.begin(body.get("model"))
         elif event.kind == "message_start":
             self.prompt_accepted = True
-            self._begin_message(body["event"].get("message") or {})
-            live.restart()
+            is_continuation = self.messages.is_cut
+            self.messages.begin(body["event"].get("message") or {})
+            if not is_continuation:
+                live.restart()
+                if self.messages.earlier_text:
+                    live.add(self.messages.earlier_text)
             live.current_pause = None
             self._is_overloaded = False
         elif event.kind == "message_delta":
-            counts = token_counts(body["event"].get("usage"))
-            self._counts.setdefault(self._message_id, {}).update(counts)
-        elif event.kind == "message_stop":
-            self._message_complete = True
+            self.messages.end(body["event"])
         elif event.kind == "assistant":
             self._error_word = str(body.get("error") or self._error_word)
-            self._add_blocks(body)
+            self.messages.add_blocks(body)
         elif event.kind == "retry":
             self._is_overloaded = body.get("error_status") in (429, *OVERLOADED)
             live.current_pause = None
@@ -3931,58 +4358,32 @@ class Turn:
                 delay = number_or_none(body.get("retry_delay_ms")) or 0
                 live.current_pause = Pause("overloaded", self._control.clock.now() + delay / 1000)
         elif event.kind == "rate_limits":
-            self._process.limits = parse_rate_limits(body, self._control.clock.now())
-            self._control.on_rate_limits(self._process.limits)
+            self.process.limits = parse_rate_limits(body, self._control.clock.now())
+            self._control.on_rate_limits(self.process.limits)
         elif event.kind == "control_response":
-            self._check_control(body.get("response") or {})
-
-    def _begin_message(self, message: Mapping[str, Any]) -> None:
-        self._message_id = str(message.get("id"))
-        self._blocks = []
-        self._message_complete = False
-        self._counts[self._message_id] = token_counts(message.get("usage"))
-
-    def _add_blocks(self, body: Mapping[str, Any]) -> None:
-        """Add a part of a message. Each part of a message that is not streamed carries the reason
-        of its end and its usage."""
-        message = body.get("message") or {}
-        if body.get("parent_tool_use_id") or not isinstance(message.get("content"), list):
-            return
-        if str(message.get("id")) != self._message_id:
-            self._begin_message(message)
-        self._blocks += message["content"]
-        if message.get("stop_reason"):
-            self._message_complete = True
-            self._counts[self._message_id] = token_counts(message.get("usage"))
-
-    def _usage_so_far(self) -> Usage:
-        """Return what the messages of this turn used; the cost arrives with the result."""
-        sums = [
-            sum(counts.get(name, 0) for counts in self._counts.values()) for name in USAGE_NAMES]
-        return Usage(*sums)
+            check_control(body.get("response") or {})
 
     def _stop_early(self, live: LiveText) -> Answer:
         """End the answer at a stop sequence, with an estimate of the output tokens."""
         text = live.read()
-        usage = self._usage_so_far()
+        usage = self.messages.usage
         usage = usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4))
         stop_info = StopInfo("stop_sequence", live.stopped_by)
         return Answer(text, usage=usage, model=live.model, stop_info=stop_info)
 
     def _return_calls(self, model: Optional[str]) -> Answer:
         """Return the calls of the client's tools; the process waits for their results."""
-        usage = self._usage_so_far()
-        self._process.counted_usage = self._process.counted_usage.plus(usage)
+        usage = self.messages.usage
+        self.process.counted_usage = self.process.counted_usage.plus(usage)
         calls = [ToolCall(block["id"], block["name"][len(TOOL_PREFIX) :], block.get("input") or {})
-                 for block in self._blocks if block.get("id") in self._running_tools
+                 for block in self.messages.blocks if block.get("id") in self._running_tools
                  and str(block.get("name")).startswith(TOOL_PREFIX)]
-        text = "".join(block["text"] for block in self._blocks if block.get("type") == "text")
         stop_info = StopInfo("tool_use", None, tuple(calls))
-        return Answer(text, usage=usage, model=model, stop_info=stop_info)
+        return Answer(self.messages.text, usage=usage, model=model, stop_info=stop_info)
 
     def _guard_billing(self, source: Any) -> None:
         if source and source != "none" and not self._control.config.allow_api_key:
-            self._process.stop()
+            self.process.stop()
             raise RunFailed(
                 "billing_guard",
                 "claude would have billed this run to an API key (%s), so it was stopped. Sign"
@@ -3997,125 +4398,455 @@ class Turn:
             text = "claude did not accept the tools %s." % ", ".join(missing)
             raise RunFailed("cli_error", text)
 
-    @staticmethod
-    def _check_control(response: Mapping[str, Any]) -> None:
-        if response.get("subtype") == "error":
-            text = "claude refused its settings: %s" % redact(str(response.get("error")))
-            raise RunFailed("cli_error", text)
-
     def _finish(self, body: Mapping[str, Any], live: LiveText) -> Answer:
         """Return the answer of a `result` line. Raises RunFailed, SessionLost."""
         self.finished = True
-        if body.get("is_error") or body.get("subtype") != "success":
-            failure = classify_failure(body, self._error_word, self._process.limits)
+        # The CLI continues a cut answer three times, then gives up.
+        is_cut = self._error_word == "max_output_tokens" and not self._session.json_schema
+        if not is_cut and (body.get("is_error") or body.get("subtype") != "success"):
+            failure = classify_failure(body, self._error_word, self.process.limits)
             if not self.prompt_accepted and "No conversation found" in str(failure):
                 raise SessionLost()
             raise failure
-        text = str(body.get("result") or "")
+        text = "" if is_cut else str(body.get("result") or "")
         structured = None
-        if self._session.json_schema:
+        if not self._session.json_schema:
+            text = self.messages.earlier_text + text
+        else:
             if "structured_output" not in body:
                 raise RunFailed(
                     "cli_error", "The model did not return an answer that satisfies jsonSchema.")
             structured = as_json(body["structured_output"])
         check_output_size(len(text.encode("utf-8", "replace")))
-        spent_usd = self._process.spent_usd
-        usage, self._process.spent_usd = turn_usage(body, spent_usd, self._process.counted_usage)
+        spent_usd = self.process.spent_usd
+        usage, self.process.spent_usd = turn_usage(body, spent_usd, self.process.counted_usage)
+        self.process.counted_usage = Usage()
         text, stop_sequence = cut_at_stop(text, live.stop_sequences)
         reason = "stop_sequence" if stop_sequence else str(body.get("stop_reason") or "end_turn")
         if reason == "tool_use":
             # Of the tool by which the CLI takes a structured answer.
             reason = "end_turn"
-        return Answer(text, structured, usage, live.model, spent_usd=self._process.spent_usd,
+        elif is_cut and not stop_sequence:
+            reason = "max_tokens"
+        return Answer(text, structured, usage, live.model, spent_usd=self.process.spent_usd,
                       stop_info=StopInfo(reason, stop_sequence))
 
 
 # --- the pool ---
-class ConversationProcess(NamedTuple):
-    """The process of a conversation, which waits for its next turn."""
-    process: ClaudeProcess
-    session: SessionConfig
-    expires_at: float
+def resume_argv(path: Path) -> List[str]:
+    """Return the flags that continue the history in a file, and write nothing."""
+    return ["--resume=" + str(path), "--no-session-persistence"]
 
 
-class PendingToolCall(NamedTuple):
-    """A process in the middle of a turn that waits for the results of the client's tools. request:
-    the one that it answered with calls."""
-    process: ClaudeProcess
-    request: RunRequest
-    model: Optional[str]
-    calls: Sequence[ToolCall]
-    expires_at: float
-
-    def fits(self, request: RunRequest, results: Mapping[str, Any],
-             history: Sequence[HistoryTurn]) -> bool:
-        """Return whether the request answers this process's calls. It must have the same owner,
-        configuration, conversation and calls."""
-        *before, (prompt, response) = history
-        calls = [ToolCall(block["id"], block["name"][len(TOOL_PREFIX) :], block["input"])
-                 for block in response if isinstance(block, dict) and block["type"] == "tool_use"]
-        return (
-            self.request.owner == request.owner
-            and self.request.session == request.session
-            and self.process.is_alive
-            and [*self.request.history(), self.request.message] == [*before, prompt]
-            and {call.id for call in calls} == set(results)
-            and {call.id: call for call in calls} == {call.id: call for call in self.calls}
-        )
+def remove_transcript(path: Path) -> None:
+    """Remove a transcript and what was to become it, if they exist."""
+    for file in (path, path.with_suffix(".part")):
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 class Candidate(NamedTuple):
     """A process that could take the turn.
     is_configured: it knows its configuration and history. history: to replay first.
+    transcript: the file with the history from which the process was started.
+    rewind_to: the number of turns that it must hold, when it holds more.
     is_fresh: it was started for this turn.
     tool_results: with which a pending turn continues, and model: the one that answers there."""
     process: ClaudeProcess
     is_configured: bool = False
     history: Sequence[HistoryTurn] = ()
+    transcript: Optional[Path] = None
+    rewind_to: Optional[int] = None
     is_fresh: bool = False
     tool_results: Mapping[str, Dict[str, Any]] = {}
     model: Optional[str] = None
 
 
+class WaitingProcess(NamedTuple):
+    """A process that waits for the next turn of its conversation.
+    conversation: of a stateful token; None: the request's messages tell whether it continues.
+    calls: of the client's tools, for whose results it waits in the middle of a turn."""
+    process: ClaudeProcess
+    owner: str
+    session: SessionConfig
+    conversation: Optional[str]
+    calls: Sequence[ToolCall]
+    model: Optional[str]
+    expires_at: float
+
+    def candidate(self, request: RunRequest) -> Optional[Candidate]:
+        """Return how this process takes the turn; None if it cannot. It must have the same owner,
+        configuration and conversation."""
+        is_same = (self.owner, self.session, self.conversation) == (
+            request.owner, request.session, request.conversation)
+        may_continue = request.is_chat or request.conversation
+        if not is_same or not may_continue or not self.process.is_alive:
+            return None
+        if self.conversation:
+            return Candidate(self.process, is_configured=True)
+        turns = self.process.turns
+        earlier = request.earlier_turns
+        number = len(earlier)
+        if number > len(turns) or (number and turns[number - 1].digest != earlier[-1].digest):
+            return None
+        results = mcp_results(request.message)
+        if self.calls:
+            if number < len(turns) or not results or set(results) != {c.id for c in self.calls}:
+                return None
+            return Candidate(
+                self.process, is_configured=True, tool_results=results, model=self.model)
+        if number == len(turns):
+            return Candidate(self.process, is_configured=True)
+        is_retry = turns[number].prompt == content_digest(request.message)
+        if not turns[number].message_id or not (number or is_retry):
+            return None
+        return Candidate(self.process, is_configured=True, rewind_to=number)
+
+
+class ProcessKind(NamedTuple):
+    """What a process is started with. has_session: the CLI keeps its conversation for --resume.
+    needs_history: it is given one as a file."""
+    tools: Union[str, Tuple[str, ...]] = Tools.NONE
+    workspace: Optional[str] = None
+    has_session: bool = False
+    needs_history: bool = False
+
+
+class ClaudeLauncher:
+    """Starts the processes of `claude` and ends them; nothing else does.
+    processes: records them for the next start of the bridge; None to record nothing."""
+
+    def __init__(self, program: ClaudeProgram, config: Config, clock: Clock, tag: str,
+                 processes: Optional[Database], metrics: Metrics) -> None:
+        self.program = program
+        self.config = config
+        self.clock = clock
+        self.metrics = metrics
+        self._tag = tag
+        self._processes = processes
+        self._terminating: List[ClaudeProcess] = []
+        self._start_count = 0
+        # Left by a bridge that was killed.
+        for path in (config.data_dir / TRANSCRIPTS).glob("*"):
+            remove_transcript(path)
+
+    @property
+    def has_terminating(self) -> bool:
+        return bool(self._terminating)
+
+    def spawn(self, kind: ProcessKind, arguments: Sequence[str] = ()) -> ClaudeProcess:
+        """Start a process. Raises RunFailed."""
+        install = self.program.install
+        session_id = str(uuid.uuid4()) if kind.has_session else None
+        if session_id:
+            arguments = ["--session-id=" + session_id, *arguments]
+        elif not any(argument.startswith("--resume=") for argument in arguments):
+            arguments = [*self._date_argv(), *arguments]
+        argv = claude_argv(install.command, install.features, kind.tools, arguments)
+        self._start_count += 1
+        tag = "%s.%d." % (self._tag, self._start_count)
+        try:
+            if kind.workspace:
+                folder = Path(kind.workspace)
+            else:
+                folder = private_directory(self.config.data_dir / "work")
+            process = ClaudeProcess(argv, folder, install.environment, tag)
+        except (OSError, CannotStart) as error:
+            scarce = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+            code = "overloaded" if getattr(error, "errno", None) in scarce else "cli_error"
+            raise RunFailed(code, "claude could not be started: %s" % error) from None
+        process.session_id = session_id
+        self.metrics.inc("cab_cli_starts_total")
+        if self._processes:
+            self._processes.record_process(process.pid, started_at(process.pid), None)
+        return process
+
+    def _date_argv(self) -> List[str]:
+        """Return the flags of a process without a history that know the date, see `transcript`; and
+        write the file that they name."""
+        features = self.program.install.features
+        date = local_day_of(self.clock.now())
+        if features.version < REWIND_CLI or "--fork-session" not in features.flags:
+            return []
+        try:
+            path = private_directory(self.config.data_dir / TRANSCRIPTS) / (date + ".jsonl")
+            if not path.exists():
+                write_file_atomically(
+                    path, transcript((), str(uuid.uuid4()), self.clock.now(), date))
+        except (OSError, CannotStart):
+            return []
+        return ["--fork-session", *resume_argv(path)]
+
+    def effort_argv(self, session: SessionConfig) -> List[str]:
+        """Return the flag by which an old CLI takes the effort; one of EFFORTS, not text of a
+        client."""
+        features = self.program.install.features
+        is_old = features.version < EFFORT_CLI and "--effort" in features.flags
+        return ["--effort", session.effort] if session.effort and is_old else []
+
+    def resume(self, request: RunRequest, session_id: str) -> ClaudeProcess:
+        """Start a process that knows the session.
+        The last process of that session exits first: two must not write one session. --model
+        default: otherwise a turn without a model would keep the one of the last turn."""
+        for process in [p for p in self._terminating if p.session_id == session_id]:
+            process.close_stdin_and_wait(SHUTDOWN_GRACE_SECONDS)
+            self.reap(process)
+        session = request.session
+        arguments = ["--resume=" + session_id, *self.effort_argv(session)]
+        if not session.model:
+            arguments += ["--model", "default"]
+        process = self.spawn(ProcessKind(session.tools, session.workspace), arguments)
+        process.session_id = session_id
+        process.spent_usd = request.spent_usd
+        return process
+
+    def transcript_path(self) -> Path:
+        """Return the name of a new file for a history. Raises CannotStart."""
+        folder = private_directory(self.config.data_dir / TRANSCRIPTS)
+        return folder / (str(uuid.uuid4()) + ".jsonl")
+
+    def terminate(
+            self, process: ClaudeProcess, session: SessionConfig, is_idle: bool = True) -> None:
+        """Begin to shut a process down; nobody waits for it."""
+        has_tools = session.tools != Tools.NONE
+        # A client that asks and cancels in turn must not pile them up.
+        while len(self._terminating) >= MAX_KEPT_PROCESSES:
+            self.reap(self._terminating[0])
+        grace = SHUTDOWN_GRACE_SECONDS
+        if is_idle and not has_tools:
+            grace = IDLE_SHUTDOWN_GRACE_SECONDS
+        now = self.clock.monotonic()
+        process.begin_shutdown(now, grace, interrupt=not is_idle, has_tools=has_tools)
+        self._terminating.append(process)
+
+    def reap_terminating(self) -> None:
+        """Continue the end of the terminating processes; kill late ones."""
+        now = self.clock.monotonic()
+        for process in [p for p in self._terminating if p.poll_shutdown(now)]:
+            self.reap(process)
+
+    def reap(self, process: ClaudeProcess) -> None:
+        """Kill a process, if it is still alive."""
+        process.stop()
+        self._terminating = [p for p in self._terminating if p is not process]
+        if self._processes:
+            self._processes.forget_process(process.pid)
+
+    def close(self) -> None:
+        """End the terminating processes within SHUTDOWN_GRACE_SECONDS, and all that they left."""
+        deadline = self.clock.monotonic() + SHUTDOWN_GRACE_SECONDS
+        for process in list(self._terminating):
+            process.close_stdin_and_wait(max(0.0, deadline - self.clock.monotonic()))
+            self.reap(process)
+        for pid in processes_tagged(self._tag + "."):
+            kill_process(pid)
+
+
+@dataclass
+class IdleProcess:
+    """A process that has no configuration yet, or was prepared for one.
+    kind, date: what it was started with. transcript: the named pipe at which it waits for its
+    history. prepared_for: the configuration; preparation: until it is ready."""
+    process: ClaudeProcess
+    kind: ProcessKind
+    date: str
+    transcript: Optional[Path] = None
+    prepared_for: Optional[SessionConfig] = None
+    preparation: Optional[Preparation] = None
+
+
+class IdlePool:
+    """The processes that were started ahead.
+    `spare` general ones, one of them prepared for the usual configuration; or, on a CLI that takes
+    no piped messages, waiting for a history; and one of the kind of the last token with tools."""
+
+    def __init__(self, launcher: ClaudeLauncher) -> None:
+        self._launcher = launcher
+        self._program = launcher.program
+        self._config = launcher.config
+        self._clock = launcher.clock
+        # The oldest first.
+        self._idle: List[IdleProcess] = []
+        # For which a process is prepared: that of two requests in a row.
+        self._usual_session = DEFAULT_SESSION
+        self._last_session = DEFAULT_SESSION
+        # The last kind with tools: its owner, and how long a process of it stays ready.
+        self._tools_kind: Optional[Tuple[ProcessKind, str, float]] = None
+        self._next_start_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    @property
+    def is_preparing(self) -> bool:
+        return any(idle.preparation for idle in self._idle)
+
+    @property
+    def may_pipe(self) -> bool:
+        """Whether the CLI takes piped messages, as far as is known."""
+        has_failed = False in (self._program.can_pipe, self._program.can_rewind)
+        return self._program.install.features.version >= REWIND_CLI and not has_failed
+
+    def take(self, request: RunRequest, kind: ProcessKind) -> Optional[ClaudeProcess]:
+        """Return a process that can take the request, rather one that was prepared for its
+        configuration."""
+        session = request.session
+        if not self._config.spare:
+            return None
+        if kind.tools != Tools.NONE:
+            ends_at = self._clock.monotonic() + TOOL_SPARE_SECONDS
+            self._tools_kind = kind, request.owner, ends_at
+        else:
+            if session == self._last_session:
+                self._usual_session = session
+            self._last_session = session
+        usable = [idle for idle in self._idle
+                  if idle.kind == kind and idle.prepared_for in (None, session)]
+        process = None
+        if not self._launcher.effort_argv(session):
+            for idle in sorted(usable, key=lambda idle: idle.prepared_for is None):
+                self._idle.remove(idle)
+                if self._is_ready(idle, PREPARE_SECONDS):
+                    process = idle.process
+                    break
+        self._launcher.metrics.inc("cab_spare_total", result="hit" if process else "miss")
+        return process
+
+    def take_for_history(self, kind: ProcessKind) -> Optional[IdleProcess]:
+        """Return a process that waits for a history."""
+        for idle in self._idle:
+            if idle.kind == kind._replace(needs_history=True):
+                self._idle.remove(idle)
+                return idle
+        return None
+
+    def has_for_history(self, kind: ProcessKind) -> bool:
+        return any(idle.kind == kind._replace(needs_history=True) for idle in self._idle)
+
+    def _is_ready(self, idle: IdleProcess, seconds: float) -> bool:
+        """Continue a preparation for so many seconds. -> whether it is finished. A process that
+        fails, or that takes longer than PREPARE_SECONDS, is terminated."""
+        try:
+            if not idle.preparation or idle.preparation.advance(seconds):
+                idle.preparation = None
+                return True
+            failed = seconds >= PREPARE_SECONDS
+        except (SessionLost, ProcessExited, RunFailed):
+            failed = True
+        if failed:
+            self.terminate([idle])
+            self._next_start_at = self._clock.monotonic() + SPARE_RETRY_SECONDS
+        return False
+
+    def advance(self) -> None:
+        """Continue the preparations."""
+        for idle in list(self._idle):
+            self._is_ready(idle, 0)
+
+    def maintain(self) -> None:
+        """Remove exited processes, start what is missing, prepare one."""
+        now = self._clock.monotonic()
+        for idle in [idle for idle in self._idle if not idle.process.is_alive]:
+            self.terminate([idle])
+            # A process that exits by itself would do it again.
+            self._next_start_at = now + SPARE_RETRY_SECONDS
+        missing = self._missing_kinds(now)
+        if now >= self._next_start_at:
+            for kind in missing:
+                self._start(kind, now)
+        general = [idle for idle in self._idle if idle.kind == ProcessKind()]
+        # It accepts one configuration, so that another process must be left for any other.
+        if len(general) > 1 and not any(idle.prepared_for for idle in general):
+            session = self._usual_session
+            general[0].prepared_for = session
+            general[0].preparation = Preparation(
+                general[0].process, session, self._program, self._config.preconnect)
+
+    def _missing_kinds(self, now: float) -> List[ProcessKind]:
+        """Return which kinds to start; terminate the processes that are not needed any more."""
+        kinds = [ProcessKind()] * self._config.spare
+        if len(kinds) > 1 + self.may_pipe and hasattr(os, "mkfifo"):
+            kinds[-1] = ProcessKind(needs_history=True)
+        if self._tools_kind and now < self._tools_kind[2]:
+            kinds.append(self._tools_kind[0])
+        today = local_day_of(self._clock.now())
+        for idle in list(self._idle):
+            is_usual = idle.prepared_for in (None, self._usual_session)
+            if idle.kind in kinds and is_usual and idle.date == today:
+                kinds.remove(idle.kind)
+            else:
+                self.terminate([idle])
+        return kinds
+
+    def _start(self, kind: ProcessKind, now: float) -> None:
+        try:
+            path = self._launcher.transcript_path() if kind.needs_history else None
+            if path:
+                os.mkfifo(str(path), 0o600)
+            process = self._launcher.spawn(kind, resume_argv(path) if path else ())
+            today = local_day_of(self._clock.now())
+            self._idle.append(IdleProcess(process, kind, today, path))
+        except (RunFailed, OSError, CannotStart):
+            if kind.tools != Tools.NONE:
+                # Perhaps its workspace is gone.
+                self._tools_kind = None
+            else:
+                self._next_start_at = now + SPARE_RETRY_SECONDS
+
+    def restart(self) -> None:
+        """Replace all processes, by those of another program."""
+        self.terminate(self._idle)
+        self._next_start_at = 0.0
+
+    def forget_owner(self, token_exists: Callable[[str], bool]) -> None:
+        """Start no more processes for a token that was deleted."""
+        if self._tools_kind and not token_exists(self._tools_kind[1]):
+            self._tools_kind = None
+
+    def terminate(self, processes: Sequence[IdleProcess]) -> None:
+        for idle in list(processes):
+            if idle in self._idle:
+                self._idle.remove(idle)
+            if idle.transcript:
+                remove_transcript(idle.transcript)
+            self._launcher.terminate(idle.process, DEFAULT_SESSION)
+
+    def close(self) -> None:
+        self.terminate(self._idle)
+
+
 class ClaudePool:
     """All processes of `claude`.
-    They are idle, belong to a conversation, wait for tool results, or terminate. The owner calls
-    `maintain` often and `close` at the end.
-    processes: records them for the next start; None to record nothing."""
+    They are idle, wait for the next turn of a conversation, or terminate. The owner calls
+    `maintain` often and `close` at the end. processes: see ClaudeLauncher."""
 
     def __init__(self, program: ClaudeProgram, config: Config, clock: Clock, tag: str,
                  processes: Optional[Database] = None, metrics: Optional[Metrics] = None) -> None:
         self.program = program
         self.config = config
         self.clock = clock
-        self._tag = tag
-        self._processes = processes
-        self._metrics = metrics or Metrics()
-        # The oldest first.
-        self._idle_processes: List[ClaudeProcess] = []
-        self._conversations: "OrderedDict[str, ConversationProcess]" = OrderedDict()
-        self._awaiting_tools: List[PendingToolCall] = []
-        self._terminating: List[ClaudeProcess] = []
-        # Requests in a row without settings of their own.
-        self._default_streak = DEFAULT_STREAK_TO_PREINIT
-        self._next_spare_at = 0.0
-        self._start_count = 0
+        self._launcher = ClaudeLauncher(
+            program, config, clock, tag, processes, metrics or Metrics())
+        self._idle = IdlePool(self._launcher)
+        self.terminate = self._launcher.terminate
+        # The last used last.
+        self._waiting: List[WaitingProcess] = []
 
     @property
     def idle_count(self) -> int:
-        return len(self._idle_processes)
+        return len(self._idle)
 
     @property
-    def has_terminating(self) -> bool:
-        return bool(self._terminating)
+    def is_busy(self) -> bool:
+        """Whether `advance` has something to continue soon."""
+        return self._launcher.has_terminating or self._idle.is_preparing
 
     # --- for one turn ---
     def redetect_if_replaced(self) -> None:
         """After an update of claude, use the new program. Raises RunFailed."""
         if not self.program.is_replaced():
             return
-        self._terminate_idle(self._idle_processes)
-        self._next_spare_at = 0.0
+        self._idle.restart()
         try:
             self.program.redetect()
         except CannotStart as error:
@@ -4124,211 +4855,133 @@ class ClaudePool:
     def candidates(self, request: RunRequest) -> Iterator[Candidate]:
         """Yield candidate processes, best first. The caller tries the next one only if one exits
         before it accepted the prompt."""
-        if request.conversation:
-            yield from self._for_conversation(request, request.conversation)
-            history = request.history()
-            if not history:
-                yield Candidate(self._spawn(request.session, "--session-id=%s" % uuid.uuid4()))
-        else:
-            history = request.history()
-            pending = self._take_pending(request, history)
-            if pending:
-                yield pending
-        idle = self._take_idle(request.session)
+        waiting = self._take_waiting(request)
+        if waiting:
+            yield waiting
+        if request.session_id:
+            yield Candidate(self._launcher.resume(request, request.session_id))
+        history = request.history()
+        session = request.session
+        # What its tools did is in the session of the CLI only.
+        has_session = bool(request.conversation) and session.tools != Tools.NONE and not history
+        kind = ProcessKind(session.tools, session.workspace, has_session)
+        limit = TRANSCRIPT_TURNS
+        if self._idle.has_for_history(kind):
+            limit = TRANSCRIPT_TURNS_READY
+        if self._count_round_trips(history) > limit:
+            try:
+                yield from self._resume_transcript(session, kind, history)
+            except (OSError, CannotStart) as error:
+                logger.warning("A history is sent turn by turn: %s", error)
+        idle = self._idle.take(request, kind)
         if idle:
             yield Candidate(idle, history=history)
-        yield Candidate(self._spawn(request.session), history=history, is_fresh=True)
+        # The second one, if the first one showed that this CLI does not rewind.
+        for _ in range(2):
+            process = self._launcher.spawn(kind, self._launcher.effort_argv(session))
+            yield Candidate(process, history=history, is_fresh=True)
 
-    def _for_conversation(self, request: RunRequest, key: str) -> Iterator[Candidate]:
-        """Yield the conversation's own process, then one that resumes its session."""
-        entry = self._conversations.pop(key, None)
-        if entry and entry.process.is_alive and entry.session == request.session:
-            yield Candidate(entry.process, is_configured=True)
-        elif entry:
-            self.terminate(entry.process, entry.session)
-        if request.session_id:
-            yield Candidate(self._resume(request, request.session_id))
-
-    def _take_pending(
-            self, request: RunRequest, history: Sequence[HistoryTurn]) -> Optional[Candidate]:
-        results = mcp_results(request.message)
-        if not results or not history:
+    def _take_waiting(self, request: RunRequest) -> Optional[Candidate]:
+        """Return a process that holds the conversation; rather one that holds no more than that."""
+        best: Optional[Tuple[WaitingProcess, Candidate]] = None
+        for waiting in self._waiting:
+            candidate = waiting.candidate(request)
+            if candidate and (best is None or candidate.rewind_to is None):
+                best = waiting, candidate
+        if request.conversation and not best:
+            # Its configuration changed.
+            self.forget(request.conversation)
+        if not best:
             return None
-        for pending in self._awaiting_tools:
-            if pending.fits(request, results, history):
-                self._awaiting_tools.remove(pending)
-                return Candidate(pending.process, is_configured=True, tool_results=results,
-                                 model=pending.model)
-        return None
+        self._waiting.remove(best[0])
+        return best[1]
 
-    def _take_idle(self, session: SessionConfig) -> Optional[ClaudeProcess]:
-        if session.tools != Tools.NONE or not self.config.spare:
-            return None
-        is_default = session == DEFAULT_SESSION
-        self._default_streak = self._default_streak + 1 if is_default else 0
-        process = None
-        if not self._needs_effort_flag(session):
-            usable = (p for p in self._idle_processes if is_default or not p.initialized)
-            process = next(usable, None)
-        self._metrics.inc("cab_spare_total", result="hit" if process else "miss")
-        if process:
-            self._idle_processes.remove(process)
-        return process
+    def _count_round_trips(self, history: Sequence[HistoryTurn]) -> int:
+        """Return how many turns of the history cannot be piped."""
+        if not self._idle.may_pipe:
+            return len(history)
+        return sum(not is_pipeable(number, turn) for number, turn in enumerate(history))
 
-    def _resume(self, request: RunRequest, session_id: str) -> ClaudeProcess:
-        """Start a process that knows the session.
-        The last process of that session exits first: two must not write one session. --model
-        default: otherwise a turn without a model would keep the one of the last turn."""
-        for process in [p for p in self._terminating if p.session_id == session_id]:
-            process.close_stdin_and_wait(SHUTDOWN_GRACE_SECONDS)
-            self._reap(process)
-        arguments = ["--resume=" + session_id]
-        if not request.session.model:
-            arguments += ["--model", "default"]
-        process = self._spawn(request.session, *arguments)
-        process.spent_usd = request.spent_usd
-        return process
-
-    def _spawn(self, session: SessionConfig, *arguments: str) -> ClaudeProcess:
-        """Start a process. Raises RunFailed."""
-        install = self.program.install
-        argv = claude_argv(install.command, install.features, session.tools, arguments)
-        if self._needs_effort_flag(session):
-            # One of EFFORTS, not text of a client.
-            argv += ["--effort", str(session.effort)]
-        self._start_count += 1
-        tag = "%s.%d." % (self._tag, self._start_count)
+    def _resume_transcript(self, session: SessionConfig, kind: ProcessKind,
+                           history: Sequence[HistoryTurn]) -> Iterator[Candidate]:
+        """Yield processes that begin with the history. Raises OSError, CannotStart."""
+        text = transcript(history, str(uuid.uuid4()), self.clock.now())
+        arguments = self._launcher.effort_argv(session)
+        idle = self._idle.take_for_history(kind) if not arguments else None
+        if idle and idle.transcript:
+            try:
+                if feed_pipe(idle.transcript, text, PREPARE_SECONDS):
+                    yield Candidate(idle.process, history=history, transcript=idle.transcript)
+                else:
+                    self._idle.terminate([idle])
+            finally:
+                remove_transcript(idle.transcript)
+        path = self._launcher.transcript_path()
         try:
-            if session.workspace:
-                folder = Path(session.workspace)
-            else:
-                folder = private_directory(self.config.data_dir / "work")
-            process = ClaudeProcess(argv, folder, install.environment, tag)
-        except (OSError, CannotStart) as error:
-            scarce = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-            code = "overloaded" if getattr(error, "errno", None) in scarce else "cli_error"
-            raise RunFailed(code, "claude could not be started: %s" % error) from None
-        if arguments:
-            process.session_id = arguments[0].partition("=")[2]
-        self._metrics.inc("cab_cli_starts_total")
-        if self._processes:
-            self._processes.record_process(process.pid, started_at(process.pid), None)
-        return process
+            write_file_atomically(path, text)
+            process = self._launcher.spawn(kind, [*resume_argv(path), *arguments])
+            yield Candidate(process, history=history, transcript=path)
+        finally:
+            remove_transcript(path)
 
-    def _needs_effort_flag(self, session: SessionConfig) -> bool:
-        features = self.program.install.features
-        is_old = features.version < EFFORT_CLI and "--effort" in features.flags
-        return bool(session.effort) and is_old
-
-    def return_to_pool(
-            self, request: RunRequest, candidate: Candidate, answer: Answer, is_idle: bool) -> None:
-        """Keep the process of a conversation or of tool calls; terminate any other."""
-        now = self.clock.monotonic()
-        if answer.stop_info.calls:
-            self._awaiting_tools.append(PendingToolCall(
-                candidate.process, request, answer.model, answer.stop_info.calls,
-                expires_at=now + TOOL_RESULT_WAIT_SECONDS))
-            self._terminate_pending(self._awaiting_tools[:-MAX_KEPT_PROCESSES])
+    def return_to_pool(self, request: RunRequest, turn: Turn, answer: Answer) -> None:
+        """Keep a process for the next turn if it holds what the client knows; terminate any other.
+        """
+        process, calls = turn.process, answer.stop_info.calls
+        seconds = self.config.warm_seconds
+        if calls:
+            seconds = max(seconds, TOOL_RESULT_WAIT_SECONDS)
+        elif not turn.finished or not (request.conversation or request.is_chat):
+            seconds = 0
+        elif request.is_chat and (turn.messages.count != 1 or not answer.is_plain):
+            seconds = 0
+        if not seconds:
+            self.terminate(process, request.session, turn.finished)
             return
-        if not request.conversation or not self.config.warm_seconds:
-            self.terminate(candidate.process, request.session, is_idle)
-            return
-        self._conversations[request.conversation] = ConversationProcess(
-            candidate.process, request.session, now + self.config.warm_seconds)
-        while len(self._conversations) > MAX_KEPT_PROCESSES:
-            _, oldest = self._conversations.popitem(last=False)
-            self.terminate(oldest.process, oldest.session)
+        latest = HistoryTurn(request.message, answer_content(answer))
+        process.turns.append(hold_turn(process.turns, latest, turn.message_id))
+        self._waiting.append(WaitingProcess(
+            process, request.owner, request.session, request.conversation, calls, answer.model,
+            self.clock.monotonic() + seconds))
+        self._terminate_waiting(self._waiting[:-MAX_KEPT_PROCESSES])
 
     # --- maintenance ---
-    def maintain(self) -> None:
-        """Refill the pool; expire conversations and open tool calls; reap exited processes."""
-        now = self.clock.monotonic()
-        self._terminate_pending([pending
-                                 for pending in self._awaiting_tools
-                                 if now >= pending.expires_at or not pending.process.is_alive])
-        for key, entry in list(self._conversations.items()):
-            if now >= entry.expires_at or not entry.process.is_alive:
-                self.forget(key)
-        self.reap_terminating()
-        for process in [p for p in self._idle_processes if not p.is_alive]:
-            self._idle_processes.remove(process)
-            self._reap(process)
-            # A process that exits by itself would do it again.
-            self._next_spare_at = now + SPARE_RETRY_SECONDS
-        is_default_usual = self._default_streak >= DEFAULT_STREAK_TO_PREINIT
-        if not is_default_usual:
-            self._terminate_idle([p for p in self._idle_processes if p.initialized])
-        while len(self._idle_processes) < self.config.spare and now >= self._next_spare_at:
-            try:
-                self._idle_processes.append(self._spawn(DEFAULT_SESSION))
-            except RunFailed:
-                self._next_spare_at = now + SPARE_RETRY_SECONDS
-        if is_default_usual and self._idle_processes:
-            # It accepts one configuration: a request with another needs another process.
-            self._idle_processes[0].initialize(DEFAULT_SESSION, self.program.install.features)
+    def advance(self) -> None:
+        """Continue the ends and the preparations of processes. Call it often."""
+        self._launcher.reap_terminating()
+        self._idle.advance()
 
-    def reap_terminating(self) -> None:
-        """Continue the end of the terminating processes. Call it often: it kills late ones."""
+    def maintain(self) -> None:
+        """Expire waiting processes, start and prepare idle ones. Call it every second."""
         now = self.clock.monotonic()
-        for process in [p for p in self._terminating if p.poll_shutdown(now)]:
-            self._reap(process)
+        self._terminate_waiting([waiting for waiting in self._waiting
+                                 if now >= waiting.expires_at or not waiting.process.is_alive])
+        self.advance()
+        self._idle.maintain()
 
     def evict_unless(self, conversation_exists: Callable[[str], bool],
                      token_exists: Callable[[str], bool]) -> None:
         """Terminate the processes of deleted conversations and tokens."""
-        self._terminate_pending(
-            [p for p in self._awaiting_tools if not token_exists(p.request.owner)])
-        for key in [key for key in self._conversations if not conversation_exists(key)]:
-            self.forget(key)
+        self._terminate_waiting([
+            waiting for waiting in self._waiting if not token_exists(waiting.owner)
+            or (waiting.conversation and not conversation_exists(waiting.conversation))])
+        self._idle.forget_owner(token_exists)
 
-    def forget(self, key: str) -> None:
+    def forget(self, conversation: str) -> None:
         """Terminate the process of a conversation, if there is one."""
-        entry = self._conversations.pop(key, None)
-        if entry:
-            self.terminate(entry.process, entry.session)
+        self._terminate_waiting([waiting for waiting in self._waiting
+                                 if waiting.conversation == conversation])
 
-    def _terminate_pending(self, pending_calls: Sequence[PendingToolCall]) -> None:
-        for pending in list(pending_calls):
-            self._awaiting_tools.remove(pending)
-            self.terminate(pending.process, pending.request.session, is_idle=False)
-
-    def _terminate_idle(self, processes: Sequence[ClaudeProcess]) -> None:
-        for process in list(processes):
-            self._idle_processes.remove(process)
-            self.terminate(process, DEFAULT_SESSION)
-
-    def terminate(
-            self, process: ClaudeProcess, session: SessionConfig, is_idle: bool = True) -> None:
-        """Begin to shut a process down; nobody waits for it."""
-        has_tools = session.tools != Tools.NONE
-        # A client that asks and cancels in turn must not pile them up.
-        while len(self._terminating) >= MAX_KEPT_PROCESSES:
-            self._reap(self._terminating[0])
-        grace = SHUTDOWN_GRACE_SECONDS
-        if is_idle and not has_tools:
-            grace = IDLE_SHUTDOWN_GRACE_SECONDS
-        now = self.clock.monotonic()
-        process.begin_shutdown(now, grace, interrupt=not is_idle, has_tools=has_tools)
-        self._terminating.append(process)
-
-    def _reap(self, process: ClaudeProcess) -> None:
-        process.stop()
-        self._terminating = [p for p in self._terminating if p is not process]
-        if self._processes:
-            self._processes.forget_process(process.pid)
+    def _terminate_waiting(self, processes: Sequence[WaitingProcess]) -> None:
+        for waiting in processes:
+            self._waiting.remove(waiting)
+            self.terminate(waiting.process, waiting.session, is_idle=not waiting.calls)
 
     def close(self) -> None:
         """End every process within 2 seconds."""
-        self._terminate_pending(self._awaiting_tools)
-        for key in list(self._conversations):
-            self.forget(key)
-        self._terminate_idle(self._idle_processes)
-        deadline = self.clock.monotonic() + SHUTDOWN_GRACE_SECONDS
-        for process in list(self._terminating):
-            process.close_stdin_and_wait(max(0.0, deadline - self.clock.monotonic()))
-            self._reap(process)
-        for pid in processes_tagged(self._tag + "."):
-            kill_process(pid)
+        self._terminate_waiting(list(self._waiting))
+        self._idle.close()
+        self._launcher.close()
 
 
 # --- the run loop ---
@@ -4385,8 +5038,11 @@ class ClaudeRunner:
                 if candidate.tool_results:
                     turn.send_tool_results(candidate.tool_results, live, candidate.model)
                 else:
-                    if not candidate.is_configured:
-                        turn.start(self.pool.program.install.features, candidate.history)
+                    if candidate.rewind_to is not None:
+                        turn.rewind(candidate.rewind_to, self.pool.program)
+                    elif not candidate.is_configured:
+                        earlier_turns = request.earlier_turns if candidate.history else ()
+                        turn.start(self.pool.program, candidate, earlier_turns)
                     turn.send_prompt(request.message)
                 answer = turn.read_answer(live)
                 answer = replace(answer, session_id=candidate.process.session_id)
@@ -4399,7 +5055,7 @@ class ClaudeRunner:
                 self.pool.terminate(candidate.process, request.session, is_idle=turn.finished)
                 raise
             else:
-                self.pool.return_to_pool(request, candidate, answer, turn.finished)
+                self.pool.return_to_pool(request, turn, answer)
                 return answer
         raise RunFailed("cli_error", "claude could not be started.")
 
@@ -4479,7 +5135,7 @@ def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
                             job.json_schema, job.effort, token.tools, token.workspace, client_tools)
     *earlier, last = map(prefix_tool_names, chat.turns)
     history = [HistoryTurn(*pair) for pair in zip(earlier[::2], earlier[1::2])]
-    return RunRequest(last, session, history=lambda: history, owner=job.token_id)
+    return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True)
 
 
 def answer_as_tool_call(answer: Answer, name: str, call_id: str) -> Answer:
@@ -4573,7 +5229,7 @@ class Worker:
             self._pool.close()
 
     def _idle_seconds(self) -> float:
-        if self._pool.has_terminating:
+        if self._pool.is_busy:
             return CANCEL_POLL_SECONDS
         pause = self.current_pause()
         if not pause:
@@ -4663,14 +5319,15 @@ class Worker:
         session = SessionConfig(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema,
                                 job.effort, token.tools, token.workspace)
         if not job.conversation:
-            return RunRequest(job.message, session)
+            return RunRequest(job.message, session, owner=job.token_id)
         stored = self._stores.conversations.open(job.token_id, job.conversation)
         current = self._stores.jobs.summary(job.id)
         if not current or not current.conversation:
             # Deleted since the job was claimed: the turn belongs to no conversation.
-            return RunRequest(job.message, session)
+            return RunRequest(job.message, session, owner=job.token_id)
         return RunRequest(job.message, session, stored.key, stored.session_id, stored.spent_usd,
-                          lambda: self._stores.conversations.history(job))
+                          lru_cache(maxsize=None)(lambda: self._stores.conversations.history(job)),
+                          job.token_id)
 
     def _stop_reason(self, job: Job) -> Optional[str]:
         if self._clock.monotonic() >= self._abort_at:
@@ -4692,7 +5349,7 @@ class Worker:
                     logger.error("A result cannot be stored; retrying every second: %s", error)
                 if self._stopping.wait(MAINTENANCE_SECONDS):
                     raise
-                self._pool.reap_terminating()
+                self._pool.advance()
         raise AssertionError("unreachable")
 
     def _handle_failure(self, job: Job, failure: RunFailed, live: LiveText) -> None:
@@ -4748,7 +5405,7 @@ class Worker:
     # --- maintenance ---
     def _run_maintenance(self) -> None:
         """Maintain the pool every second, also during a run; purge every hour."""
-        self._pool.reap_terminating()
+        self._pool.advance()
         now = self._clock.monotonic()
         if now >= self._maintain_at:
             self._maintain_at = now + MAINTENANCE_SECONDS
@@ -5331,6 +5988,8 @@ def job_body(view: JobView) -> Dict[str, Any]:
         body["structured"] = json.loads(job.structured)
     if job.usage:
         body["usage"] = usage_body(job.usage)
+    if job.stop_info and job.stop_info.reason == "max_tokens":
+        body["stopReason"] = job.stop_info.reason
     body["partial"] = view.partial
     body.update(pause_body(view.pause))
     return without_none(body)
@@ -5685,7 +6344,7 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]]) -> Tuple[Mapping[str, A
         if not turns and role == "assistant":
             opening = [text_block("(The conversation begins.)")]
             turns.append({"role": "user", "content": opening})
-        turns.append({"role": role, "content": blocks or [text_block("(no answer)")]})
+        turns.append({"role": role, "content": blocks or [text_block(NO_ANSWER)]})
     if not turns:
         raise invalid_value("messages", "at least one message is required")
     if turns[-1]["role"] != "user":
@@ -6412,8 +7071,8 @@ JOB_EXAMPLE = {
     "errorCode?": "cancelled", "completedAt?": EXAMPLE_TIME, "model?": "haiku",
     "conversation?": "trip-to-rome", "createdAt": EXAMPLE_TIME, "startedAt?": EXAMPLE_TIME,
     "attempts": 1, "durationMs?": 1840, "structured?": {}, "usage?": USAGE_EXAMPLE,
-    "partial?": "Because", "waitingFor?": "usage_limit", "resumesAt?": EXAMPLE_TIME,
-    "warnings?": WARNINGS}
+    "stopReason?": "max_tokens", "partial?": "Because", "waitingFor?": "usage_limit",
+    "resumesAt?": EXAMPLE_TIME, "warnings?": WARNINGS}
 LISTED_JOB_EXAMPLE = {
     **JOB_EXAMPLE, "message": "Why is the sky blue?", "tokenId": EXAMPLE_ID,
     "systemPrompt?": "Answer in one sentence.", "effort?": "low", "api?": "openai",

@@ -427,6 +427,17 @@ class RunningBridge:
         self.admin = Api(bridge.port, bridge.new_admin_token)
         self.port = bridge.port
 
+    @property
+    def pool(self) -> cab.ClaudePool:
+        worker: Any = self.bridge._server.dispatcher._service._running
+        pool: cab.ClaudePool = worker._pool
+        return pool
+
+    def waiting(self) -> List[int]:
+        """Return the processes that wait for the next turn of a conversation, the last used last.
+        """
+        return [waiting.process.pid for waiting in list(self.pool._waiting)]
+
 
 @contextlib.contextmanager
 def running_bridge(

@@ -77,14 +77,17 @@ def main(
 class Fake:
     """A process in stream-json mode.
 
-    turns: [role, text] of each turn.  deltas: of the current message.
+    turns: [role, text] of each turn.  lines: (uuid, number of the turn) of the user's lines.
+    deltas, message_id: of the current message.
     setup: the `initialize` request.  backlog: lines that arrived during an action.
     """
 
     def __init__(self, folder: str, words: List[str]) -> None:
         self.folder = folder
         self.turns: List[List[str]] = []
+        self.lines: List[Any] = []
         self.deltas: List[str] = []
+        self.message_id: Optional[str] = None
         self.setup: Dict[str, Any] = {}
         self.backlog: List[Dict[str, Any]] = []
         self.client_tools: List[Dict[str, Any]] = []
@@ -100,7 +103,9 @@ class Fake:
 
     def run(self) -> int:
         """Answer prompts to the end of the input; return the exit status."""
-        if self.resumes:
+        if self.resumes and self.resumes.endswith(".jsonl"):
+            self.read_transcript(self.resumes)
+        elif self.resumes:
             if not os.path.exists(self.session_path):
                 self.say(
                     type="result",
@@ -119,16 +124,28 @@ class Fake:
                 break
             if line["type"] == "control_request":
                 self.control(line)
+            elif "local_command_source" in line:
+                self.turns.append(["user", line["local_command_source"]])
             elif line["type"] == "assistant":
                 self.turns.append(["assistant", text_of(line)])
             elif line["type"] == "user":
                 text = text_of(line)
+                self.lines.append((line.get("uuid"), len(self.turns)))
                 self.turns.append(["user", text])
                 if line.get("shouldQuery") is False:
                     self.result("", num_turns=0)
                 else:
                     self.act(text)
         return 1 if self.last_was_error else 0
+
+    def read_transcript(self, path: str) -> None:
+        """Take the turns from a file, which may be a named pipe; it is opened twice."""
+        for _ in range(2):
+            with open(path, "rb") as file:
+                rows = [loads(line) for line in file]
+        for row in rows:
+            if row["type"] in ("user", "assistant") and not row.get("isVirtual"):
+                self.turns.append([row["type"], text_of(row)])
 
     def read(self) -> Optional[Dict[str, Any]]:
         """Read and log the next line; return None at the end of the input."""
@@ -174,6 +191,8 @@ class Fake:
 
     def event(self, **event: Any) -> None:
         """Print a stream event of the main conversation."""
+        if event["type"] == "message_start":
+            self.message_id = event["message"].get("id")
         self.say(type="stream_event", event=event, parent_tool_use_id=None)
 
     def control(self, line: Mapping[str, Any]) -> None:
@@ -181,12 +200,17 @@ class Fake:
         request, request_id = line["request"], line["request_id"]
         if request["subtype"] == "initialize":
             self.setup = request
+        details: Dict[str, Any] = {"models": MODELS}
+        if request["subtype"] == "rewind_conversation":
+            details = {"rewound": self.rewind(request)}
+            details["targetMessageUuid"] = request["target_message_uuid"]
+        if request["subtype"] == "export_conversation":
+            details = {"text": "\n".join("> " + text for role, text in self.turns)}
         if request.get("systemPrompt") == "refuse this":
             refusal = "systemPrompt refused"
             response = {"subtype": "error", "request_id": request_id, "error": refusal}
         else:
-            models = {"models": MODELS}
-            response = {"subtype": "success", "request_id": request_id, "response": models}
+            response = {"subtype": "success", "request_id": request_id, "response": details}
         self.say(type="control_response", response=response)
         if request.get("sdkMcpServers"):
             self.ask("initialize", protocolVersion="2025-11-25", capabilities={})
@@ -198,6 +222,16 @@ class Fake:
                 is_error=True,
                 terminal_reason="aborted_streaming",
             )
+
+    def rewind(self, request: Mapping[str, Any]) -> bool:
+        """Take back a message and all after it; return whether that is possible."""
+        ids = [line[0] for line in self.lines]
+        target = request["target_message_uuid"]
+        if target not in ids or request["last_seen_user_message_uuid"] != ids[-1]:
+            return False
+        number = ids.index(target)
+        del self.turns[self.lines[number][1] :], self.lines[number:]
+        return True
 
     def begin(self, source: str = "none") -> None:
         """Print the lines before the first delta. source: of the API key."""
@@ -239,7 +273,11 @@ class Fake:
         self.delta(text[len(text) // 2 :])
         self.say(
             type="assistant",
-            message={"role": "assistant", "content": [{"type": "text", "text": text}]},
+            message={
+                "id": self.message_id,
+                "role": "assistant",
+                "content": [{"type": "text", "text": text}],
+            },
             parent_tool_use_id=None,
         )
         self.turns.append(["assistant", text])

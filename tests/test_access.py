@@ -763,9 +763,12 @@ def test_a_token_is_looked_up_by_its_digest_and_its_secret_is_never_compared(bri
 
 
 def test_the_program_compares_no_secret_with_an_operator() -> None:
-    """A comparison with == ends at the first character that differs."""
+    """A comparison with == ends at the first character that differs.
+
+    `content_digest` is no secret: it compares a message with one of the same token.
+    """
     secret = re.compile(
-        r"secret|token_hash|token_digest|digest\(|bearer\(|password|api_?key\b|signature",
+        r"secret|token_hash|token_digest|\b(hex)?digest\(|bearer\(|password|api_?key\b|signature",
         re.IGNORECASE,
     )
     comparisons = []

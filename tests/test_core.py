@@ -767,7 +767,7 @@ TEXT_DELTA = {
         (stream({"type": "content_block_delta"}), "noise", ""),
         (stream({"type": "message_start", "message": {}}), "message_start", ""),
         (stream({"type": "message_delta", "usage": {}}), "message_delta", ""),
-        (stream({"type": "message_stop"}), "message_stop", ""),
+        (stream({"type": "message_stop"}), "noise", ""),
         (stream(None), "noise", ""),
         # The text of a subagent is not part of the answer.
         (stream(TEXT_DELTA, parent_tool_use_id="toolu_1"), "noise", ""),

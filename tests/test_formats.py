@@ -1271,11 +1271,24 @@ def open_streams(running: RunningBridge) -> Dict[str, int]:
     return service_of(running)._slots._by_token
 
 
-def nothing_runs(running: RunningBridge, fake: FakeClaude) -> None:
-    """Wait until no job, stream or `claude` process is left, and check that a new request works."""
+def nothing_runs(
+    running: RunningBridge, fake: FakeClaude, waiting: Optional[int] = None
+) -> None:
+    """Wait until no job and no stream is left, and check that a new request works.
+
+    Only the processes that wait for the next turn of a conversation may be left.
+
+    waiting: how many there must be, if that matters.
+    """
     wait_until(lambda: all(row["status"] in cab.JobStatus.FINISHED for row in rows(running.admin)))
     wait_until(lambda: not open_streams(running))
-    wait_until(lambda: not any(is_running(child["pid"]) for child in fake.children()))
+
+    def only_waiting_ones_are_left() -> bool:
+        left = [child["pid"] for child in fake.children() if is_running(child["pid"])]
+        return set(left) == set(running.waiting()) and waiting in (None, len(left))
+
+    wait_until(only_waiting_ones_are_left)
+    assert len(running.waiting()) <= cab.MAX_KEPT_PROCESSES
     notifier = service_of(running)._notifier
     for job_id in (row["requestId"] for row in rows(running.admin)):
         for topic in (job_id, cab.Notifier.text_topic(job_id)):
@@ -1445,7 +1458,10 @@ def test_a_completion_streamed(bridge: Start) -> None:
 
 @both
 def test_what_reaches_claude_and_what_does_not(bridge: Start, fake: FakeClaude, api: str) -> None:
-    """Every text has its place, none is a command or in argv, and requests share no memory."""
+    """Every text has its place, none is a command or in argv, and tokens share no memory.
+
+    The second request is a retry in the same process, which takes the first one back.
+    """
     admin = bridge(fake).admin
     stateful = admin.new_token(sessionMode="stateful")
     body = talk("/clear", "/compact", "/turns")
@@ -1465,7 +1481,10 @@ def test_what_reaches_claude_and_what_does_not(bridge: Start, fake: FakeClaude, 
         ("user", None, [text(" /turns")]),
     ]
     prompts = [request["systemPrompt"] for request in initialize_requests(fake)]
-    assert prompts == ["/secret system"] * 2 + [cab.SYSTEM_PROMPT]
+    assert prompts == ["/secret system", cab.SYSTEM_PROMPT]
+    rewinds = [line["request"] for line in fake.lines() if line["type"] == "control_request"]
+    assert [request["target_message_uuid"] for request in rewinds[1:2]] == [messages[2]["uuid"]]
+    assert messages[3] == {**messages[2], "uuid": messages[3]["uuid"]}
     assert not stateful.get("/api/conversations").json["conversations"]
     starts = json.dumps([[start["argv"], start["env"]] for start in fake.starts()])
     assert not any(word in starts for word in ("secret", "/clear", "compact"))
@@ -1779,7 +1798,7 @@ def test_calls_in_a_stream_and_their_results_in_another(
         assert delta == {"tool_calls": [{"index": n, **call} for n, call in enumerate(tool_calls)]}
         assert stream_events[-2][1]["choices"][0]["finish_reason"] == "tool_calls"
         turns = [
-            {"role": "assistant", "content": None, "tool_calls": tool_calls},
+            {"role": "assistant", "content": "Let me see.", "tool_calls": tool_calls},
             *(
                 {"role": "tool", "tool_call_id": call_id, "content": content}
                 for call_id, content in zip(reversed(ids), ("sweet", "blue"))
@@ -1791,6 +1810,19 @@ def test_calls_in_a_stream_and_their_results_in_another(
         *BLUE, {"content": [{"type": "text", "text": "sweet"}], "isError": False},
     ]
     assert len(fake.children()) == 1
+
+
+def test_a_client_that_drops_the_text_beside_its_calls_gets_a_replay(
+    bridge: Start, fake: FakeClaude
+) -> None:
+    """Otherwise the model would read a text that the client did not send."""
+    admin = bridge(fake).admin
+    body = chat_that_calls("openai")
+    more = continue_chat(body, post(admin, "openai", body), "blue")
+    more["messages"][-2]["content"] = None
+    assert words(post(admin, "openai", more)) == REPLAYED and len(pids(fake)) == 2
+    (answer,) = [line for line in fake.lines() if line["type"] == "assistant"]
+    assert answer["message"]["content"] == [tool_use("mcp__api__look", at="sky")]
 
 
 def test_results_with_images_and_errors_go_to_the_live_turn(
@@ -1815,8 +1847,11 @@ def test_results_with_images_and_errors_go_to_the_live_turn(
 
 @both
 def test_a_different_conversation_is_replayed_to_a_process_of_its_own(
-    bridge: Start, fake: FakeClaude, api: str
+    bridge: Start, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch, api: str
 ) -> None:
+    """The second request is another end of the first one's conversation: it takes its process."""
+    # None of them takes the place of the pending call.
+    monkeypatch.setattr(cab, "MAX_KEPT_PROCESSES", 20)
     admin = bridge(fake).admin
     body = chat_that_calls(api)
     answer = post(admin, api, body)
@@ -1857,7 +1892,7 @@ def test_a_different_conversation_is_replayed_to_a_process_of_its_own(
         changed = changed[:5]
     for n, request in enumerate(changed):
         assert words(post(admin, api, request)) == ("so" if n == 1 else REPLAYED)
-        assert len(pids(fake)) == n + 2
+        assert len(pids(fake)) == max(n + 1, 2)
         content = [line for line in fake.lines() if line["type"] == "assistant"][-1]["message"][
             "content"
         ]
@@ -1867,7 +1902,7 @@ def test_a_different_conversation_is_replayed_to_a_process_of_its_own(
         ]
     # The process with the pending call still waits.
     assert json.loads(words(post(admin, api, unchanged))) == BLUE
-    assert len(pids(fake)) == n + 2
+    assert len(pids(fake)) == n + 1
 
 
 def test_a_call_that_the_client_changed_is_replayed(bridge: Start, fake: FakeClaude) -> None:
@@ -1901,11 +1936,13 @@ def test_a_process_that_dies_at_the_result_is_replaced(bridge: Start, fake: Fake
     assert len(fake.children()) == 2
 
 
+@pytest.mark.parametrize("warm_seconds", [0, 600])
 def test_a_process_that_died_or_expired_while_it_waited_is_replaced(
-    bridge: Start, fake: FakeClaude
+    bridge: Start, fake: FakeClaude, warm_seconds: float
 ) -> None:
     clock = Skipped()
-    running = bridge(fake, clock=clock)
+    running = bridge(fake, clock=clock, warm_seconds=warm_seconds)
+    wait_seconds = max(cab.TOOL_RESULT_WAIT_SECONDS, warm_seconds)
     for end in ("dies", "expires", "is about to expire"):
         body = chat_that_calls("anthropic", ["look", {"at": end}])
         answer = post(running.admin, "anthropic", body)
@@ -1913,26 +1950,28 @@ def test_a_process_that_died_or_expired_while_it_waited_is_replaced(
         if end == "dies":
             os.kill(pid, signal.SIGKILL)
         else:
-            clock.ahead += cab.TOOL_RESULT_WAIT_SECONDS - (20 if end == "is about to expire" else 0)
+            clock.ahead += wait_seconds - (20 if end == "is about to expire" else 0)
             # The worker checks at once.
             running.admin.ask("say ring")
             wait_until(lambda: end == "is about to expire" or not is_running(pid))
         end_answer = post(running.admin, "anthropic", continue_chat(body, answer, "blue"))
         assert words(end_answer) == (json.dumps(BLUE) if "about" in end else REPLAYED)
-    nothing_runs(running, fake)
+    # The replacement of the second one and the third one have not expired yet.
+    assert bool(warm_seconds) == (pid in running.waiting())
+    nothing_runs(running, fake, 2 if warm_seconds else 0)
 
 
 def test_a_result_that_comes_exactly_when_the_process_expires(
     bridge: Start, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cab, "TOOL_RESULT_WAIT_SECONDS", 0.0)
-    running = bridge(fake)
+    monkeypatch.setattr(cab, "TOOL_RESULT_WAIT_SECONDS", 1e-9)
+    running = bridge(fake, warm_seconds=0)
     for n in range(2):
         body = chat_that_calls("openai", ["look", {"at": str(n)}])
         answer = post(running.admin, "openai", body)
         end = post(running.admin, "openai", continue_chat(body, answer, "blue"))
         assert words(end) in (REPLAYED, json.dumps(BLUE))
-    nothing_runs(running, fake)
+    nothing_runs(running, fake, 0)
 
 
 def test_only_its_own_token_continues_a_call(bridge: Start, fake: FakeClaude) -> None:
@@ -1961,7 +2000,8 @@ def test_without_tools_two_tokens_never_share_a_process(bridge: Start, fake: Fak
     for client in (admin, admin.new_token(), admin, admin.new_token(sessionMode="stateful")):
         answer = post(client, "anthropic", talk("say a", "a", "turns"))
         assert json.loads(words(answer)) == [["user", "say a"], ["assistant", "a"]]
-    assert len(pids(fake)) == len(fake.children()) == 4
+    # The third request is a retry of the first one, with the same token.
+    assert len(pids(fake)) == len(fake.children()) == 3
 
 
 def test_two_continuations_of_one_call_at_once(bridge: Start, fake: FakeClaude) -> None:
@@ -1973,8 +2013,9 @@ def test_two_continuations_of_one_call_at_once(bridge: Start, fake: FakeClaude) 
             words(answer)
             for answer in pool.map(lambda _: post(running.admin, "openai", more), range(3))
         )
-    assert ends == sorted([json.dumps(BLUE), REPLAYED, REPLAYED]) and len(pids(fake)) == 3
-    nothing_runs(running, fake)
+    # The third one takes the process of the second, whose last turn it repeats.
+    assert ends == sorted([json.dumps(BLUE), REPLAYED, REPLAYED]) and len(pids(fake)) == 2
+    nothing_runs(running, fake, 2)
 
 
 def test_the_same_conversation_twice_at_once_is_two_runs(bridge: Start, fake: FakeClaude) -> None:
@@ -2002,9 +2043,9 @@ def test_calls_without_results_do_not_accumulate(bridge: Start, fake: FakeClaude
     def count_processes() -> int:
         return sum(is_running(child["pid"]) for child in fake.children())
 
-    wait_until(lambda: count_processes() <= cab.MAX_KEPT_PROCESSES)
-    clock.ahead += cab.TOOL_RESULT_WAIT_SECONDS
-    nothing_runs(running, fake)
+    wait_until(lambda: count_processes() == cab.MAX_KEPT_PROCESSES)
+    clock.ahead += running.bridge.config.warm_seconds
+    nothing_runs(running, fake, 0)
 
 
 def test_one_call_after_the_other_continues_in_one_process(bridge: Start, fake: FakeClaude) -> None:
@@ -2405,7 +2446,7 @@ def test_a_client_that_disconnects_between_a_call_and_its_result(
     request.disconnect()
     wait_until(lambda: rows(running.admin)[0]["status"] == "completed")
     turns = [
-        {"role": "assistant", "content": [tool_use(at="sky")]},
+        {"role": "assistant", "content": [text("Let me see."), tool_use(at="sky")]},
         {"role": "user", "content": [tool_result("blue")]},
     ]
     other = running.admin.ask("hold %s" % gate)

@@ -142,10 +142,25 @@ class Direct:
         """
 
         def are_gone() -> bool:
-            self.pool.reap_terminating()
+            self.pool.advance()
             return not any(map(is_running, pids))
 
         wait_until(are_gone)
+
+    def prepare(self) -> int:
+        """Refill the pool and finish a preparation. -> the process that is prepared."""
+
+        def prepared() -> List[int]:
+            self.pool.maintain()
+            if self.pool.is_busy:
+                return []
+            asked = {pid for prompt in self.fake.prompts() for pid in pids_of(self.fake, prompt)}
+            return [
+                pid for pid in instructions_of(self.fake) if pid not in asked and is_running(pid)
+            ]
+
+        (pid,) = wait_until(prepared)
+        return int(pid)
 
     def talk(self, name: str, message: str, **fields: Any) -> cab.Answer:
         """Run a turn of a conversation."""
@@ -356,6 +371,9 @@ def test_the_requested_number_of_spares_waits_and_the_oldest_answers(
     assert b.admin.answer("two")["response"] == "Echo: two"
     first, second = pids_of(fake, "one") + pids_of(fake, "two")
     assert first != second and {first, second} <= set(spares)
+    # The third one waits for a history.
+    resumed = [session_in(argv_of(fake, pid), "--resume") for pid in spares]
+    assert sum(map(bool, resumed)) == count - 2
     wait_until(
         lambda: (
             len(fake.children()) == count + 2
@@ -374,14 +392,24 @@ def instructions_of(fake: FakeClaude) -> Dict[int, List[str]]:
     return instructions
 
 
-def test_a_spare_is_initialized_once_with_the_default_session(direct: Directs) -> None:
-    d = direct(spare=1)
-    d.pool.maintain()
-    spare = spare_of(d.fake)
-    wait_until(lambda: instructions_of(d.fake) == {spare: [cab.SYSTEM_PROMPT]})
+def test_one_of_two_spares_is_initialized_once_with_the_default_session(direct: Directs) -> None:
+    d = direct(spare=2)
+    spare = d.prepare()
+    assert instructions_of(d.fake) == {spare: [cab.SYSTEM_PROMPT]}
     assert not d.fake.prompts() and d.run("hi").text == "Echo: hi"
     assert pids_of(d.fake, "hi") == [spare]
     assert instructions_of(d.fake) == {spare: [cab.SYSTEM_PROMPT]}
+
+
+def test_a_single_spare_is_left_for_any_configuration(direct: Directs) -> None:
+    d = direct(spare=1)
+    d.pool.maintain()
+    spare = spare_of(d.fake)
+    d.pool.maintain()
+    assert not d.pool.is_busy and d.fake.lines() == []
+    d.run("hi", system_prompt="Be brief.")
+    assert pids_of(d.fake, "hi") == [spare]
+    assert instructions_of(d.fake) == {spare: ["Be brief."]}
 
 
 @pytest.mark.parametrize(
@@ -390,36 +418,37 @@ def test_a_spare_is_initialized_once_with_the_default_session(direct: Directs) -
     ids=lambda own: next(iter(own)),
 )
 def test_a_request_with_its_own_settings_never_gets_a_process_initialized_with_others(
-    direct: Directs, monkeypatch: pytest.MonkeyPatch, own: Mapping[str, Any]
+    direct: Directs, own: Mapping[str, Any]
 ) -> None:
-    monkeypatch.setattr(cab, "DEFAULT_STREAK_TO_PREINIT", 3)
-    d = direct(spare=1)
-
-    def prepared(count: int) -> int:
-        """Return the pid of the spare, which is the last of so many processes."""
-        d.pool.maintain()
-        return int(
-            wait_until(lambda: len(d.fake.children()) == count and d.fake.children()[-1]["pid"])
-        )
-
-    first = prepared(1)
-    d.run("one", **own)
-    # The first was initialized with the default session, and exits; this one is not initialized.
-    second = prepared(3)
-    d.run("two", **own)
-    one, two = pids_of(d.fake, "one") + pids_of(d.fake, "two")
-    assert first != one and two == second
-    instructions = instructions_of(d.fake)
+    d = direct(spare=2)
     system_prompt = own.get("system_prompt", cab.SYSTEM_PROMPT)
-    assert instructions[one] == instructions[two] == [system_prompt]
-    d.wait_for_end(first)
-    for n in range(3):
-        spare = prepared(4 + n)
-        d.run("plain %d" % n)
-        assert pids_of(d.fake, "plain %d" % n) == [spare]
-    # After three requests without settings of their own the next spare is initialized again.
-    spare = prepared(7)
-    wait_until(lambda: instructions_of(d.fake).get(spare) == [cab.SYSTEM_PROMPT])
+
+    def run(message: str, spare: int, is_prepared: bool, **fields: Any) -> None:
+        d.run(message, **fields)
+        (pid,) = pids_of(d.fake, message)
+        assert is_prepared == (pid == spare)
+        expected = fields.get("system_prompt", cab.SYSTEM_PROMPT)
+        assert instructions_of(d.fake)[pid] == [expected]
+
+    plain = d.prepare()
+    run("one", plain, False, **own)
+    assert d.prepare() == plain
+    run("two", plain, False, **own)
+    # After the second request with the same settings a process is prepared for these.
+    spare = d.prepare()
+    d.wait_for_end(plain)
+    assert instructions_of(d.fake)[spare] == [system_prompt]
+    run("plain 1", spare, False)
+    assert d.prepare() == spare
+    run("three", spare, True, **own)
+    # One request of each kind in turn changes nothing.
+    spare = d.prepare()
+    assert instructions_of(d.fake)[spare] == [system_prompt]
+    for n in (2, 3):
+        run("plain %d" % n, spare, False)
+        spare = d.prepare()
+    assert instructions_of(d.fake)[spare] == [cab.SYSTEM_PROMPT]
+    run("plain 4", spare, True)
 
 
 def test_of_several_spares_only_one_is_initialized_in_advance(direct: Directs) -> None:
@@ -838,11 +867,12 @@ def test_an_overloaded_run_is_retried_by_a_new_process(
     d.wait_for_end(first, second)
 
 
+@pytest.mark.parametrize("tools", ["none", "read"])
 @pytest.mark.parametrize("warm_seconds", [0, 600])
 def test_an_overloaded_turn_is_replayed_and_never_resumed(
-    talk: Talks, soon: None, tmp_path: Path, warm_seconds: int
+    talk: Talks, soon: None, tmp_path: Path, warm_seconds: int, tools: str
 ) -> None:
-    t, prompt = talk(warm_seconds=warm_seconds), overloaded_once(tmp_path / "mark", "half")
+    t, prompt = talk(tools, warm_seconds=warm_seconds), overloaded_once(tmp_path / "mark", "half")
     t.say("one")
     assert t.say(prompt) == "whole"
     first, second = pids_of(t.fake, prompt)
@@ -850,7 +880,7 @@ def test_an_overloaded_turn_is_replayed_and_never_resumed(
     if warm_seconds:
         assert first in pids_of(t.fake, "one")
     else:
-        assert session_in(argv_of(t.fake, first), "--resume")
+        assert bool(session_in(argv_of(t.fake, first), "--resume")) == (tools == "read")
     # The failed turn is not in it twice.
     assert t.get_state()[:3] == ["one", "Echo: one", prompt]
 
@@ -859,7 +889,10 @@ def test_an_overloaded_first_turn_restarts_its_conversation(
     direct: Directs, soon: None, tmp_path: Path
 ) -> None:
     d, prompt = direct(), overloaded_once(tmp_path / "mark")
-    answer = d.run(prompt, work={"conversation": "one", "session_id": None})
+    answer = d.run(
+        prompt, work={"conversation": "one", "session_id": None}, tools="read",
+        workspace=str(tmp_path),
+    )
     first, second = (
         session_in(argv_of(d.fake, pid), "--session-id") for pid in pids_of(d.fake, prompt)
     )
@@ -1101,9 +1134,9 @@ def test_no_run_waits_for_an_unresponsive_process_and_it_is_killed_soon(direct: 
         d.run("stubborn", cancel, live=live)
     assert time.monotonic() - stop_sequences[0] < 10
     assert is_running(pids_of(d.fake, "stubborn")[0])
-    assert d.pool.has_terminating
+    assert d.pool.is_busy
     d.wait_for_end(*pids_of(d.fake, "stubborn"))
-    assert not d.pool.has_terminating
+    assert not d.pool.is_busy
 
 
 def test_a_cancelled_request_makes_way_for_the_next_one(
@@ -1185,10 +1218,12 @@ def test_close_ends_every_process_even_unresponsive_ones(
     d = direct(
         twist(fake_claude(), deaf + "signal.signal(signal.SIGTERM, signal.SIG_IGN)"), spare=2
     )
-    d.pool.maintain()
+    d.prepare()
     d.talk("one", "hello")
+    d.prepare()
     d.talk("two", "hello")
-    wait_until(lambda: len(d.fake.children()) == 4)
+    d.prepare()
+    assert len(d.fake.children()) == 4
     began = time.monotonic()
     d.pool.close()
     assert not [child for child in d.fake.children() if is_running(child["pid"])]
@@ -1199,11 +1234,11 @@ def test_close_ends_every_process_even_unresponsive_ones(
 
 
 class Talk:
-    """The client of a stateful token."""
+    """The client of a stateful token. With tools the CLI keeps its session."""
 
-    def __init__(self, fake: FakeClaude, bridge: RunningBridge) -> None:
+    def __init__(self, fake: FakeClaude, bridge: RunningBridge, tools: str = "none") -> None:
         self.fake, self.bridge = fake, bridge
-        self.client = bridge.admin.new_token("talk", sessionMode="stateful")
+        self.client = bridge.admin.new_token("talk", sessionMode="stateful", tools=tools)
 
     def say(self, message: str, **fields: Any) -> str:
         body = self.client.answer(message, **fields)
@@ -1225,9 +1260,9 @@ class Talk:
 
 @pytest.fixture
 def talk(bridge: Bridges, fake_claude: Fakes) -> Talks:
-    def begin(**settings: Any) -> Talk:
+    def begin(tools: str = "none", **settings: Any) -> Talk:
         fake = fake_claude()
-        return Talk(fake, bridge(claude=fake, **{"spare": 0, **settings}))
+        return Talk(fake, bridge(claude=fake, **{"spare": 0, **settings}), tools)
 
     return begin
 
@@ -1236,8 +1271,9 @@ def session_in(argv: List[str], flag: str) -> Optional[str]:
     return next((word.partition("=")[2] for word in argv if word.startswith(flag + "=")), None)
 
 
-def test_the_turns_of_a_conversation_share_a_process(talk: Talks) -> None:
-    t = talk()
+@pytest.mark.parametrize("tools", ["none", "read"])
+def test_the_turns_of_a_conversation_share_a_process(talk: Talks, tools: str) -> None:
+    t = talk(tools)
     t.say("one")
     t.say("two")
     assert t.get_state() == ["one", "Echo: one", "two", "Echo: two"]
@@ -1245,7 +1281,7 @@ def test_the_turns_of_a_conversation_share_a_process(talk: Talks) -> None:
 
 
 def test_another_model_resumes_the_session_in_a_new_process(talk: Talks) -> None:
-    t = talk()
+    t = talk("read")
     t.say("one")
     assert t.get_state(model="haiku") == ["one", "Echo: one"]
     session_id = session_in(t.argv("one"), "--session-id")
@@ -1253,8 +1289,21 @@ def test_another_model_resumes_the_session_in_a_new_process(talk: Talks) -> None
     wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]))
 
 
+def test_a_conversation_without_tools_has_no_session_and_another_model_gets_a_replay(
+    talk: Talks,
+) -> None:
+    t = talk()
+    t.say("one")
+    assert t.get_state(model="haiku") == ["one", "Echo: one"]
+    for message in ("one", "turns"):
+        argv = t.argv(message)
+        assert "--no-session-persistence" in argv
+        assert not session_in(argv, "--session-id") and not session_in(argv, "--resume")
+    wait_until(lambda: not is_running(pids_of(t.fake, "one")[0]))
+
+
 def test_a_conversation_without_a_warm_process_is_resumed_under_the_same_id(talk: Talks) -> None:
-    t = talk(warm_seconds=0)
+    t = talk("read", warm_seconds=0)
     t.say("one")
     t.say("two")
     assert t.get_state() == ["one", "Echo: one", "two", "Echo: two"]
@@ -1296,17 +1345,19 @@ fake_claude.Fake.run = slow
 
 
 def test_two_processes_never_hold_one_session(
-    direct: Directs, fake_claude: Fakes, patient: None
+    direct: Directs, fake_claude: Fakes, patient: None, tmp_path: Path
 ) -> None:
     d = direct(twist(fake_claude(), SLOW_TO_LEAVE))
-    first = d.talk("one", "hello")
-    d.run("again", work={"conversation": "one", "session_id": first.session_id}, model="haiku")
+    tooled = {"tools": "read", "workspace": str(tmp_path)}
+    first = d.talk("one", "hello", **tooled)
+    work = {"conversation": "one", "session_id": first.session_id}
+    d.run("again", work=work, model="haiku", **tooled)
     assert (d.fake.folder / "saw").read_text() == "gone"
 
 
 @pytest.mark.parametrize("spare", [0, 1])
 def test_a_conversation_that_the_cli_lost_is_replayed_from_then_on(talk: Talks, spare: int) -> None:
-    t = talk(warm_seconds=0, spare=spare)
+    t = talk("read", warm_seconds=0, spare=spare)
     t.say("one")
     t.say("two")
     for transcript in t.fake.folder.glob("session-*.json"):

@@ -110,18 +110,18 @@ class Scripted:
 
     script: maps a message to its run; other messages are echoed.
     on_rate_limits: the callback of the current run.
-    maintained, reaped, closed: how often the worker called these.
+    maintained, advanced, closed: how often the worker called these.
     conversation_exists, token_exists: the callbacks of the last eviction.
     """
 
-    idle_count, has_terminating = 0, False
+    idle_count, is_busy = 0, False
 
     def __init__(self) -> None:
         self.pool = self
         self.script: Dict[str, Run] = {}
         self.seen: List[cab.RunRequest] = []
         self.on_rate_limits: Callable[[cab.RateLimitStatus], None] = lambda limits: None
-        self.maintained = self.reaped = self.closed = 0
+        self.maintained = self.advanced = self.closed = 0
         self.conversation_exists: Optional[Callable[[str], bool]] = None
         self.token_exists: Optional[Callable[[str], bool]] = None
 
@@ -139,8 +139,8 @@ class Scripted:
     def maintain(self) -> None:
         self.maintained += 1
 
-    def reap_terminating(self) -> None:
-        self.reaped += 1
+    def advance(self) -> None:
+        self.advanced += 1
 
     def evict_unless(
         self, conversation_exists: Callable[[str], bool], token_exists: Callable[[str], bool]
@@ -636,25 +636,25 @@ def test_maintenance_continues_during_a_run(
             clock.advance(0.1)
             assert stop_reason() is None
         counts.append(
-            (queue.claude.reaped, queue.claude.maintained, queue.claude.token_exists is not None)
+            (queue.claude.advanced, queue.claude.maintained, queue.claude.token_exists is not None)
         )
         return cab.Answer("ok")
 
     queue.claude.script["long"] = check
     queue.ask("long")
     queue.worker.step()
-    # Terminating processes are reaped at every check, everything else is done once a second.
+    # What was begun continues at every check, everything else is done once a second.
     assert counts == [(25, 3, True)]
 
 
-def test_an_idle_worker_often_reaps_terminating_processes(
+def test_an_idle_worker_often_continues_what_its_pool_began(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cab, "CANCEL_POLL_SECONDS", 0.01)
     monkeypatch.setattr(cab, "MAINTENANCE_SECONDS", 60.0)
-    queue.claude.has_terminating = True
+    queue.claude.is_busy = True
     queue.worker.start()
-    wait_until(lambda: queue.claude.reaped >= 30)  # otherwise once per round
+    wait_until(lambda: queue.claude.advanced >= 30)  # otherwise once per round
 
 
 def test_a_locked_database_does_not_end_a_run(
@@ -813,11 +813,11 @@ def test_nothing_is_claimed_during_a_pause_and_work_resumes_after_it(
     one = queue.ask("one")
     queue.worker.start()
     wait_until(lambda: queue.worker.current_pause() and not queue.worker.running)
-    two, rounds = queue.ask("two"), queue.claude.reaped
+    two, rounds = queue.ask("two"), queue.claude.advanced
 
     def has_checked_again() -> bool:
         queue.notifier.notify(cab.Notifier.JOB_QUEUED)
-        return queue.claude.reaped >= rounds + 2
+        return queue.claude.advanced >= rounds + 2
 
     wait_until(has_checked_again)
     assert [queue.job(job).status for job in (one, two)] == ["queued", "queued"]

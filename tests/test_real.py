@@ -43,6 +43,7 @@ from messages_api import (
     tool_results,
     turn_texts,
 )
+from random_chats import RandomChat, RandomChats, body_of
 
 pytestmark = [
     pytest.mark.real,
@@ -1715,3 +1716,47 @@ def test_the_cli_does_not_fetch_the_profile_of_the_owner(site: Site) -> None:
     site.start(CLAUDE_CODE_OAUTH_TOKEN="")
     assert site.ask("one")["status"] == site.ask("two")["status"] == "completed"
     assert not site.messages.outside and "owner@example.com" not in everything(site.messages.calls)
+
+
+# --- random conversations (see also test_history) ---
+
+RANDOM_SECONDS = 55
+RANDOM_STEPS = 150
+
+
+def test_exactly_the_turns_of_random_conversations_reach_the_model(site: Site) -> None:
+    """Whatever the clients do, in whichever process; one request to the API each."""
+    site.messages.reply = lambda body: Reply("\nanswer %d " % len(site.messages.calls))
+    site.start()
+    clients = [site.admin, site.client(name="other")[0]]
+    received: List[Call] = []
+
+    def send(chat: RandomChat) -> str:
+        before = len(site.calls())
+        path = MESSAGES if chat.api == "anthropic" else COMPLETIONS
+        answer = clients[chat.client].post(path, body_of(chat))
+        assert answer.status == 200, answer
+        received[:] = site.calls()[before:]
+        assert (chat.system or cab.SYSTEM_PROMPT) in system_text(received[0].body)
+        if chat.api == "anthropic":
+            return str(answer.json["content"][0]["text"])
+        return str(answer.json["choices"][0]["message"]["content"])
+
+    def turns() -> List[Tuple[str, str]]:
+        (call,) = received
+        return turn_texts(call.body)
+
+    def kill_one() -> None:
+        os.kill(chats.chance.choice(sorted(site.processes())), signal.SIGKILL)
+
+    def restart() -> None:
+        assert site.end() == 0
+        site.start()
+        for client in clients:
+            client.port = site.admin.port
+
+    chats = RandomChats(15, 2, send, turns, {kill_one: 0.03, restart: 0.01})
+    deadline = time.monotonic() + RANDOM_SECONDS
+    while chats.count < RANDOM_STEPS and time.monotonic() < deadline:
+        chats.step()
+    assert chats.count > 30

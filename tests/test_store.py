@@ -1972,19 +1972,19 @@ def test_the_history_contains_only_the_conversation_s_completed_turns_before_the
 
 
 @pytest.mark.parametrize(
-    "turns, size, expected",
+    "size, expected",
     [
-        (200, 1000, [0, 1, 2, 3]),
-        (2, 1000, [2, 3]),
-        (200, 60, [1, 2, 3]),
-        (200, 59, [2, 3]),
-        (200, 20, [3]),
+        (1000, [0, 1, 2, 3]),
+        (80, [0, 1, 2, 3]),
+        (79, [1, 2, 3]),
+        (60, [1, 2, 3]),
+        (59, [2, 3]),
+        (20, [3]),
     ],
 )
-def test_the_history_contains_the_newest_turns_within_both_limits(
-    store: cab.Stores, monkeypatch: pytest.MonkeyPatch, turns: int, size: int, expected: List[int]
+def test_the_history_contains_the_newest_turns_within_its_limit(
+    store: cab.Stores, monkeypatch: pytest.MonkeyPatch, size: int, expected: List[int]
 ) -> None:
-    monkeypatch.setattr(cab, "HISTORY_TURNS", turns)
     monkeypatch.setattr(cab, "HISTORY_BYTES", size)
     token = add(store)
     for number in range(4):
@@ -1992,6 +1992,14 @@ def test_the_history_contains_the_newest_turns_within_both_limits(
         exchange(store, token, "%010d" % number, "é" * 5)
     asked = store.jobs.get(queue_up(store, token, "now", conversation="default")[0].id)
     assert asked and [int(turn.message) for turn in store.conversations.history(asked)] == expected
+
+
+def test_the_history_has_no_limit_of_turns(store: cab.Stores) -> None:
+    token = add(store)
+    for number in range(250):
+        exchange(store, token, str(number), "ok")
+    asked = store.jobs.get(queue_up(store, token, "now", conversation="default")[0].id)
+    assert asked and len(store.conversations.history(asked)) == 250
 
 
 def test_conversations_are_listed_with_their_turns_last_used_first(

@@ -37,9 +37,9 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 # `common` makes tests/ importable.
 import common
+from common import PROMPT, cold
 from messages_api import MessagesApi
 
-PROMPT = "What is the capital of France?"
 # A process that has used no CPU for this time waits for its input.
 READY_SECONDS = 0.3
 # Interval between two measurements of the memory.
@@ -106,32 +106,6 @@ def watched_memory(bridge: int) -> Iterator[List[float]]:
 
 
 # --- one message ---
-
-
-def cold(claude: str, environ: Dict[str, str], home: Path) -> Tuple[float, float]:
-    """Run a `claude -p` that streams; return the seconds to its first text and to its end."""
-    home.mkdir()
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [
-            claude, "-p", "--output-format", "stream-json", "--verbose",
-            "--include-partial-messages", PROMPT,
-        ],
-        env={**environ, "HOME": str(home)},
-        cwd=str(home),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    assert child.stdout is not None
-    with child.stdout:
-        first = next(
-            (time.perf_counter() for line in child.stdout if b'"text_delta"' in line), None
-        )
-        child.stdout.read()
-    if child.wait(60) or first is None:
-        raise SystemExit("claude -p ended without an answer (status %d)" % child.returncode)
-    return first - start, time.perf_counter() - start
 
 
 def ask(port: int, token: str) -> Tuple[float, float]:

@@ -10,12 +10,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS)]
 MODULE = TESTS.parent / "claude_api_bridge.py"
+PROMPT = "What is the capital of France?"
 
 
 class Served(NamedTuple):
@@ -71,13 +73,53 @@ def environment() -> Dict[str, str]:
     return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
 
 
-def call(at: Served, method: str, path: str, body: Optional[Mapping[str, Any]] = None) -> Any:
-    """Send a request over a connection of its own; return the JSON of the response."""
+@contextlib.contextmanager
+def open_request(
+    at: Served, method: str, path: str, body: Optional[Mapping[str, Any]] = None
+) -> Iterator[Tuple[float, http.client.HTTPResponse]]:
+    """Send a request over a connection of its own; yield the time before it, and the response."""
     data = None if body is None else json.dumps(body)
     connection = http.client.HTTPConnection("127.0.0.1", at.port, timeout=120)
+    start = time.perf_counter()
     with contextlib.closing(connection):
         connection.request(method, path, data, {"Authorization": "Bearer " + at.token})
-        return json.loads(connection.getresponse().read())
+        with connection.getresponse() as response:
+            yield start, response
+
+
+def call(at: Served, method: str, path: str, body: Optional[Mapping[str, Any]] = None) -> Any:
+    """Send a request over a connection of its own; return the JSON of the response."""
+    with open_request(at, method, path, body) as (_, response):
+        return json.loads(response.read())
+
+
+def cold(claude: str, environ: Dict[str, str], home: Path) -> Tuple[float, float]:
+    """Run a `claude -p` that streams; return the seconds to its first text and to its end.
+
+    home: its home, which is created if it is missing.
+    """
+    home.mkdir(exist_ok=True)
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [
+            claude, "-p", "--output-format", "stream-json", "--verbose",
+            "--include-partial-messages", PROMPT,
+        ],
+        env={**environ, "HOME": str(home)},
+        cwd=str(home),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert child.stdout is not None
+    with child.stdout:
+        first = next(
+            (time.perf_counter() for line in child.stdout if b'"text_delta"' in line), None
+        )
+        child.stdout.read()
+    if child.wait(60) or first is None:
+        raise SystemExit("claude -p ended without an answer (status %d)" % child.returncode)
+    return first - start, time.perf_counter() - start
 
 
 def cpu_ticks(pid: int) -> Tuple[int, int, bool]:

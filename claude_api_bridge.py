@@ -4667,9 +4667,10 @@ class IdlePool:
         self._clock = launcher.clock
         # The oldest first.
         self._idle: List[IdleProcess] = []
-        # For which a process is prepared: that of two requests in a row.
-        self._usual_session = DEFAULT_SESSION
-        self._last_session = DEFAULT_SESSION
+        # The last configuration of each kind, and that of two requests in a row, for which a
+        # process is prepared.
+        self._last_sessions = {ProcessKind(): DEFAULT_SESSION}
+        self._usual_sessions = {ProcessKind(): DEFAULT_SESSION}
         # The last kind with tools: its owner, and how long a process of it stays ready.
         self._tools_kind: Optional[Tuple[ProcessKind, str, float]] = None
         self._next_start_at = 0.0
@@ -4694,12 +4695,10 @@ class IdlePool:
         if not self._config.spare:
             return None
         if kind.tools != Tools.NONE:
-            ends_at = self._clock.monotonic() + TOOL_SPARE_SECONDS
-            self._tools_kind = kind, request.owner, ends_at
-        else:
-            if session == self._last_session:
-                self._usual_session = session
-            self._last_session = session
+            self._expect_tools(kind, request)
+        if session == self._last_sessions.get(kind):
+            self._usual_sessions[kind] = session
+        self._last_sessions[kind] = session
         usable = [idle for idle in self._idle
                   if idle.kind == kind and idle.prepared_for in (None, session)]
         process = None
@@ -4711,6 +4710,18 @@ class IdlePool:
                     break
         self._launcher.metrics.inc("cab_spare_total", result="hit" if process else "miss")
         return process
+
+    def _expect_tools(self, kind: ProcessKind, request: RunRequest) -> None:
+        """Have a process ready for the next request of this token."""
+        ends_at = self._clock.monotonic() + TOOL_SPARE_SECONDS
+        self._tools_kind = kind, request.owner, ends_at
+        general = ProcessKind()
+        for sessions in (self._last_sessions, self._usual_sessions):
+            for other in set(sessions) - {general, kind}:
+                del sessions[other]
+        if self._usual_sessions.get(kind) != request.session:
+            # There is only this process, so that it must not be lost to another configuration.
+            self._usual_sessions.pop(kind, None)
 
     def take_for_history(self, kind: ProcessKind) -> Optional[IdleProcess]:
         """Return a process that waits for a history."""
@@ -4754,13 +4765,14 @@ class IdlePool:
         if now >= self._next_start_at:
             for kind in missing:
                 self._start(kind, now)
-        general = [idle for idle in self._idle if idle.kind == ProcessKind()]
-        # It accepts one configuration, so that another process must be left for any other.
-        if len(general) > 1 and not any(idle.prepared_for for idle in general):
-            session = self._usual_session
-            general[0].prepared_for = session
-            general[0].preparation = Preparation(
-                general[0].process, session, self._program, self._config.preconnect)
+        for kind, session in self._usual_sessions.items():
+            same = [idle for idle in self._idle if idle.kind == kind]
+            # It accepts one configuration, so that another process must be left for any other.
+            needed = 2 if kind == ProcessKind() else 1
+            if len(same) >= needed and not any(idle.prepared_for for idle in same):
+                same[0].prepared_for = session
+                same[0].preparation = Preparation(
+                    same[0].process, session, self._program, self._config.preconnect)
 
     def _missing_kinds(self, now: float) -> List[ProcessKind]:
         """Return which kinds to start; terminate the processes that are not needed any more."""
@@ -4771,7 +4783,7 @@ class IdlePool:
             kinds.append(self._tools_kind[0])
         today = local_day_of(self._clock.now())
         for idle in list(self._idle):
-            is_usual = idle.prepared_for in (None, self._usual_session)
+            is_usual = idle.prepared_for in (None, self._usual_sessions.get(idle.kind))
             if idle.kind in kinds and is_usual and idle.date == today:
                 kinds.remove(idle.kind)
             else:

@@ -134,8 +134,8 @@ class Site:
                         pids.add(int(entry))
         return {pid for pid in pids if is_running(pid)}
 
-    def idle(self, count: int = 1) -> Set[int]:
-        """Wait until only so many processes run. -> those that take the next requests."""
+    def idle(self, count: int = 2) -> Set[int]:
+        """Wait until only so many processes run, of which two are idle. -> all of them."""
         return wait_for_count(self.processes, count, 10)
 
     def plan(self) -> Dict[str, Any]:
@@ -697,7 +697,7 @@ def test_cancelling_ends_an_answer(shared: Site) -> None:
         body = cancelled(shared, shared.admin, stream.events[0].data["requestId"])
         end = stream.rest()[-1]
     assert end.kind == "error" and end.data == body
-    wait_until(lambda: not any(map(is_running, running)), 3)
+    wait_until(lambda: not all(map(is_running, running)), 3)
     wait_until(lambda: shared.calls()[0].was_left, 3)
     assert Counter(shared.messages.prompts()) == {"talk on": 1, "next": 1}
 
@@ -881,8 +881,8 @@ class Talk:
     The API must receive all earlier turns and no others.
     """
 
-    def __init__(self, site: Site) -> None:
-        self.site, self.client = site, site.client(sessionMode="stateful")[0]
+    def __init__(self, site: Site, **fields: Any) -> None:
+        self.site, self.client = site, site.client(sessionMode="stateful", **fields)[0]
         self.turns: List[Tuple[str, str]] = []
 
     def say(self, text: str, calls: int = 1, **fields: Any) -> Dict[str, Any]:
@@ -915,14 +915,14 @@ def test_a_conversation_remembers(site: Site) -> None:
     other = Talk(site)
     other.say("I am somebody else")
     talk.cool()
-    talk.say("after a pause")  # the CLI resumes its own session
+    talk.say("after a pause")  # replayed from our database
     site.end()
     site.start("--warm-seconds", "1")
     plain = talk.say("after a restart")
     talk.cool()
     for projects in (site.data / "claude-home/projects", site.home / ".claude/projects"):
         shutil.rmtree(projects, ignore_errors=True)
-    talk.say("after the loss of the CLI's files")  # replayed from our database
+    talk.say("after the loss of the CLI's files")
     talk.say("in the process that received the turns")
     talk.cool()
     assert talk.say("replayed a second time")["model"] == plain["model"]
@@ -937,9 +937,9 @@ def test_a_conversation_remembers(site: Site) -> None:
 
 
 def test_a_resumed_session_follows_new_settings(site: Site) -> None:
-    """Without a replay of the turns: the CLI resumes its session under new settings."""
+    """With tools the CLI resumes its session, under new settings."""
     site.start("--warm-seconds", "0")
-    talk = Talk(site)
+    talk = Talk(site, tools="read")
     plain = talk.say("one")
     call = talk.say("two", systemPrompt="Speak like a pirate ☠.")
     assert "pirate ☠" in system_text(call) and cab.SYSTEM_PROMPT not in system_text(call)
@@ -948,7 +948,10 @@ def test_a_resumed_session_follows_new_settings(site: Site) -> None:
     assert "pirate" not in system_text(call)
     assert cab.SYSTEM_PROMPT in system_text(call)
     assert talk.say("four")["model"] == plain["model"]
-    assert not talk.say("five").get("tools")
+    site.end()
+    shutil.rmtree(site.data / "claude-home/projects")
+    site.start("--warm-seconds", "0")
+    talk.say("after the loss of its file")
 
 
 def test_a_failed_turn_is_not_part_of_a_conversation(site: Site) -> None:
@@ -1169,8 +1172,9 @@ def test_each_turn_has_its_own_usage(real_claude: Path, version: Version, tmp_pa
         contextlib.closing(Site(noting.path, version, tmp_path)) as site,
         contextlib.ExitStack() as stack,
     ):
-        site.start("--warm-seconds", "1")
-        client = stack.enter_context(passing(site, sessionMode="stateful"))
+        # No preparation of an idle process, which has a result of its own.
+        site.start("--warm-seconds", "1", "--spare", "0")
+        client = stack.enter_context(passing(site, sessionMode="stateful", tools="read"))
         costs = []
         for n, used in enumerate((small, large, small)):
             site.messages.reply = lambda body: Reply("turn", usage=used)
@@ -1189,8 +1193,8 @@ def test_each_turn_has_its_own_usage(real_claude: Path, version: Version, tmp_pa
                 assert sum(costs) == pytest.approx(totals[-1], abs=2e-8)
                 assert costs[-1] > 0
             if n == 1:
-                # The spare and the wrapper in front of it; the third turn resumes the session.
-                site.idle(2)
+                # The third turn resumes the session.
+                site.idle(0)
         assert costs[2] == pytest.approx(costs[0], abs=2e-8) and costs[1] > 5 * costs[0]
         total = site.admin.get("/api/usage").json["total"]
         assert total["requests"] == total["completed"] == 3
@@ -1247,18 +1251,19 @@ ADD = {
 
 def blocks_of(call: Call) -> List[Tuple[str, List[Dict[str, Any]]]]:
     """Return (role, blocks) of every user and assistant message, without the CLI's additions."""
-    return [
-        (
-            message["role"],
-            [
-                {key: value for key, value in block.items() if key != "cache_control"}
-                for block in message["content"]
-                if not str(block.get("text")).startswith("<system-reminder>")
-            ],
-        )
-        for message in call.body["messages"]
-        if message["role"] != "system" and not isinstance(message["content"], str)
-    ]
+    turns = []
+    for message in call.body["messages"]:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        blocks = [
+            {key: value for key, value in block.items() if key != "cache_control"}
+            for block in content
+            if not str(block.get("text")).startswith("<system-reminder>")
+        ]
+        if message["role"] != "system":
+            turns.append((message["role"], blocks))
+    return turns
 
 
 def texts(*words: str) -> List[Tuple[str, List[Dict[str, Any]]]]:
@@ -1288,7 +1293,8 @@ def test_earlier_turns_are_real_turns(shared: Site, path: str) -> None:
     messages = ([] if path == MESSAGES else [{"role": "developer", "content": "Count."}]) + said(
         *words
     )
-    body = chat(shared.admin, path, messages, **instructions)
+    with passing(shared) as client:
+        body = chat(client, path, messages, **instructions)
     (call,) = shared.calls()
     assert blocks_of(call) == texts(*words[:-1], " /cost three")
     assert "Count." in system_text(call.body)
@@ -1323,7 +1329,8 @@ def test_images_and_documents_are_real_blocks_and_files_stay_closed(shared: Site
         {"role": "assistant", "content": "read"},
         {"role": "user", "content": [linked, command, paper, secret]},
     ]
-    chat(shared.admin, MESSAGES, messages)
+    with passing(shared) as client:
+        chat(client, MESSAGES, messages)
     openai = [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64," + PICTURE}},
         {
@@ -1333,7 +1340,8 @@ def test_images_and_documents_are_real_blocks_and_files_stay_closed(shared: Site
         {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
         secret,
     ]
-    chat(shared.admin, COMPLETIONS, [{"role": "user", "content": openai}])
+    with passing(shared) as client:
+        chat(client, COMPLETIONS, [{"role": "user", "content": openai}])
     messages_call, completions_call = shared.calls()
     escaped = {"type": "text", "text": " /config theme=dark"}
     assert blocks_of(messages_call) == [
@@ -1389,12 +1397,17 @@ def test_a_client_tool_call_continues_in_the_live_turn(shared: Site) -> None:
         assert last["content"] == [{"type": "text", "text": "done"}]
         assert last["stop_reason"] == "end_turn"
         assert last["usage"]["input_tokens"] == 10 and last["usage"]["output_tokens"] == 7
-        first_call, last_call = shared.calls()
+        _, last_call = shared.calls()
         assert tool_results(last_call.body) == [(False, "one"), (False, "two")]
         assert [role for role, _ in blocks_of(last_call)] == ["user", "assistant", "user"]
-        # The process that had waited is gone.
-        wait_until(lambda: not waiting <= shared.processes(), 10)
-        # Without that process a new one receives the whole conversation.
+        # The process goes on with the next question.
+        asked_again = [
+            *asked, *tool_turn(first, "one", [{"type": "text", "text": "two"}]), *said("done", "x")
+        ]
+        asked_again[-2]["role"], asked_again[-1]["role"] = "assistant", "user"
+        chat(client, MESSAGES, asked_again, tools=[ADD, long])
+        assert waiting <= shared.processes()
+        # Its results cannot be taken back: a new one receives the whole conversation.
         chat(client, MESSAGES, asked + tool_turn(first, "one", "two"), tools=[ADD, long])
         seeded = shared.calls()[-1]
         assert tool_results(seeded.body) == [(False, "one"), (False, "two")]
@@ -1421,7 +1434,7 @@ def test_a_pending_tool_call_is_continued_only_by_its_own_token_and_ids(shared: 
         asked = said("add")
         firsts = [chat(client, MESSAGES, asked, tools=[ADD]) for client in (one, two)]
         assert firsts[0]["content"] == firsts[1]["content"]
-        shared.idle(3)  # a spare, and one for every token
+        shared.idle(4)  # two idle ones, and one for every token
         other = chat(
             one,
             MESSAGES,
@@ -1443,14 +1456,13 @@ def test_a_pending_tool_call_is_continued_only_by_its_own_token_and_ids(shared: 
             tools=[ADD],
         )
         assert other["stop_reason"] == "end_turn"
-        # The ids differ: the call got its own process, which has exited.
-        shared.idle(3)
+        # The ids differ: the call got its own process.
+        shared.idle(5)
         chat(two, MESSAGES, asked + tool_turn(firsts[1], "for two"), tools=[ADD])
         assert tool_results(shared.calls()[-1].body) == [(False, "for two")]
-        shared.idle(2)
         chat(one, MESSAGES, asked + tool_turn(firsts[0], "for one"), tools=[ADD])
         assert tool_results(shared.calls()[-1].body) == [(False, "for one")]
-        shared.idle(1)
+        shared.idle(5)
         # Two calls and three answers: nothing was requested again.
         assert len(shared.calls()) == 5
 
@@ -1473,7 +1485,7 @@ def test_a_client_that_hangs_up_ends_its_run(shared: Site) -> None:
         )
     )
     assert latest["errorCode"] == "cancelled" and latest["api"] == "anthropic"
-    shared.idle(1)
+    shared.idle()
     wait_until(lambda: shared.calls()[0].was_left)
 
 

@@ -1772,3 +1772,143 @@ def test_exactly_the_turns_of_random_conversations_reach_the_model(site: Site) -
     while chats.count < RANDOM_STEPS and time.monotonic() < deadline:
         chats.step()
     assert chats.count > 30
+
+
+# --- long conversations ---
+
+
+@pytest.mark.parametrize("reason", ("max_tokens", "model_context_window_exceeded"))
+def test_an_answer_in_parts_is_whole(shared: Site, reason: str) -> None:
+    """The CLI continues an answer three times; its result holds only the last part."""
+    parts = ["one, ", "two, ", "three, ", "four, ", "five."]
+
+    def reply(body: Dict[str, Any]) -> Reply:
+        number = len(shared.calls()) - 1
+        return Reply(parts[number], stop_reason="" if number == last else reason)
+
+    shared.messages.reply = reply
+    with passing(shared) as client:
+        for last in (1, 3, 9):
+            whole = "".join(parts[: min(last, 3) + 1])
+            del shared.messages.calls[:]
+            body = shared.ask("Count.", client)
+            assert (body["response"], body.get("stopReason")) == (
+                whole, "max_tokens" if last == 9 else None,
+            )
+            assert body["usage"]["inputTokens"] == 10 * len(shared.calls())
+            del shared.messages.calls[:]
+            answer = chat(client, MESSAGES, said("Count."))
+            assert answer["content"] == [{"type": "text", "text": whole}]
+            assert answer["stop_reason"] == ("max_tokens" if last == 9 else "end_turn")
+            del shared.messages.calls[:]
+            choice = chat(client, COMPLETIONS, said("Count."))["choices"][0]
+            assert choice["message"]["content"] == whole
+            assert choice["finish_reason"] == ("length" if last == 9 else "stop")
+            del shared.messages.calls[:]
+            with streamed(client, "Count.") as stream:
+                assert text_of(stream.rest()) == whole
+
+
+def test_the_parts_of_an_answer_are_part_of_its_conversation(site: Site) -> None:
+    site.start("--warm-seconds", "0")
+    client, _ = site.client(sessionMode="stateful")
+    site.messages.reply = lambda body: (
+        Reply("one, ", stop_reason="max_tokens") if len(site.calls()) == 1 else Reply("two.")
+    )
+    assert site.ask("Count.", client)["response"] == "one, two."
+    site.ask("And now?", client)
+    turns = [turn for turn in turn_texts(site.calls()[-1].body) if turn[1]]
+    assert turns == [("user", "Count."), ("assistant", "one, two."), ("user", "And now?")]
+
+
+def messages_of(call: Call) -> List[Tuple[str, Any]]:
+    """Return all messages of a request, also those of the CLI, without the cache's breakpoints."""
+    messages = []
+    for message in call.body["messages"]:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        blocks = [{k: v for k, v in block.items() if k != "cache_control"} for block in content]
+        messages.append((message["role"], blocks))
+    return messages
+
+
+def test_a_request_begins_with_the_one_before(site: Site, version: Version) -> None:
+    """Otherwise the prompt cache of the API would be of no use to a conversation."""
+    site.start()
+    asked: List[Dict[str, Any]] = []
+    for number in range(6):
+        site.idle(2 + (number not in (0, 3, 5)))
+        asked += [{"role": "user", "content": "question %d" % number}]
+        answer = chat(site.admin, MESSAGES, asked)
+        asked += [{"role": "assistant", "content": answer["content"][0]["text"]}]
+        if number in (2, 4):
+            site.end()
+            site.start()
+    systems = [system_text(call.body) for call in site.calls()]
+    assert len(set(systems)) == 1
+    for before, after in zip(site.calls(), site.calls()[1:]):
+        earlier, later = messages_of(before), messages_of(after)
+        assert later[: len(earlier)] == earlier and len(later) > len(earlier)
+
+
+def test_a_conversation_is_never_summarized(shared: Site) -> None:
+    """Near the end of the window, the CLI would replace the history on its own."""
+    shared.messages.reply = lambda body: Reply("noted", usage={"input_tokens": 985_000})
+    with passing(shared) as client:
+        asked = said("one")
+        for word in ("two", "three", "four"):
+            count = len(shared.calls())
+            answer = client.post(MESSAGES, {"max_tokens": 9, "messages": asked})
+            if answer.status != 200:
+                assert answer.status == 400 and "too long" in answer.json["error"]["message"]
+                assert len(shared.calls()) == count
+            else:
+                (call,) = shared.calls()[count:]
+                sent = [(message["role"], message["content"]) for message in asked]
+                assert [turn for turn in turn_texts(call.body) if turn[1]] == sent
+            asked = [*asked, *said("", word)]
+            asked[-2:] = [
+                {"role": "assistant", "content": "noted"}, {"role": "user", "content": word}
+            ]
+
+
+@pytest.mark.parametrize("kind", ("texts", "pictures", "calls"))
+def test_a_long_history_arrives_as_it_was_sent(shared: Site, kind: str) -> None:
+    """More turns than are sent one by one: piped, or in a transcript."""
+    picture = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": PICTURE},
+    }
+    messages: List[Dict[str, Any]] = [{"role": "user", "content": texts("start")[0][1]}]
+    for number in range(60):
+        answer: List[Dict[str, Any]] = [{"type": "text", "text": "answer %d" % number}]
+        question: List[Dict[str, Any]] = [{"type": "text", "text": "question %d" % number}]
+        if kind == "pictures":
+            question.insert(0, picture)
+        if kind == "calls":
+            call_id = "toolu_%d" % number
+            answer.append(
+                {"type": "tool_use", "id": call_id, "name": "add", "input": {"a": number}}
+            )
+            question = [{
+                "type": "tool_result", "tool_use_id": call_id,
+                "content": [{"type": "text", "text": "result %d" % number}],
+            }]
+        messages += [
+            {"role": "assistant", "content": answer}, {"role": "user", "content": question}
+        ]
+    with passing(shared) as client:
+        tools = {"tools": [ADD]} if kind == "calls" else {}
+        chat(client, MESSAGES, messages, **tools)
+    (call,) = shared.calls()
+    sent = [(message["role"], message["content"]) for message in messages]
+    received = blocks_of(call)
+    for _, blocks in received:
+        for block in blocks:
+            if block["type"] == "tool_use":
+                block["name"] = block["name"].replace("mcp__api__", "")
+    assert received == sent
+    folder = shared.data / "transcripts"
+    content = "".join(path.read_text() for path in folder.glob("*") if path.is_file())
+    assert "question" not in content

@@ -3151,6 +3151,7 @@ TOOL_RESULT_WAIT_SECONDS = 60.0
 TOOL_SPARE_SECONDS = 600.0
 # For the preparation of an idle process that a request needs now.
 PREPARE_SECONDS = 5.0
+EVENTS_AT_ONCE = 100
 # Piped by the preparation: the first ones are slow. With 200 of them, a history of 200 pairs needs
 # 57 instead of 68 ms.
 WARM_UP_PAIRS = 200
@@ -3478,17 +3479,19 @@ def kill_orphans(tag: str, recorded: Iterable[ProcessRow]) -> List[int]:
     return sorted(orphans)
 
 
-def feed_pipe(path: Path, text: str, seconds: float) -> bool:
+def feed_pipe(path: Path, text: str, is_alive: Callable[[], bool]) -> bool:
     """Let the program that waits at a named pipe read this text, twice. -> whether it did.
     `claude` opens the file of --resume two times. The second time it finds a file, so that it
     cannot take the second copy for a part of the first."""
     write_file_atomically(path.with_suffix(".part"), text)
-    for _ in range(int(seconds / PIPE_POLL_SECONDS)):
+    for _ in range(int(PREPARE_SECONDS / PIPE_POLL_SECONDS)):
         try:
             handle = os.open(str(path), os.O_WRONLY | os.O_NONBLOCK)
             break
         except OSError:
             # Nobody has opened it for reading yet.
+            if not is_alive():
+                return False
             time.sleep(PIPE_POLL_SECONDS)
     else:
         return False
@@ -3496,7 +3499,7 @@ def feed_pipe(path: Path, text: str, seconds: float) -> bool:
         os.replace(path.with_suffix(".part"), path)
         view = memoryview(text.encode())
         while view:
-            if not select.select([], [handle], [], seconds)[1]:
+            if not select.select([], [handle], [], PREPARE_SECONDS)[1]:
                 return False
             view = view[os.write(handle, view) :]
     except OSError:
@@ -4052,12 +4055,12 @@ class Preparation:
         self.process.send({**message, "uuid": self._message_id})
 
     def advance(self, seconds: float) -> bool:
-        """Handle what arrives within `seconds`. -> whether the process is ready. Raises SessionLost
-        or ProcessExited when it is not usable, RunFailed."""
-        while self._awaited:
-            event = self.process.next_event(seconds)
+        """Wait up to `seconds` for an event, and handle those that arrived. -> whether the process
+        is ready. Raises SessionLost or ProcessExited when it is not usable, RunFailed."""
+        for number in range(EVENTS_AT_ONCE):
+            event = self.process.next_event(0 if number else seconds) if self._awaited else None
             if event is None:
-                return False
+                break
             if event.kind == "control_request":
                 self._tools.handle(event, ())
             response = event.body.get("response") or {}
@@ -4065,7 +4068,7 @@ class Preparation:
                 check_control(response)
             if self._awaited in (event.kind, response.get("request_id")):
                 self._continue(response)
-        return True
+        return not self._awaited
 
     def _continue(self, response: Mapping[str, Any]) -> None:
         """Take the next step after the one that was waited for."""
@@ -4218,7 +4221,7 @@ class Turn:
         can_pipe = len(history) > 1 and not candidate.transcript and self._can_pipe(program)
         requests = self.process.initialize(self._session, program.install.features)
         if len(requests) > 1 or candidate.transcript:
-            self._await_control_response(requests[-1]["request_id"])
+            check_control(self._await_control_response(requests[-1]["request_id"]))
         if candidate.transcript:
             # It was read before the CLI answered.
             remove_transcript(candidate.transcript)
@@ -4268,8 +4271,13 @@ class Turn:
             return False
         if program.can_pipe is None and program.can_rewind is None and not self.process.session:
             preparation = Preparation(self.process, self._session, program)
+            give_up_at = min(
+                self._control.deadline, self._control.clock.monotonic() + PREPARE_SECONDS)
             while not preparation.advance(CANCEL_POLL_SECONDS):
                 raise_if_stopped(self._control.stop_reason())
+                if self._control.clock.monotonic() >= give_up_at:
+                    program.can_rewind = False
+                    raise SessionLost()
         return bool(program.can_pipe)
 
     def rewind(self, index: int, program: ClaudeProgram) -> None:
@@ -4294,9 +4302,9 @@ class Turn:
                 # It exits, because it cannot resume the session.
                 raise SessionLost()
             response: Mapping[str, Any] = event.body.get("response") or {}
-            check_control(response)
             if response.get("request_id") == request_id:
                 return response
+            check_control(response)
 
     def send_prompt(self, message: Content) -> None:
         self.message_id = str(uuid.uuid4())
@@ -4726,7 +4734,7 @@ class IdlePool:
     def take_for_history(self, kind: ProcessKind) -> Optional[IdleProcess]:
         """Return a process that waits for a history."""
         for idle in self._idle:
-            if idle.kind == kind._replace(needs_history=True):
+            if idle.kind == kind._replace(needs_history=True) and idle.process.is_alive:
                 self._idle.remove(idle)
                 return idle
         return None
@@ -4735,18 +4743,26 @@ class IdlePool:
         return any(idle.kind == kind._replace(needs_history=True) for idle in self._idle)
 
     def _is_ready(self, idle: IdleProcess, seconds: float) -> bool:
-        """Continue a preparation for so many seconds. -> whether it is finished. A process that
-        fails, or that takes longer than PREPARE_SECONDS, is terminated."""
+        """Continue a preparation for so many seconds; 0 for what has arrived. -> whether it is
+        finished. A process that fails, or takes longer than that, is terminated."""
+        end = self._clock.monotonic() + seconds
         try:
-            if not idle.preparation or idle.preparation.advance(seconds):
-                idle.preparation = None
-                return True
-            failed = seconds >= PREPARE_SECONDS
-        except (SessionLost, ProcessExited, RunFailed):
-            failed = True
-        if failed:
-            self.terminate([idle])
+            while idle.preparation and not idle.preparation.advance(min(seconds, 0.05)):
+                if not seconds:
+                    return False
+                if self._clock.monotonic() >= end:
+                    raise SessionLost()
+            idle.preparation = None
+            return True
+        except RunFailed:
+            # The CLI refuses these settings.
+            self._usual_sessions.pop(idle.kind, None)
+        except ProcessExited:
             self._next_start_at = self._clock.monotonic() + SPARE_RETRY_SECONDS
+            self._program.can_rewind = self._program.can_rewind or False
+        except SessionLost:
+            self._program.can_rewind = self._program.can_rewind or False
+        self.terminate([idle])
         return False
 
     def advance(self) -> None:
@@ -4922,7 +4938,7 @@ class ClaudePool:
         idle = self._idle.take_for_history(kind) if not arguments else None
         if idle and idle.transcript:
             try:
-                if feed_pipe(idle.transcript, text, PREPARE_SECONDS):
+                if feed_pipe(idle.transcript, text, lambda: bool(idle and idle.process.is_alive)):
                     yield Candidate(idle.process, history=history, transcript=idle.transcript)
                 else:
                     self._idle.terminate([idle])

@@ -3131,9 +3131,10 @@ def partial_stop_length(text: str, stop_sequences: Sequence[str]) -> int:
 
 # === 7 Claude processes ==========================================================================
 # Starts `claude` and reads its answers. Pure part: the text of a running answer. Then the operating
-# system, the installed program, ClaudeProcess (one process and its pipes), Turn (one prompt),
-# ClaudePool (all processes) and ClaudeRunner (retries). Everything from ClaudeProcess on is used
-# from one thread, the worker. Read ClaudeRunner.run first.
+# system, the installed program, ClaudeProcess (one process and its pipes), Preparation (ahead of a
+# request), Turn (one prompt), ClaudePool (all processes) and ClaudeRunner (retries). From
+# ClaudeProcess on all is used from one thread, the worker. Read ClaudeRunner.run first, then
+# ClaudePool.candidates.
 
 # A line of the CLI can hold a whole answer, and JSON escapes make it longer.
 LINE_BYTES = 4 * OUTPUT_BYTES
@@ -3149,6 +3150,9 @@ MAX_KEPT_PROCESSES = 4
 TOOL_RESULT_WAIT_SECONDS = 60.0
 # How long a process with tools stays ready for the token that asked last.
 TOOL_SPARE_SECONDS = 600.0
+# After the last request, before a missing idle process is started if one of its kind is left: until
+# then it would compete with the next turns of a conversation.
+QUIET_SECONDS = 0.3
 # For the preparation of an idle process that a request needs now.
 PREPARE_SECONDS = 5.0
 EVENTS_AT_ONCE = 100
@@ -3999,6 +4003,11 @@ class ToolServer:
             return
         assert isinstance(message, dict)
         message_id = message.get("id")
+        if message.get("method") == "notifications/cancelled":
+            cancelled_id = (message.get("params") or {}).get("requestId")
+            for call_id, (_, call_message_id) in list(self._process.open_calls.items()):
+                if call_message_id == cancelled_id:
+                    del self._process.open_calls[call_id]
         if message.get("method") != "tools/call":
             self.reply(request_id, message_id, mcp_result(message, self._client_tools))
             return
@@ -4682,13 +4691,16 @@ class IdlePool:
         # The last kind with tools: its owner, and how long a process of it stays ready.
         self._tools_kind: Optional[Tuple[ProcessKind, str, float]] = None
         self._next_start_at = 0.0
+        self.last_request_at = float("-inf")
+        # A start waits for QUIET_SECONDS.
+        self._is_deferred = False
 
     def __len__(self) -> int:
         return len(self._idle)
 
     @property
-    def is_preparing(self) -> bool:
-        return any(idle.preparation for idle in self._idle)
+    def is_busy(self) -> bool:
+        return self._is_deferred or any(idle.preparation for idle in self._idle)
 
     @property
     def may_pipe(self) -> bool:
@@ -4766,9 +4778,11 @@ class IdlePool:
         return False
 
     def advance(self) -> None:
-        """Continue the preparations."""
+        """Continue the preparations, and starts that were deferred."""
         for idle in list(self._idle):
             self._is_ready(idle, 0)
+        if self._is_deferred and self._clock.monotonic() >= self.last_request_at + QUIET_SECONDS:
+            self.maintain()
 
     def maintain(self) -> None:
         """Remove exited processes, start what is missing, prepare one."""
@@ -4777,9 +4791,12 @@ class IdlePool:
             self.terminate([idle])
             # A process that exits by itself would do it again.
             self._next_start_at = now + SPARE_RETRY_SECONDS
-        missing = self._missing_kinds(now)
-        if now >= self._next_start_at:
-            for kind in missing:
+        self._is_deferred = False
+        for kind in self._missing_kinds(now) if now >= self._next_start_at else ():
+            has_same = any(idle.kind == kind for idle in self._idle)
+            if has_same and now < self.last_request_at + QUIET_SECONDS:
+                self._is_deferred = True
+            else:
                 self._start(kind, now)
         for kind, session in self._usual_sessions.items():
             same = [idle for idle in self._idle if idle.kind == kind]
@@ -4867,7 +4884,7 @@ class ClaudePool:
     @property
     def is_busy(self) -> bool:
         """Whether `advance` has something to continue soon."""
-        return self._launcher.has_terminating or self._idle.is_preparing
+        return self._launcher.has_terminating or self._idle.is_busy
 
     # --- for one turn ---
     def redetect_if_replaced(self) -> None:
@@ -4883,6 +4900,7 @@ class ClaudePool:
     def candidates(self, request: RunRequest) -> Iterator[Candidate]:
         """Yield candidate processes, best first. The caller tries the next one only if one exits
         before it accepted the prompt."""
+        self._idle.last_request_at = self.clock.monotonic()
         waiting = self._take_waiting(request)
         if waiting:
             yield waiting

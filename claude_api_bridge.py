@@ -2738,7 +2738,7 @@ def transcript(
     def add(kind: str, **fields: Any) -> None:
         rows.append({
             "parentUuid": rows[-1]["uuid"] if rows else None, "isSidechain": False,
-            "uuid": "%s-%012x" % (session_id[:23], len(rows)), "timestamp": iso_time(now),
+            "uuid": "%08x%s" % (len(rows), session_id[8:]), "timestamp": iso_time(now),
             "sessionId": session_id, "type": kind, **fields})
 
     def add_user(content: Content) -> None:

@@ -839,9 +839,8 @@ def test_a_history_that_the_cli_does_not_read_is_sent_turn_by_turn(
 
 
 def test_an_idle_process_of_an_old_cli_waits_for_a_history(
-    bridge: Bridges, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch
+    bridge: Bridges, fake_claude: Fakes
 ) -> None:
-    monkeypatch.setattr(cab, "PREPARE_SECONDS", 0.3)
     fake = twist(fake_claude(version=OLD_CLI), NOTED)
     running = bridge(fake, spare=2)
     client = Client(fake, running.admin)
@@ -1034,34 +1033,42 @@ def test_a_cli_that_does_not_go_back_is_used_without_a_warm_up(
     wait_until(has_ended)
     # One that died is not replaced at once.
     wait_until(lambda: len(fake.children()) == (3 if code == REWIND_DEATH else 4))
-    # Meanwhile requests are answered by another one.
+    # Meanwhile requests are answered by the other one.
     assert d.run("hello").text == "Echo: hello"
-    for seconds in (10, 15, 10, 0):
-        clock.advance(seconds)
+
+    def configured() -> List[int]:
+        clock.advance(1)
         d.pool.maintain()
-    if code == REWIND_DEATH:
-        # Nothing is known of it: the next one dies, too.
-        return
-    pid = d.prepare()
-    assert kinds(fake, pid) == ["initialize"]
+        return [
+            pid
+            for pid in running(fake)
+            if kinds(fake, pid) == ["initialize"] and not d.pool.is_busy
+        ]
+
+    (pid,) = wait_until(configured)
     # Two processes replace the failed one and the one that answered.
-    wait_until(lambda: len(fake.children()) == 5)
+    wait_until(lambda: len(fake.children()) >= 5)
     for _ in range(20):
         clock.advance(20)
         d.pool.maintain()
     assert d.run("turns").text == "[]" and seen(fake)[-1].pid == pid
-    assert len(fake.children()) == 5
+    # A death may be noticed before the reason: then it happens once more.
+    assert len(fake.children()) <= (6 if code == REWIND_DEATH else 5)
 
 
 def test_a_preparation_that_gets_no_answer_does_not_stop_a_request(
     direct: Directs, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cab, "PREPARE_SECONDS", 0.2)
-    d = direct(twist(fake, SILENT_REWIND), spare=2)
+    d = direct(twist(fake, SILENT_REWIND), spare=3)
     d.pool.maintain()
     began = time.monotonic()
     assert d.run("hello").text == "Echo: hello" and time.monotonic() - began < 3
     assert kinds(fake, seen(fake)[0].pid) == ["initialize", "user"]
+    # The next request does not wait for another one.
+    pid = d.prepare()
+    assert kinds(fake, pid) == ["initialize"]
+    assert d.run("turns").text == "[]" and seen(fake)[1].pid == pid
 
 
 def test_settings_that_the_cli_refuses_are_not_prepared_again_and_again(
@@ -1074,11 +1081,7 @@ def test_settings_that_the_cli_refuses_are_not_prepared_again_and_again(
             d.run("hello", system_prompt="refuse this")
     for _ in range(20):
         clock.advance(31)
-        for _ in range(20):
-            d.pool.maintain()
-            if not d.pool.is_busy:
-                break
-            time.sleep(0.01)
+        wait_until(lambda: d.pool.maintain() or not d.pool.is_busy)
     assert len(fake.children()) <= 8
     assert d.run("turns").text == "[]"
 

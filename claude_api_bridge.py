@@ -2849,15 +2849,13 @@ def content_digest(content: Content) -> bytes:
 
 
 def answer_digest(content: Content) -> bytes:
-    """Return the digest of an answer; blanks around it and the division into blocks do not
-    count, because clients change both."""
+    """Return the digest of an answer. Blanks around it, the division into blocks and the text
+    beside calls of tools do not count, because clients change them."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     text = "".join(block["text"] for block in content if block["type"] == "text").strip()
     calls = [block for block in content if block["type"] == "tool_use"]
-    if not calls:
-        return content_digest(text or NO_ANSWER)
-    return content_digest([{"type": "text", "text": text}, *calls])
+    return content_digest(calls or text or NO_ANSWER)
 
 
 def hold_turn(before: Sequence[HeldTurn], turn: HistoryTurn,
@@ -3647,6 +3645,7 @@ class ClaudeProgram:
         self.install = install
         self.can_rewind: Optional[bool] = None
         self.can_pipe: Optional[bool] = None
+        self._failed_preparations = 0
         self._detect = detect
         self._fingerprint = file_fingerprint(install.command[0])
 
@@ -3660,7 +3659,15 @@ class ClaudeProgram:
         assert self._detect is not None
         self.install = self._detect()
         self.can_rewind = self.can_pipe = None
+        self._failed_preparations = 0
         self._fingerprint = file_fingerprint(self.install.command[0])
+
+    def record_failed_preparation(self) -> None:
+        """Conclude from the second one that this CLI cannot rewind; the first may have another
+        reason, such as a busy machine."""
+        self._failed_preparations += 1
+        if self.can_rewind is None and self._failed_preparations > 1:
+            self.can_rewind = False
 
 
 def ask_models(install: ClaudeInstall, data_dir: Path) -> Tuple[Model, ...]:
@@ -4285,7 +4292,7 @@ class Turn:
             while not preparation.advance(CANCEL_POLL_SECONDS):
                 raise_if_stopped(self._control.stop_reason())
                 if self._control.clock.monotonic() >= give_up_at:
-                    program.can_rewind = False
+                    program.record_failed_preparation()
                     raise SessionLost()
         return bool(program.can_pipe)
 
@@ -4663,13 +4670,15 @@ class ClaudeLauncher:
 class IdleProcess:
     """A process that has no configuration yet, or was prepared for one.
     kind, date: what it was started with. transcript: the named pipe at which it waits for its
-    history. prepared_for: the configuration; preparation: until it is ready."""
+    history. prepared_for: the configuration; preparation: until it is ready, at the latest at
+    ready_by."""
     process: ClaudeProcess
     kind: ProcessKind
     date: str
     transcript: Optional[Path] = None
     prepared_for: Optional[SessionConfig] = None
     preparation: Optional[Preparation] = None
+    ready_by: float = float("inf")
 
 
 class IdlePool:
@@ -4757,13 +4766,13 @@ class IdlePool:
     def _is_ready(self, idle: IdleProcess, seconds: float) -> bool:
         """Continue a preparation for so many seconds; 0 for what has arrived. -> whether it is
         finished. A process that fails, or takes longer than that, is terminated."""
-        end = self._clock.monotonic() + seconds
+        end = self._clock.monotonic() + seconds if seconds else idle.ready_by
         try:
             while idle.preparation and not idle.preparation.advance(min(seconds, 0.05)):
-                if not seconds:
-                    return False
                 if self._clock.monotonic() >= end:
                     raise SessionLost()
+                if not seconds:
+                    return False
             idle.preparation = None
             return True
         except RunFailed:
@@ -4771,9 +4780,9 @@ class IdlePool:
             self._usual_sessions.pop(idle.kind, None)
         except ProcessExited:
             self._next_start_at = self._clock.monotonic() + SPARE_RETRY_SECONDS
-            self._program.can_rewind = self._program.can_rewind or False
+            self._program.record_failed_preparation()
         except SessionLost:
-            self._program.can_rewind = self._program.can_rewind or False
+            self._program.record_failed_preparation()
         self.terminate([idle])
         return False
 
@@ -4804,6 +4813,8 @@ class IdlePool:
             needed = 2 if kind == ProcessKind() else 1
             if len(same) >= needed and not any(idle.prepared_for for idle in same):
                 same[0].prepared_for = session
+                # A process that was just started needs time for that.
+                same[0].ready_by = now + 4 * PREPARE_SECONDS
                 same[0].preparation = Preparation(
                     same[0].process, session, self._program, self._config.preconnect)
 

@@ -1812,17 +1812,15 @@ def test_calls_in_a_stream_and_their_results_in_another(
     assert len(fake.children()) == 1
 
 
-def test_a_client_that_drops_the_text_beside_its_calls_gets_a_replay(
+def test_a_client_that_drops_the_text_beside_its_calls_continues_the_live_turn(
     bridge: Start, fake: FakeClaude
 ) -> None:
-    """Otherwise the model would read a text that the client did not send."""
+    """Many clients of the OpenAI format send `content: null` back; the calls have their ids."""
     admin = bridge(fake).admin
     body = chat_that_calls("openai")
     more = continue_chat(body, post(admin, "openai", body), "blue")
     more["messages"][-2]["content"] = None
-    assert words(post(admin, "openai", more)) == REPLAYED and len(pids(fake)) == 2
-    (answer,) = [line for line in fake.lines() if line["type"] == "assistant"]
-    assert answer["message"]["content"] == [tool_use("mcp__api__look", at="sky")]
+    assert "blue" in words(post(admin, "openai", more)) and len(pids(fake)) == 1
 
 
 def test_results_with_images_and_errors_go_to_the_live_turn(

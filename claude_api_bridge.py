@@ -219,18 +219,21 @@ class Config:
         120, "number", "requests a minute; 0 switches the limit off", maximum=1_000_000)
     spare: int = setting(
         2, "number",
-        "idle claude processes that stay ready, 90 to 160 MB each; from 2 on, one is prepared for"
-        " the settings used last; 0 starts one per request",
+        "idle claude processes for new conversations, 90 to 160 MB each; from 2 on, one is prepared"
+        " for the settings that two requests in a row had; 0: each starts its own process",
         maximum=3)
     preconnect: bool = setting(
         False, "switch",
-        "let idle processes connect to the API ahead, by a free request that counts tokens")
+        "let the prepared process (--spare 2) connect to the API before the first message, by a"
+        " request to the free token-counting service")
     run_seconds: float = setting(
         300, "number", "longest run of one request", minimum=1, maximum=86_400)
     silence_seconds: float = setting(
         90, "number", "longest time without output from claude", minimum=1, maximum=86_400)
     warm_seconds: float = setting(
-        600, "number", "how long the process of a conversation stays ready; 0 ends it at once",
+        600, "number",
+        "how long the process of a conversation waits for the next message; 0 ends it at once (but"
+        " 60 s after a call of a client's tool)",
         maximum=86_400)
     keep_days: int = setting(
         7, "number",
@@ -746,8 +749,10 @@ METRICS = (
     Metric("cab_tokens_total", "counter", "kind", "input, output, cache_read, cache_creation"),
     Metric("cab_cost_usd_total", "counter", "", "API prices, as claude estimates; not a bill"),
     Metric("cab_cli_starts_total", "counter", "", "processes of claude that were started"),
-    Metric("cab_spare_total", "counter", "result", "runs on an idle process (hit) or not (miss)"),
+    Metric("cab_spare_total", "counter", "result",
+           "new conversations on an idle process (hit) or not (miss)"),
     Metric("cab_spares", "gauge", "", "idle processes that are ready now"),
+    Metric("cab_waiting", "gauge", "", "processes that wait for the next turn of a conversation"),
     Metric("cab_resting", "gauge", "", "1 while the queue is paused for the plan's reset"),
     Metric("cab_plan_utilization", "gauge", "window", "used share of a limit of the plan, 0 to 1"),
     Metric("cab_plan_resets_at_seconds", "gauge", "window", "when that limit resets, epoch"),
@@ -3148,9 +3153,9 @@ MAX_KEPT_PROCESSES = 4
 TOOL_RESULT_WAIT_SECONDS = 60.0
 # How long a process with tools stays ready for the token that asked last.
 TOOL_SPARE_SECONDS = 600.0
-# After the last request, before a missing idle process is started if one of its kind is left: until
-# then it would compete with the next turns of a conversation.
-QUIET_SECONDS = 0.3
+# After the last request, before a process is prepared, or is started although one of its kind is
+# left: until then that would compete with the next requests.
+QUIET_SECONDS = 1.0
 # For the preparation of an idle process that a request needs now.
 PREPARE_SECONDS = 5.0
 EVENTS_AT_ONCE = 100
@@ -4712,6 +4717,10 @@ class IdlePool:
         return self._is_deferred or any(idle.preparation for idle in self._idle)
 
     @property
+    def _is_quiet(self) -> bool:
+        return self._clock.monotonic() >= self.last_request_at + QUIET_SECONDS
+
+    @property
     def may_pipe(self) -> bool:
         """Whether the CLI takes piped messages, as far as is known."""
         has_failed = False in (self._program.can_pipe, self._program.can_rewind)
@@ -4732,7 +4741,9 @@ class IdlePool:
                   if idle.kind == kind and idle.prepared_for in (None, session)]
         process = None
         if not self._launcher.effort_argv(session):
-            for idle in sorted(usable, key=lambda idle: idle.prepared_for is None):
+            # A prepared one, then one without a configuration, then one that is not ready yet.
+            for idle in sorted(usable, key=lambda idle: (
+                    idle.preparation is not None, idle.prepared_for is None)):
                 self._idle.remove(idle)
                 if self._is_ready(idle, PREPARE_SECONDS):
                     process = idle.process
@@ -4790,7 +4801,7 @@ class IdlePool:
         """Continue the preparations, and starts that were deferred."""
         for idle in list(self._idle):
             self._is_ready(idle, 0)
-        if self._is_deferred and self._clock.monotonic() >= self.last_request_at + QUIET_SECONDS:
+        if self._is_deferred and self._is_quiet:
             self.maintain()
 
     def maintain(self) -> None:
@@ -4803,7 +4814,7 @@ class IdlePool:
         self._is_deferred = False
         for kind in self._missing_kinds(now) if now >= self._next_start_at else ():
             has_same = any(idle.kind == kind for idle in self._idle)
-            if has_same and now < self.last_request_at + QUIET_SECONDS:
+            if has_same and not self._is_quiet:
                 self._is_deferred = True
             else:
                 self._start(kind, now)
@@ -4811,7 +4822,11 @@ class IdlePool:
             same = [idle for idle in self._idle if idle.kind == kind]
             # It accepts one configuration, so that another process must be left for any other.
             needed = 2 if kind == ProcessKind() else 1
-            if len(same) >= needed and not any(idle.prepared_for for idle in same):
+            if len(same) < needed or any(idle.prepared_for for idle in same):
+                continue
+            if not self._is_quiet:
+                self._is_deferred = True
+            else:
                 same[0].prepared_for = session
                 # A process that was just started needs time for that.
                 same[0].ready_by = now + 4 * PREPARE_SECONDS
@@ -4891,6 +4906,10 @@ class ClaudePool:
     @property
     def idle_count(self) -> int:
         return len(self._idle)
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
 
     @property
     def is_busy(self) -> bool:
@@ -5242,6 +5261,10 @@ class Worker:
     @property
     def idle_processes(self) -> int:
         return self._pool.idle_count
+
+    @property
+    def waiting_processes(self) -> int:
+        return self._pool.waiting_count
 
     def live(self, job_id: str) -> Optional[LiveText]:
         """Return the text of a running answer; None for a job that does not run."""
@@ -10078,6 +10101,7 @@ class BridgeStatus:
             ("cab_info", (("version", __version__), ("claude", version))): 1,
             ("cab_start_time_seconds", ()): self._started_at,
             ("cab_spares", ()): self._worker.idle_processes,
+            ("cab_waiting", ()): self._worker.waiting_processes,
             ("cab_resting", ()): self._worker.current_pause() is not None,
             ("cab_access_tokens", ()): self._stores.tokens.count(),
             ("cab_tunnel_up", ()): bool(self._tunnel and tunnel["url"]),

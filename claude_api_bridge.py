@@ -3490,7 +3490,10 @@ def feed_pipe(path: Path, text: str, is_alive: Callable[[], bool]) -> bool:
     """Let the program that waits at a named pipe read this text, twice. -> whether it did.
     `claude` opens the file of --resume two times. The second time it finds a file, so that it
     cannot take the second copy for a part of the first."""
-    write_file_atomically(path.with_suffix(".part"), text)
+    try:
+        write_file_atomically(path.with_suffix(".part"), text)
+    except OSError:
+        return False
     for _ in range(int(PREPARE_SECONDS / PIPE_POLL_SECONDS)):
         try:
             handle = os.open(str(path), os.O_WRONLY | os.O_NONBLOCK)
@@ -3938,7 +3941,8 @@ class ClaudeProcess:
 
 # --- one turn ---
 class SessionLost(Exception):
-    """The CLI does not know the session, or does not go back to the turn, that was to continue."""
+    """The CLI does not know the session, or does not go back to the turn, that was to continue; or
+    a process that has waited does not react."""
 
 
 @dataclass(frozen=True)
@@ -4179,8 +4183,11 @@ class TurnMessages:
 class Turn:
     """One turn with one process: its deadlines, and what is read until the result."""
 
-    def __init__(self, process: ClaudeProcess, session: SessionConfig, control: RunControl) -> None:
+    def __init__(self, process: ClaudeProcess, session: SessionConfig, control: RunControl,
+                 has_waited: bool = False) -> None:
         self.process = process
+        # From then on a process that has waited, and reports nothing, is replaced.
+        self._lost_at = control.clock.monotonic() + PREPARE_SECONDS if has_waited else float("inf")
         self._session = session
         self._control = control
         self._tools = ToolServer(process, session.client_tools)
@@ -4211,11 +4218,14 @@ class Turn:
                 raise_if_stopped(self._control.stop_reason())
             if now >= deadline:
                 self._fail_at_deadline()
+            if now >= self._lost_at:
+                raise SessionLost()
             if now >= silent_at and not self._running_tools:
                 text = "claude sent nothing for %g seconds." % config.silence_seconds
                 raise RunFailed("timeout", text)
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
             if event is not None:
+                self._lost_at = float("inf")
                 self._note_tools(event)
                 return event
 
@@ -4246,7 +4256,8 @@ class Turn:
         if candidate.transcript:
             # It was read before the CLI answered.
             remove_transcript(candidate.transcript)
-            last_answer = assistant_message(history[-1].response, "msg_told_%d" % len(history))
+            # The CLI would merge it with an answer of the transcript that has the same id.
+            last_answer = assistant_message(history[-1].response, "msg_told_last")
             self.process.send(last_answer)
         else:
             ids = self._replay(history, can_pipe)
@@ -4985,9 +4996,10 @@ class ClaudePool:
         arguments = self._launcher.effort_argv(session)
         idle = self._idle.take_for_history(kind) if not arguments else None
         if idle and idle.transcript:
+            process = idle.process
             try:
-                if feed_pipe(idle.transcript, text, lambda: bool(idle and idle.process.is_alive)):
-                    yield Candidate(idle.process, history=history, transcript=idle.transcript)
+                if feed_pipe(idle.transcript, text, lambda: process.is_alive):
+                    yield Candidate(process, history=history, transcript=idle.transcript)
                 else:
                     self._idle.terminate([idle])
             finally:
@@ -5109,7 +5121,7 @@ class ClaudeRunner:
     def _try(self, request: RunRequest, live: LiveText, control: RunControl) -> Answer:
         """Run the turn once. Raises RunFailed."""
         for candidate in self.pool.candidates(request):
-            turn = Turn(candidate.process, request.session, control)
+            turn = Turn(candidate.process, request.session, control, candidate.is_configured)
             try:
                 if candidate.tool_results:
                     turn.send_tool_results(candidate.tool_results, live, candidate.model)

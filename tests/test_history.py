@@ -564,6 +564,18 @@ def test_a_waiting_process_that_died_is_replaced(bridge: Bridges, fake: FakeClau
     assert client.say("three") != pid
 
 
+def test_a_waiting_process_that_does_not_react_is_replaced(
+    bridge: Bridges, fake: FakeClaude, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cab, "PREPARE_SECONDS", 0.3)
+    client = Client(fake, bridge(fake).admin)
+    client.say("one")
+    pid = client.say("two")
+    os.kill(pid, signal.SIGSTOP)
+    assert client.say("three") != pid
+    wait_until(lambda: not is_running(pid))
+
+
 DIES_AT = """
 import os
 def dying(self, rest):

@@ -1873,15 +1873,16 @@ def test_a_conversation_is_never_summarized(shared: Site) -> None:
             ]
 
 
+@pytest.mark.parametrize("pairs", (60, 61))
 @pytest.mark.parametrize("kind", ("texts", "pictures", "calls"))
-def test_a_long_history_arrives_as_it_was_sent(shared: Site, kind: str) -> None:
+def test_a_long_history_arrives_as_it_was_sent(shared: Site, kind: str, pairs: int) -> None:
     """More turns than are sent one by one: piped, or in a transcript."""
     picture = {
         "type": "image",
         "source": {"type": "base64", "media_type": "image/png", "data": PICTURE},
     }
     messages: List[Dict[str, Any]] = [{"role": "user", "content": texts("start")[0][1]}]
-    for number in range(60):
+    for number in range(pairs):
         answer: List[Dict[str, Any]] = [{"type": "text", "text": "answer %d" % number}]
         question: List[Dict[str, Any]] = [{"type": "text", "text": "question %d" % number}]
         if kind == "pictures":

@@ -4567,8 +4567,9 @@ class ClaudeLauncher:
         self._terminating: List[ClaudeProcess] = []
         self._start_count = 0
         # Left by a bridge that was killed.
-        for path in (config.data_dir / TRANSCRIPTS).glob("*"):
-            remove_transcript(path)
+        for pattern in ("*.jsonl", "*.part"):
+            for path in (config.data_dir / TRANSCRIPTS).glob(pattern):
+                remove_transcript(path)
 
     @property
     def has_terminating(self) -> bool:
@@ -4833,7 +4834,9 @@ class IdlePool:
             same = [idle for idle in self._idle if idle.kind == kind]
             # It accepts one configuration, so that another process must be left for any other.
             needed = 2 if kind == ProcessKind() else 1
-            if len(same) < needed or any(idle.prepared_for for idle in same):
+            is_prepared = any(idle.prepared_for for idle in same)
+            # The CLI would write what warms it up to the file of the session.
+            if len(same) < needed or is_prepared or kind.has_session:
                 continue
             if not self._is_quiet:
                 self._is_deferred = True

@@ -1389,7 +1389,6 @@ def test_a_client_tool_call_continues_in_the_live_turn(shared: Site) -> None:
         assert offered["mcp__api__add"]["description"] == "adds"
         assert "x" * 5_000 + " the end" in system_text(shared.calls()[0].body)
         assert "truncated" not in offered["mcp__api__long"]["description"]
-        waiting = shared.processes()
         last = chat(
             client, MESSAGES, asked + tool_turn(first, "one", [{"type": "text", "text": "two"}]),
             tools=[ADD, long],
@@ -1406,7 +1405,8 @@ def test_a_client_tool_call_continues_in_the_live_turn(shared: Site) -> None:
         ]
         asked_again[-2]["role"], asked_again[-1]["role"] = "assistant", "user"
         chat(client, MESSAGES, asked_again, tools=[ADD, long])
-        assert waiting <= shared.processes()
+        sessions = {call.headers["x-claude-code-session-id"] for call in shared.calls()}
+        assert len(sessions) == 1
         # Its results cannot be taken back: a new one receives the whole conversation.
         chat(client, MESSAGES, asked + tool_turn(first, "one", "two"), tools=[ADD, long])
         seeded = shared.calls()[-1]

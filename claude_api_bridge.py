@@ -4718,6 +4718,8 @@ class IdlePool:
         self._tools_kind: Optional[Tuple[ProcessKind, str, float]] = None
         self._next_start_at = 0.0
         self.last_request_at = float("-inf")
+        # Whether a process that waits for a history has exited instead.
+        self._has_refused_history = False
         # A start waits for QUIET_SECONDS.
         self._is_deferred = False
 
@@ -4822,7 +4824,10 @@ class IdlePool:
         for idle in [idle for idle in self._idle if not idle.process.is_alive]:
             self.terminate([idle])
             # A process that exits by itself would do it again.
-            self._next_start_at = now + SPARE_RETRY_SECONDS
+            if idle.kind.needs_history:
+                self._has_refused_history = True
+            else:
+                self._next_start_at = now + SPARE_RETRY_SECONDS
         self._is_deferred = False
         for kind in self._missing_kinds(now) if now >= self._next_start_at else ():
             has_same = any(idle.kind == kind for idle in self._idle)
@@ -4850,7 +4855,8 @@ class IdlePool:
     def _missing_kinds(self, now: float) -> List[ProcessKind]:
         """Return which kinds to start; terminate the processes that are not needed any more."""
         kinds = [ProcessKind()] * self._config.spare
-        if len(kinds) > 1 + self.may_pipe and hasattr(os, "mkfifo"):
+        can_wait = hasattr(os, "mkfifo") and not self._has_refused_history
+        if len(kinds) > 1 + self.may_pipe and can_wait:
             kinds[-1] = ProcessKind(needs_history=True)
         if self._tools_kind and now < self._tools_kind[2]:
             kinds.append(self._tools_kind[0])
@@ -4882,6 +4888,7 @@ class IdlePool:
         """Replace all processes, by those of another program."""
         self.terminate(self._idle)
         self._next_start_at = 0.0
+        self._has_refused_history = False
 
     def forget_owner(self, token_exists: Callable[[str], bool]) -> None:
         """Start no more processes for a token that was deleted."""

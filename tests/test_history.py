@@ -879,6 +879,23 @@ def test_an_idle_process_of_an_old_cli_waits_for_a_history(
     assert len(transcripts(running)) <= 1
 
 
+NO_FILES = """
+run = fake_claude.Fake.run
+fake_claude.Fake.run = lambda self: 1 if "/" in (self.resumes or "") else run(self)
+"""
+
+
+def test_a_cli_that_takes_no_files_still_has_idle_processes(
+    bridge: Bridges, fake_claude: Fakes
+) -> None:
+    fake = twist(fake_claude(version=OLD_CLI), NOTED + NO_FILES)
+    running = bridge(fake, spare=2)
+    wait_until(lambda: running.pool.idle_count == 2 and len(fake.children()) == 3)
+    client = Client(fake, running.admin)
+    client.turns = exchanges(6)
+    client.say("now")
+
+
 def test_the_files_of_a_killed_bridge_are_removed(bridge: Bridges, tmp_path: Path) -> None:
     folder = tmp_path / "data" / cab.TRANSCRIPTS
     folder.mkdir(parents=True)

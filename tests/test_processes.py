@@ -468,8 +468,7 @@ def test_a_spare_that_ended_by_itself_is_replaced_half_a_minute_later(
     direct: Directs, clock: FakeClock
 ) -> None:
     d = direct(spare=2, clock=clock)
-    d.pool.maintain()
-    dead = wait_until(d.fake.children)[0]["pid"]
+    dead = d.prepare()
     os.kill(dead, signal.SIGKILL)
     wait_until(lambda: not is_running(dead))
     for seconds, count in ((0, 1), (29, 1), (2, 2)):

@@ -150,7 +150,7 @@ class Site:
             r"(\.claude\.json|sessions|session-env|projects|plugins|backups"
             r"|shell-snapshots|statsig|debug|todos|cache)"
         )
-        usual = r"stderr-|data/(bridge\.|claude-home/%s)" % own
+        usual = r"stderr-|data/(bridge\.|transcripts/|claude-home/%s)" % own
         times = {}
         for parent, _, names in os.walk(self.folder):
             for path in (Path(parent, name) for name in names):
@@ -686,7 +686,7 @@ def cancelled(site: Site, client: Api, request: str) -> Dict[str, Any]:
 
 
 def test_cancelling_ends_an_answer(shared: Site) -> None:
-    running = shared.idle()
+    running = shared.processes()
     shared.messages.reply = lambda body: (
         echo(body) if last_text(body) == "next" else Reply("word " * 400, word_seconds=0.05)
     )
@@ -1434,7 +1434,6 @@ def test_a_pending_tool_call_is_continued_only_by_its_own_token_and_ids(shared: 
         asked = said("add")
         firsts = [chat(client, MESSAGES, asked, tools=[ADD]) for client in (one, two)]
         assert firsts[0]["content"] == firsts[1]["content"]
-        shared.idle(4)  # two idle ones, and one for every token
         other = chat(
             one,
             MESSAGES,
@@ -1457,12 +1456,10 @@ def test_a_pending_tool_call_is_continued_only_by_its_own_token_and_ids(shared: 
         )
         assert other["stop_reason"] == "end_turn"
         # The ids differ: the call got its own process.
-        shared.idle(5)
         chat(two, MESSAGES, asked + tool_turn(firsts[1], "for two"), tools=[ADD])
         assert tool_results(shared.calls()[-1].body) == [(False, "for two")]
         chat(one, MESSAGES, asked + tool_turn(firsts[0], "for one"), tools=[ADD])
         assert tool_results(shared.calls()[-1].body) == [(False, "for one")]
-        shared.idle(5)
         # Two calls and three answers: nothing was requested again.
         assert len(shared.calls()) == 5
 
@@ -1485,7 +1482,6 @@ def test_a_client_that_hangs_up_ends_its_run(shared: Site) -> None:
         )
     )
     assert latest["errorCode"] == "cancelled" and latest["api"] == "anthropic"
-    shared.idle()
     wait_until(lambda: shared.calls()[0].was_left)
 
 

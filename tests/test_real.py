@@ -686,7 +686,7 @@ def cancelled(site: Site, client: Api, request: str) -> Dict[str, Any]:
 
 
 def test_cancelling_ends_an_answer(shared: Site) -> None:
-    running = shared.processes()
+    running = wait_until(shared.processes)
     shared.messages.reply = lambda body: (
         echo(body) if last_text(body) == "next" else Reply("word " * 400, word_seconds=0.05)
     )

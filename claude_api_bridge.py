@@ -4582,7 +4582,8 @@ class ClaudeLauncher:
         if session_id:
             arguments = ["--session-id=" + session_id, *arguments]
         elif not any(argument.startswith("--resume=") for argument in arguments):
-            arguments = [*self._date_argv(), *arguments]
+            # Beside another flag, claude_argv would leave it out.
+            arguments = [*(self._date_argv() or ["--no-session-persistence"]), *arguments]
         argv = claude_argv(install.command, install.features, kind.tools, arguments)
         self._start_count += 1
         tag = "%s.%d." % (self._tag, self._start_count)

@@ -1483,6 +1483,16 @@ def test_the_oldest_supported_claude_with_only_the_needed_flags_is_used(
     assert flags <= cab.NEEDED_FLAGS | {"--output-format", "--verbose", "--allowedTools"}
 
 
+def test_an_effort_as_a_flag_does_not_make_the_cli_keep_the_session(
+    direct: Directs, fake_claude: Fakes
+) -> None:
+    flags = " ".join([*cab.NEEDED_FLAGS, "--effort"])
+    d = direct(fake_claude(version="2.1.197 (Claude Code)", flags=flags), detect=True)
+    assert d.run("hello", effort="low").text == "Echo: hello"
+    argv = d.fake.children()[0]["argv"]
+    assert argv[argv.index("--effort") + 1] == "low" and "--no-session-persistence" in argv
+
+
 def test_a_login_in_the_owners_settings_is_used_with_a_note(
     direct: Directs, fake_claude: Fakes
 ) -> None:

@@ -2646,6 +2646,11 @@ def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[st
 
 
 # --- control messages and prompts ---
+def control_request(request_id: str, subtype: str, **fields: Any) -> Dict[str, Any]:
+    request = {"subtype": subtype, **fields}
+    return {"type": "control_request", "request_id": request_id, "request": request}
+
+
 def initialize_requests(session: SessionConfig, features: Features) -> List[Dict[str, Any]]:
     """Return the control requests that configure a fresh process; the first has the id "1"."""
     agent: Dict[str, Any] = {"description": "answers API requests", "prompt": session.system_prompt}
@@ -2664,8 +2669,7 @@ def initialize_requests(session: SessionConfig, features: Features) -> List[Dict
     if session.effort and features.version >= EFFORT_CLI:
         settings = {"effortLevel": session.effort}
         requests.append({"subtype": "apply_flag_settings", "settings": settings})
-    return [{"type": "control_request", "request_id": str(number), "request": request}
-            for number, request in enumerate(requests, 1)]
+    return [control_request(str(number), **request) for number, request in enumerate(requests, 1)]
 
 
 def cli_line(message: Mapping[str, Any]) -> bytes:
@@ -2702,11 +2706,6 @@ def is_pipeable(number: int, turn: HistoryTurn) -> bool:
 def piped_message(text: str) -> Dict[str, Any]:
     """Build an earlier message of the user that needs no turn of its own."""
     return {**cli_message("assistant", ()), PIPED_TEXT: text}
-
-
-def control_request(request_id: str, subtype: str, **fields: Any) -> Dict[str, Any]:
-    request = {"subtype": subtype, **fields}
-    return {"type": "control_request", "request_id": request_id, "request": request}
 
 
 def has_rewound(response: Mapping[str, Any], message_id: str) -> bool:
@@ -3670,6 +3669,16 @@ class ClaudeProgram:
         self._failed_preparations = 0
         self._fingerprint = file_fingerprint(self.install.command[0])
 
+    @property
+    def may_rewind(self) -> bool:
+        """Whether the CLI takes messages back without a trace, as far as is known."""
+        return self.install.features.version >= REWIND_CLI and self.can_rewind is not False
+
+    @property
+    def may_pipe(self) -> bool:
+        """Whether the CLI takes piped messages, as far as is known."""
+        return self.may_rewind and self.can_pipe is not False
+
     def record_failed_preparation(self) -> None:
         """Conclude from the second one that this CLI cannot rewind; the first may have another
         reason, such as a busy machine."""
@@ -4060,14 +4069,13 @@ class Preparation:
         self._program = program
         self._tools = ToolServer(process, session.client_tools)
         self._message_id = str(uuid.uuid4())
-        features = program.install.features
         # What is waited for: the id of a request, "result", or "" at the end.
         self._awaited = ""
-        for request in process.initialize(session, features):
+        for request in process.initialize(session, program.install.features):
             self._awaited = request["request_id"]
         if connect:
             self._send("connect", "get_context_usage")
-        elif program.can_rewind is not False and features.version >= REWIND_CLI:
+        elif program.may_rewind:
             self._warm_up()
 
     def _send(self, request_id: str, subtype: str, **fields: Any) -> None:
@@ -4100,8 +4108,7 @@ class Preparation:
         step, self._awaited = self._awaited, ""
         details = response.get("response") or {}
         if step == "connect":
-            features = self._program.install.features
-            if self._program.can_rewind is not False and features.version >= REWIND_CLI:
+            if self._program.may_rewind:
                 self._warm_up()
         elif step == "result" and self._program.can_pipe is not False:
             pair = (assistant_message("Hello."), piped_message(self._message_id))
@@ -4735,12 +4742,6 @@ class IdlePool:
     def _is_quiet(self) -> bool:
         return self._clock.monotonic() >= self.last_request_at + QUIET_SECONDS
 
-    @property
-    def may_pipe(self) -> bool:
-        """Whether the CLI takes piped messages, as far as is known."""
-        has_failed = False in (self._program.can_pipe, self._program.can_rewind)
-        return self._program.install.features.version >= REWIND_CLI and not has_failed
-
     def take(self, request: RunRequest, kind: ProcessKind) -> Optional[ClaudeProcess]:
         """Return a process that can take the request, rather one that was prepared for its
         configuration."""
@@ -4857,7 +4858,7 @@ class IdlePool:
         """Return which kinds to start; terminate the processes that are not needed any more."""
         kinds = [ProcessKind()] * self._config.spare
         can_wait = hasattr(os, "mkfifo") and not self._has_refused_history
-        if len(kinds) > 1 + self.may_pipe and can_wait:
+        if len(kinds) > 1 + self._program.may_pipe and can_wait:
             kinds[-1] = ProcessKind(needs_history=True)
         if self._tools_kind and now < self._tools_kind[2]:
             kinds.append(self._tools_kind[0])
@@ -4996,7 +4997,7 @@ class ClaudePool:
 
     def _count_round_trips(self, history: Sequence[HistoryTurn]) -> int:
         """Return how many turns of the history cannot be piped."""
-        if not self._idle.may_pipe:
+        if not self.program.may_pipe:
             return len(history)
         return sum(not is_pipeable(number, turn) for number, turn in enumerate(history))
 

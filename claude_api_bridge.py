@@ -10595,6 +10595,8 @@ def command_token(arguments: argparse.Namespace, config: Config, console: Consol
             list_tokens(arguments, service, console)
         else:
             service.revoke_token(arguments.id)
+            # A bridge that runs may know the token for so long; afterwards it is refused.
+            time.sleep(2 * CACHE_REVALIDATE_SECONDS)
             console.info("✅", "Token revoked")
     return 0
 

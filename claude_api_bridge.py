@@ -49,6 +49,7 @@ to change how Claude Code is driven, in 6 and 7.
 # http-ADDRESS (many)       BridgeServer       its socket, a Notifier event   the end of its socket
 # worker                    Worker             a Notifier event, 1 s          stop event
 # writer                    Database           its queue                      None in the queue
+# check                     Database           the disk                       an interrupt
 # stdin-, stdout-, stderr-  ClaudeProcess      a pipe                         the end of the process
 # tunnel                    Tunnel             stop event, 0.1 to 0.5 s       stop event
 # cloudflared-log           Cloudflared        a pipe                         the end of the process
@@ -127,7 +128,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, wraps
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain, count, islice, repeat
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from typing import (
     Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
@@ -235,6 +236,10 @@ class Config:
         "how long the process of a conversation waits for the next message; 0 ends it at once (but"
         " 60 s after a call of a client's tool)",
         maximum=86_400)
+    hold_hours: int = setting(
+        24, "number",
+        "how long requests wait for a lost network, a refused login or an overloaded service",
+        minimum=1, maximum=8_760)
     keep_days: int = setting(
         7, "number",
         "days after which finished requests are deleted (those of a conversation stay with it)",
@@ -488,28 +493,45 @@ RUN_ERRORS = {
     "timeout": "the run took too long, or claude sent nothing for too long",
     "usage_limit": "the plan's limit is used up; native requests wait for the reset, a /v1 request"
     " fails if the reset is more than 5 minutes away",
-    "auth_required": "claude is not signed in, or its login was refused",
-    "overloaded": "the service, or this machine, was overloaded during the whole run",
+    "network": "the API could not be reached, or did not work, for all of the time that a request"
+    " waits: --hold-hours, on /v1 30 s",
+    "auth_required": "claude is not signed in, or its login was refused, for as long",
+    "overloaded": "the service, or this machine, was overloaded for as long (on /v1 20 s)",
+    "paused": "the owner has paused the queue, and a /v1 request waited for 30 s",
+    "refused": "the model refused to answer; /v1 answers 200 with the reason",
+    "invalid_request": "the API refused the request",
+    "request_too_large": "the request is larger than the API accepts",
     "billing_guard": "the run would have been billed to an API key and was stopped",
     "cli_error": "claude failed; the text holds its own message",
     "output_too_large": "the answer is larger than 10 MB",
     "interrupted": "the run was interrupted twice: the bridge stopped or crashed",
     "context_too_long": "the prompt or the conversation is longer than the model accepts",
     "model_not_found": "the model does not exist, or the account may not use it"}
-# After these a request waits for its next run; it did not cause them.
-REQUEUED = ("interrupted", "usage_limit")
+# After these the queue waits, and the request with it: it did not cause them. -> `waitingFor`.
+HOLD_REASONS = {
+    "usage_limit": "usage_limit", "overloaded": "overloaded", "network": "network",
+    "auth_required": "login"}
 # HTTP status of a failed run on /v1; 500 for the others.
 RUN_STATUS = {
-    "timeout": 504, "usage_limit": 429, "auth_required": 503, "overloaded": 529,
-    "billing_guard": 403, "interrupted": 503, "context_too_long": 400, "model_not_found": 404}
+    "timeout": 504, "usage_limit": 429, "auth_required": 503, "overloaded": 529, "network": 503,
+    "paused": 503, "billing_guard": 403, "interrupted": 503, "context_too_long": 400,
+    "invalid_request": 400, "request_too_large": 413, "model_not_found": 404}
+# A client library waits for so long and sends the request again.
+RETRY_SECONDS = 60
 
 
 class RunError(BridgeError):
-    """A failed run as an HTTP error, for callers of /v1. code: a key of RUN_ERRORS. The bridge has
-    already retried, so client libraries must not."""
+    """A failed run as an HTTP error, for callers of /v1. code: a key of RUN_ERRORS. retry_after:
+    seconds until it may succeed. The bridge has already retried, so client libraries must not, if
+    that is not soon."""
 
-    def __init__(self, code: str, text: str, headers: Sequence[Tuple[str, str]] = ()) -> None:
-        super().__init__(text, (("x-should-retry", "false"), *headers))
+    def __init__(self, code: str, text: str, retry_after: Optional[float] = None) -> None:
+        headers = []
+        if retry_after is not None:
+            headers.append(("Retry-After", str(max(1, math.ceil(retry_after)))))
+        if retry_after is None or retry_after > RETRY_SECONDS:
+            headers.append(("x-should-retry", "false"))
+        super().__init__(text, headers)
         self.status = RUN_STATUS.get(code, 500)
         self.code = code
 
@@ -518,14 +540,18 @@ class RunFailed(Exception):
     """The outcome of a run that did not succeed.
     code: a key of RUN_ERRORS. The text is for the caller.
     resets_at: when a used-up limit resets (epoch seconds), if reported.
-    is_model_limit: the limit is of one model; other models may run."""
+    is_of_model: the limit, or the overload, is of one model; other models may run.
+    is_answered: the API did answer. answer: what the model said before it refused."""
 
     def __init__(self, code: str, text: str, resets_at: Optional[float] = None,
-                 is_model_limit: bool = False) -> None:
+                 is_of_model: bool = False, is_answered: bool = False,
+                 answer: "Optional[Answer]" = None) -> None:
         super().__init__(text)
         self.code = code
         self.resets_at = resets_at
-        self.is_model_limit = is_model_limit
+        self.is_of_model = is_of_model
+        self.is_answered = is_answered
+        self.answer = answer
 
 
 class CannotStart(Exception):
@@ -1310,9 +1336,13 @@ class RateLimitStatus(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """Why nothing runs now (usage_limit or overloaded), and until when."""
+    """Why nothing runs now: usage_limit, overloaded, network, login or paused.
+    until: the next try; infinite if the owner must resume. since: 0 if that does not matter. text:
+    the error behind it."""
     reason: str
     until: float
+    since: float = 0.0
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -1355,6 +1385,15 @@ CACHE_REVALIDATE_SECONDS = 0.05
 # How often /health really writes, and how long it waits for that.
 CHECK_SECONDS = 5.0
 HEALTH_SECONDS = 1.0
+# Rows that one transaction deletes, so that no other write waits for long.
+SLICE_ROWS = 100
+# Pages that one transaction gives back to the file system.
+VACUUM_PAGES = 200
+# A larger database is not checked while it is opened.
+CHECKED_BYTES = 4 << 20
+# The first version whose files give space back.
+VACUUM_VERSION = 5
+CONVERSATIONS = 1_000
 
 # The names that the bridge uses in its data folder.
 DATA_NAMES = (
@@ -1437,6 +1476,45 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         "ALTER TABLE jobs ADD COLUMN chat TEXT",
         "ALTER TABLE jobs ADD COLUMN ending TEXT",
         "ALTER TABLE jobs ADD COLUMN api TEXT",
+    ),
+    (
+        # No request and no maintenance counts or sorts what is stored: counters and indexes.
+        "CREATE TABLE job_counts (status TEXT PRIMARY KEY, amount INTEGER NOT NULL)",
+        "INSERT INTO job_counts VALUES ('queued', 0), ('processing', 0), ('completed', 0),"
+        " ('error', 0)",
+        "UPDATE job_counts SET amount = (SELECT count(*) FROM jobs WHERE jobs.status ="
+        " job_counts.status)",
+        "CREATE TRIGGER job_added AFTER INSERT ON jobs BEGIN UPDATE job_counts SET amount ="
+        " amount + 1 WHERE status = new.status; END",
+        "CREATE TRIGGER job_deleted AFTER DELETE ON jobs BEGIN UPDATE job_counts SET amount ="
+        " amount - 1 WHERE status = old.status; END",
+        "CREATE TRIGGER job_changed AFTER UPDATE OF status ON jobs BEGIN UPDATE job_counts SET"
+        " amount = amount + (status = new.status) - (status = old.status) WHERE status IN"
+        " (old.status, new.status); END",
+        "CREATE INDEX jobs_of_token_by_status ON jobs (token_id, status, seq)",
+        "CREATE INDEX jobs_to_purge ON jobs (completed_at) WHERE completed_at IS NOT NULL AND"
+        " (conversation IS NULL OR status = 'error')",
+        # turns: the completed ones; bytes: of those that are stored.
+        "ALTER TABLE conversations ADD COLUMN turns INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE conversations ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0",
+        "INSERT OR IGNORE INTO conversations (token_id, name, key, created_at, last_used_at)"
+        " SELECT token_id, conversation, lower(hex(randomblob(16))), min(created_at),"
+        " max(created_at) FROM jobs WHERE conversation IS NOT NULL GROUP BY 1, 2",
+        "UPDATE conversations SET (turns, bytes, created_at, last_used_at) = (SELECT"
+        " coalesce(sum(status = 'completed'), 0), coalesce(sum(CASE status WHEN 'completed' THEN"
+        " length(CAST(message AS BLOB)) + length(CAST(response AS BLOB)) END), 0),"
+        " coalesce(min(j.created_at), conversations.created_at),"
+        " coalesce(max(coalesce(completed_at, j.created_at)), conversations.last_used_at) FROM"
+        " jobs j WHERE j.token_id = conversations.token_id AND j.conversation ="
+        " conversations.name)",
+        "CREATE INDEX conversations_by_use ON conversations (token_id, last_used_at)",
+        "CREATE INDEX conversations_by_size ON conversations (bytes)",
+        "ALTER TABLE tokens ADD COLUMN callbacks TEXT",
+        "ALTER TABLE tokens ADD COLUMN callback_secret TEXT",
+        # next_at: when to deliver; NULL until the request is finished.
+        "CREATE TABLE callbacks (job_id TEXT PRIMARY KEY REFERENCES jobs(id) ON DELETE CASCADE,"
+        " url TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, next_at REAL)",
+        "CREATE INDEX callbacks_by_time ON callbacks (next_at)",
     ),
 )
 
@@ -1609,9 +1687,10 @@ def inspect_database(path: Path) -> DatabaseInfo:
             elif fault == "ok" and version < 3:
                 return DatabaseInfo()
             elif fault == "ok":
-                latest = db.execute("SELECT max(created_at) FROM jobs").fetchone()[0]
+                newest = "SELECT created_at FROM jobs ORDER BY seq DESC LIMIT 1"
+                (latest,) = db.execute(newest).fetchone() or (0.0,)
                 rows = db.execute("SELECT pid, started, program FROM children").fetchall()
-                return DatabaseInfo(None, latest or 0.0, rows)
+                return DatabaseInfo(None, latest, rows)
     except sqlite3.Error as error:
         fault = str(error)
     return DatabaseInfo("The database %s cannot be used: %s" % (path, fault))
@@ -1624,6 +1703,13 @@ Result = TypeVar("Result")
 
 def schema_version(db: sqlite3.Connection) -> int:
     return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def check_integrity(db: sqlite3.Connection) -> None:
+    """Read the whole file. Raises sqlite3.DatabaseError."""
+    fault = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if fault != "ok":
+        raise sqlite3.DatabaseError(fault)
 
 
 def use_wal(db: sqlite3.Connection) -> None:
@@ -1645,9 +1731,11 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
 
 
 class WriteTask(NamedTuple):
-    """A transaction in the queue of the thread "writer"."""
+    """What the thread "writer" is to do.
+    is_transaction: False for what SQLite does outside a transaction only."""
     fn: Callable[[sqlite3.Connection], Any]
     future: "Future[Any]"
+    is_transaction: bool = True
 
 
 class Database:
@@ -1677,6 +1765,12 @@ class Database:
         self._tokens_dirty = False
         self._cached_data_version = 0
         self._revalidate_at = float("-inf")
+        self._is_incremental = False
+        self._is_in_use = False
+        self._checker: Optional[sqlite3.Connection] = None
+        self._check_thread = threading.Thread(target=self._check, name="check", daemon=True)
+        # What the check found.
+        self._damage: Optional[sqlite3.DatabaseError] = None
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = self._connect(path)
@@ -1718,14 +1812,21 @@ class Database:
             raise CannotStart(
                 "The database %s was written by a newer version of this program." % path,
                 "use that version")
-        fault = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if fault != "ok":
-            raise sqlite3.DatabaseError(fault)
+        damaged = "SELECT count(*) FROM remembered WHERE name = 'damaged'"
+        is_suspect = version > 2 and self._db.execute(damaged).fetchone()[0]
+        if is_suspect or path.stat().st_size <= CHECKED_BYTES:
+            check_integrity(self._db)
         original = "SELECT count(*) FROM sqlite_master WHERE name = 'requests'"
         if version == 0 and self._db.execute(original).fetchone()[0]:
             copy_database(self._db, path.with_name("bridge-original.db"))
+        # Of use before the first table only.
+        self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         use_wal(self._db)
         self._db.execute("PRAGMA synchronous=FULL")
+        if 0 < version < VACUUM_VERSION:
+            # The old file is written again, once.
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._db.execute("VACUUM")
         with self._transaction():
             for step in MIGRATIONS[schema_version(self._db) :]:
                 for statement in step:
@@ -1733,9 +1834,41 @@ class Database:
             self._db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
         self._db.execute("PRAGMA foreign_keys=ON")
         self._reader.execute("PRAGMA query_only=ON")
+        self._is_incremental = self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+
+    def mark_in_use(self) -> None:
+        """Record that a bridge runs, until `close`. If the last one did not end in order, check a
+        large file in the thread "check"; SQLite itself repairs what a crash leaves."""
+        was_in_use = self.get_state("in_use")
+        self.set_state("in_use", str(os.getpid()))
+        self._is_in_use = True
+        if was_in_use and self._path.stat().st_size > CHECKED_BYTES:
+            self._checker = self._connect(self._path)
+            self._check_thread.start()
+
+    def _check(self) -> None:
+        """The thread "check"."""
+        assert self._checker
+        try:
+            check_integrity(self._checker)
+        except sqlite3.OperationalError:
+            # Interrupted by `close`, or locked.
+            return
+        except sqlite3.DatabaseError as error:
+            self._damage = error
+            logger.error("%s", as_unavailable(error))
+            # The next start checks the file before it uses it.
+            self.set_state("damaged", str(error))
 
     def close(self) -> None:
         """Execute the queued writes, then close. Idempotent."""
+        if self._checker:
+            self._checker.interrupt()
+            self._check_thread.join()
+            self._checker.close()
+        if self._is_in_use:
+            self._is_in_use = False
+            self.set_state("in_use", None)
         with self._queue_lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -1762,6 +1895,29 @@ class Database:
                 raise as_unavailable(busy) from None
         # The writer has started it, so the end is near.
         return future.result()
+
+    def checkpoint(self) -> None:
+        """Move what was written into the file of the database, and empty the -wal file. Does
+        nothing while another program reads."""
+        def run(db: sqlite3.Connection) -> None:
+            db.execute("PRAGMA busy_timeout=20").close()
+            with contextlib.suppress(sqlite3.OperationalError):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            db.execute("PRAGMA busy_timeout=%d" % (WRITE_SECONDS * 1000)).close()
+
+        with contextlib.suppress(Unavailable):
+            self._queue_write(WriteTask(run, Future(), is_transaction=False))
+
+    def free_pages(self) -> bool:
+        """Give a slice of the unused pages back to the file system. -> whether there are more."""
+        def run(db: sqlite3.Connection) -> bool:
+            # One step for each page.
+            db.execute("PRAGMA incremental_vacuum(%d)" % VACUUM_PAGES).fetchall()
+            return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
+
+        if self._is_incremental and self.read("PRAGMA freelist_count")[0][0]:
+            return self.write(run)
+        return False
 
     def write_later(self, fn: Callable[[sqlite3.Connection], Any]) -> None:
         """Queue a write that nobody waits for."""
@@ -1811,11 +1967,11 @@ class Database:
                    errors: Dict[int, BaseException]) -> None:
         """Run and commit a batch. A task that fails is undone; the others are stored."""
         self._check_file_not_replaced()
+        results += [None] * len(tasks)
         with self._transaction():
             for number, task in enumerate(tasks):
-                results.append(None)
                 # Not before BEGIN, which may wait for long: until then the caller may give up.
-                if not task.future.set_running_or_notify_cancel():
+                if not task.is_transaction or not task.future.set_running_or_notify_cancel():
                     continue
                 self._db.execute("SAVEPOINT one")
                 try:
@@ -1827,6 +1983,9 @@ class Database:
                         raise sqlite3.OperationalError(str(error)) from error
                     self._db.execute("ROLLBACK TO one")
                 self._db.execute("RELEASE one")
+        for number, task in enumerate(tasks):
+            if not task.is_transaction and task.future.set_running_or_notify_cancel():
+                results[number] = task.fn(self._db)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -1903,6 +2062,8 @@ class Database:
         """Raise Unavailable if a write would fail.
         Anybody may ask for /health, and a write costs a sync: it writes every CHECK_SECONDS. It
         writes a page, because only that notices a full disk."""
+        if self._damage:
+            raise as_unavailable(self._damage)
         now = self.clock.monotonic()
         is_due = now - self._checked_at >= CHECK_SECONDS
         sql = "INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?"
@@ -1911,14 +2072,20 @@ class Database:
             self._checked_at = now
 
     # --- what the next start needs ---
-    def set_state(self, name: str, value: str) -> None:
-        sql = "INSERT OR REPLACE INTO remembered (name, value) VALUES (?, ?)"
+    def set_state(self, name: str, value: Optional[str]) -> None:
+        """Remember a text across restarts; None forgets it."""
+        sql = "INSERT OR REPLACE INTO remembered SELECT ?, ? WHERE ? IS NOT NULL"
+        delete_sql = "DELETE FROM remembered WHERE name = ?"
         with contextlib.suppress(Unavailable):
-            self.write(lambda db: db.execute(sql, (name, value)))
+            self.write(lambda db: (db.execute(delete_sql, (name,)),
+                                   db.execute(sql, (name, value, value))))
 
     def get_state(self, name: str) -> Optional[str]:
-        rows = self.read("SELECT value FROM remembered WHERE name = ?", name)
-        return str(rows[0][0]) if rows else None
+        def load() -> Optional[str]:
+            rows = self.read("SELECT value FROM remembered WHERE name = ?", name)
+            return str(rows[0][0]) if rows else None
+
+        return self.cached(("state", name), load)
 
     def record_process(self, pid: int, started: Optional[str], program: Optional[str]) -> None:
         """Record a child process, so that the next start can kill it if the bridge crashes. On
@@ -1938,6 +2105,16 @@ class Database:
     def recorded_processes(self) -> List[ProcessRow]:
         rows = self.read("SELECT pid, started, program FROM children")
         return [(int(pid), str(started), program) for pid, started, program in rows]
+
+
+@contextlib.contextmanager
+def erasing(db: sqlite3.Connection) -> Iterator[None]:
+    """Overwrite in the file what the block deletes."""
+    db.execute("PRAGMA secure_delete=ON").close()
+    try:
+        yield
+    finally:
+        db.execute("PRAGMA secure_delete=OFF").close()
 
 
 def runs_in_writer(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -2029,10 +2206,26 @@ class TokenStore:
         sql = "SELECT 1 FROM tokens WHERE is_admin AND (expires_at IS NULL OR expires_at > ?)"
         return bool(self._database.read(sql, self._database.clock.now()))
 
+    def delete(self, token_id: str, protect: bool = True) -> List[str]:
+        """Delete a token with its jobs and conversations, and erase them in the file. -> its
+        unfinished jobs. Raises NotFound; LastAdmin if `protect`."""
+        unfinished: List[str] = self._disable(token_id, protect)
+
+        def delete_slice(db: sqlite3.Connection) -> int:
+            with erasing(db):
+                return db.execute(
+                    "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs WHERE token_id = ?"
+                    " LIMIT ?)", (token_id, SLICE_ROWS)).rowcount
+
+        while self._database.write(delete_slice) == SLICE_ROWS:
+            pass
+        self._delete(token_id)
+        self._database.checkpoint()
+        return unfinished
+
     @runs_in_writer
-    def delete(self, db: sqlite3.Connection, token_id: str, protect: bool = True) -> List[str]:
-        """Delete a token with its jobs and conversations. -> its unfinished jobs. Raises NotFound;
-        LastAdmin if `protect`."""
+    def _disable(self, db: sqlite3.Connection, token_id: str, protect: bool) -> List[str]:
+        """Refuse a token, and delete its unfinished jobs. -> their ids."""
         row = db.execute("SELECT is_admin FROM tokens WHERE id = ?", (token_id,)).fetchone()
         if not row:
             raise NotFound("Token not found")
@@ -2045,9 +2238,19 @@ class TokenStore:
         unfinished = db.execute(
             "SELECT id FROM jobs WHERE token_id = ? AND status IN ('queued', 'processing')",
             (token_id,)).fetchall()
-        db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
+        # If the bridge is killed before the rest is deleted, the token is there, but expired.
+        db.execute("UPDATE tokens SET token_hash = ?, expires_at = 0 WHERE id = ?",
+                   ("revoked " + token_id, token_id))
+        with erasing(db):
+            db.executemany("DELETE FROM jobs WHERE id = ?", unfinished)
         self._database.mark_tokens_changed()
         return [job_id for (job_id,) in unfinished]
+
+    @runs_in_writer
+    def _delete(self, db: sqlite3.Connection, token_id: str) -> None:
+        with erasing(db):
+            db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
+        self._database.mark_tokens_changed()
 
 
 class UsageStore:
@@ -2125,6 +2328,20 @@ def check_token_limits(db: sqlite3.Connection, token_id: str, now: float) -> Non
                 midnight - now, resetsAt=iso_time(midnight))
 
 
+# Of a turn of a conversation.
+TURN_BYTES = "length(CAST(message AS BLOB)) + coalesce(length(CAST(response AS BLOB)), 0)"
+
+
+def touch_conversation(db: sqlite3.Connection, token_id: str, name: str, now: float) -> None:
+    """Record the use of a conversation, which begins with its first request."""
+    db.execute(
+        "INSERT OR IGNORE INTO conversations (token_id, name, key, created_at, last_used_at)"
+        " SELECT id, ?, ?, ?, ? FROM tokens WHERE id = ?",
+        (name, uuid.uuid4().hex, now, now, token_id))
+    db.execute("UPDATE conversations SET last_used_at = ? WHERE token_id = ? AND name = ?",
+               (now, token_id, name))
+
+
 class JobStore:
     """The queue and the finished requests. Metrics count after the commit."""
 
@@ -2180,6 +2397,8 @@ class JobStore:
         columns = ", ".join(values)
         seq = db.execute("INSERT INTO jobs (%s) VALUES (%s)" % (columns, placeholders([*values])),
                          tuple(values.values())).lastrowid
+        if values["conversation"]:
+            touch_conversation(db, token_id, values["conversation"], now)
         self._usage.add(db, day_of(now), token_id, "requests")
         return EnqueueResult(self._select(db, "seq", seq), ahead + 1)
 
@@ -2189,9 +2408,10 @@ class JobStore:
         return job_from_row(db.execute(sql, (value,)).fetchone())
 
     @staticmethod
-    def _oldest_queued(excluded_models: Sequence[str]) -> str:
+    def _oldest_queued(excluded_models: Sequence[str], excluded_ids: Sequence[str] = ()) -> str:
         return ("SELECT seq FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s)"
-                " ORDER BY seq LIMIT 1" % placeholders(excluded_models))
+                " AND id NOT IN (%s) ORDER BY seq LIMIT 1"
+                % (placeholders(excluded_models), placeholders(excluded_ids)))
 
     def has_queued(self, excluded_models: Sequence[str] = ()) -> bool:
         """Return whether `claim` would find a job."""
@@ -2199,11 +2419,12 @@ class JobStore:
         return bool(self._database.read(sql, *excluded_models))
 
     @runs_in_writer
-    def claim(self, db: sqlite3.Connection, excluded_models: Sequence[str] = ()) -> Optional[Job]:
+    def claim(self, db: sqlite3.Connection, excluded_models: Sequence[str] = (),
+              excluded_ids: Sequence[str] = ()) -> Optional[Job]:
         """Take the oldest queued job: it is `processing` on return, and counts as attempted.
         excluded_models: models whose jobs wait; "" is the default model."""
-        sql = self._oldest_queued(excluded_models)
-        row = db.execute(sql, tuple(excluded_models)).fetchone()
+        sql = self._oldest_queued(excluded_models, excluded_ids)
+        row = db.execute(sql, (*excluded_models, *excluded_ids)).fetchone()
         if not row:
             return None
         db.execute(
@@ -2237,10 +2458,12 @@ class JobStore:
         ).rowcount
         if rows:
             # The conversation of the row: NULL when it was deleted meanwhile.
+            size = len(job.message.encode()) + len(answer.text.encode("utf-8", "replace"))
             db.execute(
-                "UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ?"
+                "UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ?,"
+                " turns = turns + 1, bytes = bytes + ?"
                 " WHERE token_id = ? AND name = (SELECT conversation FROM jobs WHERE id = ?)",
-                (answer.session_id, answer.spent_usd, now, job.token_id, job.id))
+                (answer.session_id, answer.spent_usd, now, size, job.token_id, job.id))
             self._usage.add(db, day_of(job.created_at), job.token_id, "completed", answer.usage)
         return rows
 
@@ -2253,13 +2476,18 @@ class JobStore:
         where = "id = ? AND status IN (%s)" % placeholders(allowed_statuses)
         return bool(self._fail_where(code, text, where, job.id, *allowed_statuses))
 
-    def fail_chats(self, code: str, text: str, statuses: Sequence[str],
-                   model: str = ALL_MODELS) -> List[str]:
-        """Fail the requests of /v1 in these statuses. -> their ids. model: only the requests for
-        it; "" is the default model."""
-        where = "chat IS NOT NULL AND status IN (%s) AND ? IN (?, coalesce(model, ''))"
-        return self._fail_where(
-            code, text, where % placeholders(statuses), *statuses, model, ALL_MODELS)
+    def fail_chats(self, code: str, text: str) -> List[str]:
+        """Fail the unfinished requests of /v1. -> their ids."""
+        where = "chat IS NOT NULL AND status IN ('queued', 'processing')"
+        return self._fail_where(code, text, where)
+
+    def fail_waiting(self, code: str, text: str, model: str, is_chat: bool,
+                     created_before: float) -> List[str]:
+        """Fail queued requests of this age. -> their ids. model: only the requests for it; "" is
+        the default model. is_chat: those of /v1, else the others."""
+        where = ("status = 'queued' AND ? IN (?, coalesce(model, ''))"
+                 " AND (chat IS NOT NULL) = ? AND created_at <= ?")
+        return self._fail_where(code, text, where, model, ALL_MODELS, is_chat, created_before)
 
     def _fail_where(self, code: str, text: str, where: str, *values: Any) -> List[str]:
         """Fail the jobs that a condition of this class selects. -> their ids."""
@@ -2271,14 +2499,17 @@ class JobStore:
     @runs_in_writer
     def _mark_failed(self, db: sqlite3.Connection, code: str, text: str, where: str,
                      values: Sequence[Any]) -> List[str]:
-        sql = "SELECT id, token_id, created_at FROM jobs WHERE " + where
+        now = self._database.clock.now()
+        sql = "SELECT id, token_id, created_at, conversation FROM jobs WHERE " + where
         rows = db.execute(sql, values).fetchall()
-        for job_id, token_id, created_at in rows:
+        for job_id, token_id, created_at, conversation in rows:
             db.execute(
                 "UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?,"
                 " chat = NULL WHERE id = ?",
-                (self._database.clock.now(), replace_surrogates(text), code, job_id))
+                (now, replace_surrogates(text), code, job_id))
             self._usage.add(db, day_of(created_at), token_id, "errors")
+            if conversation:
+                touch_conversation(db, token_id, conversation, now)
         return [job_id for job_id, *_ in rows]
 
     @runs_in_writer
@@ -2306,14 +2537,47 @@ class JobStore:
             "UPDATE jobs SET status = 'queued', started_at = NULL, restarts = restarts + 1"
             " WHERE status = 'processing'").rowcount
 
+    def purge(self, days: int) -> int:
+        """Delete a slice of the finished jobs older than `days`. -> how many; 0 at the end. The
+        completed turns of a conversation stay as far as they are replayed."""
+        before = self._database.clock.now() - days * 86_400
+        return self._purge_single(before) or self._purge_turns(before)
+
     @runs_in_writer
-    def purge(self, db: sqlite3.Connection, days: int) -> int:
-        """Delete finished jobs older than `days`. -> how many. The jobs of a conversation are its
-        memory and stay."""
+    def _purge_single(self, db: sqlite3.Connection, before: float) -> int:
         return db.execute(
-            "DELETE FROM jobs WHERE status IN ('completed', 'error') AND completed_at < ?"
-            " AND conversation IS NULL",
-            (self._database.clock.now() - days * 86_400,)).rowcount
+            "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_to_purge"
+            " WHERE completed_at IS NOT NULL AND (conversation IS NULL OR status = 'error')"
+            " AND completed_at < ? ORDER BY completed_at LIMIT ?)",
+            (before, SLICE_ROWS)).rowcount
+
+    def _purge_turns(self, before: float) -> int:
+        """Delete old turns of a conversation that is longer than what is replayed."""
+        sql = "SELECT token_id, name FROM conversations WHERE bytes > ? ORDER BY bytes DESC"
+        for token_id, name in self._database.read(sql, HISTORY_BYTES):
+            with self._database.reading() as db:
+                rows = db.execute(
+                    "SELECT seq, %s FROM jobs WHERE token_id = ? AND conversation = ?"
+                    " AND status = 'completed' ORDER BY seq DESC" % TURN_BYTES, (token_id, name))
+                sizes = accumulate(rows, lambda before, row: (row[0], before[1] + row[1]))
+                first_seq = next((seq for seq, size in sizes if size > HISTORY_BYTES), 0)
+                rows.close()
+            deleted = int(self._delete_turns(token_id, name, first_seq, before))
+            if deleted:
+                return deleted
+        return 0
+
+    @runs_in_writer
+    def _delete_turns(self, db: sqlite3.Connection, token_id: str, name: str, before_seq: int,
+                      before: float) -> int:
+        rows = db.execute(
+            "SELECT seq, %s FROM jobs WHERE token_id = ? AND conversation = ? AND seq < ?"
+            " AND completed_at < ? ORDER BY seq LIMIT ?" % TURN_BYTES,
+            (token_id, name, before_seq, before, SLICE_ROWS)).fetchall()
+        db.executemany("DELETE FROM jobs WHERE seq = ?", [row[:1] for row in rows])
+        db.execute("UPDATE conversations SET bytes = bytes - ? WHERE token_id = ? AND name = ?",
+                   (sum(length for _, length in rows), token_id, name))
+        return len(rows)
 
     # --- look-ups ---
     def get(self, job_id: str) -> Optional[Job]:
@@ -2372,14 +2636,20 @@ class JobStore:
         token_id: None for the jobs of all tokens. statuses: empty for all. before: where the last
         page ended.
         -> (at most `limit` jobs, fewer if they are large; where the next page begins, or None)."""
-        selected = statuses or JobStatus.ALL
+        # One part for each status, because an index serves one status only.
         owner = "token_id = ?" if token_id else "? IS NULL"
-        where = "%s AND status IN (%s) AND seq < ?" % (owner, placeholders(selected))
-        sql = "SELECT %s FROM jobs WHERE %s ORDER BY seq DESC LIMIT ?" % (JOB_COLUMNS, where)
+        part = "SELECT seq FROM jobs WHERE %s%%s AND seq < ? ORDER BY seq DESC LIMIT ?" % owner
+        end = (before or 1 << 62, limit + 1)
+        parts = ["SELECT * FROM (%s)" % part % " AND status = ?"] * len(statuses)
+        values: List[Any] = [value for status in statuses for value in (token_id, status, *end)]
+        if not statuses:
+            parts, values = [part % ""], [token_id, *end]
+        sql = "SELECT %s FROM jobs WHERE seq IN (%s) ORDER BY seq DESC LIMIT ?" % (
+            JOB_COLUMNS, " UNION ALL ".join(parts))
         jobs: List[Job] = []
         size = 0
         with _LARGE_VALUE_LOCK, self._database.reading() as db:
-            rows = db.execute(sql, (token_id, *selected, before or 1 << 62, limit + 1))
+            rows = db.execute(sql, (*values, limit + 1))
             for row in rows:
                 if len(jobs) == limit or size > PAGE_CHARACTERS:
                     rows.close()
@@ -2391,7 +2661,7 @@ class JobStore:
     def counts(self) -> Dict[str, int]:
         """Return the number of jobs per status."""
         def load() -> Dict[str, int]:
-            return dict(self._database.read("SELECT status, count(*) FROM jobs GROUP BY status"))
+            return dict(self._database.read("SELECT status, amount FROM job_counts WHERE amount"))
 
         return self._database.cached("counts", load)
 
@@ -2406,46 +2676,61 @@ class ConversationStore:
     def open(self, db: sqlite3.Connection, token_id: str, name: str) -> Session:
         """Begin a turn. -> where the conversation continues. Clears the stored session until the
         turn succeeds, because a transcript that holds half a turn must never be resumed."""
-        now = self._database.clock.now()
-        key = uuid.uuid4().hex
-        db.execute(
-            "INSERT OR IGNORE INTO conversations (token_id, name, key, created_at, last_used_at)"
-            " SELECT id, ?, ?, ?, ? FROM tokens WHERE id = ?",
-            (name, key, now, now, token_id))
+        touch_conversation(db, token_id, name, self._database.clock.now())
         row = db.execute(
             "SELECT key, session_id, spent_usd FROM conversations WHERE token_id = ? AND name = ?",
             (token_id, name)).fetchone()
         db.execute("UPDATE conversations SET session_id = NULL WHERE token_id = ? AND name = ?",
                    (token_id, name))
-        return Session(*row) if row else Session(key)
+        return Session(*row) if row else Session(uuid.uuid4().hex)
 
     def exists(self, key: str) -> bool:
         return bool(self._database.read("SELECT 1 FROM conversations WHERE key = ?", key))
 
     def list(self, token_id: str) -> List[Conversation]:
-        """Return a token's conversations, the last used one first. A conversation counts from its
-        first request, even if that is still queued."""
+        """Return a token's last CONVERSATIONS conversations, the last used one first. A
+        conversation counts from its first request, even if that is still queued."""
         rows = self._database.read(
-            "SELECT conversation, sum(status = 'completed'), min(created_at),"
-            " max(coalesce(completed_at, created_at)) AS used FROM jobs"
-            " WHERE token_id = ? AND conversation IS NOT NULL"
-            " GROUP BY conversation ORDER BY used DESC, max(seq) DESC",
-            token_id)
+            "SELECT name, turns, created_at, last_used_at FROM conversations WHERE token_id = ?"
+            " ORDER BY last_used_at DESC, rowid DESC LIMIT ?", token_id, CONVERSATIONS)
         return [Conversation(*row) for row in rows]
 
-    @runs_in_writer
-    def delete(self, db: sqlite3.Connection, token_id: str, name: str) -> bool:
+    def session_ids(self, token_id: Optional[str] = None, name: Optional[str] = None) -> List[str]:
+        """Return the CLI's sessions that may be resumed: all, those of a token, or that of one
+        conversation."""
+        where, values = "session_id IS NOT NULL", []
+        for column, value in (("token_id", token_id), ("name", name)):
+            if value is not None:
+                where += " AND %s = ?" % column
+                values.append(value)
+        rows = self._database.read("SELECT session_id FROM conversations WHERE " + where, *values)
+        return [str(session_id) for (session_id,) in rows]
+
+    def delete(self, token_id: str, name: str) -> bool:
         """Delete a conversation. -> whether it existed. Finished and running jobs stay without it;
         queued ones start it again."""
+        def detach(db: sqlite3.Connection) -> int:
+            return db.execute(
+                "UPDATE jobs SET conversation = NULL WHERE seq IN (SELECT seq FROM jobs WHERE"
+                " token_id = ? AND conversation = ? AND status != 'queued' ORDER BY seq LIMIT ?)",
+                (token_id, name, SLICE_ROWS)).rowcount
+
+        while self._database.write(detach) == SLICE_ROWS:
+            pass
+        return bool(self._delete(token_id, name, detach))
+
+    @runs_in_writer
+    def _delete(self, db: sqlite3.Connection, token_id: str, name: str,
+                detach: Callable[[sqlite3.Connection], int]) -> int:
         rows = db.execute(
             "DELETE FROM conversations WHERE token_id = ? AND name = ?", (token_id, name)).rowcount
-        rows += db.execute("SELECT count(*) FROM jobs WHERE token_id = ? AND conversation = ?",
-                           (token_id, name)).fetchone()[0]
-        db.execute(
-            "UPDATE jobs SET conversation = NULL"
-            " WHERE token_id = ? AND conversation = ? AND status != 'queued'",
-            (token_id, name))
-        return bool(rows)
+        detach(db)
+        first = db.execute(
+            "SELECT min(created_at) FROM jobs WHERE token_id = ? AND conversation = ?",
+            (token_id, name)).fetchone()[0]
+        if first:
+            touch_conversation(db, token_id, name, first)
+        return rows
 
     def history(self, job: Job) -> List[HistoryTurn]:
         """Return the completed turns before this job, oldest first: the latest within
@@ -3009,7 +3294,18 @@ def pause_seconds(resets_at: Optional[float], now: float) -> float:
     return min(max(resets_at - now, 5.0), LONGEST_PAUSE_SECONDS)
 
 
-OVERLOADED = (500, 502, 503, 504, 529)
+def retry_code(status: Any) -> Optional[str]:
+    """Return what lets the CLI retry, as a key of RUN_ERRORS. status: of the API's answer; None if
+    there was none."""
+    if status in (429, 529):
+        return "overloaded"
+    if status is None or 500 <= status < 600:
+        return "network"
+    return None
+
+
+NO_MODEL = "There's an issue with the selected model"
+TOO_LONG = "Prompt is too long"
 # The CLI continues the answer by itself; the client sees one message.
 CUT_REASONS = ("max_tokens", "model_context_window_exceeded")
 
@@ -3025,19 +3321,28 @@ def classify_failure(result: Mapping[str, Any], error_word: str,
     match = re.match(r"API Error: (\d{3})\b", text)
     status = result.get("api_error_status") or (int(match.group(1)) if match else None)
     no_login = re.match(r"Not logged in|Invalid API key|Failed to authenticate", text)
-    if error_word == "authentication_failed" or status in (401, 403) or no_login:
-        return RunFailed("auth_required", text)
-    if error_word == "rate_limit" or status == 429:
+    code = "cli_error"
+    if result.get("stop_reason") == "refusal":
+        code = "refused"
+    elif error_word == "authentication_failed" or status in (401, 403) or no_login:
+        code = "auth_required"
+    elif error_word == "rate_limit" or status == 429:
         if limits.is_used_up or not text.startswith("API Error"):
             return RunFailed("usage_limit", text, limits.resets_at, limits.is_model_limit)
-        return RunFailed("overloaded", text)
-    no_model = text.startswith("There's an issue with the selected model")
-    if error_word == "model_not_found" or status == 404 or no_model:
-        return RunFailed("model_not_found", text)
-    is_too_long = text.startswith(("Prompt is too long", "Request too large"))
-    if status == 413 or result.get("terminal_reason") == "prompt_too_long" or is_too_long:
-        return RunFailed("context_too_long", text)
-    return RunFailed("overloaded" if status in OVERLOADED else "cli_error", text)
+        code = "overloaded"
+    elif error_word == "model_not_found" or status == 404 or text.startswith(NO_MODEL):
+        code = "model_not_found"
+    elif status == 413 or text.startswith("Request too large"):
+        code = "request_too_large"
+    elif result.get("terminal_reason") == "prompt_too_long" or text.startswith(TOO_LONG):
+        code = "context_too_long"
+    elif status in (407, 408) or error_word == "server_error" or (status or 0) >= 500:
+        # No answer, or that of a proxy or of a broken server.
+        code = retry_code(status) or "network"
+    elif (status or 0) >= 400 and status != 402 and error_word != "billing_error":
+        code = "invalid_request"
+    is_answered = status is not None or code in ("refused", "model_not_found", "context_too_long")
+    return RunFailed(code, text, is_of_model=code == "overloaded", is_answered=is_answered)
 
 
 USAGE_NAMES = (
@@ -3177,8 +3482,6 @@ SHUTDOWN_GRACE_SECONDS = 1.2
 IDLE_SHUTDOWN_GRACE_SECONDS = 5.0
 # Pause after a failed start of an idle process.
 SPARE_RETRY_SECONDS = 30.0
-# Between retries while the service is overloaded; the last value repeats.
-BACK_OFF_SECONDS = (2, 4, 8, 16, 30)
 MODELS_SECONDS = 3_600.0
 PROBE_SECONDS = 30.0
 
@@ -3283,12 +3586,6 @@ class LiveText:
                 self.generation += 1
             self._data = bytearray()
             self._pending = ""
-
-    def pause(self, pause: Pause) -> None:
-        """Discard the text so far and report a pause."""
-        self.restart()
-        self.current_pause = pause
-        self._on_change()
 
     def reconcile(self, final_text: str) -> None:
         """Append the missing suffix, or replace the text if it differs."""
@@ -3527,7 +3824,27 @@ def file_fingerprint(path: str) -> Optional[Tuple[float, ...]]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode
 
 
+def home_folder(environ: Mapping[str, str]) -> Path:
+    """Return the user's home; a folder that cannot exist for a user without one."""
+    try:
+        return Path(environ.get("HOME") or Path.home())
+    except RuntimeError:
+        return Path(os.devnull)
+
+
 # --- the installed program ---
+def login_fingerprint(install: "ClaudeInstall") -> Any:
+    """Return what changes when the owner signs in again. The files are not read.
+    Source: 2.1.197 and 2.1.332 on Linux; macOS keeps the login in a keychain."""
+    environ = install.environment
+    # An empty value means the usual folder.
+    folder = environ.get("CLAUDE_SECURESTORAGE_CONFIG_DIR", environ.get("CLAUDE_CONFIG_DIR"))
+    home = home_folder(environ)
+    files = (Path(folder or home / ".claude") / ".credentials.json",
+             home / "Library/Keychains/login.keychain-db")
+    return [file_fingerprint(str(file)) for file in files]
+
+
 @dataclass(frozen=True)
 class ClaudeInstall:
     """Which program runs, what it can do, and who pays. environment: of every process."""
@@ -3543,6 +3860,9 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
     """Find the `claude` of this machine and its login. Raises CannotStart if there is none, or if
     it is too old or not signed in."""
     command = claude_command(config, environ)
+    # What it starts, such as node, often lies beside it.
+    folders = [environ.get("PATH", os.defpath), str(Path(command[0]).parent)]
+    environ = {**environ, "PATH": os.pathsep.join(folders)}
     owner_environment = child_environment(environ, config.allow_api_key, None)
     version = probe(command + ("--version",), owner_environment)
     features = Features.read(version, probe(command + ("--help",), owner_environment))
@@ -3584,9 +3904,7 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
         here = Path(__file__).absolute()
         script = here.parent if here.parent.is_file() else here
         return (sys.executable, str(script), "demo-claude")
-    home = Path(environ.get("HOME") or Path.home())
-    usual = (Path("/usr/local/bin"), home / ".claude/local", home / ".local/bin")
-    path = os.pathsep.join([environ.get("PATH", os.defpath), *map(str, usual)])
+    path = os.pathsep.join([environ.get("PATH", os.defpath), *map(str, usual_folders(environ))])
     names = [config.claude or "claude"]
     if os.name == "nt" and not config.claude:
         names = ["claude.exe", "claude.cmd", "claude"]
@@ -3596,27 +3914,58 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
             return (str(Path(program).absolute()),)
     raise CannotStart(
         "Claude Code CLI not found%s." % (": " + config.claude if config.claude else ""),
-        "install it first: https://docs.anthropic.com/en/docs/claude-code, or try: start --demo")
+        "install it first: https://docs.anthropic.com/en/docs/claude-code; if it is installed, name"
+        " it with --claude PATH; or try: start --demo")
+
+
+def usual_folders(environ: Mapping[str, str]) -> List[Path]:
+    """Return where installers put `claude`, for a service whose PATH is short."""
+    home = home_folder(environ)
+    # The newest Node of nvm and its like.
+    versions = [*home.glob(".nvm/versions/node/*/bin"),
+                *home.glob(".local/share/fnm/node-versions/*/installation/bin")]
+    versions.sort(key=lambda path: [int(part) for part in re.findall(r"\d+", str(path))])
+    names = (".claude/local", ".local/bin", ".npm-global/bin", ".bun/bin", ".volta/bin",
+             ".local/share/pnpm", "Library/pnpm", ".asdf/shims", ".local/share/mise/shims")
+    return [Path("/usr/local/bin"), *(home / name for name in names), *reversed(versions),
+            Path("/opt/homebrew/bin"), Path("/home/linuxbrew/.linuxbrew/bin"),
+            Path("/opt/local/bin")]
 
 
 def probe(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Return what a short command prints. Raises CannotStart if it cannot be run."""
+    """Return what a short command prints. Raises CannotStart if it cannot be run, or fails without
+    a word on stdout; then with its last word on stderr."""
+    advice = "name the right program with --claude PATH"
     try:
         result = subprocess.run(
             list(argv), env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, timeout=PROBE_SECONDS)
+            stderr=subprocess.PIPE, timeout=PROBE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = getattr(error, "strerror", None) or "no answer within %d s" % PROBE_SECONDS
-        raise CannotStart("%s cannot be run: %s." % (argv[0], reason),
-                          "name the right program with --claude PATH") from None
-    return result.stdout.decode("utf-8", "replace")
+        raise CannotStart("%s cannot be run: %s." % (argv[0], reason), advice) from None
+    output = result.stdout.decode("utf-8", "replace")
+    if result.returncode and not output.strip():
+        lines = result.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
+        reason = "exit status %d" % result.returncode
+        if result.returncode < 0:
+            reason = "killed by signal %d" % -result.returncode
+            with contextlib.suppress(ValueError):
+                reason = "killed by " + signal.Signals(-result.returncode).name
+        if result.returncode == 127:
+            advice = "it starts another program, such as node, that is not found: add the folder" \
+                " of that to PATH"
+        text = "%s cannot be run: %s." % (argv[0], ", ".join(filter(None, (lines[-1], reason))))
+        raise CannotStart(redact(escape_controls(text)), advice)
+    return output
 
 
 def login_status(command: Tuple[str, ...], environment: Mapping[str, str]) -> Mapping[str, Any]:
     """Run `claude auth status` without the owner's settings, as in our runs. The settings may name
     a helper that supplies keys."""
+    output = probe(command + ("--setting-sources=", "auth", "status"), environment)
     try:
-        status = json.loads(probe(command + ("--setting-sources=", "auth", "status"), environment))
+        # A wrapper may print a line of its own first.
+        status = json.JSONDecoder().raw_decode(output, output.index("{"))[0]
         return status if isinstance(status, dict) else {}
     except ValueError:
         return {}
@@ -3627,8 +3976,8 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
     The CLI then neither requests the profile nor sends the owner's address to the model. It accepts
     null for an unknown id."""
     target = home / ".claude.json"
-    owner_home = environ.get("CLAUDE_CONFIG_DIR") or environ.get("HOME") or Path.home()
-    account = read_json_object(Path(owner_home) / ".claude.json").get("oauthAccount")
+    owner_home = Path(environ.get("CLAUDE_CONFIG_DIR") or home_folder(environ))
+    account = read_json_object(owner_home / ".claude.json").get("oauthAccount")
     if not isinstance(account, dict):
         account = {}
     names = ("accountUuid", "organizationUuid", "billingType", "accountCreatedAt",
@@ -4205,8 +4554,8 @@ class Turn:
         self.prompt_accepted = False
         # The result arrived: the process is idle.
         self.finished = False
-        # The CLI itself waits and retries.
-        self._is_overloaded = False
+        # While the CLI itself waits and retries: what the API suffers from, as a key of RUN_ERRORS.
+        self._retry_code: Optional[str] = None
         # Of the line with the prompt.
         self.message_id: Optional[str] = None
         self.messages = TurnMessages()
@@ -4224,22 +4573,21 @@ class Turn:
                 self._check_stopped_at = now + CANCEL_POLL_SECONDS
                 raise_if_stopped(self._control.stop_reason())
             if now >= deadline:
-                self._fail_at_deadline()
+                self._fail_late("The run took longer than %g seconds" % config.run_seconds)
             if now >= self._lost_at:
                 raise SessionLost()
             if now >= silent_at and not self._running_tools:
-                text = "claude sent nothing for %g seconds." % config.silence_seconds
-                raise RunFailed("timeout", text)
+                self._fail_late("claude sent nothing for %g seconds" % config.silence_seconds)
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
             if event is not None:
                 self._lost_at = float("inf")
                 self._note_tools(event)
                 return event
 
-    def _fail_at_deadline(self) -> NoReturn:
-        text = "The run took longer than %g seconds" % self._control.config.run_seconds
-        if self._is_overloaded:
-            raise RunFailed("overloaded", text + ", in which the service was overloaded.")
+    def _fail_late(self, text: str) -> NoReturn:
+        if self._retry_code:
+            raise RunFailed(self._retry_code, text + ", in which it tried to reach the API.",
+                            is_of_model=self._retry_code == "overloaded")
         raise RunFailed("timeout", text + ".")
 
     def _note_tools(self, event: CliEvent) -> None:
@@ -4392,18 +4740,19 @@ class Turn:
                 if self.messages.earlier_text:
                     live.add(self.messages.earlier_text)
             live.current_pause = None
-            self._is_overloaded = False
+            self._retry_code = None
         elif event.kind == "message_delta":
             self.messages.end(body["event"])
         elif event.kind == "assistant":
             self._error_word = str(body.get("error") or self._error_word)
             self.messages.add_blocks(body)
         elif event.kind == "retry":
-            self._is_overloaded = body.get("error_status") in (429, *OVERLOADED)
+            self._retry_code = retry_code(body.get("error_status"))
             live.current_pause = None
-            if self._is_overloaded:
+            if self._retry_code:
                 delay = number_or_none(body.get("retry_delay_ms")) or 0
-                live.current_pause = Pause("overloaded", self._control.clock.now() + delay / 1000)
+                until = self._control.clock.now() + delay / 1000
+                live.current_pause = Pause(HOLD_REASONS[self._retry_code], until)
         elif event.kind == "rate_limits":
             self.process.limits = parse_rate_limits(body, self._control.clock.now())
             self._control.on_rate_limits(self.process.limits)
@@ -4454,7 +4803,15 @@ class Turn:
             failure = classify_failure(body, self._error_word, self.process.limits)
             if not self.prompt_accepted and "No conversation found" in str(failure):
                 raise SessionLost()
+            if failure.code == "refused":
+                failure.answer = Answer(
+                    self.messages.text, usage=self.messages.usage, model=live.model,
+                    stop_info=StopInfo("refusal"))
             raise failure
+        if self.messages.count and not self.messages.is_complete and "stop_reason" in body:
+            if body["stop_reason"] is None:
+                # 2.1.197 takes what it has for the answer.
+                raise RunFailed("network", "The connection was lost in the middle of the answer.")
         text = "" if is_cut else str(body.get("result") or "")
         structured = None
         if not self._session.json_schema:
@@ -5095,30 +5452,17 @@ class ClaudeRunner:
 
     def run(self, request: RunRequest, live: LiveText, stop_reason: Callable[[], Optional[str]],
             on_rate_limits: Callable[[RateLimitStatus], None] = lambda limits: None) -> Answer:
-        """Run one turn, from the prompt to the answer; retry while the service is overloaded.
-        stop_reason, on_rate_limits: see RunControl. Raises RunFailed."""
+        """Run one turn, from the prompt to the answer. stop_reason, on_rate_limits: see RunControl.
+        Raises RunFailed."""
         self.pool.redetect_if_replaced()
         self._check_billing()
         deadline = self._clock.monotonic() + self._config.run_seconds
         control = RunControl(self._clock, self._config, deadline, stop_reason, on_rate_limits)
-        overload: Optional[RunFailed] = None
-        for seconds in chain(BACK_OFF_SECONDS, repeat(BACK_OFF_SECONDS[-1])):
-            try:
-                return self._try(request, live, control)
-            except RunFailed as failure:
-                if failure.code == "timeout" and overload:
-                    raise overload from None
-                if failure.code != "overloaded" or self._clock.monotonic() + seconds >= deadline:
-                    raise
-                overload = failure
-            # The transcript of the session may hold the failed turn.
-            request = replace(request, session_id=None)
-            live.pause(Pause("overloaded", self._clock.now() + seconds))
-            retry_at = self._clock.monotonic() + seconds
-            while self._clock.monotonic() < retry_at:
-                raise_if_stopped(stop_reason())
-                time.sleep(CANCEL_POLL_SECONDS)
-        raise AssertionError("unreachable")
+        for candidate in self.pool.candidates(request):
+            answer = self._try(candidate, request, live, control)
+            if answer:
+                return answer
+        raise RunFailed("cli_error", "claude could not be started.")
 
     def _check_billing(self) -> None:
         """Raise RunFailed before the first request goes out, if an API key would pay."""
@@ -5130,34 +5474,33 @@ class ClaudeRunner:
                 " subscription and restart the bridge, or allow it with --allow-api-key."
                 % install.billing_account)
 
-    def _try(self, request: RunRequest, live: LiveText, control: RunControl) -> Answer:
-        """Run the turn once. Raises RunFailed."""
-        for candidate in self.pool.candidates(request):
-            turn = Turn(candidate.process, request.session, control, candidate.is_configured)
-            try:
-                if candidate.tool_results:
-                    turn.send_tool_results(candidate.tool_results, live, candidate.model)
-                else:
-                    if candidate.rewind_to is not None:
-                        turn.rewind(candidate.rewind_to, self.pool.program)
-                    elif not candidate.is_configured:
-                        earlier_turns = request.earlier_turns if candidate.history else ()
-                        turn.start(self.pool.program, candidate, earlier_turns)
-                    turn.send_prompt(request.message)
-                answer = turn.read_answer(live)
-                answer = replace(answer, session_id=candidate.process.session_id)
-            except (SessionLost, ProcessExited) as lost:
-                self.pool.terminate(candidate.process, request.session, is_idle=False)
-                is_final = turn.prompt_accepted or candidate.is_fresh
-                if isinstance(lost, ProcessExited) and is_final:
-                    raise RunFailed("cli_error", str(lost)) from None
-            except BaseException:
-                self.pool.terminate(candidate.process, request.session, is_idle=turn.finished)
-                raise
+    def _try(self, candidate: Candidate, request: RunRequest, live: LiveText,
+             control: RunControl) -> Optional[Answer]:
+        """Run the turn with one process. -> None if another one must be tried. Raises RunFailed."""
+        turn = Turn(candidate.process, request.session, control, candidate.is_configured)
+        try:
+            if candidate.tool_results:
+                turn.send_tool_results(candidate.tool_results, live, candidate.model)
             else:
-                self.pool.return_to_pool(request, turn, answer)
-                return answer
-        raise RunFailed("cli_error", "claude could not be started.")
+                if candidate.rewind_to is not None:
+                    turn.rewind(candidate.rewind_to, self.pool.program)
+                elif not candidate.is_configured:
+                    earlier_turns = request.earlier_turns if candidate.history else ()
+                    turn.start(self.pool.program, candidate, earlier_turns)
+                turn.send_prompt(request.message)
+            answer = turn.read_answer(live)
+            answer = replace(answer, session_id=candidate.process.session_id)
+        except (SessionLost, ProcessExited) as lost:
+            self.pool.terminate(candidate.process, request.session, is_idle=False)
+            is_final = turn.prompt_accepted or candidate.is_fresh
+            if isinstance(lost, ProcessExited) and is_final:
+                raise RunFailed("cli_error", str(lost)) from None
+            return None
+        except BaseException:
+            self.pool.terminate(candidate.process, request.session, is_idle=turn.finished)
+            raise
+        self.pool.return_to_pool(request, turn, answer)
+        return answer
 
 
 # === 8 Queue =====================================================================================
@@ -5165,12 +5508,21 @@ class ClaudeRunner:
 
 MAINTENANCE_SECONDS = 1.0
 PURGE_SECONDS = 3_600.0
+# Between two slices, for other writes.
+PURGE_PAUSE_SECONDS = 0.02
 # Delay before refilling the pool, so that the new process does not compete with the start of a run.
 REFILL_SECONDS = 0.2
 # For a running job to finish when the bridge stops.
 FINISH_SECONDS = 1.5
 # Longest pause that a /v1 request waits out instead of failing.
 MAX_INLINE_WAIT_SECONDS = 300.0
+# Between tries while the API does not answer; the last value repeats.
+BACK_OFF_SECONDS = (2, 4, 8, 16, 32, 60)
+LOGIN_RETRY_SECONDS = 300.0
+# How long a request of /v1 waits for the end of a hold, because its client holds a connection open.
+CHAT_HOLD_SECONDS = {"overloaded": 20.0, "network": 30.0, "login": 30.0, "paused": 30.0}
+# After so many server errors, other requests are tried before this one.
+SERVER_ERRORS = 5
 
 
 class Notifier:
@@ -5224,8 +5576,125 @@ class Notifier:
                     event.set()
 
 
-def limit_message(pause: Pause) -> str:
-    return "The plan's limit is used up until %s." % iso_time(pause.until)
+PAUSE_TEXTS = {
+    "usage_limit": "The plan's limit is used up until %s.",
+    "overloaded": "The service is overloaded. The next try is at %s.",
+    "network": "The API cannot be reached. The next try is at %s.",
+    "login": "The login of claude was refused. On the machine of the bridge run claude, then"
+    " /login. The next try is at %s.",
+    "paused": "The owner has paused the queue."}
+
+
+def pause_message(pause: Pause) -> str:
+    text = PAUSE_TEXTS[pause.reason]
+    if "%s" in text:
+        text %= iso_time(pause.until)
+    return " ".join(filter(None, (text, pause.text)))
+
+
+class Hold(NamedTuple):
+    """A Pause of the queue. ends_at: its end on the monotonic clock. tries: those that failed.
+    login: of the last try, see login_fingerprint."""
+    pause: Pause
+    ends_at: float
+    tries: int = 0
+    login: Any = None
+
+
+class QueueHolds:
+    """Why the queue waits: by model ("" for the default one), or for all models.
+    A used-up limit of the plan holds the queue until its reset; the owner, until somebody resumes
+    it. After any other failure one request is tried now and then, until the API answers. The worker
+    alone calls the methods that change something."""
+
+    def __init__(self, database: Database, clock: Clock, fingerprint: Callable[[], Any]) -> None:
+        self._database = database
+        self._clock = clock
+        self._login_fingerprint = fingerprint
+        self._login: Any = None
+        self._holds: Dict[str, Hold] = {}
+        stored = database.get_state("hold")
+        if stored:
+            reason, since, text = json.loads(stored)
+            pause = Pause(reason, clock.now(), since, text)
+            self._holds[ALL_MODELS] = Hold(pause, float("-inf"))
+
+    def _is_due(self, hold: Hold) -> bool:
+        """Whether a request may be tried: either clock has reached the end."""
+        now, monotonic = self._clock.now(), self._clock.monotonic()
+        return now >= hold.pause.until or monotonic >= hold.ends_at
+
+    def active(self) -> Dict[str, Pause]:
+        """Return why requests wait, by model. A lost network counts until the API answers."""
+        pauses = {model: hold.pause for model, hold in self._holds.copy().items()
+                  if hold.pause.reason != "usage_limit" or not self._is_due(hold)}
+        paused = self._database.get_state("paused")
+        if paused:
+            pauses[ALL_MODELS] = Pause("paused", math.inf, float(paused))
+        return pauses
+
+    def current(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
+        """Return why no job of this model starts now; by default, why no job at all does. model:
+        None for the default model. Any thread."""
+        active = self.active()
+        pauses = [active[key] for key in (ALL_MODELS, model or "") if key in active]
+        return max(pauses, key=lambda pause: pause.until, default=None)
+
+    def held_models(self) -> List[str]:
+        """Return the models of which no job may start."""
+        models = [model for model, hold in self._holds.items() if not self._is_due(hold)]
+        return models + [ALL_MODELS] * bool(self._database.get_state("paused"))
+
+    def note_try(self) -> None:
+        """Record which login the next run uses."""
+        self._login = self._login_fingerprint()
+
+    def begin(self, failure: RunFailed, model: str, since: float) -> Pause:
+        """Hold the queue after a failed run. since: when that began."""
+        reason = HOLD_REASONS[failure.code]
+        key = model if failure.is_of_model else ALL_MODELS
+        if key != ALL_MODELS:
+            self.end(ALL_MODELS)
+        last, tries = self._holds.get(key), 0
+        if last and last.pause.reason == reason:
+            since, tries = last.pause.since, last.tries + 1
+        seconds: float = BACK_OFF_SECONDS[min(tries, len(BACK_OFF_SECONDS) - 1)]
+        if reason == "usage_limit":
+            seconds = pause_seconds(failure.resets_at, self._clock.now())
+        elif reason == "login":
+            seconds = LOGIN_RETRY_SECONDS
+        text = redact(str(failure))
+        pause = Pause(reason, self._clock.now() + seconds, since, text)
+        if reason == "usage_limit":
+            pause = Pause(reason, pause.until)
+        self._holds[key] = Hold(pause, self._clock.monotonic() + seconds, tries, self._login)
+        if key == ALL_MODELS and not tries:
+            is_outage = reason in ("network", "login")
+            self._database.set_state(
+                "hold", as_json([reason, since, text]) if is_outage else None)
+        return pause
+
+    def end(self, model: str) -> None:
+        """Release what waits, because the API has answered a request for this model."""
+        for key in (ALL_MODELS, model):
+            if key in self._holds and self._holds[key].pause.reason != "usage_limit":
+                pause = self._holds.pop(key).pause
+                logger.info("The API answers again (%s); the queue goes on.", pause.reason)
+                if key == ALL_MODELS:
+                    self._database.set_state("hold", None)
+
+    def refresh(self, is_needed: bool) -> None:
+        """Try at once with a new login; forget what no request waits for."""
+        for model, hold in list(self._holds.items()):
+            if hold.pause.reason == "login" and hold.login != self._login_fingerprint():
+                hold = hold._replace(pause=hold.pause._replace(until=self._clock.now()))
+                self._holds[model] = hold
+            elif hold.pause.reason == "login":
+                continue
+            if self._is_due(hold) and not is_needed:
+                del self._holds[model]
+                if model == ALL_MODELS:
+                    self._database.set_state("hold", None)
 
 
 def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
@@ -5260,8 +5729,10 @@ class Worker:
         self._clock = clock
         self._metrics = metrics or Metrics()
         self._live: Dict[str, LiveText] = {}
-        # By model ("" for the default one): the pause, and its end on the monotonic clock.
-        self._pauses: Dict[str, Tuple[Pause, float]] = {}
+        self.holds = QueueHolds(
+            stores.database, clock, lambda: login_fingerprint(self._pool.program.install))
+        # Job id -> server errors of the API in a row.
+        self._server_errors: Dict[str, int] = {}
         self._windows: Dict[str, RateLimitWindow] = {}
         # Job id -> generation of its text, after a run whose end could not be stored.
         self._restart_counts: Dict[str, int] = {}
@@ -5269,6 +5740,7 @@ class Worker:
         self._abort_at = float("inf")
         self._maintain_at = float("-inf")
         self._purge_at = float("-inf")
+        self._is_purging = False
         # UTC minus monotonic clock, at the last purge.
         self._clock_offset: Optional[float] = None
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
@@ -5295,14 +5767,8 @@ class Worker:
         return self._live.get(job_id)
 
     def current_pause(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
-        """Return why no job of this model starts now; by default, why no job at all does. model:
-        None for the default model. A pause ends when either clock reaches its end."""
-        pauses = []
-        for key in (ALL_MODELS, model or ""):
-            pause, ends_at = self._pauses.get(key, (None, 0.0))
-            if pause and self._clock.now() < pause.until and self._clock.monotonic() < ends_at:
-                pauses.append(pause)
-        return max(pauses, key=lambda pause: pause.until, default=None)
+        """Return why no job of a model starts now; see QueueHolds.current."""
+        return self.holds.current(model)
 
     def close(self) -> None:
         """Let a running job finish for a moment, or put it back; end all processes. Idempotent."""
@@ -5335,10 +5801,11 @@ class Worker:
     def _idle_seconds(self) -> float:
         if self._pool.is_busy:
             return CANCEL_POLL_SECONDS
-        pause = self.current_pause()
-        if not pause:
-            return MAINTENANCE_SECONDS
-        return min(MAINTENANCE_SECONDS, max(0.01, pause.until - self._clock.now()))
+        if self._is_purging:
+            return PURGE_PAUSE_SECONDS
+        now = self._clock.now()
+        seconds = [pause.until - now for pause in self.holds.active().values()]
+        return min([MAINTENANCE_SECONDS, *(max(0.01, left) for left in seconds if left > 0)])
 
     # --- one job ---
     def step(self) -> bool:
@@ -5374,10 +5841,14 @@ class Worker:
         return True
 
     def _claim(self) -> Optional[Job]:
-        paused_models = [model for model in list(self._pauses) if self.current_pause(model)]
-        if self.current_pause() or not self._stores.jobs.has_queued(paused_models):
+        held_models = self.holds.held_models()
+        jobs = self._stores.jobs
+        if ALL_MODELS in held_models or not jobs.has_queued(held_models):
             return None
-        job: Optional[Job] = self._stores.jobs.claim(paused_models)
+        self.holds.note_try()
+        # Those of which the API has failed so often come last.
+        last = [job_id for job_id, errors in self._server_errors.items() if errors >= SERVER_ERRORS]
+        job: Optional[Job] = jobs.claim(held_models, last) or jobs.claim(held_models)
         return job
 
     def _run(self, job: Job, token: Token, chat: Optional[Chat], live: LiveText) -> None:
@@ -5391,8 +5862,15 @@ class Worker:
                 request = chat_run_request(job, token, chat)
             else:
                 request = self._run_request(job, token)
-            answer = self._runner.run(
-                request, live, lambda: self._stop_reason(job), self._record_rate_limits)
+            try:
+                answer = self._runner.run(
+                    request, live, lambda: self._stop_reason(job), self._record_rate_limits)
+            except RunFailed as failure:
+                if not chat or not failure.answer:
+                    raise
+                # The model refused; both APIs report that as an answer.
+                answer = failure.answer
+            self._note_answer(job)
             if chat and chat.forced_tool:
                 call_id = "toolu_" + job.id.replace("-", "")
                 answer = answer_as_tool_call(answer, chat.forced_tool, call_id)
@@ -5406,9 +5884,10 @@ class Worker:
             outcome = "completed" if is_completed else "was cancelled meanwhile"
             logger.info("Request %s %s", job.id[:8], outcome)
         except RunFailed as failure:
-            if failure.code not in REQUEUED:
-                self._metrics.observe("cab_run_seconds", self._clock.monotonic() - started)
-            self._handle_failure(job, failure, live)
+            seconds = self._clock.monotonic() - started
+            if failure.code not in (*HOLD_REASONS, "interrupted"):
+                self._metrics.observe("cab_run_seconds", seconds)
+            self._handle_failure(job, failure, live, self._clock.now() - seconds)
             is_stored = True
         finally:
             if not is_stored:
@@ -5456,45 +5935,78 @@ class Worker:
                 self._pool.advance()
         raise AssertionError("unreachable")
 
-    def _handle_failure(self, job: Job, failure: RunFailed, live: LiveText) -> None:
-        """Put the job back, or store its error."""
+    def _handle_failure(self, job: Job, failure: RunFailed, live: LiveText, since: float) -> None:
+        """Put the job back, or store its error. since: when the run began."""
         text = redact(str(failure))
-        if failure.code not in REQUEUED:
+        if failure.code not in (*HOLD_REASONS, "interrupted"):
+            if failure.is_answered:
+                self._note_answer(job)
             self._retry_until_stored(lambda: self._stores.jobs.fail(job, failure.code, text))
             logger.warning("Request %s failed: %s: %s", job.id[:8], failure.code, text[:300])
             return
         live.restart()
         self._retry_until_stored(lambda: self._stores.jobs.requeue(job, live.generation))
-        if failure.code == "usage_limit":
-            model = (job.model or "") if failure.is_model_limit else ALL_MODELS
-            self._begin_pause(failure.resets_at, model)
-            logger.info("Request %s waits for the plan's limit: %s", job.id[:8], text[:200])
-        else:
+        if failure.code == "interrupted":
             logger.info("Request %s waits for the next start", job.id[:8])
+            return
+        if failure.code == "network" and failure.is_answered:
+            self._server_errors[job.id] = self._server_errors.get(job.id, 0) + 1
+        self._hold(failure, job.model or "", since)
+        logger.info("Request %s waits (%s): %s", job.id[:8], failure.code, text[:200])
 
-    # --- the plan's limits ---
-    def _begin_pause(self, resets_at: Optional[float], model: str) -> None:
-        seconds = pause_seconds(resets_at, self._clock.now())
-        pause = Pause("usage_limit", self._clock.now() + seconds)
-        self._pauses[model] = pause, self._clock.monotonic() + seconds
-        if seconds > MAX_INLINE_WAIT_SECONDS:
+    # --- what holds the queue ---
+    def _hold(self, failure: RunFailed, model: str, since: float) -> None:
+        pause = self.holds.begin(failure, model, since)
+        held = "the queue waits"
+        if failure.is_of_model:
+            held = "requests for %s wait" % (model or "the default model")
+        logger.warning("%s: %s until %s", pause.reason, held, iso_time(pause.until))
+        if pause.reason != "usage_limit":
+            self._fail_held()
+        elif pause.until - self._clock.now() > MAX_INLINE_WAIT_SECONDS:
             # The clients of /v1 hold a connection open and would wait for nothing.
-            with contextlib.suppress(Unavailable):
-                job_ids = self._stores.jobs.fail_chats(
-                    "usage_limit", limit_message(pause), (JobStatus.QUEUED,), model)
-                for job_id in job_ids:
-                    self._notifier.notify(job_id)
-        paused = "the queue"
-        if model != ALL_MODELS:
-            paused = "requests for the model %s" % model if model else "the default model"
-        until = iso_time(pause.until)
-        logger.warning("The plan's limit is used up: %s paused until %s", paused, until)
+            self._fail_waiting("usage_limit", pause, model if failure.is_of_model else ALL_MODELS,
+                               True, math.inf)
+
+    def _note_answer(self, job: Job) -> None:
+        """The API has answered: the queue goes on."""
+        self.holds.end(job.model or "")
+        self._server_errors.pop(job.id, None)
+        for job_id, errors in list(self._server_errors.items()):
+            del self._server_errors[job_id]
+            other = self._stores.jobs.summary(job_id)
+            # It answers others, but never this one.
+            if other and errors >= SERVER_ERRORS:
+                text = "The API failed on this request %d times; it answers others." % errors
+                self._stores.jobs.fail(other, "network", text, (JobStatus.QUEUED,))
+                self._notifier.notify(job_id)
+
+    def _fail_held(self) -> None:
+        """Fail the requests that have waited for as long as they may."""
+        now = self._clock.now()
+        codes = {reason: code for code, reason in HOLD_REASONS.items()}
+        for model, pause in self.holds.active().items():
+            limits = {True: CHAT_HOLD_SECONDS.get(pause.reason)}
+            if pause.reason not in ("usage_limit", "paused"):
+                limits[False] = self._config.hold_hours * 3600.0
+            for is_chat, seconds in limits.items():
+                if seconds is not None and now - pause.since >= seconds:
+                    code = codes.get(pause.reason, pause.reason)
+                    self._fail_waiting(code, pause, model, is_chat, now - seconds)
+
+    def _fail_waiting(self, code: str, pause: Pause, model: str, is_chat: bool,
+                      created_before: float) -> None:
+        with contextlib.suppress(Unavailable):
+            for job_id in self._stores.jobs.fail_waiting(
+                    code, pause_message(pause), model, is_chat, created_before):
+                self._notifier.notify(job_id)
 
     def _record_rate_limits(self, limits: RateLimitStatus) -> None:
         """Store what the CLI reports of the plan, if it changed. With --plan-only the use of paid
         extra usage begins a pause."""
         if limits.is_using_overage and self._config.plan_only:
-            self._begin_pause(limits.resets_at, ALL_MODELS)
+            used_up = RunFailed("usage_limit", "", limits.resets_at)
+            self._hold(used_up, ALL_MODELS, self._clock.now())
         if any(map(self._is_news, limits.windows)):
             with contextlib.suppress(Unavailable):
                 self._stores.usage.save_plan_limits(limits.windows)
@@ -5508,7 +6020,7 @@ class Worker:
 
     # --- maintenance ---
     def _run_maintenance(self) -> None:
-        """Maintain the pool every second, also during a run; purge every hour."""
+        """Maintain the pool every second, also during a run; purge every hour, in slices."""
         self._pool.advance()
         now = self._clock.monotonic()
         if now >= self._maintain_at:
@@ -5516,14 +6028,25 @@ class Worker:
             self._pool.maintain()
             self._pool.evict_unless(self._stores.conversations.exists,
                                     lambda token_id: self._stores.tokens.get(token_id) is not None)
+            self._fail_held()
+            self.holds.refresh(bool(self.running) or self._stores.jobs.has_queued())
         if now >= self._purge_at:
             self._purge_at = now + PURGE_SECONDS
             last_offset = self._clock_offset
             self._clock_offset = self._clock.now() - now
             # If the clock was set, perhaps to a wrong time and not for long, do not purge.
-            if last_offset is None or abs(self._clock_offset - last_offset) < 3600:
-                self._stores.jobs.purge(self._config.keep_days)
-                self._stores.usage.purge()
+            self._is_purging = (
+                last_offset is None or abs(self._clock_offset - last_offset) < 3600)
+        if self._is_purging:
+            self._is_purging = self._purge_slice()
+
+    def _purge_slice(self) -> bool:
+        """Delete a slice of what is too old, or give space back. -> whether there is more."""
+        if self._stores.jobs.purge(self._config.keep_days) or self._stores.database.free_pages():
+            return True
+        self._stores.usage.purge()
+        self._stores.database.checkpoint()
+        return False
 
 
 # === 9 Service ===================================================================================
@@ -5650,8 +6173,9 @@ class Service:
         pause = self._running.current_pause(model)
         if isinstance(request, Chat):
             request = replace(request, model=model)
-            if pause and pause.until - self.clock.now() > MAX_INLINE_WAIT_SECONDS:
-                raise self._limit_error(pause)
+            is_limit = pause and pause.reason == "usage_limit"
+            if pause and is_limit and pause.until - self.clock.now() > MAX_INLINE_WAIT_SECONDS:
+                raise self._held_error("usage_limit", pause)
         else:
             conversation = (request.conversation or "default") if is_stateful else None
             request = replace(request, model=model, conversation=conversation)
@@ -5659,26 +6183,29 @@ class Service:
             result = self.stores.jobs.enqueue(caller.token.id, request, key)
         except QueueFull:
             if pause:
-                text = limit_message(pause)
-                seconds = pause.until - self.clock.now()
-                raise retry_later(QueueFull, "Queue is full. " + text, seconds) from None
+                text = "Queue is full. " + pause_message(pause)
+                raise retry_later(QueueFull, text, self._seconds_left(pause)) from None
             raise
         self._notifier.notify(Notifier.JOB_QUEUED)
         return result
 
-    def _limit_error(self, pause: Pause) -> RunError:
-        seconds = str(math.ceil(pause.until - self.clock.now()))
-        return RunError("usage_limit", limit_message(pause), (("Retry-After", seconds),))
+    def _seconds_left(self, pause: Pause) -> float:
+        """Return when to ask again; nobody knows it for a queue that the owner has paused."""
+        return RETRY_SECONDS if math.isinf(pause.until) else pause.until - self.clock.now()
+
+    def _held_error(self, code: str, pause: Pause) -> RunError:
+        return RunError(code, pause_message(pause), self._seconds_left(pause))
 
     def failure(self, job: Job) -> Optional[RunError]:
         """Return why a finished job has no answer, for a waiting caller; None if it has one."""
-        if job.error_code == "usage_limit":
-            pause = self._running.current_pause(job.model)
-            if pause:
-                return self._limit_error(pause)
-        if job.status == JobStatus.ERROR:
-            return RunError(job.error_code or "", job.error or "")
-        return None
+        if job.status != JobStatus.ERROR:
+            return None
+        code = job.error_code or ""
+        pause = self._running.current_pause(job.model)
+        if pause and pause.reason == HOLD_REASONS.get(code, code):
+            return self._held_error(code, pause)
+        is_held = code in HOLD_REASONS or code in CHAT_HOLD_SECONDS
+        return RunError(code, job.error or "", BACK_OFF_SECONDS[0] if is_held else None)
 
     def poll(self, caller: Caller, job_id: str, wait: float = 0.0,
              client_disconnected: Callable[[], bool] = lambda: False) -> JobView:
@@ -5872,6 +6399,16 @@ class Service:
     def current_pause(self) -> Optional[Pause]:
         return self._running.current_pause(ALL_MODELS)
 
+    def set_paused(self, is_paused: bool) -> None:
+        """Hold the queue, also after a restart, or let it go on. Requests are accepted meanwhile,
+        and a running one continues. Raises Unavailable."""
+        database = self.stores.database
+        if is_paused != bool(database.get_state("paused")):
+            database.set_state("paused", str(self.clock.now()) if is_paused else None)
+        if is_paused != bool(database.get_state("paused")):
+            raise Unavailable("The database cannot be written now. Try again in a few seconds.")
+        self._notifier.notify(Notifier.JOB_QUEUED)
+
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
         """Create a token. -> (token, its secret, which is stored nowhere). A token with tools gets
         a workspace of its own, unless one is named. Raises TokenLimit."""
@@ -6064,7 +6601,8 @@ def event_stream(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]
 def pause_body(pause: Optional[Pause]) -> Dict[str, Any]:
     if not pause:
         return {}
-    return {"waitingFor": pause.reason, "resumesAt": iso_time(pause.until)}
+    until = None if math.isinf(pause.until) else pause.until
+    return {"waitingFor": pause.reason, "resumesAt": iso_time(until)}
 
 
 def usage_body(usage: Usage) -> Dict[str, Any]:
@@ -7000,8 +7538,8 @@ def message_end(job: Job, index: int, is_open: bool) -> Iterator[bytes]:
 
 MESSAGE_ERROR_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
-    504: "timeout_error", 529: "overloaded_error"}
+    413: "request_too_large", 429: "rate_limit_error", 504: "timeout_error",
+    529: "overloaded_error"}
 
 
 def message_error(error: BridgeError) -> Dict[str, Any]:
@@ -10183,6 +10721,7 @@ class Bridge:
         metrics = Metrics()
         stores = self._open_stores(data_dir / "bridge.db", metrics)
         on_exit(stores.close)
+        stores.database.mark_in_use()
         tunnel = self.tunnel = None if self.config.no_tunnel else self._make_tunnel(stores.database)
         if tunnel:
             on_exit(tunnel.close)
@@ -10231,8 +10770,7 @@ class Bridge:
         for pid, *_ in recorded:
             stores.database.forget_process(pid)
         stores.jobs.fail_chats(
-            "interrupted", "The bridge stopped, and the connection that waited was lost.",
-            JobStatus.UNFINISHED)
+            "interrupted", "The bridge stopped, and the connection that waited was lost.")
         requeued, lost = stores.jobs.recover()
         if killed or requeued or lost:
             logger.warning(

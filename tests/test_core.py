@@ -881,13 +881,13 @@ UNKNOWN_MODEL_TEXT = (
         ({"terminal_reason": "prompt_too_long", "result": "too long"}, "", "context_too_long"),
         (
             {"api_error_status": 413, "result": "Request too large (max 32MB). Double press esc"},
-            "invalid_request", "context_too_long",
+            "invalid_request", "request_too_large",
         ),
         (
             {"api_error_status": 400, "result": "Credit balance is too low"}, "billing_error",
             "cli_error",
         ),
-        ({"api_error_status": 400, "result": "API Error: 400 bad"}, "unknown", "cli_error"),
+        ({"api_error_status": 400, "result": "API Error: 400 bad"}, "unknown", "invalid_request"),
         (
             {"api_error_status": 404, "result": UNKNOWN_MODEL_TEXT}, "model_not_found",
             "model_not_found",
@@ -907,7 +907,7 @@ UNKNOWN_MODEL_TEXT = (
         ({"api_error_status": 429, "result": THROTTLED_TEXT}, "rate_limit", "overloaded"),
         (
             {"api_error_status": 500, "result": "API Error: 500 internal"}, "server_error",
-            "overloaded",
+            "network",
         ),
         (
             {
@@ -922,9 +922,33 @@ UNKNOWN_MODEL_TEXT = (
                 "api_error_status": None,
                 "result": "API Error: Unable to connect to API (ConnectionRefused)",
             },
-            "server_error", "cli_error",
+            "server_error", "network",
         ),
-        ({"api_error_status": None, "result": "Request timed out"}, "server_error", "cli_error"),
+        ({"api_error_status": None, "result": "Request timed out"}, "server_error", "network"),
+        (
+            {"api_error_status": 511, "result": "API Error: 511 Network Authentication Required."},
+            "server_error", "network",
+        ),
+        (
+            {"api_error_status": 407, "result": "API Error: 407 Proxy Authentication Required"},
+            "unknown", "network",
+        ),
+        ({"api_error_status": 402, "result": "API Error: 402 billing"}, "unknown", "cli_error"),
+        (
+            {"api_error_status": 422, "result": "API Error: 422 unprocessable"}, "unknown",
+            "invalid_request",
+        ),
+        (
+            {
+                "api_error_status": 413, "terminal_reason": "image_error",
+                "result": "The request holds more than the API takes.",
+            },
+            "invalid_request", "request_too_large",
+        ),
+        (
+            {"stop_reason": "refusal", "result": "API Error: safeguards flagged this message"},
+            "invalid_request", "refused",
+        ),
         (
             {"result": "API Error: Claude's response exceeded the 32000 output token maximum"},
             "max_output_tokens", "cli_error",
@@ -1948,7 +1972,8 @@ def test_a_cursor_that_was_reset_gets_the_whole_text_again() -> None:
 def test_a_pause_has_a_reason_until_claude_accepts_the_prompt_again() -> None:
     live, cursor = live_text("Hel"), cab.TextCursor(0)
     live.events_since(cursor)
-    live.pause(cab.Pause("overloaded", NOW + 2))
+    live.restart()
+    live.current_pause = cab.Pause("overloaded", NOW + 2)
     assert live.current_pause == cab.Pause("overloaded", NOW + 2)
     assert (live.read(), live.generation) == ("", 1)
     live.begin("haiku")
@@ -1983,11 +2008,10 @@ def test_every_change_that_a_reader_can_see_calls_back() -> None:
     live = cab.LiveText(0, lambda: sizes.append(len(live.read())))
     live.begin("haiku")
     live.add("ab")
-    live.pause(cab.Pause("overloaded", NOW))
     live.add("c")
     live.reconcile("cd")
     # The callback runs after the change, so that a reader that looks then sees it.
-    assert sizes == [0, 2, 0, 1, 2]
+    assert sizes == [0, 2, 3, 2]
 
 
 def test_readers_on_threads_always_end_with_the_last_text() -> None:
@@ -2091,7 +2115,7 @@ def test_half_a_character_does_not_end_a_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, is_model_limit",
+    "kind, is_of_model",
     [
         ("five_hour", False),
         ("seven_day", False),
@@ -2099,7 +2123,7 @@ def test_half_a_character_does_not_end_a_stream() -> None:
         ("seven_day_sonnet", True),
     ],
 )
-def test_the_limit_of_one_model_is_marked_as_such(kind: str, is_model_limit: bool) -> None:
+def test_the_limit_of_one_model_is_marked_as_such(kind: str, is_of_model: bool) -> None:
     info = {
         "status": "rejected",
         "resetsAt": NOW + 60,
@@ -2107,9 +2131,9 @@ def test_the_limit_of_one_model_is_marked_as_such(kind: str, is_model_limit: boo
         "isUsingOverage": False,
     }
     limits = cab.parse_rate_limits({"rate_limit_info": info}, NOW)
-    assert limits.is_used_up and limits.is_model_limit == is_model_limit
+    assert limits.is_used_up and limits.is_model_limit == is_of_model
     result = {"is_error": True, "api_error_status": 429, "result": "You've hit your limit"}
     failure = cab.classify_failure(result, "rate_limit", limits)
-    assert (failure.code, failure.resets_at, failure.is_model_limit) == (
-        "usage_limit", NOW + 60, is_model_limit,
+    assert (failure.code, failure.resets_at, failure.is_of_model) == (
+        "usage_limit", NOW + 60, is_of_model,
     )

@@ -707,7 +707,7 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
             "api_error_status": 413,
             "result": "Request too large (max 32MB).",
         },
-        "context_too_long",
+        "request_too_large",
     ),
     (
         {"said": "invalid_request", "api_error_status": 400, "result": "Prompt is too long"},

@@ -117,7 +117,8 @@ class Scripted:
     idle_count, is_busy = 0, False
 
     def __init__(self) -> None:
-        self.pool = self
+        self.pool = self.program = self
+        self.install = cab.ClaudeInstall((), cab.Features.read("", ""), {}, "")
         self.script: Dict[str, Run] = {}
         self.seen: List[cab.RunRequest] = []
         self.on_rate_limits: Callable[[cab.RateLimitStatus], None] = lambda limits: None
@@ -308,7 +309,8 @@ def test_a_conversation_is_continued_by_session_and_its_history_is_available(que
 
 
 @pytest.mark.parametrize(
-    "code", [code for code in cab.RUN_ERRORS if code not in ("interrupted", "usage_limit")]
+    "code",
+    [code for code in cab.RUN_ERRORS if code not in ("interrupted", "paused", *cab.HOLD_REASONS)],
 )
 def test_a_failed_run_is_stored_with_its_code_and_text(queue: Queue, code: str) -> None:
     queue.claude.script["bad"] = failing(code, "why it failed")

@@ -253,7 +253,8 @@ def test_a_poll_reports_the_pause_that_a_job_waits_for(bench: Bench) -> None:
     _, live = bench.begin()
     bench.running.pause = None
     overload = cab.Pause("overloaded", bench.clock.now() + 2)
-    live.pause(overload)
+    live.restart()
+    live.current_pause = overload
     assert pauses() == [overload, None]
     live.begin("model-1")
     assert bench.service.poll(caller, first.id).pause is None
@@ -264,7 +265,8 @@ def test_the_text_of_a_requeued_run_is_not_returned(bench: Bench) -> None:
     job = bench.ask(caller)
     running, live = bench.begin()
     live.add("hardly begun")
-    live.pause(cab.Pause("overloaded", bench.clock.now() + 2))
+    live.restart()
+    live.current_pause = cab.Pause("overloaded", bench.clock.now() + 2)
     bench.store.jobs.requeue(running)  # the text is dropped later
     view = bench.service.poll(caller, job.id)
     assert (view.job.status, view.partial, view.pause) == ("queued", None, None)

@@ -48,6 +48,7 @@ to change how Claude Code is driven, in 6 and 7.
 # http                      BridgeServer       accept, 0.2 s                  stop_accepting
 # http-ADDRESS (many)       BridgeServer       its socket, a Notifier event   the end of its socket
 # worker                    Worker             a Notifier event, 1 s          stop event
+# callbacks                 CallbackSender     stop event, 1 s; a socket      stop event
 # writer                    Database           its queue                      None in the queue
 # check                     Database           the disk                       an interrupt
 # stdin-, stdout-, stderr-  ClaudeProcess      a pipe                         the end of the process
@@ -98,6 +99,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import hmac
 import http.client
 import ipaddress
 import json
@@ -697,6 +699,15 @@ def new_token() -> str:
     return "cab-" + secrets.token_hex(32)
 
 
+# Source: Standard Webhooks 1.0.0.
+SECRET_PREFIX = "whsec_"
+
+
+def new_callback_secret() -> str:
+    """Return a secret that signs callbacks, in the form of Standard Webhooks."""
+    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(24)).decode()
+
+
 def digest(secret: str) -> str:
     """Return SHA-256 in hex: how a token is stored and looked up, as the Node original did."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
@@ -777,9 +788,12 @@ METRICS = (
     Metric("cab_cli_starts_total", "counter", "", "processes of claude that were started"),
     Metric("cab_spare_total", "counter", "result",
            "new conversations on an idle process (hit) or not (miss)"),
+    Metric("cab_callbacks_total", "counter", "result",
+           "attempts to send a result: delivered, failed (it is repeated), given_up"),
     Metric("cab_spares", "gauge", "", "idle processes that are ready now"),
     Metric("cab_waiting", "gauge", "", "processes that wait for the next turn of a conversation"),
-    Metric("cab_resting", "gauge", "", "1 while the queue is paused for the plan's reset"),
+    Metric("cab_resting", "gauge", "", "1 while the queue waits, whatever for"),
+    Metric("cab_held", "gauge", "reason", "1 for what the queue waits for"),
     Metric("cab_plan_utilization", "gauge", "window", "used share of a limit of the plan, 0 to 1"),
     Metric("cab_plan_resets_at_seconds", "gauge", "window", "when that limit resets, epoch"),
     Metric("cab_access_tokens", "gauge", "", "access tokens that exist"),
@@ -1044,6 +1058,100 @@ def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:
         ' "Bash(git log:*)"' % TOOL_RULES)
 
 
+# --- callbacks: where a client wants its result sent ---
+# The last label of a name begins with a letter, because the resolver would take 2130706433 or
+# 127.1 for an address. No user name, fragment, zone or backslash; other alphabets come as xn--.
+CALLBACK_URL_RE = re.compile(
+    r"(?ai)(https?)://"
+    r"(?:\[([0-9a-f:.]{2,45})\]|([0-9.]{7,15})|((?:[a-z0-9_-]{1,63}\.)*[a-z][a-z0-9_-]{0,62}))"
+    r"(?::(\d{1,5}))?(/[a-z0-9._~:/@!$&'()*+,;=%-]*)?(\?[a-z0-9._~:/?@!$&'()*+,;=%-]*)?")
+CALLBACK_URL_CHARACTERS = 2_000
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
+
+def ip_networks(text: str) -> List[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]:
+    return [ipaddress.ip_network(word) for word in text.split()]
+
+
+# `is_global` is not enough: before 3.13 it is true for 192.0.0.8 and 2002::/16, in 3.13 for
+# multicast and 64:ff9b::/96. Source: IANA's registries of special-purpose addresses.
+PRIVATE_NETWORKS = ip_networks(
+    "127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 ::1/128 fc00::/7")
+# Never a receiver. 169.254.0.0/16, 100.100.100.200 and fd00:ec2::254 are services of clouds that
+# hand out credentials. 2001::/23 and 2002::/16 may hold an IPv4 address.
+REFUSED_NETWORKS = ip_networks(
+    "0.0.0.0/8 169.254.0.0/16 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.18.0.0/15"
+    " 100.100.100.200/32 fd00:ec2::254/128 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3"
+    " 2001::/23 2001:db8::/32 2002::/16 3fff::/20")
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+
+
+def is_allowed_address(address: IPAddress, allow_private: bool) -> bool:
+    """Return whether a callback may connect to the address."""
+    if any(address in network for network in REFUSED_NETWORKS):
+        return False
+    if any(address in network for network in PRIVATE_NETWORKS):
+        return allow_private
+    return address.version == 4 or address in GLOBAL_IPV6
+
+
+class CallbackUrl(NamedTuple):
+    """A checked address. host: lower case, without brackets. target: path and query."""
+    is_https: bool
+    host: str
+    port: int
+    target: str
+
+    @property
+    def authority(self) -> str:
+        """The value of the Host header."""
+        host = "[%s]" % self.host if ":" in self.host else self.host
+        is_usual = self.port == (443 if self.is_https else 80)
+        return host if is_usual else "%s:%d" % (host, self.port)
+
+    @classmethod
+    def parse(cls, text: str) -> "CallbackUrl":
+        """Read a URL; the name is not looked up. Raises InvalidRequest."""
+        match = CALLBACK_URL_RE.fullmatch(text[: CALLBACK_URL_CHARACTERS + 1])
+        if not match or len(text) > CALLBACK_URL_CHARACTERS:
+            raise InvalidRequest(
+                "callback must be a URL of at most %d ASCII characters, such as"
+                " https://example.com/hook, without user name and fragment"
+                % CALLBACK_URL_CHARACTERS)
+        scheme, ipv6, ipv4, name, port, path, query = match.groups()
+        try:
+            host = name.lower() if name else str(ipaddress.ip_address(ipv6 or ipv4))
+        except ValueError:
+            raise InvalidRequest("callback contains an invalid IP address") from None
+        is_https = scheme.lower() == "https"
+        number = int(port) if port else 443 if is_https else 80
+        if not 1 <= number <= 65_535 or len(host) > 253:
+            raise InvalidRequest("callback contains an invalid port or host name")
+        return cls(is_https, host, number, (path or "/") + (query or ""))
+
+
+def validate_callback(value: Any) -> Optional[str]:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidRequest("callback must be a URL")
+    CallbackUrl.parse(value)
+    return value
+
+
+def validate_callbacks(value: Any) -> Union[bool, Tuple[str, ...]]:
+    """Return whether a token may name callbacks, or to which hosts."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, (list, tuple)) and 0 < len(value) <= TOKEN_MODELS:
+        hosts = [str(host).lower() for host in value]
+        if all(CALLBACK_URL_RE.fullmatch("https://%s/" % host) for host in hosts):
+            return tuple(hosts)
+    raise InvalidRequest(
+        "callbacks must be true, false or a list of 1 to %d hosts, such as bots.example.com or"
+        " 192.168.1.5:8080" % TOKEN_MODELS)
+
+
 # --- bodies of the native API ---
 def body_field(validate: Validator, kind: str, doc: str, example: Any, default: Any = None) -> Any:
     """Return a field of a Command: its validator and its documentation."""
@@ -1096,6 +1204,10 @@ class Ask(Command):
     effort: Optional[str] = body_field(
         one_of(EFFORTS, "effort must be one of: " + ", ".join(EFFORTS)), "string",
         "how hard to think: " + ", ".join(EFFORTS), "low")
+    callback: Optional[str] = body_field(
+        validate_callback, "string",
+        "tokens with `callbacks`: where to send the result when it is there; see Callbacks",
+        "https://example.com/hook")
     wait: float = body_field(
         validate_wait, "number", "seconds to wait for the result, 0 to 90", 30, default=0.0)
     stream: bool = body_field(
@@ -1134,6 +1246,10 @@ class NewToken(Command):
     models: Optional[Tuple[str, ...]] = body_field(
         validate_models, "array",
         "the models it may use, or null for all; the first is its default", ["haiku", "sonnet"])
+    callbacks: Union[bool, Tuple[str, ...]] = body_field(
+        validate_callbacks, "boolean or array",
+        "may name callbacks: `true` for any public address, or a list of hosts, which may be"
+        " private", ["bots.example.com"], default=False)
 
 
 # --- a conversation of /v1 ---
@@ -1204,6 +1320,7 @@ class Token:
     requests_per_minute: Optional[int] = None
     requests_per_day: Optional[int] = None
     models: Optional[Tuple[str, ...]] = None
+    callbacks: Union[bool, Tuple[str, ...]] = False
 
     def is_expired(self, now: float) -> bool:
         return self.expires_at is not None and self.expires_at <= now
@@ -1269,6 +1386,16 @@ class Job:
     @property
     def is_finished(self) -> bool:
         return self.status in JobStatus.FINISHED
+
+
+class Callback(NamedTuple):
+    """A result that is to be sent. attempts: those that failed. secret: signs it. callbacks: the
+    right of the token."""
+    job_id: str
+    url: str
+    attempts: int
+    secret: str
+    callbacks: Union[bool, Tuple[str, ...]]
 
 
 class EnqueueResult(NamedTuple):
@@ -1538,13 +1665,26 @@ def placeholders(values: Sequence[Any]) -> str:
     return ", ".join("?" * len(values))
 
 
-def token_from_row(row: Tuple[Any, ...]) -> Token:
+def resolve_workspace(stored: str, data_dir: Path) -> str:
+    """Return the path of a workspace. Those that the bridge made are relative to the data folder,
+    which may be moved; before version 5 of the schema they were absolute."""
+    path = data_dir / stored
+    own = data_dir / "workspaces" / path.name
+    if path.parent.name == "workspaces" and own.is_dir() and not path.exists():
+        return str(own)
+    return str(path)
+
+
+def token_from_row(row: Tuple[Any, ...], data_dir: Path) -> Token:
     token = Token(*row)
     tools = json.loads(str(token.tools))
     models = json.loads(str(token.models or "null"))
-    return replace(token, is_admin=bool(token.is_admin),
+    callbacks = json.loads(str(token.callbacks or "false"))
+    workspace = resolve_workspace(token.workspace, data_dir) if token.workspace else None
+    return replace(token, is_admin=bool(token.is_admin), workspace=workspace,
                    tools=tuple(tools) if isinstance(tools, list) else tools,
-                   models=tuple(models) if models else None)
+                   models=tuple(models) if models else None,
+                   callbacks=tuple(callbacks) if isinstance(callbacks, list) else callbacks)
 
 
 def job_from_row(row: Tuple[Any, ...]) -> Job:
@@ -1564,15 +1704,29 @@ def private_directory(path: Path) -> Path:
         # mkdir(parents=True) would give the parents the rights of the umask.
         for folder in (*reversed(path.parents), path):
             folder.mkdir(mode=0o700, exist_ok=True)
+        check_shared_folder(path)
         if os.name == "posix":
-            if path.stat().st_mode & stat.S_ISVTX:
-                # Such as /tmp: to close it would break the programs of other users.
-                raise PermissionError(errno.EPERM, "all users share it")
-            path.chmod(0o700)
+            # The volume of a container belongs to a group, and some file systems have no rights.
+            with contextlib.suppress(PermissionError):
+                path.chmod(0o700)
     except OSError as error:
         raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
                           "make it writable, or choose another one with --data-dir") from None
     return path
+
+
+def check_shared_folder(path: Path) -> bool:
+    """Return whether others may enter a folder, and that cannot be changed. Raises OSError if it
+    cannot be used."""
+    if os.name != "posix":
+        return False
+    status = path.stat()
+    if status.st_mode & stat.S_ISVTX:
+        # Such as /tmp: to close it would break the programs of other users.
+        raise PermissionError(errno.EPERM, "all users share it")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "it cannot be read and written")
+    return bool(status.st_uid != os.geteuid() != 0 and status.st_mode & 0o077)
 
 
 def find_foreign_files(folder: Path) -> Optional[str]:
@@ -1592,9 +1746,19 @@ def data_directory(path: Path) -> Path:
     Raises CannotStart."""
     foreign = find_foreign_files(private_directory(path))
     if foreign:
-        raise CannotStart("The folder %s cannot be used: %s." % (path, foreign),
-                          "move that away, or choose another folder with --data-dir")
+        raise CannotStart("The folder %s cannot be used: %s." % (path, foreign), FOREIGN_ADVICE)
+    if check_shared_folder(path):
+        logger.warning("%s", shared_folder_text(path))
     return path
+
+
+FOREIGN_ADVICE = (
+    "move that away, make it yours (chown), or choose another folder with --data-dir")
+
+
+def shared_folder_text(path: Path) -> str:
+    return ("The folder %s belongs to another user; others who may enter it see the names of the"
+            " bridge's files, which only you can read" % path)
 
 
 def write_file_atomically(path: Path, text: str) -> None:
@@ -1667,10 +1831,12 @@ ProcessRow = Tuple[int, str, Optional[str]]
 class DatabaseInfo(NamedTuple):
     """What a look at a database reveals.
     fault: what is wrong with it, or None. latest: when its newest request was made.
-    processes: those that the last bridge recorded."""
+    processes: those that the last bridge recorded. hold: why its queue waits: a reason, and when
+    that began."""
     fault: Optional[str] = None
     latest: float = 0.0
     processes: Sequence[ProcessRow] = ()
+    hold: Tuple[str, float] = ("", 0.0)
 
 
 def inspect_database(path: Path) -> DatabaseInfo:
@@ -1690,7 +1856,12 @@ def inspect_database(path: Path) -> DatabaseInfo:
                 newest = "SELECT created_at FROM jobs ORDER BY seq DESC LIMIT 1"
                 (latest,) = db.execute(newest).fetchone() or (0.0,)
                 rows = db.execute("SELECT pid, started, program FROM children").fetchall()
-                return DatabaseInfo(None, latest, rows)
+                state = dict(db.execute("SELECT name, value FROM remembered").fetchall())
+                hold = ("paused", float(state["paused"])) if state.get("paused") else ("", 0.0)
+                if state.get("hold"):
+                    reason, since, _ = json.loads(state["hold"])
+                    hold = reason, since
+                return DatabaseInfo(None, latest, rows, hold)
     except sqlite3.Error as error:
         fault = str(error)
     return DatabaseInfo("The database %s cannot be used: %s" % (path, fault))
@@ -1730,6 +1901,32 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
         db.backup(copy)
 
 
+def backup_database(source: Path, target: Path) -> None:
+    """Copy a database that may be in use. A copy of the file alone would miss what is in -wal.
+    Raises CannotStart."""
+    part = target.with_name(target.name + ".part")
+    try:
+        if target.exists() and target.read_bytes()[:15] != b"SQLite format 3":
+            raise OSError(errno.EEXIST, "it exists, and is no database")
+        os.close(os.open(part, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
+        try:
+            with contextlib.closing(sqlite3.connect(str(source))) as db:
+                copy_database(db, part)
+            with contextlib.closing(sqlite3.connect(str(part))) as copy:
+                # One file, without -wal.
+                copy.execute("PRAGMA journal_mode=DELETE").close()
+                check_integrity(copy)
+            os.replace(part, target)
+        finally:
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(str(part) + suffix)
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CannotStart("The backup %s cannot be written: %s." % (target, reason),
+                          "choose another file") from None
+
+
 class WriteTask(NamedTuple):
     """What the thread "writer" is to do.
     is_transaction: False for what SQLite does outside a transaction only."""
@@ -1748,6 +1945,7 @@ class Database:
 
     def __init__(self, path: Path, clock: Clock) -> None:
         self.clock = clock
+        self.folder = path.parent
         self._path = path
         # The number of the file; 0 while unknown.
         self._inode = 0
@@ -1806,7 +2004,8 @@ class Database:
         for suffix in ("", "-wal", "-shm"):
             file = path.with_name(path.name + suffix)
             if os.name == "posix" and file.exists():
-                file.chmod(0o600)
+                with contextlib.suppress(PermissionError):
+                    file.chmod(0o600)
         version = schema_version(self._db)
         if version > len(MIGRATIONS):
             raise CannotStart(
@@ -2149,16 +2348,17 @@ class TokenStore:
             id=str(uuid.uuid4()), name=new.name, prefix=secret[:12], session_mode=new.session_mode,
             expires_at=expires_at, created_at=now, last_used_at=None, is_admin=new.admin,
             tools=new.tools, workspace=workspace, requests_per_minute=new.requests_per_minute,
-            requests_per_day=new.requests_per_day, models=new.models)
+            requests_per_day=new.requests_per_day, models=new.models, callbacks=new.callbacks)
         tokens, admins = db.execute(
             "SELECT count(*), coalesce(sum(is_admin), 0) FROM tokens"
             " WHERE expires_at IS NULL OR expires_at > ?",
             (now,)).fetchone()
         if tokens >= TOKENS and (admins or not new.admin):
             raise TokenLimit()
-        texts = {"tools": as_json(token.tools), "models": as_json(token.models)}
-        values = (*{**vars(token), **texts}.values(), digest(secret))
-        db.execute("INSERT INTO tokens (%s, token_hash) VALUES (%s)"
+        texts = {
+            name: as_json(getattr(token, name)) for name in ("tools", "models", "callbacks")}
+        values = (*{**vars(token), **texts}.values(), digest(secret), new_callback_secret())
+        db.execute("INSERT INTO tokens (%s, token_hash, callback_secret) VALUES (%s)"
                    % (TOKEN_COLUMNS, placeholders(values)), values)
         self._database.mark_tokens_changed()
         return token
@@ -2173,14 +2373,19 @@ class TokenStore:
         def load() -> Optional[Token]:
             sql = "SELECT %s FROM tokens WHERE %s = ?" % (TOKEN_COLUMNS, column)
             rows = self._database.read(sql, value)
-            return token_from_row(rows[0]) if rows else None
+            return token_from_row(rows[0], self._database.folder) if rows else None
 
         return self._database.cached_token((column, value), load)
+
+    def callback_secret(self, token_id: str) -> str:
+        """Return what signs the callbacks of a token."""
+        sql = "SELECT callback_secret FROM tokens WHERE id = ?"
+        return str(self._database.read(sql, token_id)[0][0])
 
     def list(self) -> List[Token]:
         """Return all tokens, newest first."""
         sql = "SELECT %s FROM tokens ORDER BY created_at DESC, rowid DESC" % TOKEN_COLUMNS
-        return [token_from_row(row) for row in self._database.read(sql)]
+        return [token_from_row(row, self._database.folder) for row in self._database.read(sql)]
 
     def count(self) -> int:
         def load() -> int:
@@ -2368,14 +2573,15 @@ class JobStore:
             "system_prompt": request.system_prompt, "json_schema": request.json_schema,
             "conversation": request.conversation, "effort": request.effort, "idempotency_key": key,
             "fingerprint": fingerprint, "chat": chat, "api": api}
-        result: EnqueueResult = self._insert(values, limit)
+        callback = request.callback if isinstance(request, Ask) else None
+        result: EnqueueResult = self._insert(values, limit, callback)
         if result.is_new:
             self._metrics.inc("cab_requests_accepted_total")
         return result
 
     @runs_in_writer
-    def _insert(
-            self, db: sqlite3.Connection, values: Mapping[str, Any], limit: int) -> EnqueueResult:
+    def _insert(self, db: sqlite3.Connection, values: Mapping[str, Any], limit: int,
+                callback: Optional[str]) -> EnqueueResult:
         # The order of the times must be the order of the jobs, for the limit per minute.
         token_id, now = values["token_id"], self._database.clock.now()
         row = None
@@ -2399,6 +2605,9 @@ class JobStore:
                          tuple(values.values())).lastrowid
         if values["conversation"]:
             touch_conversation(db, token_id, values["conversation"], now)
+        if callback:
+            db.execute("INSERT INTO callbacks (job_id, url) VALUES (?, ?)",
+                       (values["id"], callback))
         self._usage.add(db, day_of(now), token_id, "requests")
         return EnqueueResult(self._select(db, "seq", seq), ahead + 1)
 
@@ -2464,6 +2673,7 @@ class JobStore:
                 " turns = turns + 1, bytes = bytes + ?"
                 " WHERE token_id = ? AND name = (SELECT conversation FROM jobs WHERE id = ?)",
                 (answer.session_id, answer.spent_usd, now, size, job.token_id, job.id))
+            db.execute("UPDATE callbacks SET next_at = ? WHERE job_id = ?", (now, job.id))
             self._usage.add(db, day_of(job.created_at), job.token_id, "completed", answer.usage)
         return rows
 
@@ -2508,6 +2718,7 @@ class JobStore:
                 " chat = NULL WHERE id = ?",
                 (now, replace_surrogates(text), code, job_id))
             self._usage.add(db, day_of(created_at), token_id, "errors")
+            db.execute("UPDATE callbacks SET next_at = ? WHERE job_id = ?", (now, job_id))
             if conversation:
                 touch_conversation(db, token_id, conversation, now)
         return [job_id for job_id, *_ in rows]
@@ -2753,6 +2964,44 @@ class ConversationStore:
         return turns[::-1]
 
 
+class CallbackStore:
+    """The results that are to be sent."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def next_at(self) -> Optional[float]:
+        """Return when the next one is due; None if there is none."""
+        def load() -> Optional[float]:
+            sql = "SELECT min(next_at) FROM callbacks WHERE next_at IS NOT NULL"
+            value: Optional[float] = self._database.read(sql)[0][0]
+            return value
+
+        return self._database.cached("callbacks", load)
+
+    def due(self) -> Optional[Callback]:
+        """Return the one that is due for the longest time."""
+        rows = self._database.read(
+            "SELECT c.job_id, c.url, c.attempts, t.callback_secret, t.callbacks FROM callbacks c"
+            " JOIN jobs j ON j.id = c.job_id JOIN tokens t ON t.id = j.token_id"
+            " WHERE c.next_at <= ? ORDER BY c.next_at LIMIT 1", self._database.clock.now())
+        for *values, callbacks in rows:
+            hosts = json.loads(callbacks or "false")
+            hosts = tuple(hosts) if isinstance(hosts, list) else hosts
+            return Callback._make((*values, hosts))
+        return None
+
+    @runs_in_writer
+    def retry(self, db: sqlite3.Connection, job_id: str, seconds: Optional[float]) -> None:
+        """Try it again after that time; None: it was sent, or is given up."""
+        if seconds is None:
+            db.execute("DELETE FROM callbacks WHERE job_id = ?", (job_id,))
+            return
+        db.execute(
+            "UPDATE callbacks SET attempts = attempts + 1, next_at = ? WHERE job_id = ?",
+            (self._database.clock.now() + seconds, job_id))
+
+
 class Stores:
     """The database and the stores on it."""
 
@@ -2762,6 +3011,7 @@ class Stores:
         self.usage = UsageStore(self.database)
         self.jobs = JobStore(self.database, self.usage, metrics or Metrics())
         self.conversations = ConversationStore(self.database)
+        self.callbacks = CallbackStore(self.database)
 
     def close(self) -> None:
         self.database.close()
@@ -2867,7 +3117,9 @@ def child_environment(environ: Mapping[str, str], allow_api_key: bool,
                   CLAUDE_CODE_DISABLE_TERMINAL_TITLE="1", CLAUDE_CODE_DISABLE_CLAUDE_MDS="1",
                   CLAUDE_CODE_DISABLE_AUTO_MEMORY="1", CLAUDE_CODE_DISABLE_BACKGROUND_TASKS="1",
                   ENABLE_CLAUDEAI_MCP_SERVERS="false", CLAUDE_CODE_MAX_RETRIES="4",
-                  DISABLE_AUTO_COMPACT="1")
+                  DISABLE_AUTO_COMPACT="1",
+                  # After a refusal the CLI would ask again, and use another model from then on.
+                  CLAUDE_CODE_DISABLE_REFUSAL_RETRY="1", CLAUDE_CODE_DISABLE_REFUSAL_FALLBACK="1")
     owner_dir = environ.get("CLAUDE_CONFIG_DIR", "")
     if config_dir:
         result["CLAUDE_CONFIG_DIR"] = config_dir
@@ -3304,6 +3556,8 @@ def retry_code(status: Any) -> Optional[str]:
     return None
 
 
+LOGIN_WORDS = (
+    "authentication_failed", "oauth_org_not_allowed", "account_on_hold", "verification_required")
 NO_MODEL = "There's an issue with the selected model"
 TOO_LONG = "Prompt is too long"
 # The CLI continues the answer by itself; the client sees one message.
@@ -3324,7 +3578,7 @@ def classify_failure(result: Mapping[str, Any], error_word: str,
     code = "cli_error"
     if result.get("stop_reason") == "refusal":
         code = "refused"
-    elif error_word == "authentication_failed" or status in (401, 403) or no_login:
+    elif error_word in LOGIN_WORDS or status in (401, 403) or no_login:
         code = "auth_required"
     elif error_word == "rate_limit" or status == 429:
         if limits.is_used_up or not text.startswith("API Error"):
@@ -3336,8 +3590,9 @@ def classify_failure(result: Mapping[str, Any], error_word: str,
         code = "request_too_large"
     elif result.get("terminal_reason") == "prompt_too_long" or text.startswith(TOO_LONG):
         code = "context_too_long"
-    elif status in (407, 408) or error_word == "server_error" or (status or 0) >= 500:
-        # No answer, or that of a proxy or of a broken server.
+    elif (status in (407, 408) or (status or 0) >= 500 or error_word == "server_error"
+            or "(HTTP 200)" in text):
+        # No answer, or that of a proxy, of a broken server or of the login page of a network.
         code = retry_code(status) or "network"
     elif (status or 0) >= 400 and status != 402 and error_word != "billing_error":
         code = "invalid_request"
@@ -3475,6 +3730,8 @@ PIPE_POLL_SECONDS = 0.002
 TRANSCRIPTS = "transcripts"
 # How often a silent run checks whether it was cancelled.
 CANCEL_POLL_SECONDS = 0.1
+# A wait of CANCEL_POLL_SECONDS that took so long was a sleep of the machine.
+FROZEN_SECONDS = 3.0
 # After the exit of a process, for its last output to be read.
 DRAIN_AFTER_EXIT_SECONDS = 2.0
 # For a busy process to exit before it is killed, and for an idle one, which does last work.
@@ -3832,6 +4089,37 @@ def home_folder(environ: Mapping[str, str]) -> Path:
         return Path(os.devnull)
 
 
+SESSION_RE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:\.\w+)*")
+
+
+def remove_sessions(data_dir: Path, is_wanted: Callable[[str], bool]) -> None:
+    """Delete what the CLI wrote of the sessions that nobody can resume."""
+    for path in (data_dir / "claude-home" / "projects").glob("*/*"):
+        match = SESSION_RE.fullmatch(path.name)
+        if match and not is_wanted(match.group(1)):
+            with contextlib.suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
+
+def reap_zombies(before: Set[int]) -> Set[int]:
+    """Reap the orphans that PID 1 of a container inherits from tools. -> the present zombies.
+    before: those of a second ago; a child of ours would have been reaped by its owner since."""
+    zombies = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IndexError):
+            stat_line = Path("/proc", name, "stat").read_text(errors="replace")
+            state, parent = stat_line.rpartition(")")[2].split()[:2]
+            if state == "Z" and int(parent) == os.getpid():
+                zombies.add(int(name))
+    for pid in zombies & before:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    return zombies
+
+
 # --- the installed program ---
 def login_fingerprint(install: "ClaudeInstall") -> Any:
     """Return what changes when the owner signs in again. The files are not read.
@@ -3860,6 +4148,11 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
     """Find the `claude` of this machine and its login. Raises CannotStart if there is none, or if
     it is too old or not signed in."""
     command = claude_command(config, environ)
+    # Each request would fail. Source: os.tmpdir() of Node.
+    temporary = next(filter(None, map(environ.get, ("TMPDIR", "TMP", "TEMP"))), None)
+    if temporary and not os.access(temporary, os.W_OK | os.X_OK):
+        raise CannotStart("The folder for temporary files, %s, cannot be used." % temporary,
+                          "create it, or set TMPDIR to another one")
     # What it starts, such as node, often lies beside it.
     folders = [environ.get("PATH", os.defpath), str(Path(command[0]).parent)]
     environ = {**environ, "PATH": os.pathsep.join(folders)}
@@ -4505,9 +4798,10 @@ class TurnMessages:
         return "".join(block["text"] for block in self.blocks if block.get("type") == "text")
 
     def begin(self, message: Mapping[str, Any]) -> None:
-        if self.is_cut:
+        if self.is_cut or not self.is_complete:
+            # Cut by a limit, or by a lost connection after a whole block; 2.1.332 goes on with it.
             self.earlier_text += self._own_text()
-        elif self.is_complete:
+        else:
             self.earlier_text = ""
         self._id = str(message.get("id"))
         self.blocks = []
@@ -4548,6 +4842,7 @@ class Turn:
         self._control = control
         self._tools = ToolServer(process, session.client_tools)
         self._check_stopped_at = float("-inf")
+        self._frozen_seconds = 0.0
         # The tools that run. A command may be silent for long.
         self._running_tools: Set[str] = set()
         # From then on the loss of the process is a failed run.
@@ -4564,7 +4859,7 @@ class Turn:
     def next_event(self) -> CliEvent:
         """Return the next event. Raises RunFailed at a deadline or when the job is cancelled;
         ProcessExited."""
-        clock, config, deadline = self._control.clock, self._control.config, self._control.deadline
+        clock, config = self._control.clock, self._control.config
         silent_at = clock.monotonic() + config.silence_seconds
         while True:
             now = clock.monotonic()
@@ -4572,13 +4867,21 @@ class Turn:
                 # Not for every delta of a fast answer: it queries the database.
                 self._check_stopped_at = now + CANCEL_POLL_SECONDS
                 raise_if_stopped(self._control.stop_reason())
+            deadline = self._control.deadline + self._frozen_seconds
             if now >= deadline:
                 self._fail_late("The run took longer than %g seconds" % config.run_seconds)
             if now >= self._lost_at:
                 raise SessionLost()
             if now >= silent_at and not self._running_tools:
                 self._fail_late("claude sent nothing for %g seconds" % config.silence_seconds)
+            asked_at = time.monotonic()
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
+            seconds = time.monotonic() - asked_at
+            if seconds >= FROZEN_SECONDS:
+                # The machine slept, or was stopped, and claude with it.
+                self._frozen_seconds += seconds
+                silent_at = clock.monotonic() + config.silence_seconds
+                self._lost_at += seconds
             if event is not None:
                 self._lost_at = float("inf")
                 self._note_tools(event)
@@ -4805,13 +5108,13 @@ class Turn:
                 raise SessionLost()
             if failure.code == "refused":
                 failure.answer = Answer(
-                    self.messages.text, usage=self.messages.usage, model=live.model,
+                    live.read(), usage=self.messages.usage, model=live.model,
                     stop_info=StopInfo("refusal"))
             raise failure
-        if self.messages.count and not self.messages.is_complete and "stop_reason" in body:
-            if body["stop_reason"] is None:
-                # 2.1.197 takes what it has for the answer.
-                raise RunFailed("network", "The connection was lost in the middle of the answer.")
+        is_lost = self.messages.count and not self.messages.is_complete
+        if is_lost and not self._session.json_schema and body.get("stop_reason", "") is None:
+            # 2.1.197 takes what it has for the answer.
+            raise RunFailed("network", "The connection was lost in the middle of the answer.")
         text = "" if is_cut else str(body.get("result") or "")
         structured = None
         if not self._session.json_schema:
@@ -4954,6 +5257,9 @@ class ClaudeLauncher:
         try:
             if kind.workspace:
                 folder = Path(kind.workspace)
+                if folder.parent == self.config.data_dir / "workspaces":
+                    # Somebody may have deleted it.
+                    private_directory(folder)
             else:
                 folder = private_directory(self.config.data_dir / "work")
             process = ClaudeProcess(argv, folder, install.environment, tag)
@@ -5262,6 +5568,9 @@ class IdlePool:
                 remove_transcript(idle.transcript)
             self._launcher.terminate(idle.process, DEFAULT_SESSION)
 
+    def processes(self) -> List[ClaudeProcess]:
+        return [idle.process for idle in self._idle]
+
     def close(self) -> None:
         self.terminate(self._idle)
 
@@ -5417,12 +5726,20 @@ class ClaudePool:
         self._idle.maintain()
 
     def evict_unless(self, conversation_exists: Callable[[str], bool],
-                     token_exists: Callable[[str], bool]) -> None:
-        """Terminate the processes of deleted conversations and tokens."""
-        self._terminate_waiting([
+                     token_exists: Callable[[str], bool]) -> bool:
+        """Terminate the processes of deleted conversations and tokens. -> whether there were any.
+        """
+        evicted = [
             waiting for waiting in self._waiting if not token_exists(waiting.owner)
-            or (waiting.conversation and not conversation_exists(waiting.conversation))])
+            or (waiting.conversation and not conversation_exists(waiting.conversation))]
+        self._terminate_waiting(evicted)
         self._idle.forget_owner(token_exists)
+        return bool(evicted)
+
+    def session_ids(self) -> List[str]:
+        """Return the CLI's sessions that processes hold."""
+        processes = [*(waiting.process for waiting in self._waiting), *self._idle.processes()]
+        return [process.session_id for process in processes if process.session_id]
 
     def forget(self, conversation: str) -> None:
         """Terminate the process of a conversation, if there is one."""
@@ -5741,6 +6058,9 @@ class Worker:
         self._maintain_at = float("-inf")
         self._purge_at = float("-inf")
         self._is_purging = False
+        self._has_lost_sessions = False
+        # See reap_zombies.
+        self._zombies: Set[int] = set()
         # UTC minus monotonic clock, at the last purge.
         self._clock_offset: Optional[float] = None
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
@@ -5894,6 +6214,7 @@ class Worker:
                 # Higher than the stored generation, so that readers see a restart.
                 self._restart_counts[job.id] = live.generation + 1
             if request and request.conversation and not is_completed:
+                self._has_lost_sessions = True
                 # Its process may have received a turn that is not part of the conversation.
                 self._pool.forget(request.conversation)
 
@@ -6026,8 +6347,12 @@ class Worker:
         if now >= self._maintain_at:
             self._maintain_at = now + MAINTENANCE_SECONDS
             self._pool.maintain()
-            self._pool.evict_unless(self._stores.conversations.exists,
-                                    lambda token_id: self._stores.tokens.get(token_id) is not None)
+            has_evicted = self._pool.evict_unless(
+                self._stores.conversations.exists,
+                lambda token_id: self._stores.tokens.get(token_id) is not None)
+            self._has_lost_sessions = self._has_lost_sessions or has_evicted
+            if os.getpid() == 1 and sys.platform == "linux":
+                self._zombies = reap_zombies(self._zombies)
             self._fail_held()
             self.holds.refresh(bool(self.running) or self._stores.jobs.has_queued())
         if now >= self._purge_at:
@@ -6037,6 +6362,12 @@ class Worker:
             # If the clock was set, perhaps to a wrong time and not for long, do not purge.
             self._is_purging = (
                 last_offset is None or abs(self._clock_offset - last_offset) < 3600)
+            self._has_lost_sessions = True
+        # During a run the session of its conversation is not in the database.
+        if self._has_lost_sessions and not self.running and not self._pool.is_busy:
+            self._has_lost_sessions = False
+            known = {*self._stores.conversations.session_ids(), *self._pool.session_ids()}
+            remove_sessions(self._config.data_dir, known.__contains__)
         if self._is_purging:
             self._is_purging = self._purge_slice()
 
@@ -6089,6 +6420,27 @@ class RunningJobs(Protocol):
     def current_pause(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
         """Return why no job of a model starts now."""
         return None
+
+
+def check_callback(url: str, callbacks: Union[bool, Tuple[str, ...]]) -> Tuple[CallbackUrl, bool]:
+    """Check whether a token may send results there. -> the URL; whether its address may be private.
+    Raises InvalidRequest. A host that the admin named may be private, and may use http."""
+    parts = CallbackUrl.parse(url)
+    if callbacks is False:
+        raise InvalidRequest("callback needs a token that was created with callbacks",
+                             field="callback")
+    if callbacks is not True:
+        if not {parts.host, parts.authority, "%s:%d" % (parts.host, parts.port)} & set(callbacks):
+            text = "callback must lead to a host of the token: " + ", ".join(callbacks)
+            raise InvalidRequest(text, field="callback")
+        return parts, True
+    is_address = ":" in parts.host or parts.host[-1].isdigit()
+    if not parts.is_https:
+        raise InvalidRequest("callback must begin with https://", field="callback")
+    if is_address and not is_allowed_address(ipaddress.ip_address(parts.host), False):
+        text = "callback must not lead to a private or special address"
+        raise InvalidRequest(text, field="callback")
+    return parts, False
 
 
 class StreamSlots:
@@ -6159,6 +6511,8 @@ class Service:
         DailyLimit, QueueFull; RunError for a Chat that would have to wait for long."""
         is_stateful = caller.token.session_mode == SessionMode.STATEFUL
         models = caller.token.models
+        if isinstance(request, Ask) and request.callback:
+            check_callback(request.callback, caller.token.callbacks)
         if request.conversation and not is_stateful:
             raise InvalidRequest(
                 "conversation needs a token with sessionMode stateful", field="conversation")
@@ -6385,8 +6739,12 @@ class Service:
     # --- conversations, models, tokens ---
     def delete_conversation(self, caller: Caller, name: str) -> None:
         """Make the next request start the conversation again. Raises NotFound."""
-        if not self.stores.conversations.delete(caller.token.id, replace_surrogates(name)):
+        name = replace_surrogates(name)
+        sessions = self.stores.conversations.session_ids(caller.token.id, name)
+        if not self.stores.conversations.delete(caller.token.id, name):
             raise NotFound("Conversation not found")
+        if sessions:
+            remove_sessions(self._data_dir, lambda session_id: session_id not in sessions)
 
     def models(self, caller: Caller) -> List[Model]:
         """Return the models that the caller may use. Raises Unavailable."""
@@ -6415,18 +6773,22 @@ class Service:
         secret = new_token()
         own_workspace = None
         if new.tools != Tools.NONE and workspace is None:
-            own_workspace = self._data_dir / "workspaces" / str(uuid.uuid4())
+            own_workspace = Path("workspaces", str(uuid.uuid4()))
         path = workspace or own_workspace
         token = self.stores.tokens.add(new, secret, str(path) if path else None)
         if own_workspace:
-            private_directory(own_workspace.parent)
-            private_directory(own_workspace)
+            folder = private_directory(self._data_dir / own_workspace)
+            token = replace(token, workspace=str(folder))
         return token, secret
 
     def revoke_token(self, token_id: str) -> None:
         """Delete a token with its requests; stop its running one. Raises NotFound, LastAdmin."""
-        for job_id in self.stores.tokens.delete(replace_surrogates(token_id)):
+        token_id = replace_surrogates(token_id)
+        sessions = self.stores.conversations.session_ids(token_id)
+        for job_id in self.stores.tokens.delete(token_id):
             self._notifier.notify(job_id)
+        if sessions:
+            remove_sessions(self._data_dir, lambda session_id: session_id not in sessions)
 
     def discard_token(self, token: Token) -> None:
         """Delete a token that could not be shown to the user."""
@@ -6601,8 +6963,10 @@ def event_stream(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]
 def pause_body(pause: Optional[Pause]) -> Dict[str, Any]:
     if not pause:
         return {}
-    until = None if math.isinf(pause.until) else pause.until
-    return {"waitingFor": pause.reason, "resumesAt": iso_time(until)}
+    body: Dict[str, Any] = {"waitingFor": pause.reason}
+    if not math.isinf(pause.until):
+        body["resumesAt"] = iso_time(pause.until)
+    return body
 
 
 def usage_body(usage: Usage) -> Dict[str, Any]:
@@ -6651,7 +7015,8 @@ def token_body(token: Token, now: float) -> Dict[str, Any]:
         "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
         "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools,
         "workspace": token.workspace, "requestsPerMinute": token.requests_per_minute,
-        "requestsPerDay": token.requests_per_day, "models": token.models}
+        "requestsPerDay": token.requests_per_day, "models": token.models,
+        "callbacks": token.callbacks}
 
 
 def plan_body(
@@ -6808,6 +7173,8 @@ def handle_create_token(context: Context) -> Response:
     body = {
         "ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
         "warning": "Save this token now. It cannot be retrieved again.", **warnings_body(warnings)}
+    if token.callbacks:
+        body["callbackSecret"] = context.stores.tokens.callback_secret(token.id)
     return json_response(201, body)
 
 
@@ -6823,13 +7190,24 @@ def handle_revoke_token(context: Context) -> Response:
 
 
 # --- status and pages ---
+def handle_pause(context: Context, is_paused: bool = True) -> Response:
+    context.service.set_paused(is_paused)
+    return json_response(200, {"ok": True, **pause_body(context.service.current_pause())})
+
+
+def handle_resume(context: Context) -> Response:
+    return handle_pause(context, is_paused=False)
+
+
 def handle_status(context: Context) -> Response:
     counts = context.stores.jobs.counts()
     queued = counts.get(JobStatus.QUEUED, 0)
     processing = counts.get(JobStatus.PROCESSING, 0)
     body: Dict[str, Any] = {
         "status": "running", "version": __version__,
-        "queue": {"isProcessing": bool(processing), "length": queued + processing},
+        "queue": {
+            "isProcessing": bool(processing), "length": queued + processing,
+            **pause_body(context.service.current_pause())},
         "stats": {
             "totalTokens": context.stores.tokens.count(), "totalRequests": sum(counts.values()),
             "completedRequests": counts.get(JobStatus.COMPLETED, 0),
@@ -6842,6 +7220,12 @@ def handle_status(context: Context) -> Response:
 def handle_health(context: Context) -> Response:
     context.status.check_worker()
     context.stores.database.check_writable()
+    pause = context.service.current_pause()
+    if pause and pause.reason in ("network", "login"):
+        # Not 503: the bridge accepts requests, and a restart would not help.
+        return json_response(200, {
+            "status": "degraded", **pause_body(pause), "advice": PAUSE_TEXTS[pause.reason].split(
+                " The next try")[0]})
     return json_response(200, {"status": "ok"})
 
 
@@ -6852,6 +7236,179 @@ def handle_metrics(context: Context) -> Response:
 
 def handle_dashboard(context: Context) -> Response:
     return context.status.page()
+
+
+# --- callbacks ---
+# Source: github.com/standard-webhooks/standard-webhooks, spec/standard-webhooks.md, version 1.0.0.
+# Seconds before the second attempt, the third, ...; the last one begins after 31.6 hours.
+CALLBACK_DELAYS = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400)
+CALLBACK_SECONDS = 15.0
+# Of the head of the receiver's answer; its body is not read.
+CALLBACK_ANSWER_BYTES = 16_384
+CALLBACK_POLL_SECONDS = 1.0
+INTERIM_ANSWER_RE = re.compile(rb"\A(?:HTTP/1\.1 1\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+")
+ANSWER_STATUS_RE = re.compile(rb"HTTP/1\.[01] ([2-9]\d\d)[ \r\n]")
+RETRY_AFTER_RE = re.compile(rb"\nretry-after:[ \t]*(\d{1,9})[ \t]*\r?\n", re.IGNORECASE)
+HEAD_END_RE = re.compile(rb"\n\r?\n")
+
+
+def sign_callback(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
+    """Return the value of Webhook-Signature. timestamp: of this attempt, epoch seconds."""
+    key = base64.b64decode(secret[len(SECRET_PREFIX) :])
+    content = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
+    return "v1," + base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode()
+
+
+def callback_delay(attempts: int, retry_after: int = 0) -> Optional[float]:
+    """Return the seconds to wait after so many failed attempts; None after the last one.
+    retry_after: the receiver's wish; it only makes the delay longer."""
+    if attempts > len(CALLBACK_DELAYS):
+        return None
+    seconds = max(CALLBACK_DELAYS[attempts - 1], min(retry_after, CALLBACK_DELAYS[-1]))
+    return seconds * random.uniform(1.0, 1.1)
+
+
+def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, allow_private: bool,
+                  timeout: float) -> Tuple[int, int]:
+    """Send one attempt, without redirects and proxies. -> (status, seconds of Retry-After or 0).
+    The connection goes to the very address that was checked. Not http.client, which has no deadline
+    for a whole answer. timeout: seconds for all but the look-up of the name. Raises OSError."""
+    results = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    addresses = [
+        (family, address) for family, _, _, _, address in results
+        if is_allowed_address(ipaddress.ip_address(address[0]), allow_private)]
+    if not addresses:
+        raise PermissionError("its host has no address that is allowed")
+    deadline = time.monotonic() + timeout
+    all_headers = {
+        "Host": url.authority, "User-Agent": "claude-api-bridge", **headers,
+        "Content-Type": "application/json", "Content-Length": str(len(body)),
+        "Connection": "close"}
+    head = "".join("%s: %s\r\n" % item for item in all_headers.items())
+    connection = connect_callback(addresses, url, deadline)
+    with contextlib.closing(connection):
+        # A receiver may answer and close before it has read everything.
+        with contextlib.suppress(ConnectionError):
+            connection.settimeout(seconds_until(deadline))
+            request = "POST %s HTTP/1.1\r\n%s\r\n" % (url.target, head)
+            connection.sendall(request.encode("ascii") + body)
+        return read_callback_answer(connection, deadline)
+
+
+def seconds_until(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise socket.timeout("the receiver did not answer in time")
+    return seconds
+
+
+def connect_callback(addresses: Sequence[Tuple[Any, Any]], url: CallbackUrl,
+                     deadline: float) -> socket.socket:
+    """Connect to the first address that accepts. Each gets an equal share of the time."""
+    import ssl
+    for number, (family, address) in enumerate(addresses):
+        connection = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(seconds_until(deadline) / (len(addresses) - number))
+            connection.connect(address)
+            connection.settimeout(seconds_until(deadline))
+            if not url.is_https:
+                return connection
+            context = ssl.create_default_context()
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            return context.wrap_socket(connection, server_hostname=url.host)
+        except OSError:
+            connection.close()
+            if number + 1 == len(addresses):
+                raise
+    raise AssertionError("unreachable")
+
+
+def read_callback_answer(connection: socket.socket, deadline: float) -> Tuple[int, int]:
+    head = b""
+    while len(head) < CALLBACK_ANSWER_BYTES:
+        connection.settimeout(seconds_until(deadline))
+        data = connection.recv(4_096)
+        head = INTERIM_ANSWER_RE.sub(b"", head + data)
+        if not data or HEAD_END_RE.search(head):
+            break
+    status = ANSWER_STATUS_RE.match(head)
+    if not status:
+        raise ConnectionError("the receiver did not answer with HTTP")
+    retry_after = RETRY_AFTER_RE.search(HEAD_END_RE.split(head)[0] + b"\n")
+    return int(status.group(1)), int(retry_after.group(1)) if retry_after else 0
+
+
+class CallbackSender:
+    """Sends results to the addresses that clients named. Owns the thread "callbacks"."""
+
+    def __init__(self, stores: Stores, metrics: Metrics) -> None:
+        self._stores = stores
+        self._metrics = metrics
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; an attempt that runs is repeated after the next start. Idempotent."""
+        self._stopping.set()
+        if self._thread.ident:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _loop(self) -> None:
+        while not self._stopping.wait(CALLBACK_POLL_SECONDS):
+            try:
+                while not self._stopping.is_set() and self.step():
+                    pass
+            except Unavailable:
+                # The database is locked, or the disk is full: it is sent later, perhaps again.
+                continue
+            except Exception:
+                logger.exception("A callback failed.")
+
+    def step(self) -> bool:
+        """Send what is due. -> whether there was something."""
+        next_at = self._stores.callbacks.next_at()
+        if next_at is None or next_at > self._stores.database.clock.now():
+            return False
+        callback = self._stores.callbacks.due()
+        job = self._stores.jobs.get(callback.job_id) if callback else None
+        if not callback or not job:
+            return False
+        delay, result = self._send(callback, as_json(job_body(JobView(job, 0, 0))).encode())
+        self._stores.callbacks.retry(callback.job_id, delay)
+        self._metrics.inc("cab_callbacks_total", result=result)
+        return True
+
+    def _send(self, callback: Callback, body: bytes) -> Tuple[Optional[float], str]:
+        """Make one attempt. -> (seconds until the next one, None for no more; its result)."""
+        retry_after = 0
+        attempts = callback.attempts + 1
+        timestamp = int(self._stores.database.clock.now())
+        headers = {
+            "Webhook-Id": callback.job_id, "Webhook-Timestamp": str(timestamp),
+            "Webhook-Signature": sign_callback(callback.secret, callback.job_id, timestamp, body)}
+        try:
+            url, allow_private = check_callback(callback.url, callback.callbacks)
+            status, retry_after = send_callback(
+                url, headers, body, allow_private, CALLBACK_SECONDS)
+            if 200 <= status < 300:
+                return None, "delivered"
+            reason = "status %d" % status
+            if status == 410:
+                # The receiver wants no more.
+                attempts = len(CALLBACK_DELAYS) + 1
+        except (OSError, UnicodeError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+        except InvalidRequest as error:
+            reason = str(error)
+        delay = callback_delay(attempts, retry_after)
+        logger.warning(
+            "The callback of request %s failed (attempt %d): %s", callback.job_id[:8], attempts,
+            escape_controls(reason[:200]))
+        return delay, "given_up" if delay is None else "failed"
 
 
 # === 11 OpenAI and Anthropic APIs ================================================================
@@ -7723,7 +8280,7 @@ TOKEN_EXAMPLE = {
     "id": EXAMPLE_ID, "name": "my-app", "prefix": "cab-01234567", "sessionMode": "stateless",
     "expiresAt~": EXAMPLE_TIME, "createdAt": EXAMPLE_TIME, "lastUsedAt~": EXAMPLE_TIME,
     "isAdmin": False, "isExpired": False, "tools": "none", "workspace~": None,
-    "requestsPerMinute~": 10, "requestsPerDay~": 200, "models~": ["haiku"]}
+    "requestsPerMinute~": 10, "requestsPerDay~": 200, "models~": ["haiku"], "callbacks": None}
 TOOL_CALL_EXAMPLE = {
     "id": "toolu_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 
@@ -7745,15 +8302,20 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "plan": PLAN_EXAMPLE},
     "NewToken": {
         "ok": True, "tokenId": EXAMPLE_ID, "token": "cab-...", "prefix": "cab-01234567",
-        "warning": "Save this token now.", "warnings?": WARNINGS},
+        "callbackSecret?": "whsec_...", "warning": "Save this token now.", "warnings?": WARNINGS},
     "Tokens": {"tokens": [TOKEN_EXAMPLE]},
     "Status": {
-        "status": "running", "version": __version__, "queue": {"isProcessing": False, "length": 0},
+        "status": "running", "version": __version__,
+        "queue": {
+            "isProcessing": False, "length": 0, "waitingFor?": "network",
+            "resumesAt?": EXAMPLE_TIME},
         "stats": {
             "totalTokens": 2, "totalRequests": 5, "completedRequests": 4, "errorRequests": 1,
             "queuedRequests": 0},
         "worker?": {}, "plan?": PLAN_EXAMPLE, "tunnel?": {}, "claude?": {}},
-    "Health": {"status": "ok"},
+    "Health": {"status": "ok", "waitingFor?": "login", "resumesAt?": EXAMPLE_TIME,
+               "advice?": "The login of claude was refused."},
+    "Queue": {"ok": True, "waitingFor?": "paused", "resumesAt?": EXAMPLE_TIME},
     "Root": {
         "name": "claude-api-bridge", "version": __version__, "description": "A REST API",
         "endpoints": {}, "docs": "GET /dashboard"},
@@ -7885,12 +8447,18 @@ ROUTES = (
     Route("DELETE", "/api/tokens/:id", AuthLevel.ADMIN, handle_revoke_token,
           "Revoke a token; its running request is stopped",
           responses={200: ("Done", '{"ok":true,"message":"Token revoked"}')}),
+    Route("POST", "/api/queue/pause", AuthLevel.ADMIN, handle_pause,
+          "Start no more requests; the running one continues, new ones wait",
+          responses={200: ("Queue", '{"ok":true,"waitingFor":"paused"}')}),
+    Route("POST", "/api/queue/resume", AuthLevel.ADMIN, handle_resume,
+          "Let the queue go on",
+          responses={200: ("Queue", '{"ok":true}')}),
     Route("GET", "/api/status", AuthLevel.NOTHING, handle_status,
           "Queue and counters; more for an admin token",
           responses={
               200: ("Status", '{"status":"running","version":"...","queue":{...},"stats":{...}}')}),
     Route("GET", "/health", AuthLevel.NOTHING, handle_health,
-          "200 while the worker and the database work",
+          "200 while the worker and the database work; `degraded` while the API does not",
           responses={200: ("Health", '{"status":"ok"}')}),
     Route("GET", "/metrics", AuthLevel.ADMIN, handle_metrics,
           "Counters and gauges for Prometheus",
@@ -9798,6 +10366,7 @@ STYLE</style>
   </section>
   <section><h2>Waiting</h2>
     <ol class="list" id="waiting"></ol> <p class="if-empty faint">The queue is empty.</p>
+    <p data-roles="admin"><button type="button" id="pause-queue">Pause the queue</button></p>
   </section>
   <section id="plan" hidden><h2>Plan</h2> <ul class="list grid" id="plan-limits"></ul></section>
   <section data-roles="admin"><h2>Bridge</h2> <dl id="bridge-facts"></dl></section>
@@ -9920,8 +10489,12 @@ function limitName(type) {
   return "Weekly limit (" + model.charAt(0).toUpperCase() + model.slice(1) + ")";
 }
 // The text before the time at which the queue resumes.
-const waitingText = (reason) => reason === "usage_limit" ? "Waiting for the plan limit to reset at "
-  : "Waiting (" + codeToText(reason) + ") until ";
+const HOLD_TEXTS = {
+  usage_limit: "Waiting for the plan limit to reset at ", paused: "The queue is paused.",
+  network: "The API cannot be reached. Next try at ",
+  login: "The login was refused. On the bridge's machine run claude, then /login. Next try at ",
+  overloaded: "The service is overloaded. Next try at " };
+const waitingText = (reason) => HOLD_TEXTS[reason] || "Waiting (" + codeToText(reason) + ") until ";
 // Put the newest page before the older requests; drop these if there may be a gap between them.
 function mergeRecent(loaded, newest) {
   const newestKeys = new Set(newest.requests.map(requestKey));
@@ -10304,7 +10877,7 @@ function waitingRow(job) {
   const element = el("li", row(position, messagePreview(job), details, cancelButton(job)), reason);
   const update = ({ queuePosition, waitingFor, resumesAt }) => {
     position.textContent = queuePosition;
-    reason.replaceChildren(...waitingFor ? [waitingText(waitingFor), timeElement(resumesAt)] : []);
+    reason.replaceChildren(...waitingParts(waitingFor, resumesAt));
   };
   return Object.assign(element, { update });
 }
@@ -10371,10 +10944,13 @@ function showBridge({ tunnel, claude, worker }) {
   reconcileList("bridge-facts", facts.filter(([, text]) => text), ([label, text]) =>
     el("div", el("dt", label), el("dd.row", text, text === url && copyButton())));
 }
+const waitingParts = (reason, until) =>
+  reason ? [waitingText(reason), until ? timeElement(until) : ""] : [];
 function showPlan({ windows, waitingFor, resumesAt, isUsingOverage }) {
   $("plan-notice").replaceChildren(...waitingFor
-    ? [waitingText(waitingFor), timeElement(resumesAt)] : ["Requests use paid extra usage now."]);
+    ? waitingParts(waitingFor, resumesAt) : ["Requests use paid extra usage now."]);
   setVisible("plan-notice", waitingFor || isUsingOverage);
+  setText("pause-queue", waitingFor === "paused" ? "Resume the queue" : "Pause the queue");
   setVisible("plan", windows.length);
   reconcileList("plan-limits", windows, planLimitRow);
 }
@@ -10507,6 +11083,11 @@ const listen = (id, event, action) => $(id).addEventListener(event, action);
 listen("sign-in", "submit", withErrorToast(() => signIn($("token-field").value.trim())));
 listen("sign-out", "click", () => signOut("Signed out."));
 listen("search", "input", showRecent);
+listen("pause-queue", "click", withErrorToast(async () => {
+  const isPaused = $("pause-queue").textContent.startsWith("Resume");
+  await fetchJson("POST", "/api/queue/" + (isPaused ? "resume" : "pause"));
+  await refreshOverview();
+}));
 listen("load-more", "click", withErrorToast(loadMore));
 listen("token-form", "submit", withErrorToast(createToken));
 listen("ask-form", "submit", withErrorToast(ask));
@@ -10578,7 +11159,12 @@ class DirectoryLock:
                               "make it writable, or choose another one with --data-dir") from None
         try:
             self._lock()
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                os.close(self._file)
+                raise CannotStart(
+                    "The file system of %s cannot lock files: %s." % (path.parent, error.strerror),
+                    "choose a folder on a local disk with --data-dir") from None
             os.lseek(self._file, 0, os.SEEK_SET)
             holder = os.read(self._file, 200).decode("utf-8", "replace").strip()
             os.close(self._file)
@@ -10669,6 +11255,9 @@ class BridgeStatus:
             ("cab_tunnel_up", ()): bool(self._tunnel and tunnel["url"]),
             ("cab_tunnel_state", (("state", tunnel["state"]),)): 1,
             ("cab_tunnel_starts_total", ()): tunnel.get("starts", 0)}
+        pause = self._worker.current_pause()
+        if pause:
+            gauges["cab_held", (("reason", pause.reason),)] = 1
         counts = self._stores.jobs.counts()
         for status in JobStatus.UNFINISHED:
             gauges["cab_queue_length", (("status", status),)] = counts.get(status, 0)
@@ -10750,6 +11339,9 @@ class Bridge:
         if tunnel:
             on_exit(tunnel.request_stop)
         worker.start()
+        callbacks = CallbackSender(stores, metrics)
+        on_exit(callbacks.close)
+        callbacks.start()
 
     def _open_stores(self, path: Path, metrics: Metrics) -> Stores:
         """Open the database; move a corrupt one away and create a new one."""
@@ -11151,6 +11743,8 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         "name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires,
         "tools": tools, "requestsPerMinute": arguments.requests_per_minute,
         "requestsPerDay": arguments.requests_per_day, "models": models,
+        "callbacks": {"": False, "all": True}.get(
+            arguments.callbacks, arguments.callbacks.split(",")),
         "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
     workspace = None
     if arguments.workspace:
@@ -11162,6 +11756,10 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     token, secret = service.create_token(new, workspace)
     console.info("🔑", "Token %s (save this, it is shown only once):" % token.id)
     body = {"tokenId": token.id, "token": secret, "prefix": token.prefix}
+    if token.callbacks:
+        body["callbackSecret"] = service.stores.tokens.callback_secret(token.id)
+        if not arguments.json:
+            console.info("🔑", "Its callbacks are signed with " + body["callbackSecret"])
     if not console.data(as_json(body) if arguments.json else secret):
         service.discard_token(token)
         raise CannotStart("The token could not be printed, so it was discarded.",
@@ -11183,6 +11781,25 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
         name = escape_controls(body["name"], keep="")
         values = (body["id"], body["prefix"], body["sessionMode"], is_admin, expires, name)
         console.data(row % values)
+
+
+def command_backup(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """backup FILE. -> 0. Raises CannotStart."""
+    source = config.data_dir / "bridge.db"
+    if not source.is_file():
+        raise CannotStart("There is no database %s." % source, "name its folder with --data-dir")
+    backup_database(source, Path(arguments.file).expanduser().absolute())
+    console.info("✅", "The database was copied to %s" % arguments.file)
+    return 0
+
+
+def command_queue(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """pause | resume: hold the queue, whether the bridge runs or not. -> 0."""
+    is_paused = arguments.command == "pause"
+    with open_service(config) as service:
+        service.set_paused(is_paused)
+    console.info("✅", "The queue is paused" if is_paused else "The queue goes on")
+    return 0
 
 
 # --- ask ---
@@ -11376,7 +11993,8 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
     """Check everything that a start needs. -> 0, or 1 if something is broken."""
     checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3]),
               Check("sqlite", True, SQLITE_VERSION)]
-    functions = [check_data, check_clock, check_orphans, check_port, check_claude]
+    functions = [
+        check_data, check_clock, check_queue, check_orphans, check_port, check_claude]
     if arguments.live:
         functions.append(check_live)
     for function in (*functions, check_tunnel):
@@ -11412,11 +12030,12 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return [Check("data", False, text, advice)]
     foreign = find_foreign_files(folder)
     if foreign:
-        advice = "move that away, or choose another folder with --data-dir"
-        return [Check("data", False, foreign, advice)]
+        return [Check("data", False, foreign, FOREIGN_ADVICE)]
     text = str(folder)
     if existing != folder:
         text += " (start creates it)"
+    elif check_shared_folder(folder):
+        text = shared_folder_text(folder)
     elif os.name == "posix" and folder.stat().st_mode & 0o077:
         text += ", which other users can read: start closes it"
     fault = inspect_database(folder / "bridge.db").fault
@@ -11437,6 +12056,21 @@ def check_clock(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return [Check("clock", True, text)]
     text += ", before the newest request was made"
     return [Check("clock", False, text, "set the clock of this machine")]
+
+
+HOLD_ADVICE = {
+    "login": "sign claude in again: run claude, then /login",
+    "network": "check the network of this machine, its DNS and its proxy",
+    "paused": "let it go on: claude_api_bridge.py resume"}
+
+
+def check_queue(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """Check whether the queue of the bridge waits for something."""
+    reason, since = inspect_database(config.data_dir / "bridge.db").hold
+    if not reason:
+        return []
+    text = "waits since %s: %s" % (iso_time(since), PAUSE_TEXTS[reason].split(" The next try")[0])
+    return [Check("queue", None if reason == "paused" else False, text, HOLD_ADVICE[reason])]
 
 
 def check_orphans(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -11488,7 +12122,7 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
 
 
 LIVE_ADVICE = {
-    "auth_required": "sign claude in again: run claude, then /login",
+    "auth_required": HOLD_ADVICE["login"], "network": HOLD_ADVICE["network"],
     "usage_limit": "wait for the reset of the plan",
     "overloaded": "the service is overloaded; try again later"}
 
@@ -11625,6 +12259,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="maximum of requests within a day, UTC (default: no limit)")
     create.add_argument("--models", metavar="NAMES",
                         help="the models it may use, separated by commas; the first is its default")
+    create.add_argument(
+        "--callbacks", metavar="HOSTS", default="",
+        help="it may have results sent to these hosts, separated by commas, or to all public ones")
     create.add_argument("--workspace", metavar="DIR",
                         help="an existing folder for its tools (default: a folder of its own)")
     listing = actions.add_parser("list", help="show all tokens", allow_abbrev=False)
@@ -11635,6 +12272,14 @@ def build_parser() -> argparse.ArgumentParser:
         add_settings(action, ("data_dir",))
     for action in (create, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
+    for name, text in (
+            ("pause", "start no more requests; new ones wait"), ("resume", "let the queue go on")):
+        add_settings(commands.add_parser(name, help=text, allow_abbrev=False), ("data_dir",))
+    backup = commands.add_parser(
+        "backup", help="copy the database to a file, also while the bridge runs",
+        allow_abbrev=False)
+    backup.add_argument("file", help="the copy; an older copy is replaced")
+    add_settings(backup, ("data_dir",))
     return parser
 
 
@@ -11649,7 +12294,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.print_help()
         return 0
     console = Console()
-    commands = {"doctor": command_doctor, "ask": command_ask, "token": command_token}
+    commands = {
+        "doctor": command_doctor, "ask": command_ask, "token": command_token,
+        "pause": command_queue, "resume": command_queue, "backup": command_backup}
     try:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":

@@ -148,6 +148,9 @@ class Scripted:
     ) -> None:
         self.conversation_exists, self.token_exists = conversation_exists, token_exists
 
+    def session_ids(self) -> List[str]:
+        return []
+
     def forget(self, key: str) -> None:
         """Do nothing: there are no processes."""
 

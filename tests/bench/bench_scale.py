@@ -12,9 +12,12 @@ ratio compares the large history with the small one.
   start    from spawn to the line with the address, when the port is open
   delays   one client polls and one submits and cancels, without end. The longest request of each
            kind: when no old requests are found at a start, while half of the requests are deleted
-           (--keep-days), afterwards ("quiet"), and while a token and a conversation are deleted
-The p99 is the median of the p99 of the rounds, so that one disturbance does not count. A part that
-takes long ends early; the table contains its number of samples.
+           (--keep-days) and their space is freed, and while a token and a conversation are deleted;
+           "quiet" is the time after the first of these
+The median is that of all samples. The p99 is the lower quartile of the p99 of the rounds (of five
+rounds the second lowest), so that disturbances of the machine in some of them do not count: with
+equal histories all ratios of it are below 1.3. A part that takes long ends early; the table
+contains its number of samples.
 
 The history covers 399 days: 20 tokens, three models, errors and cancelled requests, conversations,
 schemas, requests of /v1 (whose images the bridge does not keep), messages and answers of 200 to
@@ -42,7 +45,9 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import (
+    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple,
+)  # fmt: skip
 
 import common
 
@@ -50,7 +55,10 @@ SAMPLES, CLAIMS, STARTS = 100, 30, 5
 # A part of a round ends after this time, or after the least number of samples.
 PART_SECONDS, LEAST_SAMPLES = 10.0, 5
 MOST_RATIO, MOST_DELAY_MS = 1.3, 50
-HOURLY_SECONDS, QUIET_SECONDS, PURGE_SECONDS = 10.0, (10.0, 60.0), 300.0
+# The parts "delays". A purge may take longer for each request.
+NOTHING_SECONDS, QUIET_SECONDS, PURGE_SECONDS, PURGE_ROW_SECONDS = 10.0, 30.0, 300.0, 0.005
+# The space is freed when so few pages were given back in this time; the load itself needs some.
+STILL_PAGES, STILL_SECONDS = 200, 3.0
 # Between two requests of a client in the part "delays": the bridge needs the processor, too.
 PAUSE_SECONDS = 0.002
 FOREVER = ("--keep-days", "3650", "--run-seconds", "86400")
@@ -117,8 +125,8 @@ class History:
         self.now = time.time()
         words = ["".join(self.random.choices("etaoinshrdlu", k=n % 9 + 1)) for n in range(9_999)]
         self._words = " ".join(self.random.choices(words, k=99_999))
-        # (token id, conversation) -> the times of its first and last request.
-        self.conversations: Dict[Any, List[float]] = {}
+        # (token id, name) -> the columns of a conversation.
+        self._conversations: Dict[Tuple[str, str], Row] = {}
 
     def text(self) -> str:
         """Return 200 to 2,000 bytes."""
@@ -136,9 +144,6 @@ class History:
     def row(self, name: str, number: int, created_at: float) -> Row:
         """Return the columns of a queued request."""
         conversation = self._conversation(name, number)
-        if conversation:
-            key = (self.token_ids[name], conversation)
-            self.conversations.setdefault(key, [created_at])[1:] = [created_at]
         is_schema = self.random.random() < 0.05
         return {
             "id": str(uuid.UUID(int=self.random.getrandbits(128), version=4)),
@@ -179,13 +184,25 @@ class History:
                     row["structured"] = json.dumps({"answer": row["response"]})
             if row["error_code"] != "cancelled":
                 row.update(started_at=created_at + 1, attempts=1)
+            self._count(row)
             yield row
+
+    def _count(self, row: Row) -> None:
+        """Add a request to its conversation."""
+        if row["conversation"]:
+            key = (row["token_id"], row["conversation"])
+            first = {"turns": 0, "bytes": 0, "created_at": row["created_at"]}
+            sums = self._conversations.setdefault(key, first)
+            sums["last_used_at"] = row["completed_at"]
+            if row["status"] == "completed":
+                sums["turns"] += 1
+                sums["bytes"] += len(row["message"]) + len(row["response"])
 
     def queued(self) -> List[Row]:
         """Return five queued requests. The run of the first one does not end."""
         rows = [self.row("user", -number, self.now) for number in range(1, 6)]
         rows[0]["message"] = "busy"
-        return [{**row, "idempotency_key": None, "json_schema": None} for row in rows]
+        return [{**row, **dict.fromkeys(("idempotency_key", "json_schema", "api"))} for row in rows]
 
     def usage_rows(self) -> Iterator[Row]:
         """Yield the figures of each day and token; they do not depend on the requests."""
@@ -200,16 +217,9 @@ class History:
 
     def conversation_rows(self) -> Iterator[Row]:
         """Yield the conversations of the requests so far."""
-        for (token_id, name), times in self.conversations.items():
-            yield {
-                "token_id": token_id,
-                "name": name,
-                "key": "%032x" % self.random.getrandbits(128),
-                "session_id": None,
-                "spent_usd": self.random.uniform(0.001, 9),
-                "created_at": times[0],
-                "last_used_at": times[-1],
-            }
+        for (token_id, name), sums in self._conversations.items():
+            key, spent = "%032x" % self.random.getrandbits(128), self.random.uniform(0.001, 9)
+            yield {"token_id": token_id, "name": name, "key": key, "spent_usd": spent, **sums}
 
 
 def usage(chance: random.Random, cost: float) -> str:
@@ -334,6 +344,8 @@ class Client:
 
     def __init__(self, at: common.Served, facts: Facts) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", at.port, timeout=120)
+        self._secrets = {**facts.secrets, "writer": facts.secrets["user"]}
+        self._writer_id = ""
         self.facts = facts
         self.failures = 0
 
@@ -350,7 +362,7 @@ class Client:
         is_json: bool = False,
     ) -> Any:
         """Send a request; return (seconds, the body, which is parsed if `is_json`)."""
-        headers = {"Authorization": "Bearer " + self.facts.secrets[token]} if token else {}
+        headers = {"Authorization": "Bearer " + self._secrets[token]} if token else {}
         data = None if body is None else json.dumps(body)
         start = time.perf_counter()
         self._connection.request(method, path, data, headers)
@@ -365,12 +377,20 @@ class Client:
                 raise SystemExit("too many failed requests")
         return seconds, json.loads(content) if is_json else content
 
-    def write(self) -> "Dict[str, float]":
+    def renew_writer(self) -> None:
+        """Replace the token that writes; its requests are deleted, so that no history grows."""
+        if self._writer_id:
+            self.send("DELETE", "/api/tokens/" + self._writer_id, "admin")
+        body = {"name": "writer"}
+        _, answer = self.send("POST", "/api/tokens", "admin", body, is_json=True)
+        self._secrets["writer"], self._writer_id = answer["token"], answer["tokenId"]
+
+    def write(self) -> Dict[str, float]:
         """Submit a request and cancel it; return the seconds of both."""
         message = {"message": "hello"}
-        submit, answer = self.send("POST", "/api/ask", "user", message, is_json=True)
+        submit, answer = self.send("POST", "/api/ask", "writer", message, is_json=True)
         path = "/api/ask/" + answer.get("requestId", "none")
-        cancel, _ = self.send("DELETE", path, "user")
+        cancel, _ = self.send("DELETE", path, "writer")
         return {"submit": submit, "cancel": cancel}
 
 
@@ -447,6 +467,8 @@ def probe_round(samples: Samples, clients: Sequence[Client], names: Sequence[str
         return probe(clients[site], chosen)
 
     for chosen in names:
+        for client in clients:
+            client.renew_writer()
         in_turn(samples, chosen, len(clients), SAMPLES, measure)
     for name, by_site in writes.items():
         for rounds, new in zip(samples.setdefault(name, [[] for _ in clients]), by_site):
@@ -506,6 +528,7 @@ def measure_probes(sites: Sequence[Site], rounds: int, names: Sequence[str]) -> 
             stats = client.send("GET", "/api/status", is_json=True)[1]["stats"]
             if stats["totalRequests"] != site.rows + 5:
                 raise SystemExit("the bridge counts %s, not %d" % (stats, site.rows + 5))
+            client.renew_writer()
             for name in names:
                 client.write()
                 probe(client, name)
@@ -587,60 +610,80 @@ def load(at: common.Served, facts: Facts, until: Callable[[float], bool]) -> Del
     return Delays(seconds, requests=sum(map(len, times.values())), failed=failed, **longest)
 
 
-def half_of(site: Site, now: float) -> int:
-    """Return the --keep-days with which the bridge deletes about half of the requests."""
-    completed_at = site.read(
-        "SELECT completed_at FROM jobs WHERE status IN ('completed', 'error')"
-        " AND conversation IS NULL ORDER BY completed_at LIMIT 1 OFFSET ?",
-        site.rows // 2,
-    )
-    return max(1, int((now - completed_at) // DAY) + 1)
-
-
-def measure_delays(site: Site) -> Dict[str, Any]:
-    """Measure the longest delays at starts that delete nothing and half of the requests."""
-    facts, now = site.facts, time.time()
-    # From now on each start continues this run.
+def begin_run(site: Site) -> None:
+    """Let the bridge begin a run without end, which each later start continues."""
+    facts = site.facts
     with site.running("--spare", "0") as at:
         user = at._replace(token=facts.secrets["user"])
-        job = common.call(user, "POST", "/api/ask", {"message": "busy"})["requestId"]
-        path = "/api/ask/" + job
+        path = "/api/ask/" + facts.busy
+        # The probes have cancelled the first one.
+        if "errorCode" in common.call(user, "GET", path):
+            job = common.call(user, "POST", "/api/ask", {"message": "busy"})["requestId"]
+            path = "/api/ask/" + job
         wait_until(
             lambda: bool(common.call(user, "GET", path)["status"] == "processing"), "the run"
         )
+
+
+class Purge:
+    """Watches the requests that a bridge deletes. days: the --keep-days of that bridge."""
+
+    OLD = "status IN ('completed', 'error') AND conversation IS NULL AND completed_at < ?"
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        now = time.time()
+        completed_at = site.read(
+            "SELECT completed_at FROM jobs WHERE status IN ('completed', 'error')"
+            " AND conversation IS NULL ORDER BY completed_at LIMIT 1 OFFSET ?",
+            site.rows // 2,
+        )
+        self.days = max(1, int((now - completed_at) // DAY) + 1)
+        self._before = now - self.days * DAY
+        self.count = site.read("SELECT count(*) FROM jobs WHERE " + self.OLD, self._before)
+        sql = "SELECT id FROM jobs WHERE %s ORDER BY %%s LIMIT 1" % self.OLD
+        orders = ("seq", "seq DESC", *["random()"] * 5)
+        # To count all of them takes long.
+        self._some = [site.read(sql % order, self._before) for order in orders]
+        self._free_pages = -STILL_PAGES
+        self._still_since = 0.0
+        self.most_seconds = PURGE_SECONDS + PURGE_ROW_SECONDS * self.count
+
+    def is_over(self, seconds: float) -> bool:
+        """Return whether all are deleted and no more pages are given back to the system."""
+        if seconds > self.most_seconds:
+            return True
+        read = self._site.read
+        if any(read("SELECT 1 FROM jobs WHERE id = ?", job_id) for job_id in self._some):
+            return False
+        pages = read("PRAGMA freelist_count")
+        if abs(pages - self._free_pages) > STILL_PAGES:
+            self._free_pages, self._still_since = pages, seconds
+        if seconds - self._still_since < STILL_SECONDS:
+            return False
+        return bool(read("SELECT count(*) FROM jobs WHERE " + self.OLD, self._before) == 0)
+
+
+def measure_delays(site: Site) -> Dict[str, Any]:
+    """Measure the longest delays of a bridge with nothing to do and with much to delete."""
+    facts = site.facts
+    begin_run(site)
     result: Dict[str, Any] = {}
     with site.running("--spare", "0") as at:
-        result["nothing to delete"] = load(at, facts, lambda seconds: seconds > HOURLY_SECONDS)
-    days = half_of(site, now)
-    old = "status IN ('completed', 'error') AND conversation IS NULL AND completed_at < ?"
-    limit = now - days * DAY
-    before = site.read("SELECT count(*) FROM jobs WHERE " + old, limit)
-    order = "SELECT id FROM jobs WHERE %s ORDER BY %%s LIMIT 1" % old
-    ends = [site.read(order % "seq", limit), site.read(order % "seq DESC", limit)]
-    ends += [site.read(order % "abs(random())", limit) for _ in range(5)]
-
-    def is_purged(seconds: float) -> bool:
-        if seconds > PURGE_SECONDS:
-            return True
-        if any(site.read("SELECT 1 FROM jobs WHERE id = ?", job_id) for job_id in ends):
-            return False
-        return bool(site.read("SELECT count(*) FROM jobs WHERE " + old, limit) == 0)
-
-    with site.running("--spare", "0", "--keep-days", str(days)) as at:
-        purge = load(at, facts, is_purged)
-        if purge.seconds > PURGE_SECONDS:
+        result["nothing to delete"] = load(at, facts, lambda seconds: seconds > NOTHING_SECONDS)
+        result["quiet"] = load(at, facts, lambda seconds: seconds > QUIET_SECONDS)
+    purge = Purge(site)
+    with site.running("--spare", "0", "--keep-days", str(purge.days)) as at:
+        result["purge"] = load(at, facts, purge.is_over)
+        if result["purge"].seconds > purge.most_seconds:
             os.kill(at.pid, signal.SIGKILL)
-            raise SystemExit("the purge did not end within %g s" % PURGE_SECONDS)
-        least, most = QUIET_SECONDS
-        enough = min(most, max(least, purge.seconds))
-        result["purge"] = purge
-        result["quiet"] = load(at, facts, lambda seconds: seconds > enough)
+            raise SystemExit("the purge did not end within %g s" % purge.most_seconds)
         for name, user_name, path in (
             ("token deleted", "admin", "/api/tokens/" + facts.ids["heavy"]),
             ("conversation deleted", "memory", "/api/conversations/" + facts.conversation),
         ):
             result[name] = load_during(at, facts, user_name, path)
-    return {"deleted": before, **result}
+    return {"deleted": purge.count, **result}
 
 
 def load_during(at: common.Served, facts: Facts, token: str, path: str) -> Delays:
@@ -659,9 +702,15 @@ def load_during(at: common.Served, facts: Facts, token: str, path: str) -> Delay
 # --- the results ---
 
 
-def middle(rounds: Sequence[Sequence[float]], share: float) -> float:
-    """Return the median of a percentile of the rounds in milliseconds."""
-    return 1000 * statistics.median(common.percentile(sorted(one), share) for one in rounds)
+def median_ms(rounds: Sequence[Sequence[float]]) -> float:
+    """Return the median of all samples."""
+    return 1000 * statistics.median(seconds for one in rounds for seconds in one)
+
+
+def p99_ms(rounds: Sequence[Sequence[float]]) -> float:
+    """Return the lower quartile of the p99 of the rounds."""
+    all_p99 = sorted(common.percentile(sorted(one), 0.99) for one in rounds)
+    return 1000 * all_p99[len(all_p99) // 4]
 
 
 def probe_rows(samples: Samples, small: int, large: int) -> List[Dict[str, Any]]:
@@ -669,8 +718,8 @@ def probe_rows(samples: Samples, small: int, large: int) -> List[Dict[str, Any]]
     rows = []
     for name, by_site in samples.items():
         both = by_site[small], by_site[large]
-        base_ms, base_p99 = (middle(both[0], share) for share in (0.5, 0.99))
-        rows_ms, rows_p99 = (middle(both[1], share) for share in (0.5, 0.99))
+        base_ms, rows_ms = map(median_ms, both)
+        base_p99, rows_p99 = map(p99_ms, both)
         row: Dict[str, Any] = {
             "part": name,
             "samples": sum(map(len, both[1])),

@@ -127,7 +127,7 @@ from concurrent.futures import Future, TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, lru_cache, partial, wraps
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, count, islice
@@ -1204,15 +1204,15 @@ class Ask(Command):
     effort: Optional[str] = body_field(
         one_of(EFFORTS, "effort must be one of: " + ", ".join(EFFORTS)), "string",
         "how hard to think: " + ", ".join(EFFORTS), "low")
-    callback: Optional[str] = body_field(
-        validate_callback, "string",
-        "tokens with `callbacks`: where to send the result when it is there; see Callbacks",
-        "https://example.com/hook")
     wait: float = body_field(
         validate_wait, "number", "seconds to wait for the result, 0 to 90", 30, default=0.0)
     stream: bool = body_field(
         boolean("stream"), "boolean", "answer at once with Server-Sent Events; see Streaming", True,
         default=False)
+    callback: Optional[str] = body_field(
+        validate_callback, "string",
+        "tokens with `callbacks`: where to send the result when it is there; see Callbacks",
+        "https://example.com/hook")
 
     @property
     def fingerprint(self) -> str:
@@ -1518,8 +1518,6 @@ SLICE_ROWS = 100
 VACUUM_PAGES = 200
 # A larger database is not checked while it is opened.
 CHECKED_BYTES = 4 << 20
-# The first version whose files give space back.
-VACUUM_VERSION = 5
 CONVERSATIONS = 1_000
 
 # The names that the bridge uses in its data folder.
@@ -1636,6 +1634,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         " conversations.name)",
         "CREATE INDEX conversations_by_use ON conversations (token_id, last_used_at)",
         "CREATE INDEX conversations_by_size ON conversations (bytes)",
+        "CREATE INDEX conversations_by_key ON conversations (key)",
         "ALTER TABLE tokens ADD COLUMN callbacks TEXT",
         "ALTER TABLE tokens ADD COLUMN callback_secret TEXT",
         # next_at: when to deliver; NULL until the request is finished.
@@ -2022,8 +2021,11 @@ class Database:
         self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
         use_wal(self._db)
         self._db.execute("PRAGMA synchronous=FULL")
-        if 0 < version < VACUUM_VERSION:
-            # The old file is written again, once.
+        # What was deleted is overwritten in the file.
+        self._db.execute("PRAGMA secure_delete=ON").close()
+        has_tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if has_tables and not self._gives_space_back():
+            # An older version made the file: it is written again, once.
             with contextlib.suppress(sqlite3.OperationalError):
                 self._db.execute("VACUUM")
         with self._transaction():
@@ -2033,7 +2035,10 @@ class Database:
             self._db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
         self._db.execute("PRAGMA foreign_keys=ON")
         self._reader.execute("PRAGMA query_only=ON")
-        self._is_incremental = self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+        self._is_incremental = self._gives_space_back()
+
+    def _gives_space_back(self) -> bool:
+        return bool(self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2)
 
     def mark_in_use(self) -> None:
         """Record that a bridge runs, until `close`. If the last one did not end in order, check a
@@ -2051,7 +2056,8 @@ class Database:
         try:
             check_integrity(self._checker)
         except sqlite3.OperationalError:
-            # Interrupted by `close`, or locked.
+            # Interrupted by `close`, or locked: the next start repeats the check.
+            self._is_in_use = False
             return
         except sqlite3.DatabaseError as error:
             self._damage = error
@@ -2110,8 +2116,9 @@ class Database:
     def free_pages(self) -> bool:
         """Give a slice of the unused pages back to the file system. -> whether there are more."""
         def run(db: sqlite3.Connection) -> bool:
-            # One step for each page.
-            db.execute("PRAGMA incremental_vacuum(%d)" % VACUUM_PAGES).fetchall()
+            # Python 3.11 makes one step of the statement only, which is one page.
+            for _ in range(VACUUM_PAGES):
+                db.execute("PRAGMA incremental_vacuum(1)").fetchall()
             return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
 
         if self._is_incremental and self.read("PRAGMA freelist_count")[0][0]:
@@ -2184,7 +2191,10 @@ class Database:
                 self._db.execute("RELEASE one")
         for number, task in enumerate(tasks):
             if not task.is_transaction and task.future.set_running_or_notify_cancel():
-                results[number] = task.fn(self._db)
+                try:
+                    results[number] = task.fn(self._db)
+                except Exception as error:
+                    errors[number] = as_unavailable(error)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -2306,16 +2316,6 @@ class Database:
         return [(int(pid), str(started), program) for pid, started, program in rows]
 
 
-@contextlib.contextmanager
-def erasing(db: sqlite3.Connection) -> Iterator[None]:
-    """Overwrite in the file what the block deletes."""
-    db.execute("PRAGMA secure_delete=ON").close()
-    try:
-        yield
-    finally:
-        db.execute("PRAGMA secure_delete=OFF").close()
-
-
 def runs_in_writer(method: Callable[..., Any]) -> Callable[..., Any]:
     """Make a method of a store a transaction; it receives the connection as its first argument. It
     runs in the writer's thread, and its changes are on disk when it returns."""
@@ -2416,14 +2416,13 @@ class TokenStore:
         unfinished jobs. Raises NotFound; LastAdmin if `protect`."""
         unfinished: List[str] = self._disable(token_id, protect)
 
-        def delete_slice(db: sqlite3.Connection) -> int:
-            with erasing(db):
-                return db.execute(
-                    "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs WHERE token_id = ?"
-                    " LIMIT ?)", (token_id, SLICE_ROWS)).rowcount
+        def delete_slice(db: sqlite3.Connection, table: str) -> int:
+            sql = "DELETE FROM %s WHERE rowid IN (SELECT rowid FROM %s WHERE token_id = ? LIMIT ?)"
+            return db.execute(sql % (table, table), (token_id, SLICE_ROWS)).rowcount
 
-        while self._database.write(delete_slice) == SLICE_ROWS:
-            pass
+        for table in ("jobs", "conversations"):
+            while self._database.write(partial(delete_slice, table=table)):
+                pass
         self._delete(token_id)
         self._database.checkpoint()
         return unfinished
@@ -2446,15 +2445,13 @@ class TokenStore:
         # If the bridge is killed before the rest is deleted, the token is there, but expired.
         db.execute("UPDATE tokens SET token_hash = ?, expires_at = 0 WHERE id = ?",
                    ("revoked " + token_id, token_id))
-        with erasing(db):
-            db.executemany("DELETE FROM jobs WHERE id = ?", unfinished)
+        db.executemany("DELETE FROM jobs WHERE id = ?", unfinished)
         self._database.mark_tokens_changed()
         return [job_id for (job_id,) in unfinished]
 
     @runs_in_writer
     def _delete(self, db: sqlite3.Connection, token_id: str) -> None:
-        with erasing(db):
-            db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
+        db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
         self._database.mark_tokens_changed()
 
 
@@ -2509,8 +2506,9 @@ class UsageStore:
 
 def check_token_limits(db: sqlite3.Connection, token_id: str, now: float) -> None:
     """Check the token's requests within the last 60 seconds and on this day (UTC)."""
-    token = db.execute("SELECT requests_per_minute, requests_per_day FROM tokens WHERE id = ?",
-                       (token_id,)).fetchone()
+    # One that is being deleted has expired in 1970.
+    token = db.execute("SELECT requests_per_minute, requests_per_day FROM tokens WHERE id = ?"
+                       " AND coalesce(expires_at, 1) != 0", (token_id,)).fetchone()
     if not token:
         raise InvalidToken()
     per_minute, per_day = token
@@ -2667,7 +2665,7 @@ class JobStore:
         ).rowcount
         if rows:
             # The conversation of the row: NULL when it was deleted meanwhile.
-            size = len(job.message.encode()) + len(answer.text.encode("utf-8", "replace"))
+            size = len(job.message.encode()) + len(replace_surrogates(answer.text).encode())
             db.execute(
                 "UPDATE conversations SET session_id = ?, spent_usd = ?, last_used_at = ?,"
                 " turns = turns + 1, bytes = bytes + ?"
@@ -2768,23 +2766,28 @@ class JobStore:
         for token_id, name in self._database.read(sql, HISTORY_BYTES):
             with self._database.reading() as db:
                 rows = db.execute(
-                    "SELECT seq, %s FROM jobs WHERE token_id = ? AND conversation = ?"
-                    " AND status = 'completed' ORDER BY seq DESC" % TURN_BYTES, (token_id, name))
-                sizes = accumulate(rows, lambda before, row: (row[0], before[1] + row[1]))
-                first_seq = next((seq for seq, size in sizes if size > HISTORY_BYTES), 0)
+                    "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token"
+                    " WHERE token_id = ? AND conversation = ? AND status = 'completed'"
+                    " ORDER BY seq DESC" % TURN_BYTES, (token_id, name))
+                # The newest turn is replayed even if it is too large; `next` takes it away.
+                newest = next(rows, (0, 0))
+                sizes = accumulate(rows, lambda before, row: (row[0], before[1] + row[1]),
+                                   initial=newest)
+                last_seq = next((seq for seq, size in sizes
+                                 if size > HISTORY_BYTES and seq != newest[0]), 0)
                 rows.close()
-            deleted = int(self._delete_turns(token_id, name, first_seq, before))
+            deleted = int(self._delete_turns(token_id, name, last_seq, before))
             if deleted:
                 return deleted
         return 0
 
     @runs_in_writer
-    def _delete_turns(self, db: sqlite3.Connection, token_id: str, name: str, before_seq: int,
+    def _delete_turns(self, db: sqlite3.Connection, token_id: str, name: str, last_seq: int,
                       before: float) -> int:
         rows = db.execute(
-            "SELECT seq, %s FROM jobs WHERE token_id = ? AND conversation = ? AND seq < ?"
-            " AND completed_at < ? ORDER BY seq LIMIT ?" % TURN_BYTES,
-            (token_id, name, before_seq, before, SLICE_ROWS)).fetchall()
+            "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token WHERE token_id = ?"
+            " AND conversation = ? AND seq <= ? AND completed_at < ? ORDER BY seq LIMIT ?"
+            % TURN_BYTES, (token_id, name, last_seq, before, SLICE_ROWS)).fetchall()
         db.executemany("DELETE FROM jobs WHERE seq = ?", [row[:1] for row in rows])
         db.execute("UPDATE conversations SET bytes = bytes - ? WHERE token_id = ? AND name = ?",
                    (sum(length for _, length in rows), token_id, name))
@@ -2950,7 +2953,8 @@ class ConversationStore:
         budget = HISTORY_BYTES
         with _LARGE_VALUE_LOCK, self._database.reading() as db:
             rows = db.execute(
-                "SELECT message, response FROM jobs WHERE token_id = ? AND conversation = ?"
+                "SELECT message, response FROM jobs INDEXED BY jobs_by_token"
+                " WHERE token_id = ? AND conversation = ?"
                 " AND seq < ? AND status = 'completed' AND response IS NOT NULL ORDER BY seq DESC",
                 (job.token_id, job.conversation, job.seq))
             for message, response in rows:
@@ -4225,9 +4229,9 @@ def usual_folders(environ: Mapping[str, str]) -> List[Path]:
             Path("/opt/local/bin")]
 
 
-def probe(argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Return what a short command prints. Raises CannotStart if it cannot be run, or fails without
-    a word on stdout; then with its last word on stderr."""
+def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = False) -> str:
+    """Return what a short command prints. Raises CannotStart if it cannot be run; with its last
+    line on stderr if it fails without output, unless it `may_fail`."""
     advice = "name the right program with --claude PATH"
     try:
         result = subprocess.run(
@@ -4237,7 +4241,7 @@ def probe(argv: Sequence[str], environment: Mapping[str, str]) -> str:
         reason = getattr(error, "strerror", None) or "no answer within %d s" % PROBE_SECONDS
         raise CannotStart("%s cannot be run: %s." % (argv[0], reason), advice) from None
     output = result.stdout.decode("utf-8", "replace")
-    if result.returncode and not output.strip():
+    if result.returncode and not output.strip() and not may_fail:
         lines = result.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
         reason = "exit status %d" % result.returncode
         if result.returncode < 0:
@@ -4255,7 +4259,7 @@ def probe(argv: Sequence[str], environment: Mapping[str, str]) -> str:
 def login_status(command: Tuple[str, ...], environment: Mapping[str, str]) -> Mapping[str, Any]:
     """Run `claude auth status` without the owner's settings, as in our runs. The settings may name
     a helper that supplies keys."""
-    output = probe(command + ("--setting-sources=", "auth", "status"), environment)
+    output = probe(command + ("--setting-sources=", "auth", "status"), environment, may_fail=True)
     try:
         # A wrapper may print a line of its own first.
         status = json.JSONDecoder().raw_decode(output, output.index("{"))[0]
@@ -6048,8 +6052,8 @@ class Worker:
         self._live: Dict[str, LiveText] = {}
         self.holds = QueueHolds(
             stores.database, clock, lambda: login_fingerprint(self._pool.program.install))
-        # Job id -> server errors of the API in a row.
-        self._server_errors: Dict[str, int] = {}
+        # Job id -> server errors of the API in a row; infinite if the next one is the last.
+        self._server_errors: Dict[str, float] = {}
         self._windows: Dict[str, RateLimitWindow] = {}
         # Job id -> generation of its text, after a run whose end could not be stored.
         self._restart_counts: Dict[str, int] = {}
@@ -6167,9 +6171,10 @@ class Worker:
             return None
         self.holds.note_try()
         # Those of which the API has failed so often come last.
-        last = [job_id for job_id, errors in self._server_errors.items() if errors >= SERVER_ERRORS]
-        job: Optional[Job] = jobs.claim(held_models, last) or jobs.claim(held_models)
-        return job
+        last = [job_id for job_id, errors in self._server_errors.items()
+                if SERVER_ERRORS <= errors < float("inf")]
+        job: Optional[Job] = jobs.claim(held_models, last) if last else None
+        return job or jobs.claim(held_models)
 
     def _run(self, job: Job, token: Token, chat: Optional[Chat], live: LiveText) -> None:
         """Run a job and store the result."""
@@ -6259,7 +6264,12 @@ class Worker:
     def _handle_failure(self, job: Job, failure: RunFailed, live: LiveText, since: float) -> None:
         """Put the job back, or store its error. since: when the run began."""
         text = redact(str(failure))
-        if failure.code not in (*HOLD_REASONS, "interrupted"):
+        is_of_request = False
+        if failure.code == "network" and failure.is_answered:
+            # It failed often, then the API answered another request, and this one fails again.
+            is_of_request = self._server_errors.get(job.id) == float("inf")
+            self._server_errors[job.id] = self._server_errors.get(job.id, 0) + 1
+        if is_of_request or failure.code not in (*HOLD_REASONS, "interrupted"):
             if failure.is_answered:
                 self._note_answer(job)
             self._retry_until_stored(lambda: self._stores.jobs.fail(job, failure.code, text))
@@ -6270,8 +6280,6 @@ class Worker:
         if failure.code == "interrupted":
             logger.info("Request %s waits for the next start", job.id[:8])
             return
-        if failure.code == "network" and failure.is_answered:
-            self._server_errors[job.id] = self._server_errors.get(job.id, 0) + 1
         self._hold(failure, job.model or "", since)
         logger.info("Request %s waits (%s): %s", job.id[:8], failure.code, text[:200])
 
@@ -6293,14 +6301,9 @@ class Worker:
         """The API has answered: the queue goes on."""
         self.holds.end(job.model or "")
         self._server_errors.pop(job.id, None)
-        for job_id, errors in list(self._server_errors.items()):
-            del self._server_errors[job_id]
-            other = self._stores.jobs.summary(job_id)
-            # It answers others, but never this one.
-            if other and errors >= SERVER_ERRORS:
-                text = "The API failed on this request %d times; it answers others." % errors
-                self._stores.jobs.fail(other, "network", text, (JobStatus.QUEUED,))
-                self._notifier.notify(job_id)
+        # Each of the others has one more try.
+        self._server_errors = {job_id: float("inf") for job_id, errors
+                               in self._server_errors.items() if errors >= SERVER_ERRORS}
 
     def _fail_held(self) -> None:
         """Fail the requests that have waited for as long as they may."""
@@ -6754,8 +6757,8 @@ class Service:
         by_id = {model.id: model for model in models}
         return [by_id.get(model_id, Model(model_id, model_id)) for model_id in caller.token.models]
 
-    def current_pause(self) -> Optional[Pause]:
-        return self._running.current_pause(ALL_MODELS)
+    def current_pause(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
+        return self._running.current_pause(model)
 
     def set_paused(self, is_paused: bool) -> None:
         """Hold the queue, also after a restart, or let it go on. Requests are accepted meanwhile,
@@ -7987,6 +7990,12 @@ def handle_chat(context: Context, format: Format) -> Response:
     steps = chat_steps(context, job)
     if chat.stream:
         first = next(steps)
+        give_up_at = context.service.clock.monotonic() + max(CHAT_HOLD_SECONDS.values())
+        while first.kind == "heartbeat" and context.service.clock.monotonic() < give_up_at:
+            # An error at the end of a hold must have its status.
+            if not context.service.current_pause(job.model):
+                break
+            first = next(steps)
         return stream_response(format.stream(chat, job, first, steps), ids)
     deadline = context.service.clock.now() + WAIT_SECONDS - HEARTBEAT_SECONDS
     for step in steps:

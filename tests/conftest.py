@@ -102,14 +102,14 @@ def asked_once(probe: Callable[..., str]) -> Callable[..., str]:
     """
     cache: Dict[Tuple[str, ...], str] = {}
 
-    def ask(argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    def ask(argv: Sequence[str], environment: Mapping[str, str], **options: Any) -> str:
         words, head = tuple(argv[1:]), b""
         with contextlib.suppress(OSError), open(argv[0], "rb") as file:
             head = file.read(len(fake_claude_program.PROBE_SCRIPT))
         if head != fake_claude_program.PROBE_SCRIPT.encode():
-            return probe(argv, environment)
+            return probe(argv, environment, **options)
         if words not in cache:
-            cache[words] = probe(argv, environment)
+            cache[words] = probe(argv, environment, **options)
         return cache[words]
 
     return ask

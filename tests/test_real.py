@@ -16,6 +16,8 @@ import random
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -1724,6 +1726,189 @@ def test_the_cli_does_not_fetch_the_profile_of_the_owner(site: Site) -> None:
     site.start(CLAUDE_CODE_OAUTH_TOKEN="")
     assert site.ask("one")["status"] == site.ask("two")["status"] == "completed"
     assert not site.messages.outside and "owner@example.com" not in everything(site.messages.calls)
+
+
+# --- outages (see also test_outages) ---
+
+
+class Network:
+    """The way to the stand-in: a forwarder of TCP that may be away. url: what the CLI connects to.
+
+    Away, nothing listens, and open connections are reset in the middle.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = int(target.rpartition(":")[2])
+        self._lock = threading.Lock()
+        self._pairs: List[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._port = int(self._listener.getsockname()[1])
+        self._threads: List[threading.Thread] = []
+        self.url = "http://127.0.0.1:%d" % self._port
+        self._serve()
+
+    def _start(self, run: Callable[..., None], *values: Any) -> None:
+        thread = threading.Thread(target=run, args=values, name="network", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        self._start(self._accept, self._listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            with self._lock:
+                self._pairs += [near, far]
+            self._start(self._pump, near, far)
+            self._start(self._pump, far, near)
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65_536), b""):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def leave(self) -> None:
+        """Let nothing listen, and reset all connections."""
+        # Closing alone would leave `accept` waiting.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for connection in pairs:
+            reset = struct.pack("ii", 1, 0)
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                connection.shutdown(socket.SHUT_RD)
+            connection.close()
+
+    def come_back(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self._port), backlog=64)
+        self._serve()
+
+    def close(self) -> None:
+        self.leave()
+        for thread in self._threads:
+            thread.join(5)
+
+
+@pytest.fixture
+def network(site: Site) -> Iterator[Network]:
+    """Return the network of `site`, whose bridge is not yet started."""
+    with contextlib.closing(Network(site.messages.url)) as network:
+        site.environ["ANTHROPIC_BASE_URL"] = network.url
+        yield network
+
+
+def waits_for(site: Site, request: str, reason: str, seconds: float = 40) -> Dict[str, Any]:
+    """Wait until a request is queued again because of a hold. -> the poll body."""
+
+    def body_if_held() -> Optional[Dict[str, Any]]:
+        body = site.admin.poll(request)
+        is_held = body["status"] == "queued" and body.get("waitingFor") == reason
+        return body if is_held else None
+
+    return dict(wait_until(body_if_held, seconds))
+
+
+def finished_in_order(site: Site, requests: List[str]) -> List[Dict[str, Any]]:
+    """Wait for all; they must have ended in this order. -> the poll bodies."""
+    bodies = [site.admin.done(request, 80) for request in requests]
+    ends = [moment(body["completedAt"]) for body in bodies]
+    assert ends == sorted(ends)
+    return bodies
+
+
+@pytest.mark.parametrize("is_killed", (False, True), ids=("", "killed"))
+def test_requests_wait_while_the_api_is_away(
+    site: Site, network: Network, is_killed: bool
+) -> None:
+    """Two run one after the other when it goes away, one of them in the middle; three wait."""
+    site.messages.reply = lambda body: Reply("Echo: " + last_text(body), word_seconds=0.05)
+    site.start()
+    texts = ["question %d " % n + "word " * 20 + "end" for n in range(5)]
+    requests = [site.admin.ask(text) for text in texts]
+    wait_until(lambda: site.admin.poll(requests[1]).get("partial"), 30)
+    network.leave()
+    waits_for(site, requests[1], "network")
+    assert [site.admin.poll(request).get("waitingFor") for request in requests[2:]] == [
+        "network"
+    ] * 3
+    if is_killed:
+        site.kill()
+        site.start()
+        waits_for(site, requests[1], "network")
+    network.come_back()
+    bodies = finished_in_order(site, requests)
+    assert [body.get("response") for body in bodies] == ["Echo: " + text for text in texts]
+    assert [body["attempts"] for body in bodies] == [1] * 5
+    assert not site.admin.get("/api/status").json["queue"].get("waitingFor")
+
+
+def test_server_errors_are_waited_out(site: Site) -> None:
+    is_broken = threading.Event()
+    is_broken.set()
+    site.messages.reply = lambda body: (
+        Reply("boom", status=500, headers={"x-should-retry": "false"})
+        if is_broken.is_set()
+        else echo(body)
+    )
+    site.start()
+    requests = [site.admin.ask("question %d" % n) for n in range(3)]
+    waits_for(site, requests[0], "network")
+    assert {last_text(call.body) for call in site.calls()} == {"question 0"}
+    is_broken.clear()
+    bodies = finished_in_order(site, requests)
+    assert [body.get("response") for body in bodies] == ["Echo: question %d" % n for n in range(3)]
+    assert [body["attempts"] for body in bodies] == [1] * 3
+
+
+def test_requests_wait_for_a_new_login(site: Site) -> None:
+    sign_in(site.home)
+    credentials = site.home / ".claude/.credentials.json"
+    before = credentials.stat().st_mtime_ns
+    site.messages.reply = lambda body: Reply(
+        "OAuth token has expired", status=401, error="authentication_error"
+    )
+    site.start(CLAUDE_CODE_OAUTH_TOKEN="")
+    requests = [site.admin.ask("question %d" % n) for n in range(3)]
+    body = waits_for(site, requests[0], "login")
+    assert moment(body["resumesAt"]) - time.time() > 200 and body["attempts"] == 0
+    # A refused login that the CLI writes itself would be tried again and again.
+    assert credentials.stat().st_mtime_ns == before
+    assert {last_text(call.body) for call in site.calls()} == {"question 0"}
+    site.messages.reply = echo
+    os.utime(credentials)
+    bodies = finished_in_order(site, requests)
+    assert [body.get("response") for body in bodies] == ["Echo: question %d" % n for n in range(3)]
+    assert [body["attempts"] for body in bodies] == [1] * 3
+
+
+def test_a_refusal_of_the_model_is_an_answer_of_v1(shared: Site) -> None:
+    shared.messages.reply = lambda body: Reply("I will not", stop_reason="refusal")
+    with passing(shared) as client:
+        message = client.post(MESSAGES, {"max_tokens": 9, "messages": said("Do it.")})
+        assert message.status == 200, message
+        assert message.json["stop_reason"] == "refusal"
+        assert "".join(block["text"] for block in message.json["content"]) == "I will not"
+        completion = client.post(COMPLETIONS, {"messages": said("Do it.")})
+        assert completion.status == 200, completion
+        choice = completion.json["choices"][0]
+        assert choice["finish_reason"] == "content_filter"
+        assert choice["message"]["content"] == "I will not"
+        body = client.answer("Do it.")
+        assert body["errorCode"] == "refused" and body["attempts"] == 1
+        assert {call.body["model"] for call in shared.calls()} == {
+            shared.calls()[0].body["model"]
+        }, "another model was asked"
+    shared.messages.reply = echo
+    assert shared.ask("and now?")["response"] == "Echo: and now?"
 
 
 # --- random conversations (see also test_history) ---

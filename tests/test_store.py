@@ -624,7 +624,7 @@ def counted(open_store: Callable[..., cab.Stores], tmp_path: Path) -> Counted:
         lambda: store.jobs.complete(completed, cab.Answer("x" * 30_000, usage=USAGE)),
         lambda: store.jobs.fail(failed, "timeout", "x" * 30_000),
         lambda: store.jobs.fail(jobs[2], "cancelled", "x" * 30_000, OPEN),
-        lambda: store.jobs.fail_chats("interrupted", "x" * 30_000, OPEN),
+        lambda: store.jobs.fail_chats("interrupted", "x" * 30_000),
     ]
 
 

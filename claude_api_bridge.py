@@ -50,7 +50,7 @@ to change how Claude Code is driven, in 6 and 7.
 # worker                    Worker             a Notifier event, 1 s          stop event
 # callbacks                 CallbackSender     stop event, 1 s; a socket      stop event
 # writer                    Database           its queue                      None in the queue
-# check                     Database           the disk                       an interrupt
+# check                     IntegrityCheck     the disk                       an interrupt
 # stdin-, stdout-, stderr-  ClaudeProcess      a pipe                         the end of the process
 # tunnel                    Tunnel             stop event, 0.1 to 0.5 s       stop event
 # cloudflared-log           Cloudflared        a pipe                         the end of the process
@@ -543,17 +543,15 @@ class RunFailed(Exception):
     code: a key of RUN_ERRORS. The text is for the caller.
     resets_at: when a used-up limit resets (epoch seconds), if reported.
     is_of_model: the limit, or the overload, is of one model; other models may run.
-    is_answered: the API did answer. answer: what the model said before it refused."""
+    is_answered: the API did answer."""
 
     def __init__(self, code: str, text: str, resets_at: Optional[float] = None,
-                 is_of_model: bool = False, is_answered: bool = False,
-                 answer: "Optional[Answer]" = None) -> None:
+                 is_of_model: bool = False, is_answered: bool = False) -> None:
         super().__init__(text)
         self.code = code
         self.resets_at = resets_at
         self.is_of_model = is_of_model
         self.is_answered = is_answered
-        self.answer = answer
 
 
 class CannotStart(Exception):
@@ -1490,6 +1488,14 @@ class Answer:
         return self.structured is None and self.stop_info.reason == "end_turn"
 
 
+class Refused(RunFailed):
+    """The model refused to answer. answer: what it said before."""
+
+    def __init__(self, text: str, answer: Answer) -> None:
+        super().__init__("refused", text, is_answered=True)
+        self.answer = answer
+
+
 # === 5 Storage ===================================================================================
 # The data folder and the database; the only user of sqlite3. Records go in and out, never rows. A
 # change is on disk when the method returns (synchronous=FULL). Any thread. Read Database first.
@@ -1934,6 +1940,107 @@ class WriteTask(NamedTuple):
     is_transaction: bool = True
 
 
+def connect_database(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        str(path), timeout=WRITE_SECONDS, isolation_level=None, check_same_thread=False)
+
+
+def gives_space_back(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2)
+
+
+def vacuum_slice(db: sqlite3.Connection) -> bool:
+    """Free some pages. -> whether there are more."""
+    count = "PRAGMA freelist_count"
+    before = db.execute(count).fetchone()[0]
+    # Python 3.11 makes one step of the statement only, which is one page.
+    for _ in range(VACUUM_PAGES):
+        db.execute("PRAGMA incremental_vacuum(1)").fetchall()
+    # An older version's file frees none.
+    return bool(0 < db.execute(count).fetchone()[0] < before)
+
+
+class IntegrityCheck:
+    """Reads a whole database in the thread "check". damage: what it found."""
+
+    def __init__(self, path: Path, on_damage: Callable[[sqlite3.DatabaseError], None]) -> None:
+        self.damage: Optional[sqlite3.DatabaseError] = None
+        self._is_finished = False
+        self._on_damage = on_damage
+        self._db = connect_database(path)
+        self._thread = threading.Thread(target=self._run, name="check", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            check_integrity(self._db)
+        except sqlite3.OperationalError:
+            # Interrupted, or locked.
+            return
+        except sqlite3.DatabaseError as error:
+            self.damage = error
+            logger.error("%s", as_unavailable(error))
+            self._on_damage(error)
+        self._is_finished = True
+
+    def close(self) -> bool:
+        """Interrupt it. -> whether it was finished. Idempotent."""
+        if self._thread.is_alive():
+            self._db.interrupt()
+            self._thread.join()
+        self._db.close()
+        return self._is_finished
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Commit the block; roll it back if it fails."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def prepare_database(db: sqlite3.Connection, path: Path) -> None:
+    """Check, migrate and configure the database."""
+    for suffix in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + suffix)
+        if os.name == "posix" and file.exists():
+            with contextlib.suppress(PermissionError):
+                file.chmod(0o600)
+    version = schema_version(db)
+    if version > len(MIGRATIONS):
+        raise CannotStart(
+            "The database %s was written by a newer version of this program." % path,
+            "use that version")
+    damaged = "SELECT count(*) FROM remembered WHERE name = 'damaged'"
+    is_suspect = version > 2 and db.execute(damaged).fetchone()[0]
+    if is_suspect or path.stat().st_size <= CHECKED_BYTES:
+        check_integrity(db)
+    original = "SELECT count(*) FROM sqlite_master WHERE name = 'requests'"
+    if version == 0 and db.execute(original).fetchone()[0]:
+        copy_database(db, path.with_name("bridge-original.db"))
+    # Of use before the first table only.
+    db.execute("PRAGMA auto_vacuum=INCREMENTAL")
+    use_wal(db)
+    db.execute("PRAGMA synchronous=FULL")
+    # What was deleted is overwritten in the file.
+    db.execute("PRAGMA secure_delete=ON").close()
+    with transaction(db):
+        for step in MIGRATIONS[schema_version(db) :]:
+            for statement in step:
+                db.execute(statement)
+        db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
+    if not gives_space_back(db):
+        # An older version made the file: it is written again, once.
+        with contextlib.suppress(sqlite3.OperationalError):
+            db.execute("VACUUM")
+    db.execute("PRAGMA foreign_keys=ON")
+
+
 class Database:
     """Owns bridge.db: one connection that reads and one, in the thread "writer", that writes.
     A reader waits neither for the disk nor for another program's lock. The writer commits what many
@@ -1962,22 +2069,19 @@ class Database:
         self._tokens_dirty = False
         self._cached_data_version = 0
         self._revalidate_at = float("-inf")
-        self._is_incremental = False
         self._is_in_use = False
-        self._checker: Optional[sqlite3.Connection] = None
-        self._check_thread = threading.Thread(target=self._check, name="check", daemon=True)
-        # What the check found.
-        self._damage: Optional[sqlite3.DatabaseError] = None
+        self._check: Optional[IntegrityCheck] = None
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._db = self._connect(path)
-            self._reader = self._connect(path)
+            self._db = connect_database(path)
+            self._reader = connect_database(path)
         except (OSError, sqlite3.Error) as error:
             raise CannotStart(
                 "The database %s cannot be opened: %s." % (path, error),
                 "make it writable, or choose another folder with --data-dir") from None
         try:
-            self._open(path)
+            prepare_database(self._db, path)
+            self._reader.execute("PRAGMA query_only=ON")
             self._writer_thread.start()
         except (sqlite3.Error, Unavailable) as error:
             self.close()
@@ -1993,85 +2097,22 @@ class Database:
             self.close()
             raise
 
-    @staticmethod
-    def _connect(path: Path) -> sqlite3.Connection:
-        return sqlite3.connect(
-            str(path), timeout=WRITE_SECONDS, isolation_level=None, check_same_thread=False)
-
-    def _open(self, path: Path) -> None:
-        """Check, migrate and configure the database."""
-        for suffix in ("", "-wal", "-shm"):
-            file = path.with_name(path.name + suffix)
-            if os.name == "posix" and file.exists():
-                with contextlib.suppress(PermissionError):
-                    file.chmod(0o600)
-        version = schema_version(self._db)
-        if version > len(MIGRATIONS):
-            raise CannotStart(
-                "The database %s was written by a newer version of this program." % path,
-                "use that version")
-        damaged = "SELECT count(*) FROM remembered WHERE name = 'damaged'"
-        is_suspect = version > 2 and self._db.execute(damaged).fetchone()[0]
-        if is_suspect or path.stat().st_size <= CHECKED_BYTES:
-            check_integrity(self._db)
-        original = "SELECT count(*) FROM sqlite_master WHERE name = 'requests'"
-        if version == 0 and self._db.execute(original).fetchone()[0]:
-            copy_database(self._db, path.with_name("bridge-original.db"))
-        # Of use before the first table only.
-        self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        use_wal(self._db)
-        self._db.execute("PRAGMA synchronous=FULL")
-        # What was deleted is overwritten in the file.
-        self._db.execute("PRAGMA secure_delete=ON").close()
-        has_tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if has_tables and not self._gives_space_back():
-            # An older version made the file: it is written again, once.
-            with contextlib.suppress(sqlite3.OperationalError):
-                self._db.execute("VACUUM")
-        with self._transaction():
-            for step in MIGRATIONS[schema_version(self._db) :]:
-                for statement in step:
-                    self._db.execute(statement)
-            self._db.execute("PRAGMA user_version = %d" % len(MIGRATIONS))
-        self._db.execute("PRAGMA foreign_keys=ON")
-        self._reader.execute("PRAGMA query_only=ON")
-        self._is_incremental = self._gives_space_back()
-
-    def _gives_space_back(self) -> bool:
-        return bool(self._db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2)
-
     def mark_in_use(self) -> None:
         """Record that a bridge runs, until `close`. If the last one did not end in order, check a
-        large file in the thread "check"; SQLite itself repairs what a crash leaves."""
+        large file; SQLite itself repairs what a crash leaves."""
         was_in_use = self.get_state("in_use")
         self.set_state("in_use", str(os.getpid()))
         self._is_in_use = True
         if was_in_use and self._path.stat().st_size > CHECKED_BYTES:
-            self._checker = self._connect(self._path)
-            self._check_thread.start()
-
-    def _check(self) -> None:
-        """The thread "check"."""
-        assert self._checker
-        try:
-            check_integrity(self._checker)
-        except sqlite3.OperationalError:
-            # Interrupted by `close`, or locked: the next start repeats the check.
-            self._is_in_use = False
-            return
-        except sqlite3.DatabaseError as error:
-            self._damage = error
-            logger.error("%s", as_unavailable(error))
             # The next start checks the file before it uses it.
-            self.set_state("damaged", str(error))
+            self._check = IntegrityCheck(
+                self._path, lambda error: self.set_state("damaged", str(error)))
 
     def close(self) -> None:
         """Execute the queued writes, then close. Idempotent."""
-        if self._checker:
-            self._checker.interrupt()
-            self._check_thread.join()
-            self._checker.close()
-        if self._is_in_use:
+        # An interrupted check is repeated by the next start.
+        is_checked = self._check.close() if self._check else True
+        if self._is_in_use and is_checked:
             self._is_in_use = False
             self.set_state("in_use", None)
         with self._queue_lock:
@@ -2104,26 +2145,18 @@ class Database:
     def checkpoint(self) -> None:
         """Move what was written into the file of the database, and empty the -wal file. Does
         nothing while another program reads."""
-        def run(db: sqlite3.Connection) -> None:
+        def truncate(db: sqlite3.Connection) -> None:
             db.execute("PRAGMA busy_timeout=20").close()
             with contextlib.suppress(sqlite3.OperationalError):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             db.execute("PRAGMA busy_timeout=%d" % (WRITE_SECONDS * 1000)).close()
 
         with contextlib.suppress(Unavailable):
-            self._queue_write(WriteTask(run, Future(), is_transaction=False))
+            self._queue_write(WriteTask(truncate, Future(), is_transaction=False))
 
     def free_pages(self) -> bool:
         """Give a slice of the unused pages back to the file system. -> whether there are more."""
-        def run(db: sqlite3.Connection) -> bool:
-            # Python 3.11 makes one step of the statement only, which is one page.
-            for _ in range(VACUUM_PAGES):
-                db.execute("PRAGMA incremental_vacuum(1)").fetchall()
-            return int(db.execute("PRAGMA freelist_count").fetchone()[0]) > 0
-
-        if self._is_incremental and self.read("PRAGMA freelist_count")[0][0]:
-            return self.write(run)
-        return False
+        return self.read("PRAGMA freelist_count")[0][0] > 0 and self.write(vacuum_slice)
 
     def write_later(self, fn: Callable[[sqlite3.Connection], Any]) -> None:
         """Queue a write that nobody waits for."""
@@ -2174,7 +2207,7 @@ class Database:
         """Run and commit a batch. A task that fails is undone; the others are stored."""
         self._check_file_not_replaced()
         results += [None] * len(tasks)
-        with self._transaction():
+        with transaction(self._db):
             for number, task in enumerate(tasks):
                 # Not before BEGIN, which may wait for long: until then the caller may give up.
                 if not task.is_transaction or not task.future.set_running_or_notify_cancel():
@@ -2193,19 +2226,8 @@ class Database:
             if not task.is_transaction and task.future.set_running_or_notify_cancel():
                 try:
                     results[number] = task.fn(self._db)
-                except Exception as error:
+                except sqlite3.Error as error:
                     errors[number] = as_unavailable(error)
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Commit the block; roll it back if it fails."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        finally:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
 
     def _check_file_not_replaced(self) -> None:
         """SQLite would continue to write to a file that was deleted. Raises Unavailable."""
@@ -2214,8 +2236,8 @@ class Database:
         except OSError:
             inode = -1
         if inode != (self._inode or inode) or inode == -1:
-            raise Unavailable(
-                "The database %s was deleted or replaced. Restart the bridge." % self._path)
+            text = "The database %s was deleted or replaced. Restart the bridge."
+            raise Unavailable(text % self._path)
         self._inode = inode
 
     def mark_tokens_changed(self) -> None:
@@ -2271,8 +2293,8 @@ class Database:
         """Raise Unavailable if a write would fail.
         Anybody may ask for /health, and a write costs a sync: it writes every CHECK_SECONDS. It
         writes a page, because only that notices a full disk."""
-        if self._damage:
-            raise as_unavailable(self._damage)
+        if self._check and self._check.damage:
+            raise as_unavailable(self._check.damage)
         now = self.clock.monotonic()
         is_due = now - self._checked_at >= CHECK_SECONDS
         sql = "INSERT OR REPLACE INTO remembered (name, value) SELECT 'checked', ? WHERE ?"
@@ -2545,6 +2567,41 @@ def touch_conversation(db: sqlite3.Connection, token_id: str, name: str, now: fl
                (now, token_id, name))
 
 
+def purge_turns(database: Database, before: float) -> int:
+    """Delete old turns of a conversation that is longer than what is replayed."""
+    sql = "SELECT token_id, name FROM conversations WHERE bytes > ? ORDER BY bytes DESC"
+    for token_id, name in database.read(sql, HISTORY_BYTES):
+        with database.reading() as db:
+            rows = db.execute(
+                "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token"
+                " WHERE token_id = ? AND conversation = ? AND status = 'completed'"
+                " ORDER BY seq DESC" % TURN_BYTES, (token_id, name))
+            # The newest turn is replayed even if it is too large; `next` takes it away.
+            newest = next(rows, (0, 0))
+            sizes = accumulate(rows, lambda before, row: (row[0], before[1] + row[1]),
+                               initial=newest)
+            last_seq = next((seq for seq, size in sizes
+                             if size > HISTORY_BYTES and seq != newest[0]), 0)
+            rows.close()
+        deleted = database.write(partial(
+            delete_turns, token_id=token_id, name=name, last_seq=last_seq, before=before))
+        if deleted:
+            return deleted
+    return 0
+
+
+def delete_turns(db: sqlite3.Connection, token_id: str, name: str, last_seq: int,
+                 before: float) -> int:
+    rows = db.execute(
+        "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token WHERE token_id = ?"
+        " AND conversation = ? AND seq <= ? AND completed_at < ? ORDER BY seq LIMIT ?"
+        % TURN_BYTES, (token_id, name, last_seq, before, SLICE_ROWS)).fetchall()
+    db.executemany("DELETE FROM jobs WHERE seq = ?", [row[:1] for row in rows])
+    db.execute("UPDATE conversations SET bytes = bytes - ? WHERE token_id = ? AND name = ?",
+               (sum(length for _, length in rows), token_id, name))
+    return len(rows)
+
+
 class JobStore:
     """The queue and the finished requests. Metrics count after the commit."""
 
@@ -2750,48 +2807,11 @@ class JobStore:
         """Delete a slice of the finished jobs older than `days`. -> how many; 0 at the end. The
         completed turns of a conversation stay as far as they are replayed."""
         before = self._database.clock.now() - days * 86_400
-        return self._purge_single(before) or self._purge_turns(before)
-
-    @runs_in_writer
-    def _purge_single(self, db: sqlite3.Connection, before: float) -> int:
-        return db.execute(
-            "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_to_purge"
-            " WHERE completed_at IS NOT NULL AND (conversation IS NULL OR status = 'error')"
-            " AND completed_at < ? ORDER BY completed_at LIMIT ?)",
-            (before, SLICE_ROWS)).rowcount
-
-    def _purge_turns(self, before: float) -> int:
-        """Delete old turns of a conversation that is longer than what is replayed."""
-        sql = "SELECT token_id, name FROM conversations WHERE bytes > ? ORDER BY bytes DESC"
-        for token_id, name in self._database.read(sql, HISTORY_BYTES):
-            with self._database.reading() as db:
-                rows = db.execute(
-                    "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token"
-                    " WHERE token_id = ? AND conversation = ? AND status = 'completed'"
-                    " ORDER BY seq DESC" % TURN_BYTES, (token_id, name))
-                # The newest turn is replayed even if it is too large; `next` takes it away.
-                newest = next(rows, (0, 0))
-                sizes = accumulate(rows, lambda before, row: (row[0], before[1] + row[1]),
-                                   initial=newest)
-                last_seq = next((seq for seq, size in sizes
-                                 if size > HISTORY_BYTES and seq != newest[0]), 0)
-                rows.close()
-            deleted = int(self._delete_turns(token_id, name, last_seq, before))
-            if deleted:
-                return deleted
-        return 0
-
-    @runs_in_writer
-    def _delete_turns(self, db: sqlite3.Connection, token_id: str, name: str, last_seq: int,
-                      before: float) -> int:
-        rows = db.execute(
-            "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token WHERE token_id = ?"
-            " AND conversation = ? AND seq <= ? AND completed_at < ? ORDER BY seq LIMIT ?"
-            % TURN_BYTES, (token_id, name, last_seq, before, SLICE_ROWS)).fetchall()
-        db.executemany("DELETE FROM jobs WHERE seq = ?", [row[:1] for row in rows])
-        db.execute("UPDATE conversations SET bytes = bytes - ? WHERE token_id = ? AND name = ?",
-                   (sum(length for _, length in rows), token_id, name))
-        return len(rows)
+        sql = ("DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_to_purge"
+               " WHERE completed_at IS NOT NULL AND (conversation IS NULL OR status = 'error')"
+               " AND completed_at < ? ORDER BY completed_at LIMIT ?)")
+        deleted = self._database.write(lambda db: db.execute(sql, (before, SLICE_ROWS)).rowcount)
+        return deleted or purge_turns(self._database, before)
 
     # --- look-ups ---
     def get(self, job_id: str) -> Optional[Job]:
@@ -4646,6 +4666,15 @@ def check_control(response: Mapping[str, Any]) -> None:
         raise RunFailed("cli_error", text)
 
 
+def check_client_tools(client_tools: Iterable[Mapping[str, Any]], tools: Any) -> None:
+    """An answer without the client's tools is not what the client asked for."""
+    names = [tool["name"] for tool in client_tools]
+    missing = [name for name in names if TOOL_PREFIX + name not in (tools or ())]
+    if missing:
+        text = "claude did not accept the tools %s." % ", ".join(missing)
+        raise RunFailed("cli_error", text)
+
+
 def check_output_size(size: int) -> None:
     if size > OUTPUT_BYTES:
         raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
@@ -4878,9 +4907,9 @@ class Turn:
                 raise SessionLost()
             if now >= silent_at and not self._running_tools:
                 self._fail_late("claude sent nothing for %g seconds" % config.silence_seconds)
-            asked_at = time.monotonic()
+            asked_at = Clock.monotonic()
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
-            seconds = time.monotonic() - asked_at
+            seconds = Clock.monotonic() - asked_at
             if seconds >= FROZEN_SECONDS:
                 # The machine slept, or was stopped, and claude with it.
                 self._frozen_seconds += seconds
@@ -5036,7 +5065,7 @@ class Turn:
         if event.kind == "init":
             self.prompt_accepted = True
             self._guard_billing(body.get("apiKeySource"))
-            self._check_client_tools(body.get("tools"))
+            check_client_tools(self._session.client_tools, body.get("tools"))
             live.begin(body.get("model"))
         elif event.kind == "message_start":
             self.prompt_accepted = True
@@ -5093,14 +5122,6 @@ class Turn:
                 " claude in to the subscription, or allow it with --allow-api-key."
                 % redact(str(source)))
 
-    def _check_client_tools(self, tools: Any) -> None:
-        """An answer without the client's tools is not what the client asked for."""
-        names = [tool["name"] for tool in self._session.client_tools]
-        missing = [name for name in names if TOOL_PREFIX + name not in (tools or ())]
-        if missing:
-            text = "claude did not accept the tools %s." % ", ".join(missing)
-            raise RunFailed("cli_error", text)
-
     def _finish(self, body: Mapping[str, Any], live: LiveText) -> Answer:
         """Return the answer of a `result` line. Raises RunFailed, SessionLost."""
         self.finished = True
@@ -5111,9 +5132,9 @@ class Turn:
             if not self.prompt_accepted and "No conversation found" in str(failure):
                 raise SessionLost()
             if failure.code == "refused":
-                failure.answer = Answer(
+                raise Refused(str(failure), Answer(
                     live.read(), usage=self.messages.usage, model=live.model,
-                    stop_info=StopInfo("refusal"))
+                    stop_info=StopInfo("refusal")))
             raise failure
         is_lost = self.messages.count and not self.messages.is_complete
         if is_lost and not self._session.json_schema and body.get("stop_reason", "") is None:
@@ -5595,6 +5616,8 @@ class ClaudePool:
         self.terminate = self._launcher.terminate
         # The last used last.
         self._waiting: List[WaitingProcess] = []
+        # See reap_zombies.
+        self._zombies: Set[int] = set()
 
     @property
     def idle_count(self) -> int:
@@ -5728,6 +5751,8 @@ class ClaudePool:
                                  if now >= waiting.expires_at or not waiting.process.is_alive])
         self.advance()
         self._idle.maintain()
+        if os.getpid() == 1 and sys.platform == "linux":
+            self._zombies = reap_zombies(self._zombies)
 
     def evict_unless(self, conversation_exists: Callable[[str], bool],
                      token_exists: Callable[[str], bool]) -> bool:
@@ -5898,19 +5923,50 @@ class Notifier:
 
 
 PAUSE_TEXTS = {
-    "usage_limit": "The plan's limit is used up until %s.",
-    "overloaded": "The service is overloaded. The next try is at %s.",
-    "network": "The API cannot be reached. The next try is at %s.",
+    "overloaded": "The service is overloaded.",
+    "network": "The API cannot be reached.",
     "login": "The login of claude was refused. On the machine of the bridge run claude, then"
-    " /login. The next try is at %s.",
+    " /login.",
     "paused": "The owner has paused the queue."}
 
 
 def pause_message(pause: Pause) -> str:
-    text = PAUSE_TEXTS[pause.reason]
-    if "%s" in text:
-        text %= iso_time(pause.until)
-    return " ".join(filter(None, (text, pause.text)))
+    until = iso_time(None if math.isinf(pause.until) else pause.until)
+    if pause.reason == "usage_limit":
+        return "The plan's limit is used up until %s." % until
+    next_try = "The next try is at %s." % until if until else ""
+    return " ".join(filter(None, (PAUSE_TEXTS[pause.reason], next_try, pause.text)))
+
+
+def pause_queue(database: Database, is_paused: bool) -> None:
+    """Store whether the owner holds the queue. Raises Unavailable."""
+    if is_paused != bool(database.get_state("paused")):
+        database.set_state("paused", str(database.clock.now()) if is_paused else None)
+    if is_paused != bool(database.get_state("paused")):
+        raise Unavailable("The database cannot be written now. Try again in a few seconds.")
+
+
+def seconds_left(pause: Pause, now: float) -> float:
+    """Return when to ask again; nobody knows it for a queue that the owner has paused."""
+    return RETRY_SECONDS if math.isinf(pause.until) else pause.until - now
+
+
+def is_long_limit(pause: Pause, now: float) -> bool:
+    """Return whether a request of /v1 would wait too long for the plan's limit."""
+    return pause.reason == "usage_limit" and pause.until - now > MAX_INLINE_WAIT_SECONDS
+
+
+def held_error(code: str, pause: Pause, now: float) -> RunError:
+    return RunError(code, pause_message(pause), seconds_left(pause, now))
+
+
+def job_error(job: Job, pause: Optional[Pause], now: float) -> RunError:
+    """Return the failure of a job for a client that waits. pause: of the job's model now."""
+    code = job.error_code or ""
+    if pause and pause.reason == HOLD_REASONS.get(code, code):
+        return held_error(code, pause, now)
+    is_held = code in HOLD_REASONS or code in CHAT_HOLD_SECONDS
+    return RunError(code, job.error or "", BACK_OFF_SECONDS[0] if is_held else None)
 
 
 class Hold(NamedTuple):
@@ -6004,6 +6060,25 @@ class QueueHolds:
                 if key == ALL_MODELS:
                     self._database.set_state("hold", None)
 
+    def overdue(self, hold_seconds: float) -> Iterator[Tuple[str, Pause, str, bool, float]]:
+        """Yield which requests have waited for as long as they may.
+        -> (their error code, the pause, the model, whether those of /v1, made before this time)."""
+        now = self._clock.now()
+        codes = {reason: code for code, reason in HOLD_REASONS.items()}
+        for model, pause in self.active().items():
+            limits = {True: CHAT_HOLD_SECONDS.get(pause.reason)}
+            if pause.reason not in ("usage_limit", "paused"):
+                limits[False] = hold_seconds
+            for is_chat, seconds in limits.items():
+                if seconds is not None and now - pause.since >= seconds:
+                    code = codes.get(pause.reason, pause.reason)
+                    yield code, pause, model, is_chat, now - seconds
+
+    def seconds_to_try(self) -> float:
+        """Return when the next request may start, infinite if nothing is known."""
+        seconds = [pause.until - self._clock.now() for pause in self.active().values()]
+        return min((left for left in seconds if left > 0), default=math.inf)
+
     def refresh(self, is_needed: bool) -> None:
         """Try at once with a new login; forget what no request waits for."""
         for model, hold in list(self._holds.items()):
@@ -6028,17 +6103,67 @@ def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
     return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True)
 
 
-def answer_as_tool_call(answer: Answer, name: str, call_id: str) -> Answer:
-    """Return an answer that is the input of a tool as a call of that tool."""
-    call = ToolCall(call_id, name, json.loads(answer.structured or "{}"))
+def chat_answer(answer: Answer, chat: Chat, job_id: str) -> Answer:
+    """Return a structured answer as a text, or as the call of the tool whose input it is."""
+    if not chat.forced_tool:
+        return replace(answer, text=answer.structured or "")
+    call_id = "toolu_" + job_id.replace("-", "")
+    call = ToolCall(call_id, chat.forced_tool, json.loads(answer.structured or "{}"))
     stop_info = StopInfo("tool_use", None, (call,))
     return replace(answer, text="", structured=None, stop_info=stop_info)
 
 
+def is_news(last: Optional[RateLimitWindow], window: RateLimitWindow) -> bool:
+    """Return whether a limit changed, or was not reported for a minute."""
+    if not last or last._replace(seen_at=0) != window._replace(seen_at=0):
+        return True
+    return window.seen_at - last.seen_at > 60
+
+
+class Purge:
+    """Deletes what is too old, every hour and in slices.
+    is_running: there is more to delete. has_lost_sessions: the CLI may have left files of sessions
+    that nobody can resume."""
+
+    def __init__(self, stores: Stores, config: Config, clock: Clock) -> None:
+        self._stores = stores
+        self._config = config
+        self._clock = clock
+        self._starts_at = float("-inf")
+        # UTC minus monotonic clock, at the last start.
+        self._clock_offset: Optional[float] = None
+        self.is_running = False
+        self.has_lost_sessions = False
+
+    def step(self) -> None:
+        """Start when it is time; delete a slice, or give space back."""
+        now = self._clock.monotonic()
+        if now >= self._starts_at:
+            self._starts_at = now + PURGE_SECONDS
+            last_offset = self._clock_offset
+            self._clock_offset = self._clock.now() - now
+            # If the clock was set, perhaps to a wrong time and not for long, do not purge.
+            self.is_running = last_offset is None or abs(self._clock_offset - last_offset) < 3600
+            self.has_lost_sessions = True
+        if not self.is_running:
+            return
+        jobs, database = self._stores.jobs, self._stores.database
+        if not jobs.purge(self._config.keep_days) and not database.free_pages():
+            self._stores.usage.purge()
+            database.checkpoint()
+            self.is_running = False
+
+    def remove_sessions(self, running: Iterable[str]) -> None:
+        """Delete the files of lost sessions. running: the sessions of processes."""
+        self.has_lost_sessions = False
+        ids = {*self._stores.conversations.session_ids(), *running}
+        remove_sessions(self._config.data_dir, ids.__contains__)
+
+
 class Worker:
     """Runs the jobs in order, one at a time.
-    Owns the thread "worker" and, in it, the processes of `claude`. That thread alone writes the
-    attributes; any thread may call `live`, `current_pause` and read `running`."""
+    Owns the thread "worker" and, in it, the processes of `claude`. Any other thread may call
+    `live`, `current_pause` and read `running`."""
 
     def __init__(self, stores: Stores, runner: ClaudeRunner, notifier: Notifier, config: Config,
                  clock: Clock, metrics: Optional[Metrics] = None) -> None:
@@ -6060,13 +6185,7 @@ class Worker:
         self._stopping = threading.Event()
         self._abort_at = float("inf")
         self._maintain_at = float("-inf")
-        self._purge_at = float("-inf")
-        self._is_purging = False
-        self._has_lost_sessions = False
-        # See reap_zombies.
-        self._zombies: Set[int] = set()
-        # UTC minus monotonic clock, at the last purge.
-        self._clock_offset: Optional[float] = None
+        self._purge = Purge(stores, config, clock)
         self._thread = threading.Thread(target=self._loop, name="worker", daemon=True)
         # (job id, since) while a job runs.
         self.running: Optional[Tuple[str, float]] = None
@@ -6125,11 +6244,9 @@ class Worker:
     def _idle_seconds(self) -> float:
         if self._pool.is_busy:
             return CANCEL_POLL_SECONDS
-        if self._is_purging:
+        if self._purge.is_running:
             return PURGE_PAUSE_SECONDS
-        now = self._clock.now()
-        seconds = [pause.until - now for pause in self.holds.active().values()]
-        return min([MAINTENANCE_SECONDS, *(max(0.01, left) for left in seconds if left > 0)])
+        return min(MAINTENANCE_SECONDS, max(0.01, self.holds.seconds_to_try()))
 
     # --- one job ---
     def step(self) -> bool:
@@ -6190,17 +6307,14 @@ class Worker:
             try:
                 answer = self._runner.run(
                     request, live, lambda: self._stop_reason(job), self._record_rate_limits)
-            except RunFailed as failure:
-                if not chat or not failure.answer:
+            except Refused as refused:
+                if not chat:
                     raise
-                # The model refused; both APIs report that as an answer.
-                answer = failure.answer
+                # Both APIs report that as an answer.
+                answer = refused.answer
             self._note_answer(job)
-            if chat and chat.forced_tool:
-                call_id = "toolu_" + job.id.replace("-", "")
-                answer = answer_as_tool_call(answer, chat.forced_tool, call_id)
-            elif chat and answer.structured:
-                answer = replace(answer, text=answer.structured)
+            if chat and answer.structured:
+                answer = chat_answer(answer, chat, job.id)
             live.reconcile(replace_surrogates(answer.text))
             is_completed = self._retry_until_stored(
                 lambda: self._stores.jobs.complete(job, answer, live.generation))
@@ -6219,7 +6333,7 @@ class Worker:
                 # Higher than the stored generation, so that readers see a restart.
                 self._restart_counts[job.id] = live.generation + 1
             if request and request.conversation and not is_completed:
-                self._has_lost_sessions = True
+                self._purge.has_lost_sessions = True
                 # Its process may have received a turn that is not part of the conversation.
                 self._pool.forget(request.conversation)
 
@@ -6286,16 +6400,13 @@ class Worker:
     # --- what holds the queue ---
     def _hold(self, failure: RunFailed, model: str, since: float) -> None:
         pause = self.holds.begin(failure, model, since)
-        held = "the queue waits"
-        if failure.is_of_model:
-            held = "requests for %s wait" % (model or "the default model")
-        logger.warning("%s: %s until %s", pause.reason, held, iso_time(pause.until))
-        if pause.reason != "usage_limit":
-            self._fail_held()
-        elif pause.until - self._clock.now() > MAX_INLINE_WAIT_SECONDS:
+        model = model if failure.is_of_model else ALL_MODELS
+        logger.warning("%s: the queue (%s) waits until %s", pause.reason, model or "default model",
+                       iso_time(pause.until))
+        self._fail_held()
+        if is_long_limit(pause, self._clock.now()):
             # The clients of /v1 hold a connection open and would wait for nothing.
-            self._fail_waiting("usage_limit", pause, model if failure.is_of_model else ALL_MODELS,
-                               True, math.inf)
+            self._fail_waiting("usage_limit", pause, model, True, math.inf)
 
     def _note_answer(self, job: Job) -> None:
         """The API has answered: the queue goes on."""
@@ -6307,16 +6418,8 @@ class Worker:
 
     def _fail_held(self) -> None:
         """Fail the requests that have waited for as long as they may."""
-        now = self._clock.now()
-        codes = {reason: code for code, reason in HOLD_REASONS.items()}
-        for model, pause in self.holds.active().items():
-            limits = {True: CHAT_HOLD_SECONDS.get(pause.reason)}
-            if pause.reason not in ("usage_limit", "paused"):
-                limits[False] = self._config.hold_hours * 3600.0
-            for is_chat, seconds in limits.items():
-                if seconds is not None and now - pause.since >= seconds:
-                    code = codes.get(pause.reason, pause.reason)
-                    self._fail_waiting(code, pause, model, is_chat, now - seconds)
+        for overdue in self.holds.overdue(self._config.hold_hours * 3600.0):
+            self._fail_waiting(*overdue)
 
     def _fail_waiting(self, code: str, pause: Pause, model: str, is_chat: bool,
                       created_before: float) -> None:
@@ -6331,16 +6434,12 @@ class Worker:
         if limits.is_using_overage and self._config.plan_only:
             used_up = RunFailed("usage_limit", "", limits.resets_at)
             self._hold(used_up, ALL_MODELS, self._clock.now())
-        if any(map(self._is_news, limits.windows)):
+        news = [window for window in limits.windows
+                if is_news(self._windows.get(window.kind), window)]
+        if news:
             with contextlib.suppress(Unavailable):
                 self._stores.usage.save_plan_limits(limits.windows)
                 self._windows.update((window.kind, window) for window in limits.windows)
-
-    def _is_news(self, window: RateLimitWindow) -> bool:
-        last = self._windows.get(window.kind)
-        if not last or last._replace(seen_at=0) != window._replace(seen_at=0):
-            return True
-        return window.seen_at - last.seen_at > 60
 
     # --- maintenance ---
     def _run_maintenance(self) -> None:
@@ -6350,37 +6449,16 @@ class Worker:
         if now >= self._maintain_at:
             self._maintain_at = now + MAINTENANCE_SECONDS
             self._pool.maintain()
-            has_evicted = self._pool.evict_unless(
-                self._stores.conversations.exists,
-                lambda token_id: self._stores.tokens.get(token_id) is not None)
-            self._has_lost_sessions = self._has_lost_sessions or has_evicted
-            if os.getpid() == 1 and sys.platform == "linux":
-                self._zombies = reap_zombies(self._zombies)
+            if self._pool.evict_unless(
+                    self._stores.conversations.exists,
+                    lambda token_id: self._stores.tokens.get(token_id) is not None):
+                self._purge.has_lost_sessions = True
             self._fail_held()
             self.holds.refresh(bool(self.running) or self._stores.jobs.has_queued())
-        if now >= self._purge_at:
-            self._purge_at = now + PURGE_SECONDS
-            last_offset = self._clock_offset
-            self._clock_offset = self._clock.now() - now
-            # If the clock was set, perhaps to a wrong time and not for long, do not purge.
-            self._is_purging = (
-                last_offset is None or abs(self._clock_offset - last_offset) < 3600)
-            self._has_lost_sessions = True
+        self._purge.step()
         # During a run the session of its conversation is not in the database.
-        if self._has_lost_sessions and not self.running and not self._pool.is_busy:
-            self._has_lost_sessions = False
-            known = {*self._stores.conversations.session_ids(), *self._pool.session_ids()}
-            remove_sessions(self._config.data_dir, known.__contains__)
-        if self._is_purging:
-            self._is_purging = self._purge_slice()
-
-    def _purge_slice(self) -> bool:
-        """Delete a slice of what is too old, or give space back. -> whether there is more."""
-        if self._stores.jobs.purge(self._config.keep_days) or self._stores.database.free_pages():
-            return True
-        self._stores.usage.purge()
-        self._stores.database.checkpoint()
-        return False
+        if self._purge.has_lost_sessions and not self.running and not self._pool.is_busy:
+            self._purge.remove_sessions(self._pool.session_ids())
 
 
 # === 9 Service ===================================================================================
@@ -6437,13 +6515,20 @@ def check_callback(url: str, callbacks: Union[bool, Tuple[str, ...]]) -> Tuple[C
             text = "callback must lead to a host of the token: " + ", ".join(callbacks)
             raise InvalidRequest(text, field="callback")
         return parts, True
-    is_address = ":" in parts.host or parts.host[-1].isdigit()
+    has_address = ":" in parts.host or parts.host[-1].isdigit()
     if not parts.is_https:
         raise InvalidRequest("callback must begin with https://", field="callback")
-    if is_address and not is_allowed_address(ipaddress.ip_address(parts.host), False):
+    if has_address and not is_allowed_address(ipaddress.ip_address(parts.host), False):
         text = "callback must not lead to a private or special address"
         raise InvalidRequest(text, field="callback")
     return parts, False
+
+
+def outage(pause: Optional[Pause]) -> Tuple[Optional[Pause], Optional[str]]:
+    """Return a pause because of which the API does not answer, and what anybody may know of it."""
+    if pause and pause.reason in ("network", "login"):
+        return pause, PAUSE_TEXTS[pause.reason]
+    return None, None
 
 
 class StreamSlots:
@@ -6509,9 +6594,9 @@ class Service:
     # --- requests ---
     def ask(self, caller: Caller, request: Union[Ask, Chat],
             key: Optional[str] = None) -> EnqueueResult:
-        """Queue a message or a conversation, or find the request of this Idempotency-Key.
-        Durable on return. Raises InvalidRequest, ModelNotAllowed, IdempotencyConflict, RateLimited,
-        DailyLimit, QueueFull; RunError for a Chat that would have to wait for long."""
+        """Queue a request, or find that of this Idempotency-Key. Raises InvalidRequest,
+        ModelNotAllowed, IdempotencyConflict, RateLimited, DailyLimit, QueueFull; RunError for a
+        Chat that would have to wait for long."""
         is_stateful = caller.token.session_mode == SessionMode.STATEFUL
         models = caller.token.models
         if isinstance(request, Ask) and request.callback:
@@ -6530,39 +6615,26 @@ class Service:
         pause = self._running.current_pause(model)
         if isinstance(request, Chat):
             request = replace(request, model=model)
-            is_limit = pause and pause.reason == "usage_limit"
-            if pause and is_limit and pause.until - self.clock.now() > MAX_INLINE_WAIT_SECONDS:
-                raise self._held_error("usage_limit", pause)
+            if pause and is_long_limit(pause, self.clock.now()):
+                raise held_error("usage_limit", pause, self.clock.now())
         else:
             conversation = (request.conversation or "default") if is_stateful else None
             request = replace(request, model=model, conversation=conversation)
         try:
             result = self.stores.jobs.enqueue(caller.token.id, request, key)
         except QueueFull:
-            if pause:
-                text = "Queue is full. " + pause_message(pause)
-                raise retry_later(QueueFull, text, self._seconds_left(pause)) from None
-            raise
+            if not pause:
+                raise
+            text = "Queue is full. " + pause_message(pause)
+            raise retry_later(QueueFull, text, seconds_left(pause, self.clock.now())) from None
         self._notifier.notify(Notifier.JOB_QUEUED)
         return result
-
-    def _seconds_left(self, pause: Pause) -> float:
-        """Return when to ask again; nobody knows it for a queue that the owner has paused."""
-        return RETRY_SECONDS if math.isinf(pause.until) else pause.until - self.clock.now()
-
-    def _held_error(self, code: str, pause: Pause) -> RunError:
-        return RunError(code, pause_message(pause), self._seconds_left(pause))
 
     def failure(self, job: Job) -> Optional[RunError]:
         """Return why a finished job has no answer, for a waiting caller; None if it has one."""
         if job.status != JobStatus.ERROR:
             return None
-        code = job.error_code or ""
-        pause = self._running.current_pause(job.model)
-        if pause and pause.reason == HOLD_REASONS.get(code, code):
-            return self._held_error(code, pause)
-        is_held = code in HOLD_REASONS or code in CHAT_HOLD_SECONDS
-        return RunError(code, job.error or "", BACK_OFF_SECONDS[0] if is_held else None)
+        return job_error(job, self._running.current_pause(job.model), self.clock.now())
 
     def poll(self, caller: Caller, job_id: str, wait: float = 0.0,
              client_disconnected: Callable[[], bool] = lambda: False) -> JobView:
@@ -6761,13 +6833,8 @@ class Service:
         return self._running.current_pause(model)
 
     def set_paused(self, is_paused: bool) -> None:
-        """Hold the queue, also after a restart, or let it go on. Requests are accepted meanwhile,
-        and a running one continues. Raises Unavailable."""
-        database = self.stores.database
-        if is_paused != bool(database.get_state("paused")):
-            database.set_state("paused", str(self.clock.now()) if is_paused else None)
-        if is_paused != bool(database.get_state("paused")):
-            raise Unavailable("The database cannot be written now. Try again in a few seconds.")
+        """Hold the queue, or let it go on. A running request continues. Raises Unavailable."""
+        pause_queue(self.stores.database, is_paused)
         self._notifier.notify(Notifier.JOB_QUEUED)
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
@@ -7223,13 +7290,10 @@ def handle_status(context: Context) -> Response:
 def handle_health(context: Context) -> Response:
     context.status.check_worker()
     context.stores.database.check_writable()
-    pause = context.service.current_pause()
-    if pause and pause.reason in ("network", "login"):
-        # Not 503: the bridge accepts requests, and a restart would not help.
-        return json_response(200, {
-            "status": "degraded", **pause_body(pause), "advice": PAUSE_TEXTS[pause.reason].split(
-                " The next try")[0]})
-    return json_response(200, {"status": "ok"})
+    pause, advice = outage(context.service.current_pause())
+    # Not 503: the bridge accepts requests, and a restart would not help.
+    status = {"status": "degraded" if pause else "ok", **pause_body(pause)}
+    return json_response(200, without_none({**status, "advice": advice}))
 
 
 def handle_metrics(context: Context) -> Response:
@@ -7282,7 +7346,7 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
         if is_allowed_address(ipaddress.ip_address(address[0]), allow_private)]
     if not addresses:
         raise PermissionError("its host has no address that is allowed")
-    deadline = time.monotonic() + timeout
+    deadline = Clock.monotonic() + timeout
     all_headers = {
         "Host": url.authority, "User-Agent": "claude-api-bridge", **headers,
         "Content-Type": "application/json", "Content-Length": str(len(body)),
@@ -7299,7 +7363,7 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
 
 
 def seconds_until(deadline: float) -> float:
-    seconds = deadline - time.monotonic()
+    seconds = deadline - Clock.monotonic()
     if seconds <= 0:
         raise socket.timeout("the receiver did not answer in time")
     return seconds
@@ -7328,6 +7392,7 @@ def connect_callback(addresses: Sequence[Tuple[Any, Any]], url: CallbackUrl,
 
 
 def read_callback_answer(connection: socket.socket, deadline: float) -> Tuple[int, int]:
+    """Return (status, seconds of Retry-After or 0). Raises OSError."""
     head = b""
     while len(head) < CALLBACK_ANSWER_BYTES:
         connection.settimeout(seconds_until(deadline))
@@ -12078,7 +12143,7 @@ def check_queue(config: Config, environ: Mapping[str, str]) -> List[Check]:
     reason, since = inspect_database(config.data_dir / "bridge.db").hold
     if not reason:
         return []
-    text = "waits since %s: %s" % (iso_time(since), PAUSE_TEXTS[reason].split(" The next try")[0])
+    text = "waits since %s: %s" % (iso_time(since), PAUSE_TEXTS[reason])
     return [Check("queue", None if reason == "paused" else False, text, HOLD_ADVICE[reason])]
 
 

@@ -517,7 +517,7 @@ DEMO = imported(
     SHORT
     + """
 import contextlib, io
-def probe(argv, environment):
+def probe(argv, environment, **options):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         cab.DemoClaude(argv[argv.index("demo-claude") + 1:]).run()
     return output.getvalue()

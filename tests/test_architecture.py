@@ -146,7 +146,10 @@ def test_a_room_uses_only_the_rooms_it_is_built_on(title: str) -> None:
 def test_the_service_knows_the_notifier_but_not_the_worker() -> None:
     queue, service = NUMBERS["Queue"], NUMBERS["Service"]
     names = {name for node, name in uses() if room(node) == service and ROOM_OF[name] == queue}
-    assert names == {"Notifier", "MAX_INLINE_WAIT_SECONDS", "limit_message"}
+    assert names == {
+        "Notifier", "is_long_limit", "PAUSE_TEXTS", "pause_message", "pause_queue",
+        "seconds_left", "held_error", "job_error",
+    }
 
 
 def test_only_the_storage_room_opens_a_database() -> None:
@@ -236,7 +239,7 @@ def test_the_head_names_every_lock() -> None:
 # One request, or one job, must not take the others along: the dispatcher and the tops of threads.
 CATCHES_ALL = {
     "Dispatcher._respond", "Database._execute_writes", "Worker._loop", "Tunnel._loop",
-    "wait_in_thread",
+    "CallbackSender._loop", "wait_in_thread",
 }  # fmt: skip
 
 
@@ -292,7 +295,8 @@ def test_no_shell_is_used_and_no_script_commits_on_its_own() -> None:
 # What is put into the text of a statement: names of columns and conditions of our own.
 SQL_NAMES = {
     "TOKEN_COLUMNS", "JOB_COLUMNS", "USAGE_COLUMNS", "SUMMARY_COLUMNS", "MIGRATIONS", "columns",
-    "column", "where", "placeholders", "values", "len", "excluded_models",
+    "column", "where", "placeholders", "values", "len", "excluded_models", "TURN_BYTES", "sql",
+    "table", "WRITE_SECONDS",
 }  # fmt: skip
 
 
@@ -384,7 +388,7 @@ def test_lines_fit_a_screen(path: Path) -> None:
 
 
 def test_the_module_stays_readable() -> None:
-    assert len(LINES) <= 11_300
+    assert len(LINES) <= 12_500
     assert [place(node) for node in CLASSES if length(node) > 300] == []
     short = [node for node in FUNCTIONS if length(node) <= 30]
     assert len(short) >= 0.9 * len(FUNCTIONS)

@@ -320,6 +320,7 @@ def test_every_other_field_changes_the_fingerprint_and_no_two_bodies_share_one()
         "jsonSchema": [{}, {"type": "array"}, None],
         "conversation": ["haiku", "Trip", None],
         "effort": ["high", None],
+        "callback": ["https://example.com/hook"],
     }
     assert {cab.camel_case(row.name) for row in fields_of(cab.Ask)} == {*changes, "wait", "stream"}
     bodies = [

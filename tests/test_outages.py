@@ -526,7 +526,7 @@ def test_a_request_on_which_alone_the_api_fails_blocks_the_others_for_a_while_on
         clock.advance(0.5)
     assert ran == ["bad"] * cab.SERVER_ERRORS + ["b", "bad", "c"] and cab.SERVER_ERRORS == 5
     assert states(queue, [bad, *jobs]) == [
-        ("error", "network", 0), ("completed", None, 1), ("completed", None, 1),
+        ("error", "network", 1), ("completed", None, 1), ("completed", None, 1),
     ]
     assert "500 boom" in str(queue.job(bad).error) and queue.worker.current_pause() is None
 

@@ -87,7 +87,7 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Dict[str, Any]:
             factory=RecordingConnection,
         )
 
-    monkeypatch.setattr(cab.Database, "_connect", staticmethod(connect))
+    monkeypatch.setattr(cab, "connect_database", staticmethod(connect))
     return recorded
 
 
@@ -697,6 +697,33 @@ def test_a_turn_that_is_longer_than_the_history_stays(
     assert store.conversations.history(job) == before
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_purge_keeps_exactly_what_is_replayed_of_turns_of_any_size(
+    store: cab.Stores,
+    clock: FakeClock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    monkeypatch.setattr(cab, "HISTORY_BYTES", 60)
+    monkeypatch.setattr(cab, "SLICE_ROWS", 3)
+    token, choice = add(store), random.Random(seed)
+    for number in range(12):
+        size = choice.choice([0, 1, 5, 9, 20, 29, 30, 60, 200])
+        exchange(store, token, "%02d" % number, choice.choice("xé") * (size // 2), "trip")
+        if not choice.randrange(4):
+            queue_up(store, token, "failed", conversation="trip")
+            store.jobs.fail(claim(store), "timeout", "x")
+    clock.advance(10 * DAY)
+    [job] = queue_up(store, token, "now", conversation="trip")
+    before = store.conversations.history(job)
+    drain(store)
+    assert store.conversations.history(job) == before
+    kept = messages(tmp_path / "bridge.db", "status != 'queued'")
+    assert kept == [turn.message for turn in before] and len(kept) < 12
+    assert stored_bytes(tmp_path / "bridge.db") == bytes_of_rows(tmp_path / "bridge.db")
+
+
 def test_a_conversation_of_250_turns_is_deleted(
     store: cab.Stores, clock: FakeClock, tmp_path: Path
 ) -> None:
@@ -997,7 +1024,7 @@ def test_nothing_is_checked_after_a_clean_end(
     with plain_bridge(tmp_path) as running:
         assert running.bridge.new_admin_token is None
         database = running.bridge._server.dispatcher._service.stores.database
-        assert database._check_thread.ident is None
+        assert database._check is None
         assert running.admin.get("/health").status == 200
     # A small file is always checked.
     monkeypatch.setattr(cab, "CHECKED_BYTES", 1 << 30)
@@ -1012,8 +1039,8 @@ def test_a_sound_file_is_checked_after_an_unclean_end_and_works(
     path = folder / "data" / "bridge.db"
     with plain_bridge(folder) as running:
         database = running.bridge._server.dispatcher._service.stores.database
-        assert database._check_thread.ident
-        database._check_thread.join(10)
+        assert database._check
+        database._check._thread.join(10)
         assert running.admin.get("/health").status == 200
     assert not rows(path, "SELECT 1 FROM remembered WHERE name = 'in_use'")
 
@@ -1030,11 +1057,11 @@ def test_a_check_that_a_clean_end_interrupts_is_made_at_the_next_start(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cab, "check_integrity", interrupted)
         with plain_bridge(folder) as running:
-            running.bridge._server.dispatcher._service.stores.database._check_thread.join(10)
+            running.bridge._server.dispatcher._service.stores.database._check._thread.join(10)
     with plain_bridge(folder) as running:
         database = running.bridge._server.dispatcher._service.stores.database
-        assert database._check_thread.ident, "it was not checked"
-        database._check_thread.join(10)
+        assert database._check, "it was not checked"
+        database._check._thread.join(10)
         assert running.admin.get("/health").status == 503
 
 
@@ -1082,7 +1109,7 @@ def test_the_texts_of_a_revoked_token_are_erased_in_the_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path, connect = tmp_path / "bridge.db", cab.Database._connect
+    path, connect = tmp_path / "bridge.db", cab.connect_database
 
     def forgetful(path: Path) -> sqlite3.Connection:
         # Some builds of SQLite overwrite what is deleted, others do not.
@@ -1090,7 +1117,7 @@ def test_the_texts_of_a_revoked_token_are_erased_in_the_files(
         db.execute("PRAGMA secure_delete=OFF")
         return db
 
-    monkeypatch.setattr(cab.Database, "_connect", staticmethod(forgetful))
+    monkeypatch.setattr(cab, "connect_database", staticmethod(forgetful))
     store = open_store()
     store.database._db.execute("PRAGMA synchronous=OFF")
     if not is_first:
@@ -1133,14 +1160,14 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import claude_api_bridge as cab
 cab.SLICE_ROWS = 10
-erasing, calls = cab.erasing, []
-def dies(db):
+store = cab.Stores(Path(sys.argv[2]), cab.Clock())
+write, calls = store.database.write, []
+def dies(*arguments):
     calls.append(1)
     if len(calls) == 4:
         os._exit(9)
-    return erasing(db)
-cab.erasing = dies
-store = cab.Stores(Path(sys.argv[2]), cab.Clock())
+    return write(*arguments)
+store.database.write = dies
 store.tokens.delete(sys.argv[3])
 """
 
@@ -1160,7 +1187,7 @@ def test_a_revoke_that_is_killed_half_way_leaves_an_expired_token(
         [sys.executable, "-c", REVOKE, str(MODULE.parent), str(path), token.id], timeout=60)
     assert killed.returncode == 9
     store = open_store()
-    # Two slices are gone, and what was not finished.
+    # What was not finished is gone, then two slices.
     assert counted(path) == counts_of_rows(path) == {"completed": 30}
     assert store.tokens.by_digest(cab.digest(secret)) is None
     [left] = store.tokens.list()

@@ -1731,7 +1731,10 @@ def check_shared_folder(path: Path) -> bool:
         raise PermissionError(errno.EPERM, "all users share it")
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "it cannot be read and written")
-    return bool(status.st_uid != os.geteuid() != 0 and status.st_mode & 0o077)
+    is_foreign = status.st_uid != os.geteuid() != 0
+    if is_foreign and status.st_mode & stat.S_IWOTH:
+        raise PermissionError(errno.EPERM, "any user may change it")
+    return bool(is_foreign and status.st_mode & 0o077)
 
 
 def find_foreign_files(folder: Path) -> Optional[str]:
@@ -7261,6 +7264,8 @@ def handle_revoke_token(context: Context) -> Response:
 
 # --- status and pages ---
 def handle_pause(context: Context, is_paused: bool = True) -> Response:
+    # It is ignored.
+    context.body()
     context.service.set_paused(is_paused)
     return json_response(200, {"ok": True, **pause_body(context.service.current_pause())})
 
@@ -8677,8 +8682,8 @@ def operation(route: Route) -> Dict[str, Any]:
     result: Dict[str, Any] = {
         "operationId": operation_id, "summary": route.doc,
         "security": [{"bearer": []}, {"key": []}] if needs_token else [], "parameters": parameters}
-    is_events = route.path.endswith("/events")
-    has_body = route.method == "POST" and not is_events
+    ignores_body = route.path.endswith("/events") or route.path.startswith("/api/queue/")
+    has_body = route.method == "POST" and not ignores_body
     if has_body:
         schema = {"type": "object"}
         if route.body_type:
@@ -8692,7 +8697,7 @@ def operation(route: Route) -> Dict[str, Any]:
         statuses.add(401)
     if route.auth == AuthLevel.ADMIN:
         statuses.add(403)
-    if has_body or is_events:
+    if has_body or ignores_body:
         statuses.update((413, 415))
     for status in sorted(statuses):
         responses.setdefault(str(status), error_response_schema(route, status))

@@ -119,7 +119,9 @@ test("limitName names each limit of a plan", () => {
 test("waitingText ends before the time", () => {
   checkTable("waitingText", [
     ["usage_limit", "Waiting for the plan limit to reset at "],
-    ["overloaded", "Waiting (overloaded) until "],
+    ["overloaded", "The service is overloaded. Next try at "],
+    ["paused", "The queue is paused."],
+    ["some_new_reason", "Waiting (some new reason) until "],
   ]);
 });
 

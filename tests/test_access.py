@@ -91,6 +91,8 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("POST", "/api/tokens"): Rule(ADMINS, 400),
     ("GET", "/api/tokens"): Rule(ADMINS, 200),
     ("DELETE", "/api/tokens/:id"): Rule(ADMINS, 200),
+    ("POST", "/api/queue/pause"): Rule(ADMINS, 200),
+    ("POST", "/api/queue/resume"): Rule(ADMINS, 200),
     ("GET", "/api/status"): Rule(EVERYBODY, 200),
     ("GET", "/health"): Rule(EVERYBODY, 200),
     ("GET", "/metrics"): Rule(ADMINS, 200),

@@ -367,7 +367,7 @@ def test_another_user_s_file_is_refused(name: str) -> None:
             encoding="utf-8",
             timeout=60,
         )
-        reason = "belongs to another user" if name else "Operation not permitted"
+        reason = "belongs to another user" if name else "any user may change it"
         assert_refused(done, reason)
 
 

@@ -1120,7 +1120,7 @@ def test_the_bodies_of_answers(job: cab.Job, message: Any, completion: Any) -> N
 STATUSES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
     404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
-    503: "overloaded_error", 504: "timeout_error", 529: "overloaded_error",
+    504: "timeout_error", 529: "overloaded_error",
 }
 
 
@@ -2313,8 +2313,12 @@ FAILED: Sequence[Tuple[Any, int, str, str]] = (
         "invalid_request_error", "context_length_exceeded",
     ),
     (
-        {"said": "authentication_failed", "result": "Not logged in"}, 503, "overloaded_error",
-        "auth_required",
+        {"api_error_status": 400, "result": "API Error: 400 bad"}, 400, "invalid_request_error",
+        "invalid_request",
+    ),
+    (
+        {"api_error_status": 413, "result": "Request too large (max 32MB)."}, 413,
+        "request_too_large", "request_too_large",
     ),
     ({"result": "It broke: sk-ant-api03-aaaaaaaaaaaaaaaa"}, 500, "api_error", "cli_error"),
 )
@@ -2840,5 +2844,5 @@ def test_a_bridge_that_stops_ends_its_open_requests(
     request.until("thinking")
     running.bridge.__exit__(None, None, None)
     kind, data = events(request.rest())[-1]
-    assert kind == "error" and data["error"]["type"] == "overloaded_error"
+    assert kind == "error" and data["error"]["type"] == "api_error"
     assert not any(is_running(child["pid"]) for child in fake.children())

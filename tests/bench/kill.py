@@ -1,6 +1,6 @@
 """Kill the bridge with SIGKILL at random moments under load, and check its promise each time.
 
-    python tests/bench/kill.py [--kills 200] [--seed 1] [--clients 12] [--json]
+    python tests/bench/kill.py [--kills 200] [--seed 1] [--clients 12] [--outages] [--json]
 
 The promise: every request that was answered with 202 ends exactly once, as `completed` or `error`,
 in order, and is never lost.
@@ -10,6 +10,10 @@ Clients send messages (with and without Idempotency-Key, with `wait`, in convers
 poll, follow streams, cancel and list. After up to 400 ms, sometimes more, the program kills the
 bridge: while it serves, while it starts, or during an ordered shutdown. Then it restarts the bridge
 on the same folder and port.
+
+With --outages the network of the fake fails at random moments, also in the middle of an answer, or
+its login is refused until it is renewed. No request may fail because of that, or count such a run as
+an attempt, or be overtaken; only those of /v1 may, after a second.
 
 After each kill the program checks a copy of the database. At the end it compares the database with
 the responses that the clients received and with the log of the fake.
@@ -56,12 +60,16 @@ LEFT_SECONDS = 20
 DRAIN_SECONDS = 300
 # Most attempts of a request that the end of the bridge interrupted.
 ATTEMPTS = 2
+# With --outages: shorter waits in the bridge, and the name of the file that makes the fake fail.
+SHORT_WAITS = "cab.BACK_OFF_SECONDS = (0.05, 0.1, 0.2); cab.CHAT_HOLD_SECONDS['network'] = 1.0"
+AWAY = "away"
 # Clients pause while this many requests wait.
 LONGEST_QUEUE = 25
 MARK = re.compile(r"\bwork (m-\d+)")
 
 # `work MARKER SECONDS [fail] ...`: run for this time, then answer with the marker, the pid and the
-# last 20 markers of the conversation.
+# last 20 markers of the conversation. While the file `away` exists, the run fails, as the real CLI
+# fails without a network (or, if the file says so, without a login).
 FAKE = """
 import json, os, sys, time
 sys.path.insert(0, %r)
@@ -77,14 +85,35 @@ class Noting(fake_claude.Fake):
         os.write(file, (json.dumps(words) + "\\n").encode())
         os.close(file)
 
+    def is_away(self, marker, what):
+        try:
+            with open(os.path.join(str(self.folder), %r)) as file:
+                reason = file.read()
+        except OSError:
+            return False
+        self.log(what, marker)
+        word, status = "server_error", None
+        text = "API Error: Connection refused (ECONNREFUSED)"
+        if reason == "login":
+            word, status = "authentication_failed", 401
+            text = "Failed to authenticate. API Error: 401 Invalid bearer token"
+        message = {"role": "assistant", "model": "<synthetic>", "content": []}
+        self.say(type="assistant", message=message, error=word)
+        self.result(text, is_error=True, api_error_status=status, stop_reason="stop_sequence")
+        return True
+
     def act_work(self, rest):
         marker, seconds, *how = rest.split()
+        if self.is_away(marker, "away"):
+            return
         self.log("begin", marker)
         earlier = [text.split()[1] for role, text in self.turns[:-1] if role == "user"][-20:]
         answer = " ".join([marker, "by", str(os.getpid()), "after", *earlier])
         for piece in (answer[:5], answer[5:12], answer[12:]):
             self.delta(piece)
             time.sleep(float(seconds) / 3)
+            if self.is_away(marker, "lost"):
+                return
         if how[:1] == ["fail"]:
             errors = ["failed on request"]
             return self.result("", is_error=True, subtype="error_during_execution", errors=errors)
@@ -106,7 +135,7 @@ def write_fake(folder: Path) -> Path:
     import fake_claude
 
     folder.mkdir(parents=True)
-    (folder / "claude.py").write_text(FAKE % (str(TESTS), str(folder)))
+    (folder / "claude.py").write_text(FAKE % (str(TESTS), AWAY, str(folder)))
     path = folder / "claude"
     interpreter, script = shlex.quote(sys.executable), shlex.quote(str(folder / "claude.py"))
     path.write_text('%sexec %s -S %s "$@"\n' % (fake_claude.PROBE_SCRIPT, interpreter, script))
@@ -567,6 +596,41 @@ class Client(threading.Thread):
             self.ledger.record(body)
 
 
+class Outages(threading.Thread):
+    """Lets the network or the login of the fake fail at random moments, until it is closed.
+
+    count: of the outages so far.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(name="outages")
+        self._away = folder / "fake" / AWAY
+        # HOME of the bridge is `folder`.
+        self._login = folder / ".claude" / ".credentials.json"
+        self._login.parent.mkdir()
+        self._login.write_text("{}")
+        self._random = random.Random(seed)
+        self._is_over = threading.Event()
+        self.count = 0
+
+    def run(self) -> None:
+        while not self._is_over.wait(self._random.uniform(0.2, 1.5)):
+            part = self._away.with_suffix(".part")
+            part.write_text(self._random.choice(["network", "network", "login"]))
+            os.replace(str(part), str(self._away))
+            self.count += 1
+            self._is_over.wait(self._random.choice([0.05, 0.3, 0.8, 1.8]))
+            self._away.unlink()
+            # The login is renewed.
+            renewed = self._login.stat().st_mtime_ns + 1_000_000
+            os.utime(str(self._login), ns=(renewed, renewed))
+
+    def close(self) -> None:
+        """End the present outage."""
+        self._is_over.set()
+        self.join()
+
+
 Row = Dict[str, Any]
 
 
@@ -664,6 +728,10 @@ def check_runs(
         row = by_marker.get(marker)
         if row is None:
             ledger.wrong("%s ran, but is not stored" % marker)
+        elif what in ("away", "lost"):
+            # Such a run is no attempt.
+            begins[marker] -= what == "lost"
+            ledger.count("runs " + what)
         elif what == "begin":
             begins[marker] += 1
             if row["seq"] < last:
@@ -696,6 +764,9 @@ def check_runs(
         elif row["error_code"] == "interrupted" and not row["api"]:
             if row["attempts"] != ATTEMPTS:
                 ledger.wrong("%s was given up after %d attempts" % (marker, row["attempts"]))
+        elif row["error_code"] in ("network", "auth_required"):
+            if not row["api"] or not ledger.counts["runs away"]:
+                ledger.wrong("%s failed because of an outage" % marker)
         elif row["error_code"] == "cancelled" and not row["api"]:
             if row["id"] not in ledger.asked_to_cancel:
                 ledger.wrong("%s was cancelled, but no client asked for it" % marker)
@@ -749,13 +820,18 @@ def check_end(
 
 
 def campaign(
-    kills: int, seed: int, clients: int, folder: Path, say: bool = False
+    kills: int,
+    seed: int,
+    clients: int,
+    folder: Path,
+    say: bool = False,
+    has_outages: bool = False,
 ) -> Dict[str, Any]:
     """Kill the bridge `kills` times; return the summary. `violations` is a list."""
     chooser = random.Random(seed)
     claude = write_fake(folder / "fake")
     port = free_port()
-    command = bridge_command(folder, claude, port)
+    command = bridge_command(folder, claude, port, before=SHORT_WAITS if has_outages else "")
     data_dir = folder / "data"
     program = Program(command, folder)
     program.wait_serving()
@@ -772,8 +848,9 @@ def campaign(
     moments: "Counter[str]" = Counter()
     left: Set[Tuple[int, Optional[str]]] = set()
     stage.is_serving.set()
-    for client in crowd:
-        client.start()
+    outages = Outages(folder, chooser.randrange(1 << 30)) if has_outages else None
+    for thread in (*crowd, *([outages] if outages else [])):
+        thread.start()
     try:
         for n in range(kills):
             moment = chooser.choices(MOMENTS, [70, 15, 15])[0] if n else SERVING
@@ -815,6 +892,8 @@ def campaign(
     except RuntimeError as error:
         ledger.wrong(str(error))
     finally:
+        if outages:
+            outages.close()
         stage.is_over.set()
         stage.is_serving.set()
         for client in crowd:
@@ -867,6 +946,10 @@ def campaign(
             row["error_code"] == "interrupted" and bool(row["api"]) for row in rows
         ),
         "failed": codes["cli_error"],
+        "outages": outages.count if outages else 0,
+        "runs_away": ledger.counts["runs away"],
+        "runs_lost": ledger.counts["runs lost"],
+        "failed_in_outages": codes["network"] + codes["auth_required"],
         "run_twice": sum(row["attempts"] == 2 for row in rows),
         "recovery_median": statistics.median(recoveries or [0.0]),
         "recovery_max": max(recoveries or [0.0]),
@@ -893,6 +976,11 @@ def table(summary: Dict[str, Any]) -> str:
         ("failed on request", summary["failed"]),
         ("attempted twice", summary["run_twice"]),
         (
+            "outages",
+            "%(outages)d: %(runs_away)d runs failed at their start, %(runs_lost)d in the middle;"
+            " %(failed_in_outages)d requests of /v1 failed" % summary,
+        ),
+        (
             "recovery, start to serving",
             "%(recovery_median).2f s median, %(recovery_max).2f s longest" % summary,
         ),
@@ -917,6 +1005,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         "--keep", metavar="DIR", help="use this new folder instead of a temporary one"
     )
+    parser.add_argument(
+        "--outages", action="store_true", help="let the network and the login fail at random"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(argv)
     if sys.platform != "linux":
@@ -927,7 +1018,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
         )
         folder.mkdir(parents=True, exist_ok=True)
-        summary = campaign(options.kills, options.seed, options.clients, folder, say=True)
+        summary = campaign(
+            options.kills, options.seed, options.clients, folder, True, options.outages
+        )
     print(json.dumps(summary) if options.json else table(summary))
     return 1 if summary["violations"] else 0
 

@@ -880,42 +880,35 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX")
 @pytest.mark.parametrize("scarcity", [no_files, no_processes, no_threads])
-@pytest.mark.parametrize("passes", [True, False])
-def test_a_run_waits_for_a_process_that_cannot_be_started_yet(
+def test_too_few_resources_for_a_process_end_the_run_at_once_as_an_overload(
     fake_claude: Fakes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     scarcity: Callable[[pytest.MonkeyPatch], Callable[[], None]],
-    passes: bool,
 ) -> None:
-    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.05,))
     fake = fake_claude()
-    config = cab.Config(
-        data_dir=tmp_path / "data",
-        claude=str(fake.path),
-        spare=0,
-        run_seconds=10 if passes else 0.15,
-    )
+    config = cab.Config(data_dir=tmp_path / "data", claude=str(fake.path), spare=0)
     install = cab.find_claude(config, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
     pool = cab.ClaudePool(cab.ClaudeProgram(install), config, cab.Clock(), "scarce")
     runner = cab.ClaudeRunner(pool)
     live = cab.LiveText()
     request = cab.RunRequest("hi", cab.SessionConfig(cab.SYSTEM_PROMPT))
-
-    def look() -> None:
-        # The first attempt has failed, and the run pauses before the next.
-        if passes and live.current_pause:
-            undo()
-
     undo = scarcity(monkeypatch)
     try:
-        if passes:
-            assert runner.run(request, live, look).text == "Echo: hi"
-        else:
-            with pytest.raises(cab.RunFailed) as error:
-                runner.run(request, live, look)
-            assert error.value.code == "overloaded"
-            assert "could not be started" in str(error.value)
+        with pytest.raises(cab.RunFailed) as caught:
+            runner.run(request, live, lambda: None)
+        undo()
+        # Of this machine: it holds all models, and says nothing of the API.
+        failure = caught.value
+        assert (failure.code, failure.is_of_model, failure.is_answered) == (
+            "overloaded", False, False,
+        )
+        assert "could not be started" in str(failure)
+        assert (live.read(), live.generation, live.current_pause) == ("", 0, None)
+        # What had been started already is gone.
+        wait_until(lambda: not any(is_running(child["pid"]) for child in fake.children()))
+        assert fake.prompts() == []
+        assert runner.run(request, live, lambda: None).text == "Echo: hi"
     finally:
         undo()
         pool.close()

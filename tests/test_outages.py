@@ -11,10 +11,9 @@ import json
 import math
 import os
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -23,7 +22,7 @@ from conftest import (
     TESTS, Api, FakeClaude, FakeClock, Program, RunningBridge, run_cli, wait_until,
 )
 from test_formats import PATHS, both, events, kind_of, post, rows, streamed, talk, words
-from test_queue import Queue, Run, echo, failing, new_queue, queue, refused
+from test_queue import Queue, Run, TwoClocks, echo, failing, new_queue, queue, refused, saying
 from test_stream import Skipped, script
 
 __all__ = ["new_queue", "queue"]
@@ -93,8 +92,6 @@ def test_a_network_hold_lasts_until_an_answer_and_allows_a_try_at_its_end(held: 
 
 @pytest.mark.parametrize("which", ["at", "passed"])
 def test_a_try_is_due_when_either_clock_has_reached_the_end(tmp_path: Path, which: str) -> None:
-    from test_queue import TwoClocks
-
     clock = TwoClocks()
     held = Holds(tmp_path / "bridge.db", clock)
     held.fail(NETWORK)
@@ -387,7 +384,9 @@ class Signed:
         os.utime(self.file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
 
 
-@pytest.mark.parametrize("variable", ["HOME", "CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"])
+@pytest.mark.parametrize(
+    "variable", ["HOME", "CLAUDE_CONFIG_DIR", "CLAUDE_SECURESTORAGE_CONFIG_DIR"]
+)
 def test_a_renewed_login_is_tried_at_once(
     new_queue: Make, clock: FakeClock, tmp_path: Path, variable: str
 ) -> None:
@@ -612,8 +611,6 @@ def test_a_held_request_can_be_cancelled_also_during_a_try(
 def test_the_text_of_a_run_that_was_lost_in_the_middle_starts_again(
     new_queue: Make, clock: FakeClock
 ) -> None:
-    from test_queue import saying
-
     queue = new_queue(clock)
     queue.claude.script["a"] = saying("half an", then=failing("network", "lost"))
     job = queue.ask("a")
@@ -816,8 +813,6 @@ def test_polls_lists_status_and_health_say_what_is_waited_for(bridge: Start, rea
     for body in (running.admin.poll(request), running.admin.poll(later), *rows(running.admin)):
         assert (body["status"], body["waitingFor"], body["attempts"]) == ("queued", reason, 0)
         assert "startedAt" not in body and "error" not in body
-        until = cab.parse_time(body["resumesAt"]) if hasattr(cab, "parse_time") else None
-        assert until is None or until > clock.now()
         assert str(body["resumesAt"]) > str(cab.iso_time(clock.now()))
     assert [running.admin.poll(job)["queuePosition"] for job in (request, later)] == [1, 2]
     # The overload of one model is no hold of the queue.
@@ -1242,7 +1237,7 @@ def test_what_the_request_caused_fails_it_at_once(
         assert answer.status == status, (shape, answer)
         assert answer.headers["x-should-retry"] == "false" and "retry-after" not in answer.headers
         if api == "openai":
-            assert answer.json["error"]["code"] in (code, "context_length_exceeded", shape), shape
+            assert answer.json["error"]["code"] in (code, "context_length_exceeded"), shape
     assert admin.answer("say on")["response"] == "on"
 
 

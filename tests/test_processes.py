@@ -530,7 +530,7 @@ def test_a_prompt_that_a_process_accepted_is_not_retried(direct: Directs) -> Non
             {"silence_seconds": 200, "run_seconds": 9000}, "delta", None,
         ),
         (
-            "chatty", "timeout", "longer than 600 seconds",
+            "chatty", "network", "longer than 600 seconds, in which it tried to reach the API",
             {"silence_seconds": 200, "run_seconds": 600}, "retry", "retry",
         ),
         (
@@ -691,7 +691,7 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
     ({"result": "Not logged in · Please run /login"}, "auth_required"),
     ({"result": "Invalid API key · Please run /login"}, "auth_required"),
     (OVERLOADED, "overloaded"),
-    ({"said": "server_error", "result": "API Error: 500 Internal server error"}, "overloaded"),
+    ({"said": "server_error", "result": "API Error: 500 Internal server error"}, "network"),
     (
         {
             "said": "model_not_found",
@@ -717,7 +717,7 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
         {"api_error_status": 400, "result": "Too much", "terminal_reason": "prompt_too_long"},
         "context_too_long",
     ),
-    ({"said": "unknown", "api_error_status": 400, "result": "API Error: 400 odd"}, "cli_error"),
+    ({"said": "unknown", "api_error_status": 400, "result": "API Error: 400 odd"}, "invalid_request"),
     (
         {"said": "billing_error", "api_error_status": 400, "result": "Credit balance is too low"},
         "cli_error",
@@ -730,18 +730,16 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
 ]
 
 
-def test_error_results_reach_the_caller_with_their_code_and_text(
-    bridge: Bridges, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Longer than a run: the first failure is final.
-    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (1000,))
-    b = bridge()
-    bodies = [b.admin.answer(error(**fields)) for fields, _ in RESULTS]
-    assert [(body["status"], body.get("errorCode"), body.get("error")) for body in bodies] == [
-        ("error", code, str(fields.get("result") or fields.get("errors", [""])[0]))
-        for fields, code in RESULTS
-    ]
-    assert b.admin.answer("fine")["status"] == "completed"
+def test_error_results_end_the_run_at_once_with_their_code_and_text(direct: Directs) -> None:
+    d = direct()
+    for fields, code in RESULTS:
+        prompt = error(**fields)
+        failed = d.failed(prompt)
+        text = str(fields.get("result") or fields.get("errors", [""])[0])
+        assert (failed.code, str(failed)) == (code, text), fields
+        assert failed.is_of_model == (code == "overloaded"), fields
+        assert len(pids_of(d.fake, prompt)) == 1, fields
+    assert d.run("fine").text == "Echo: fine"
 
 
 def test_settings_that_the_cli_refuses_are_an_error(direct: Directs) -> None:
@@ -797,13 +795,11 @@ def test_plan_limits_reported_by_the_cli_are_passed_on(direct: Directs, clock: F
 )
 def test_a_plan_refusal_is_recognized_by_its_event(
     direct: Directs,
-    monkeypatch: pytest.MonkeyPatch,
     reported: Optional[Mapping[str, Any]],
     fields: Mapping[str, Any],
     code: str,
     resets_at: Optional[float],
 ) -> None:
-    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (1000,))
     d = direct()
     failed = d.failed(script(*([{"limits": reported}] if reported else []), {"fail": fields}))
     assert (failed.code, failed.resets_at, str(failed)) == (code, resets_at, fields["result"])
@@ -837,7 +833,7 @@ def test_a_request_that_the_plan_refuses_waits_for_it(bridge: Bridges) -> None:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retry an overloaded run at once."""
+    """Try an overloaded request again at once."""
     monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.01,))
 
 
@@ -847,23 +843,22 @@ def overloaded_once(mark: Path, *deltas: str) -> str:
     return script({"first": str(mark), "do": fails}, {"delta": "who"}, {"delta": "le"})
 
 
-@pytest.mark.parametrize("spare, deltas, generation", [(0, (), 0), (1, ("half an ", "answer"), 1)])
-def test_an_overloaded_run_is_retried_by_a_new_process(
-    direct: Directs,
-    soon: None,
-    tmp_path: Path,
-    spare: int,
-    deltas: Tuple[str, ...],
-    generation: int,
+@pytest.mark.parametrize("spare, deltas", [(0, ()), (1, ()), (1, ("half an ", "answer"))])
+def test_an_overloaded_run_ends_at_once_and_the_next_try_gets_a_new_process(
+    direct: Directs, tmp_path: Path, spare: int, deltas: Tuple[str, ...]
 ) -> None:
     d = direct(spare=spare)
+    d.pool.maintain()
     live = cab.LiveText()
     prompt = overloaded_once(tmp_path / "mark", *deltas)
+    assert d.failure(prompt, live=live) == ("overloaded", OVERLOADED["result"])
+    assert (live.read(), live.generation, live.current_pause) == ("".join(deltas), 0, None)
+    assert len(pids_of(d.fake, prompt)) == 1
+    # The text of the first try is not part of it, even if nobody has discarded it.
     assert d.run(prompt, live=live).text == live.read() == "whole"
-    assert (live.generation, live.current_pause) == (generation, None)
+    assert live.generation == bool(deltas)
     first, second = pids_of(d.fake, prompt)
     assert first != second
-    d.wait_for_end(first, second)
 
 
 @pytest.mark.parametrize("tools", ["none", "read"])
@@ -885,62 +880,24 @@ def test_an_overloaded_turn_is_replayed_and_never_resumed(
 
 
 def test_an_overloaded_first_turn_restarts_its_conversation(
-    direct: Directs, soon: None, tmp_path: Path
+    talk: Talks, soon: None, tmp_path: Path
 ) -> None:
-    d, prompt = direct(), overloaded_once(tmp_path / "mark")
-    answer = d.run(
-        prompt, work={"conversation": "one", "session_id": None}, tools="read",
-        workspace=str(tmp_path),
-    )
+    t, prompt = talk("read", warm_seconds=0), overloaded_once(tmp_path / "mark")
+    assert t.say(prompt) == "whole"
     first, second = (
-        session_in(argv_of(d.fake, pid), "--session-id") for pid in pids_of(d.fake, prompt)
+        session_in(argv_of(t.fake, pid), "--session-id") for pid in pids_of(t.fake, prompt)
     )
-    assert first and first != second == answer.session_id
-
-
-def test_retries_back_off_and_end_with_the_time_of_the_run(
-    direct: Directs, clock: FakeClock
-) -> None:
-    d = direct(clock=clock, run_seconds=100)
-    live = cab.LiveText()
-    prompt = error(**OVERLOADED)
-    waits = []
-
-    def skip_the_wait() -> None:
-        if live.current_pause and live.current_pause.until > clock.at:
-            assert live.current_pause.reason == "overloaded"
-            waits.append(live.current_pause.until - clock.at)
-            clock.at = live.current_pause.until
-
-    assert d.failure(prompt, live=live, stop_reason=skip_the_wait) == (
-        "overloaded", "API Error: 529 Overloaded.",
-    )
-    assert waits == [2, 4, 8, 16, 30, 30] and len(set(pids_of(d.fake, prompt))) == 7
-
-
-def test_a_cancel_between_two_retries_ends_the_run_at_once(
-    direct: Directs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (60,))
-    d = direct()
-    live = cab.LiveText()
-    prompt = script({"delta": "half"}, {"fail": OVERLOADED})
-    began = time.monotonic()
-
-    def cancel() -> Optional[str]:
-        return "cancelled" if live.current_pause else None
-
-    code, _ = d.failure(prompt, live=live, stop_reason=cancel)
-    assert code == "cancelled"
-    assert time.monotonic() - began < 10 and len(pids_of(d.fake, prompt)) == 1
-    # The text of the first attempt is discarded already.
-    assert (live.read(), live.generation) == ("", 1)
+    assert first and second and first != second
+    t.say("next")
+    resumed = [session_in(start["argv"], "--resume") for start in t.fake.children()]
+    assert second in resumed and first not in resumed
 
 
 @pytest.mark.parametrize(
-    "status, code", [(529, "overloaded"), (429, "overloaded"), (None, "timeout")]
+    "status, code",
+    [(529, "overloaded"), (429, "overloaded"), (None, "network"), (502, "network"), (409, "timeout")],
 )
-def test_a_run_that_times_out_while_the_cli_retries_is_overloaded(
+def test_a_run_that_times_out_while_the_cli_retries_fails_for_the_reason_of_the_retry(
     direct: Directs, gate: Path, monkeypatch: pytest.MonkeyPatch, status: Any, code: str
 ) -> None:
     clock = Skipped()
@@ -953,9 +910,10 @@ def test_a_run_that_times_out_while_the_cli_retries_is_overloaded(
     def note_reason() -> None:
         reasons.append(live.current_pause and live.current_pause.reason)
 
-    assert d.failure(prompt, live=live, stop_reason=note_reason)[0] == code
-    assert set(reasons[1:]) <= {None, "overloaded"}
-    assert ("overloaded" in reasons) == (code == "overloaded")
+    failed = d.failed(prompt, live=live, stop_reason=note_reason)
+    assert (failed.code, failed.is_of_model) == (code, code == "overloaded")
+    assert set(reasons) == ({None} if code == "timeout" else {None, code})
+    assert len(pids_of(d.fake, prompt)) == 1
 
 
 def test_a_run_is_no_longer_overloaded_after_the_cli_answers_again(
@@ -1392,11 +1350,23 @@ def test_only_so_many_conversations_stay_warm(talk: Talks, monkeypatch: pytest.M
     assert t.get_state(conversation="a") == ["a", "Echo: a"]
 
 
-@pytest.mark.parametrize("fault", [error(result="Not logged in"), "die 1", "garbage"])
+@pytest.mark.parametrize("fault", [error(result="It broke"), "die 1", "garbage"])
 def test_a_failed_turn_is_not_part_of_the_conversation(talk: Talks, fault: str) -> None:
     t = talk()
     t.say("one")
     assert t.client.answer(fault)["status"] == "error"
+    assert t.get_state() == ["one", "Echo: one"]
+
+
+def test_a_held_turn_that_is_cancelled_is_not_part_of_the_conversation(talk: Talks) -> None:
+    clock = Skipped()
+    t = talk(clock=clock)
+    t.say("one")
+    request = t.client.ask(error(result="Not logged in"))
+    body = wait_until(lambda: "waitingFor" in t.client.poll(request) and t.client.poll(request))
+    assert (body["status"], body["waitingFor"], body["attempts"]) == ("queued", "login", 0)
+    assert t.client.delete("/api/ask/" + request).status == 200
+    clock.ahead = cab.LOGIN_RETRY_SECONDS
     assert t.get_state() == ["one", "Echo: one"]
 
 

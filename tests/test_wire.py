@@ -1150,7 +1150,8 @@ def test_a_request_waits_while_the_service_is_overloaded_and_is_tried_again(
         script(once(tmp_path / "mark", {"delta": "half"}, OVERLOADED), {"delta": "whole"})
     )
     body = waiting_body(api, job_id)
-    assert (body["status"], body["waitingFor"], body["partial"]) == ("processing", "overloaded", "")
+    assert (body["status"], body["waitingFor"], body["attempts"]) == ("queued", "overloaded", 0)
+    assert body["queuePosition"] == 1 and not {"partial", "startedAt", "error"} & set(body)
     assert 0 < epoch(body["resumesAt"]) - clock.now() <= 100
     clock.ahead = 101
     done = api.done(job_id)
@@ -1159,17 +1160,23 @@ def test_a_request_waits_while_the_service_is_overloaded_and_is_tried_again(
     )
 
 
-def test_an_overload_that_lasts_ends_the_request_with_its_run(
+def test_an_overload_that_lasts_ends_the_request_after_the_hours_of_a_hold(
     bridge: Start, monkeypatch: pytest.MonkeyPatch, fake_claude: Callable[..., FakeClaude]
 ) -> None:
-    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (0.05, 300))
-    claude = fake_claude()
-    body = bridge(claude, spare=0, run_seconds=300).admin.answer(script(OVERLOADED))
-    assert (body["status"], body["errorCode"], body["error"]) == (
-        "error", "overloaded", "API Error: 529 Overloaded",
+    # No other try comes before the end.
+    monkeypatch.setattr(cab, "BACK_OFF_SECONDS", (3 * 3600,))
+    clock, claude = Skipped(), fake_claude()
+    api = bridge(claude, spare=0, clock=clock, hold_hours=2).admin
+    job_id = api.ask(script(OVERLOADED))
+    waiting = waiting_body(api, job_id)
+    clock.ahead = 2 * 3600 + 1
+    body = api.done(job_id)
+    assert (body["status"], body["errorCode"], body["attempts"]) == ("error", "overloaded", 0)
+    assert body["error"] == (
+        "The service is overloaded. The next try is at %s. API Error: 529 Overloaded"
+        % waiting["resumesAt"]
     )
-    # A third attempt would come too late.
-    assert len(claude.prompts()) == 2
+    assert "waitingFor" not in body and len(claude.prompts()) == 1
 
 
 # --- tokens ---

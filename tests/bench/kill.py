@@ -12,8 +12,8 @@ bridge: while it serves, while it starts, or during an ordered shutdown. Then it
 on the same folder and port.
 
 With --outages the network of the fake fails at random moments, also in the middle of an answer, or
-its login is refused until it is renewed. No request may fail because of that, or count such a run as
-an attempt, or be overtaken; only those of /v1 may, after a second.
+its login is refused until it is renewed. No request may fail because of that, be overtaken, or
+count such a run as an attempt; only requests of /v1 may fail, after a second.
 
 After each kill the program checks a copy of the database. At the end it compares the database with
 the responses that the clients received and with the log of the fake.

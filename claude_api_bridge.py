@@ -244,7 +244,8 @@ class Config:
         minimum=1, maximum=8_760)
     keep_days: int = setting(
         7, "number",
-        "days after which finished requests are deleted (those of a conversation stay with it)",
+        "days after which finished requests are deleted (of a conversation those that are no longer"
+        " replayed)",
         minimum=1, maximum=3_650)
     plan_only: bool = setting(
         False, "switch", "never use paid extra usage: pause until the plan's limit resets")
@@ -495,10 +496,10 @@ RUN_ERRORS = {
     "timeout": "the run took too long, or claude sent nothing for too long",
     "usage_limit": "the plan's limit is used up; native requests wait for the reset, a /v1 request"
     " fails if the reset is more than 5 minutes away",
-    "network": "the API could not be reached, or did not work, for all of the time that a request"
-    " waits: --hold-hours, on /v1 30 s",
-    "auth_required": "claude is not signed in, or its login was refused, for as long",
-    "overloaded": "the service, or this machine, was overloaded for as long (on /v1 20 s)",
+    "network": "the API could not be reached, or failed, for --hold-hours (on /v1 for 30 s)",
+    "auth_required": "claude is not signed in, or its login was refused, for --hold-hours (on /v1"
+    " for 30 s)",
+    "overloaded": "the service, or this machine, was overloaded for --hold-hours (on /v1 for 20 s)",
     "paused": "the owner has paused the queue, and a /v1 request waited for 30 s",
     "refused": "the model refused to answer; /v1 answers 200 with the reason",
     "invalid_request": "the API refused the request",

@@ -201,9 +201,18 @@ def test_a_restart_knows_reason_and_begin_and_tries_at_once(
 
 
 @pytest.mark.parametrize(
-    "failure", [OVERLOAD, cab.RunFailed("usage_limit", "used up", 1_800_000_300.0)]
+    "failure",
+    [
+        OVERLOAD,
+        # A machine without processes to spare.
+        cab.RunFailed("overloaded", "claude could not be started"),
+        cab.RunFailed("usage_limit", "used up", 1_800_000_300.0),
+    ],
 )
 def test_other_holds_end_with_the_process(held: Holds, failure: cab.RunFailed) -> None:
+    held.fail(failure)
+    assert held.holds.current(None)
+    assert held.restarted().current(None) is None
     held.fail(NETWORK)
     held.fail(failure)
     assert held.holds.current(None)
@@ -534,6 +543,47 @@ def fail_answered(code: str = "network") -> cab.Answer:
     raise cab.RunFailed(code, "API Error: 500 boom", is_answered=True)
 
 
+def test_a_few_errors_before_an_answer_to_another_request_are_forgotten(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    queue = new_queue(clock)
+    left = [2]
+
+    def run(
+        work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]
+    ) -> cab.Answer:
+        if str(work.message) == "bad" and left[0]:
+            left[0] -= 1
+            return fail_answered()
+        return echo(work, live, stop_reason)
+
+    script_all(queue, run)
+    other = queue.ask("other", model="haiku")
+    bad = queue.ask("bad")
+    queue.run_all()
+    assert queue.outcome(other)[0] == "completed"
+    # Another one is answered while it waits.
+    queue.worker._note_answer(queue.job(other))
+    queue.run_all()
+    clock.advance(4)
+    queue.run_all()
+    assert states(queue, [bad]) == [("completed", None, 1)]
+
+
+def test_the_clients_of_held_requests_are_notified_of_their_failure(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    queue = new_queue(clock)
+    fail_all(queue, "network")
+    queue.run_all()
+    chat = ask_chat(queue, "chat")
+    queue.run_all()
+    clock.advance(31)
+    with queue.notifier.subscribe(chat) as waiter:
+        queue.worker._fail_held()
+        assert waiter.wait(0) and queue.job(chat).error_code == "network"
+
+
 def test_no_request_is_suspected_while_the_api_fails_on_all(
     new_queue: Make, clock: FakeClock
 ) -> None:
@@ -573,7 +623,8 @@ def test_errors_that_are_the_fault_of_the_request_end_an_outage(
     queue.run_all()
     queue.claude.script = {"a": lambda work, live, stop: fail_answered("invalid_request")}
     clock.advance(2)
-    assert queue.run_all() == ["a", "b"] and queue.worker.current_pause() is None
+    assert queue.worker.step() and queue.worker.current_pause() is None
+    assert queue.run_all() == ["b"]
     assert states(queue, jobs) == [("error", "invalid_request", 1), ("completed", None, 1)]
 
 
@@ -1147,6 +1198,9 @@ HOLDING: Dict[str, Tuple[str, List[Line]]] = {
     "09 no login 332": (
         "login", failed("Not logged in · Please run /login", "authentication_failed"),
     ),
+    "word alone": ("login", failed("Your account is on hold.", "account_on_hold")),
+    "status alone": ("login", failed("API Error: 401", "unknown", 401)),
+    "text alone": ("login", failed("Not logged in · Please run /login", "unknown")),
     "11 429 332": ("overloaded", failed(LIMITING, "rate_limit", 429, "api_error", 4)),
     "11 429 197": ("overloaded", failed(LIMITING, "rate_limit", 429, "completed")),
     "11 529 197": (

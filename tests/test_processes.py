@@ -717,7 +717,10 @@ RESULTS: List[Tuple[Dict[str, Any], str]] = [
         {"api_error_status": 400, "result": "Too much", "terminal_reason": "prompt_too_long"},
         "context_too_long",
     ),
-    ({"said": "unknown", "api_error_status": 400, "result": "API Error: 400 odd"}, "invalid_request"),
+    (
+        {"said": "unknown", "api_error_status": 400, "result": "API Error: 400 odd"},
+        "invalid_request",
+    ),
     (
         {"said": "billing_error", "api_error_status": 400, "result": "Credit balance is too low"},
         "cli_error",
@@ -895,7 +898,10 @@ def test_an_overloaded_first_turn_restarts_its_conversation(
 
 @pytest.mark.parametrize(
     "status, code",
-    [(529, "overloaded"), (429, "overloaded"), (None, "network"), (502, "network"), (409, "timeout")],
+    [
+        (529, "overloaded"), (429, "overloaded"), (None, "network"), (502, "network"),
+        (409, "timeout"),
+    ],
 )
 def test_a_run_that_times_out_while_the_cli_retries_fails_for_the_reason_of_the_retry(
     direct: Directs, gate: Path, monkeypatch: pytest.MonkeyPatch, status: Any, code: str

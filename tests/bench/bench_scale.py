@@ -821,7 +821,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add = parser.add_argument
     add("--rows", type=int, default=1_000_000, help="finished requests (default: 1000000)")
     add("--base", type=int, default=2_000, help="those of the small history (default: 2000)")
-    add("--rounds", type=int, default=5, help="rounds (default: 5; with less than 4 a p99 is chance)")
+    add("--rounds", type=int, default=5,
+        help="rounds (default: 5; with less than 4 a p99 is chance)")
     add("--only", default=",".join(PARTS), help="some of the parts, which are %(default)s")
     add("--keep", type=Path, help="a folder that keeps the databases for the next run")
     add("--module", type=Path, default=common.MODULE, help="the file of the bridge")

@@ -2795,17 +2795,19 @@ class JobStore:
         """After a crash, put the running jobs back at the head of the queue, at most twice.
         Call it only when no run of the dead bridge continues.
         -> (jobs that are queued again, jobs given up)."""
+        # A try during an outage is no attempt.
+        is_outage = self._database.get_state("hold") is not None
         lost = self._fail_where(
             "interrupted",
             "The run was interrupted %d times: the bridge stopped or crashed." % JOB_ATTEMPTS,
-            "status = 'processing' AND attempts >= ?", JOB_ATTEMPTS)
-        return self._requeue_all(), len(lost)
+            "status = 'processing' AND attempts >= ?", JOB_ATTEMPTS + is_outage)
+        return self._requeue_all(is_outage), len(lost)
 
     @runs_in_writer
-    def _requeue_all(self, db: sqlite3.Connection) -> int:
+    def _requeue_all(self, db: sqlite3.Connection, is_outage: bool) -> int:
         return db.execute(
-            "UPDATE jobs SET status = 'queued', started_at = NULL, restarts = restarts + 1"
-            " WHERE status = 'processing'").rowcount
+            "UPDATE jobs SET status = 'queued', started_at = NULL, restarts = restarts + 1,"
+            " attempts = attempts - ? WHERE status = 'processing'", (is_outage,)).rowcount
 
     def purge(self, days: int) -> int:
         """Delete a slice of the finished jobs older than `days`. -> how many; 0 at the end. The
@@ -5994,6 +5996,8 @@ class QueueHolds:
         self._login_fingerprint = fingerprint
         self._login: Any = None
         self._holds: Dict[str, Hold] = {}
+        # Job id -> server errors of the API in a row; infinite if the next one is the last.
+        self._server_errors: Dict[str, float] = {}
         stored = database.get_state("hold")
         if stored:
             reason, since, text = json.loads(stored)
@@ -6055,8 +6059,30 @@ class QueueHolds:
                 "hold", as_json([reason, since, text]) if is_outage else None)
         return pause
 
-    def end(self, model: str) -> None:
-        """Release what waits, because the API has answered a request for this model."""
+    def note_server_error(self, job_id: str) -> bool:
+        """Count a server error of the API. -> whether it is the fault of the request: it failed
+        often, then the API answered another one, and now it fails again."""
+        errors = self._server_errors.get(job_id, 0.0)
+        if math.isinf(errors):
+            # The other suspects wait for another answer: perhaps it is the API once more.
+            self._server_errors = dict.fromkeys(self._server_errors, SERVER_ERRORS)
+            del self._server_errors[job_id]
+            return True
+        self._server_errors[job_id] = errors + 1
+        return False
+
+    def suspects(self) -> List[str]:
+        """Return the jobs that failed so often that others are tried first."""
+        return [job_id for job_id, errors in self._server_errors.items()
+                if SERVER_ERRORS <= errors < math.inf]
+
+    def end(self, model: str, job_id: str = "") -> None:
+        """Release what waits, because the API has answered a request for this model. job_id: that
+        request; each suspect has one more try."""
+        if job_id:
+            self._server_errors = {
+                other: math.inf for other, errors in self._server_errors.items()
+                if other != job_id and errors >= SERVER_ERRORS}
         for key in (ALL_MODELS, model):
             if key in self._holds and self._holds[key].pause.reason != "usage_limit":
                 pause = self._holds.pop(key).pause
@@ -6181,8 +6207,6 @@ class Worker:
         self._live: Dict[str, LiveText] = {}
         self.holds = QueueHolds(
             stores.database, clock, lambda: login_fingerprint(self._pool.program.install))
-        # Job id -> server errors of the API in a row; infinite if the next one is the last.
-        self._server_errors: Dict[str, float] = {}
         self._windows: Dict[str, RateLimitWindow] = {}
         # Job id -> generation of its text, after a run whose end could not be stored.
         self._restart_counts: Dict[str, int] = {}
@@ -6291,9 +6315,7 @@ class Worker:
         if ALL_MODELS in held_models or not jobs.has_queued(held_models):
             return None
         self.holds.note_try()
-        # Those of which the API has failed so often come last.
-        last = [job_id for job_id, errors in self._server_errors.items()
-                if SERVER_ERRORS <= errors < float("inf")]
+        last = self.holds.suspects()
         job: Optional[Job] = jobs.claim(held_models, last) if last else None
         return job or jobs.claim(held_models)
 
@@ -6316,7 +6338,7 @@ class Worker:
                     raise
                 # Both APIs report that as an answer.
                 answer = refused.answer
-            self._note_answer(job)
+            self.holds.end(job.model or "", job.id)
             if chat and answer.structured:
                 answer = chat_answer(answer, chat, job.id)
             live.reconcile(replace_surrogates(answer.text))
@@ -6382,16 +6404,16 @@ class Worker:
     def _handle_failure(self, job: Job, failure: RunFailed, live: LiveText, since: float) -> None:
         """Put the job back, or store its error. since: when the run began."""
         text = redact(str(failure))
-        is_of_request = False
-        if failure.code == "network" and failure.is_answered:
-            # It failed often, then the API answered another request, and this one fails again.
-            is_of_request = self._server_errors.get(job.id) == float("inf")
-            self._server_errors[job.id] = self._server_errors.get(job.id, 0) + 1
-        if is_of_request or failure.code not in (*HOLD_REASONS, "interrupted"):
-            if failure.is_answered:
-                self._note_answer(job)
+        is_held = failure.code in HOLD_REASONS
+        is_of_request = failure.code == "network" and failure.is_answered and (
+            self.holds.note_server_error(job.id))
+        if is_of_request or not is_held and failure.code != "interrupted":
+            if failure.is_answered and not is_held:
+                self.holds.end(job.model or "", job.id)
             self._retry_until_stored(lambda: self._stores.jobs.fail(job, failure.code, text))
             logger.warning("Request %s failed: %s: %s", job.id[:8], failure.code, text[:300])
+            if is_of_request:
+                self._hold(failure, job.model or "", since)
             return
         live.restart()
         self._retry_until_stored(lambda: self._stores.jobs.requeue(job, live.generation))
@@ -6411,14 +6433,6 @@ class Worker:
         if is_long_limit(pause, self._clock.now()):
             # The clients of /v1 hold a connection open and would wait for nothing.
             self._fail_waiting("usage_limit", pause, model, True, math.inf)
-
-    def _note_answer(self, job: Job) -> None:
-        """The API has answered: the queue goes on."""
-        self.holds.end(job.model or "")
-        self._server_errors.pop(job.id, None)
-        # Each of the others has one more try.
-        self._server_errors = {job_id: float("inf") for job_id, errors
-                               in self._server_errors.items() if errors >= SERVER_ERRORS}
 
     def _fail_held(self) -> None:
         """Fail the requests that have waited for as long as they may."""

@@ -563,7 +563,7 @@ def test_a_few_errors_before_an_answer_to_another_request_are_forgotten(
     queue.run_all()
     assert queue.outcome(other)[0] == "completed"
     # Another one is answered while it waits.
-    queue.worker._note_answer(queue.job(other))
+    queue.worker.holds.end("", other)
     queue.run_all()
     clock.advance(4)
     queue.run_all()
@@ -1421,3 +1421,39 @@ def test_a_refusal_of_the_model_is_an_answer_on_v1_and_an_error_on_api(
     # It holds nothing, and the next turn is not told of it.
     assert admin.get("/api/status").json["queue"].get("waitingFor") is None
     assert admin.answer("say on")["response"] == "on"
+
+
+def test_a_relapse_of_the_api_fails_one_suspect_at_most(new_queue: Make, clock: FakeClock) -> None:
+    queue = new_queue(clock)
+    fail_all(queue, "network", is_answered=True)
+    jobs = [queue.ask(message) for message in "abcdef"]
+    for _ in range(7200):
+        queue.run_all()
+        clock.advance(1)
+    assert {status for status, *_ in states(queue, jobs)} == {"queued"}
+    answers = ["one"]
+
+    def answer_once(
+        work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]
+    ) -> cab.Answer:
+        return echo(work, live, stop_reason) if answers and answers.pop() else fail_answered()
+
+    script_all(queue, answer_once)
+    for _ in range(120):
+        queue.run_all()
+        clock.advance(1)
+    ended = sorted(status for status, *_ in states(queue, jobs))
+    assert ended == ["completed", "error"] + 4 * ["queued"]
+
+
+def test_kills_in_the_tries_of_an_outage_are_no_attempts(new_queue: Make, clock: FakeClock) -> None:
+    queue = new_queue(clock)
+    fail_all(queue, "network")
+    job = queue.ask("a")
+    for _ in range(3):
+        queue.run_all()
+        clock.advance(100)
+        assert queue.worker._claim()
+        assert queue.store.jobs.recover() == (1, 0)
+        queue.worker = queue.new_worker()
+    assert states(queue, [job]) == [("queued", None, 0)]

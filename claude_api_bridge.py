@@ -1915,8 +1915,12 @@ def backup_database(source: Path, target: Path) -> None:
     Raises CannotStart."""
     part = target.with_name(target.name + ".part")
     try:
-        if target.exists() and target.read_bytes()[:15] != b"SQLite format 3":
-            raise OSError(errno.EEXIST, "it exists, and is no database")
+        if target.exists():
+            if target.samefile(source):
+                raise OSError(errno.EINVAL, "it is the database itself")
+            with target.open("rb") as file:
+                if file.read(15) != b"SQLite format 3":
+                    raise OSError(errno.EEXIST, "it exists, and is no database")
         os.close(os.open(part, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
         try:
             with contextlib.closing(sqlite3.connect(str(source))) as db:

@@ -1,0 +1,325 @@
+"""Backups, moved and shared folders, forgotten sessions, and what keeps `claude` from starting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import stat
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, Callable, List, Mapping, Optional
+
+import pytest
+
+import claude_api_bridge as cab
+from conftest import FakeClaude, RunningBridge, wait_until
+
+Start = Callable[..., RunningBridge]
+Fakes = Callable[..., FakeClaude]
+
+
+# --- backups ---
+
+
+def test_a_backup_of_a_running_bridge_holds_all_that_was_accepted(
+    bridge: Start, tmp_path: Path
+) -> None:
+    running, copy = bridge(), tmp_path / "copy.db"
+    done = running.admin.done(running.admin.ask("say hi"))
+    copy.write_bytes(b"SQLite format 3\0an older copy")
+    cab.backup_database(tmp_path / "data" / "bridge.db", copy)
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy.db"]
+    (tmp_path / "restored").mkdir()
+    shutil.copy(copy, tmp_path / "restored" / "bridge.db")
+    stores = cab.Stores(tmp_path / "restored" / "bridge.db", cab.Clock())
+    try:
+        job = stores.jobs.get(done["requestId"])
+        assert job and job.response == done["response"] and stores.tokens.has_admin()
+    finally:
+        stores.close()
+
+
+@pytest.mark.parametrize("kind", ["a text", "a folder", "the database"])
+def test_a_backup_replaces_nothing_but_a_database(tmp_path: Path, kind: str) -> None:
+    source, target = tmp_path / "bridge.db", tmp_path / "target"
+    cab.Stores(source, cab.Clock()).close()
+    if kind == "a text":
+        target.write_text("dear diary")
+    elif kind == "a folder":
+        target.mkdir()
+    else:
+        target = source
+    before = source.read_bytes()
+    with pytest.raises(cab.CannotStart, match="cannot be written"):
+        cab.backup_database(source, target)
+    assert source.read_bytes() == before
+    assert kind != "a text" or target.read_text() == "dear diary"
+    assert list(tmp_path.glob("*.part")) == []
+
+
+# --- moved folders ---
+
+
+def test_the_workspaces_of_a_moved_data_folder_are_found(tmp_path: Path) -> None:
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    data.mkdir()
+    stores = cab.Stores(data / "bridge.db", cab.Clock())
+    service = cab.Service(stores, cab.Notifier(), cab.Clock(), data, cab_nothing_runs())
+    token, _ = service.create_token(cab.NewToken("tools", tools="read"))
+    old, _ = service.create_token(cab.NewToken("old", tools="read"))
+    foreign, _ = service.create_token(cab.NewToken("foreign", tools="read"), tmp_path)
+    # As before version 5.
+    stores.database.write(
+        lambda db: db.execute("UPDATE tokens SET workspace = ? WHERE id = ?",
+                              (old.workspace, old.id)))
+    stores.close()
+    data.rename(moved)
+    stores = cab.Stores(moved / "bridge.db", cab.Clock())
+    try:
+        for made in (token, old):
+            found = stores.tokens.get(made.id)
+            assert found and found.workspace == str(
+                moved / "workspaces" / Path(str(made.workspace)).name)
+        kept = stores.tokens.get(foreign.id)
+        assert kept and kept.workspace == str(tmp_path)
+    finally:
+        stores.close()
+
+
+def cab_nothing_runs() -> Any:
+    return cab.NothingRuns()
+
+
+def test_a_workspace_that_was_deleted_is_made_again(bridge: Start, tmp_path: Path) -> None:
+    running = bridge()
+    created = running.admin.post("/api/tokens", {"name": "tools", "tools": "read"}).json
+    client = running.admin.with_token(created["token"])
+    shutil.rmtree(tmp_path / "data" / "workspaces")
+    assert client.done(client.ask("say hi"))["status"] == "completed"
+    assert len(list((tmp_path / "data" / "workspaces").iterdir())) == 1
+
+
+# --- shared folders, locks ---
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("mode, error", [(0o770, ""), (0o777, "any user may change it")])
+def test_a_folder_of_a_group_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, error: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    folder.chmod(mode)
+    # For this user the folder belongs to root, and its mode cannot be changed.
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+
+    def refused(path: Path, mode: int, **options: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    if error:
+        with pytest.raises(cab.CannotStart, match=error):
+            cab.data_directory(folder)
+        return
+    assert cab.data_directory(folder) == folder
+    assert "belongs to another user" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fcntl")
+@pytest.mark.parametrize(
+    "number, error",
+    [(errno.ENOLCK, "cannot lock files"), (errno.EWOULDBLOCK, "Another bridge is running")],
+)
+def test_a_file_system_without_locks_is_not_another_bridge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: str
+) -> None:
+    import fcntl
+
+    def fail(file: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(cab.CannotStart, match=error):
+        cab.DirectoryLock(tmp_path / "bridge.lock")
+
+
+# --- sessions ---
+
+
+def test_only_files_of_sessions_that_nobody_wants_are_deleted(tmp_path: Path) -> None:
+    projects = tmp_path / "claude-home" / "projects" / "-data-work"
+    (projects / "memory").mkdir(parents=True)
+    wanted, lost = str(uuid.uuid4()), str(uuid.uuid4())
+    for name in (wanted + ".jsonl", lost + ".jsonl", "notes.jsonl", "memory/x"):
+        (projects / name).write_text("text")
+    (projects / lost).mkdir()
+    (projects / lost / "part").write_text("text")
+    cab.remove_sessions(tmp_path, lambda session_id: session_id == wanted)
+    assert sorted(path.name for path in projects.iterdir()) == sorted(
+        [wanted + ".jsonl", "memory", "notes.jsonl"])
+
+
+def test_a_start_deletes_the_sessions_that_the_database_does_not_know(
+    bridge: Start, tmp_path: Path
+) -> None:
+    projects = tmp_path / "data" / "claude-home" / "projects" / "-work"
+    projects.mkdir(parents=True)
+    session = projects / (str(uuid.uuid4()) + ".jsonl")
+    session.write_text("SECRET")
+    bridge()
+    wait_until(lambda: not session.exists())
+
+
+def test_what_was_forgotten_is_deleted_at_once(bridge: Start, tmp_path: Path) -> None:
+    running = bridge()
+    fields = {"name": "memory", "sessionMode": "stateful", "tools": "read"}
+    created = running.admin.post("/api/tokens", fields).json
+    client = running.admin.with_token(created["token"])
+    client.done(client.ask("say hi", conversation="trip"))
+    database = sqlite3.connect(str(tmp_path / "data" / "bridge.db"))
+    (session_id,) = database.execute("SELECT session_id FROM conversations").fetchone()
+    database.close()
+    projects = tmp_path / "data" / "claude-home" / "projects" / "-work"
+    projects.mkdir(parents=True, exist_ok=True)
+    session = projects / (session_id + ".jsonl")
+    session.write_text("SECRET")
+    assert client.delete("/api/conversations/trip").status == 200
+    assert not session.exists()
+
+
+# --- what cannot start ---
+
+
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="shell scripts")
+@pytest.mark.parametrize(
+    "text, error, hint",
+    [
+        ("#!/bin/sh\necho GLIBC_2 not found >&2\nexit 1\n", "GLIBC_2 not found, exit status 1",
+         "--claude"),
+        ("#!/usr/bin/env node-of-nobody\n", "exit status 127", "PATH"),
+        ("#!/bin/sh\nkill -ILL $$\n", "killed by SIGILL", "--claude"),
+    ],
+    ids=["library", "interpreter", "signal"],
+)  # fmt: skip
+def test_what_keeps_claude_from_running_is_said(
+    tmp_path: Path, text: str, error: str, hint: str
+) -> None:
+    with pytest.raises(cab.CannotStart) as refused:
+        cab.probe([str(program(tmp_path / "claude", text))], {"PATH": os.environ["PATH"]})
+    assert error in str(refused.value) and hint in refused.value.hint
+
+
+def test_a_line_before_the_json_does_not_hide_the_login(tmp_path: Path) -> None:
+    text = "#!/bin/sh\necho 'Now using node v20'\necho '{\"loggedIn\": true}'\n"
+    path = program(tmp_path / "claude", text)
+    environ = {"PATH": os.environ["PATH"]}
+    assert cab.login_status((str(path),), environ) == {"loggedIn": True}
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [".nvm/versions/node/v22.1.0/bin", ".npm-global/bin", ".bun/bin", ".volta/bin",
+     ".local/share/pnpm", ".local/bin", ".claude/local"],
+)  # fmt: skip
+def test_claude_is_found_where_installers_put_it(tmp_path: Path, folder: str) -> None:
+    program(tmp_path / ".nvm/versions/node/v9.9.0/bin/node", "#!/bin/sh\n")
+    path = program(tmp_path / folder / "claude", "#!/bin/sh\n")
+    environ = {"HOME": str(tmp_path), "PATH": "/nowhere"}
+    assert cab.claude_command(cab.Config(data_dir=tmp_path), environ) == (str(path),)
+
+
+def test_the_newest_node_of_nvm_comes_first_and_its_folder_joins_the_path(
+    tmp_path: Path, fake_claude: Fakes
+) -> None:
+    fake = fake_claude()
+    for version in ("v9.9.0", "v22.1.0", "v20.19.5"):
+        folder = tmp_path / "home/.nvm/versions/node" / version / "bin"
+        program(folder / "claude", fake.path.read_text())
+    newest = tmp_path / "home/.nvm/versions/node/v22.1.0/bin"
+    environ = {"HOME": str(tmp_path / "home"), "PATH": os.defpath}
+    install = cab.find_claude(cab.Config(data_dir=tmp_path / "data"), environ)
+    assert install.command == (str(newest / "claude"),)
+    assert install.environment["PATH"].split(os.pathsep)[-1] == str(newest)
+
+
+def test_a_folder_for_temporary_files_must_exist(tmp_path: Path, fake_claude: Fakes) -> None:
+    config = cab.Config(data_dir=tmp_path / "data", claude=str(fake_claude().path))
+    environ = {"HOME": str(tmp_path), "PATH": os.defpath, "TMPDIR": str(tmp_path / "none")}
+    with pytest.raises(cab.CannotStart, match="temporary files, .*none, cannot be used"):
+        cab.find_claude(config, environ)
+    assert cab.find_claude(config, {**environ, "TMPDIR": str(tmp_path)}).features.version
+
+
+def test_a_user_without_a_home_is_no_traceback(
+    tmp_path: Path, fake_claude: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    environ: Mapping[str, str] = {"PATH": os.defpath}
+    config = cab.Config(data_dir=tmp_path / "data", claude=str(fake_claude().path))
+    assert cab.find_claude(config, environ).features.version
+    with pytest.raises(cab.CannotStart, match="not found"):
+        cab.claude_command(cab.Config(data_dir=tmp_path), {"PATH": "/nowhere"})
+
+
+# --- sleep, orphans ---
+
+
+class Sleeper:
+    """A process whose first wait takes as long as the sleep of the machine."""
+
+    limits = cab.RateLimitStatus()
+    open_calls: List[Any] = []
+
+    def __init__(self, clock: Any) -> None:
+        self._clock = clock
+        self.waits = 0
+
+    def next_event(self, seconds: float) -> Optional[cab.CliEvent]:
+        self.waits += 1
+        self._clock.at += 1000.0 if self.waits == 1 else seconds
+        if self.waits < 30:
+            return None
+        return cab.parse_cli_event(b'{"type": "system", "subtype": "status"}')
+
+
+def test_a_sleep_of_the_machine_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Awake:
+        at = 0.0
+
+        def monotonic(self) -> float:
+            return self.at
+
+        def now(self) -> float:
+            return self.at
+
+    clock: Any = Awake()
+    monkeypatch.setattr(cab.Clock, "monotonic", staticmethod(lambda: clock.at))
+    sleeper: Any = Sleeper(clock)
+    control = cab.RunControl(
+        clock, cab.Config(silence_seconds=60, run_seconds=300), 300.0, lambda: None,
+        lambda limits: None)
+    turn = cab.Turn(sleeper, cab.DEFAULT_SESSION, control)
+    assert turn.next_event() and sleeper.waits == 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_zombie_that_nobody_reaps_is_reaped_the_second_time() -> None:
+    pid = os.posix_spawn(sys.executable, [sys.executable, "-S", "-c", ""], {})
+    wait_until(lambda: pid in cab.reap_zombies(set()))
+    assert pid in cab.reap_zombies({pid})
+    assert pid not in cab.reap_zombies(set())

@@ -8,6 +8,7 @@
     python3 claude_api_bridge.py token create NAME      create a token (also: list, revoke ID)
     python3 claude_api_bridge.py ask "MESSAGE"          ask the running bridge from a shell
     python3 claude_api_bridge.py doctor                 check everything that a start needs
+    python3 claude_api_bridge.py pause                  hold the queue (also: resume, backup FILE)
 
 How one request travels. Data flows one way; the database is the only source of truth:
 
@@ -22,10 +23,10 @@ The rooms of this file, in order:
      2 Errors                  BridgeError (an HTTP answer), RunFailed (a stored outcome)
      3 Common                  JSON, time, text, TokenBucket, Metrics
      4 Records and bodies      Token, Job, Ask, NewToken, and the validators of their fields
-     5 Storage                 Database and its four stores; the only user of sqlite3
+     5 Storage                 Database and its stores; the only user of sqlite3
      6 Claude protocol         pure: command line, control messages, events, failures
      7 Claude processes        ClaudeProcess, Turn, ClaudePool, ClaudeRunner
-     8 Queue                   Notifier, Worker
+     8 Queue                   Notifier, QueueHolds, Worker
      9 Service                 the rules of what a caller may do
     10 Native API              Request, Response, Route, handle_*
     11 OpenAI and Anthropic APIs   the /v1 wire formats
@@ -1108,6 +1109,13 @@ class CallbackUrl(NamedTuple):
         is_usual = self.port == (443 if self.is_https else 80)
         return host if is_usual else "%s:%d" % (host, self.port)
 
+    def is_allowed_literal(self, allow_private: bool) -> bool:
+        """Return whether the host is a name, or an address to which a callback may go."""
+        try:
+            return is_allowed_address(ipaddress.ip_address(self.host), allow_private)
+        except ValueError:
+            return True
+
     @classmethod
     def parse(cls, text: str) -> "CallbackUrl":
         """Read a URL; the name is not looked up. Raises InvalidRequest."""
@@ -1142,10 +1150,18 @@ def validate_callbacks(value: Any) -> Union[bool, Tuple[str, ...]]:
     """Return whether a token may name callbacks, or to which hosts."""
     if value is None or isinstance(value, bool):
         return bool(value)
-    if isinstance(value, (list, tuple)) and 0 < len(value) <= TOKEN_MODELS:
-        hosts = [str(host).lower() for host in value]
-        if all(CALLBACK_URL_RE.fullmatch("https://%s/" % host) for host in hosts):
-            return tuple(hosts)
+    hosts = []
+    for host in value if isinstance(value, (list, tuple)) else ():
+        with contextlib.suppress(InvalidRequest):
+            url = CallbackUrl.parse("https://%s/" % host if isinstance(host, str) else "")
+            if url.target == "/" and url.is_allowed_literal(allow_private=True):
+                has_port = re.search(r"(?a)[^:]:\d+$|\]:\d+$", host)
+                hosts.append("%s:%d" % (url.host, url.port) if has_port else url.host)
+                continue
+        hosts = []
+        break
+    if 0 < len(hosts) <= TOKEN_MODELS:
+        return tuple(hosts)
     raise InvalidRequest(
         "callbacks must be true, false or a list of 1 to %d hosts, such as bots.example.com or"
         " 192.168.1.5:8080" % TOKEN_MODELS)
@@ -1217,6 +1233,9 @@ class Ask(Command):
     def fingerprint(self) -> str:
         """Equal for requests that ask the same, however they want the answer delivered."""
         names = [row.name for row in fields(self) if row.name not in ("wait", "stream")]
+        if self.callback is None:
+            # As before there were callbacks.
+            names.remove("callback")
         return digest(as_json([getattr(self, name) for name in names]))
 
 
@@ -1519,10 +1538,11 @@ CACHE_REVALIDATE_SECONDS = 0.05
 # How often /health really writes, and how long it waits for that.
 CHECK_SECONDS = 5.0
 HEALTH_SECONDS = 1.0
-# Rows that one transaction deletes, so that no other write waits for long.
-SLICE_ROWS = 100
+# Rows that one transaction deletes, so that no other write waits for long: with a million requests
+# the longest took 35 ms, with 100 rows and SQLite's usual checkpoints 208 ms.
+SLICE_ROWS = 25
 # Pages that one transaction gives back to the file system.
-VACUUM_PAGES = 200
+VACUUM_PAGES = 50
 # A larger database is not checked while it is opened.
 CHECKED_BYTES = 4 << 20
 CONVERSATIONS = 1_000
@@ -1833,6 +1853,24 @@ def quarantine_database(path: Path, now: float) -> Path:
     return target
 
 
+def read_number(text: str) -> float:
+    """Return a number that was remembered; 0 if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def read_hold(text: Optional[str]) -> Optional[Pause]:
+    """Return why the queue waited, as it was remembered; None for what cannot be read."""
+    try:
+        reason, since, message = json.loads(text or "")
+        return Pause(str(reason), since + 0.0, since + 0.0, str(message)) if (
+            reason in HOLD_REASONS.values()) else None
+    except (ValueError, TypeError):
+        return None
+
+
 # pid, start time, program; see started_at and program_of.
 ProcessRow = Tuple[int, str, Optional[str]]
 
@@ -1866,10 +1904,12 @@ def inspect_database(path: Path) -> DatabaseInfo:
                 (latest,) = db.execute(newest).fetchone() or (0.0,)
                 rows = db.execute("SELECT pid, started, program FROM children").fetchall()
                 state = dict(db.execute("SELECT name, value FROM remembered").fetchall())
-                hold = ("paused", float(state["paused"])) if state.get("paused") else ("", 0.0)
-                if state.get("hold"):
-                    reason, since, _ = json.loads(state["hold"])
-                    hold = reason, since
+                hold = ("", 0.0)
+                if state.get("paused"):
+                    hold = "paused", read_number(state["paused"])
+                stored = read_hold(state.get("hold"))
+                if stored:
+                    hold = stored.reason, stored.since
                 return DatabaseInfo(None, latest, rows, hold)
     except sqlite3.Error as error:
         fault = str(error)
@@ -1913,15 +1953,18 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
 def backup_database(source: Path, target: Path) -> None:
     """Copy a database that may be in use. A copy of the file alone would miss what is in -wal.
     Raises CannotStart."""
-    part = target.with_name(target.name + ".part")
     try:
+        if target.parent.resolve() == source.parent.resolve() and target.name in DATA_NAMES:
+            raise OSError(errno.EINVAL, "the bridge uses this file")
         if target.exists():
             if target.samefile(source):
                 raise OSError(errno.EINVAL, "it is the database itself")
             with target.open("rb") as file:
                 if file.read(15) != b"SQLite format 3":
                     raise OSError(errno.EEXIST, "it exists, and is no database")
-        os.close(os.open(part, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600))
+        handle, name = tempfile.mkstemp(".part", target.name + ".", str(target.parent))
+        os.close(handle)
+        part = Path(name)
         try:
             with contextlib.closing(sqlite3.connect(str(source))) as db:
                 copy_database(db, part)
@@ -1929,6 +1972,10 @@ def backup_database(source: Path, target: Path) -> None:
                 # One file, without -wal.
                 copy.execute("PRAGMA journal_mode=DELETE").close()
                 check_integrity(copy)
+            for suffix in ("-wal", "-shm", "-journal"):
+                # Of an older copy: they would be applied to the new one.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(str(target) + suffix)
             os.replace(part, target)
         finally:
             for suffix in ("", "-wal", "-shm"):
@@ -2157,6 +2204,7 @@ class Database:
             db.execute("PRAGMA busy_timeout=20").close()
             with contextlib.suppress(sqlite3.OperationalError):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            db.execute("PRAGMA wal_autocheckpoint=1000").close()
             db.execute("PRAGMA busy_timeout=%d" % (WRITE_SECONDS * 1000)).close()
 
         with contextlib.suppress(Unavailable):
@@ -2356,7 +2404,7 @@ def runs_in_writer(method: Callable[..., Any]) -> Callable[..., Any]:
     return write
 
 
-# --- the four stores ---
+# --- the stores ---
 class TokenStore:
     """The access tokens."""
 
@@ -2573,6 +2621,17 @@ def touch_conversation(db: sqlite3.Connection, token_id: str, name: str, now: fl
         (name, uuid.uuid4().hex, now, now, token_id))
     db.execute("UPDATE conversations SET last_used_at = ? WHERE token_id = ? AND name = ?",
                (now, token_id, name))
+
+
+def delete_single(db: sqlite3.Connection, before: float) -> int:
+    """Delete a slice of the finished jobs that no conversation and no callback needs."""
+    # Until `checkpoint`: many small ones.
+    db.execute("PRAGMA wal_autocheckpoint=200").close()
+    return db.execute(
+        "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_to_purge"
+        " WHERE completed_at IS NOT NULL AND (conversation IS NULL OR status = 'error')"
+        " AND completed_at < ? AND NOT EXISTS (SELECT 1 FROM callbacks WHERE job_id = jobs.id)"
+        " ORDER BY completed_at LIMIT ?)", (before, SLICE_ROWS)).rowcount
 
 
 def purge_turns(database: Database, before: float) -> int:
@@ -2817,10 +2876,7 @@ class JobStore:
         """Delete a slice of the finished jobs older than `days`. -> how many; 0 at the end. The
         completed turns of a conversation stay as far as they are replayed."""
         before = self._database.clock.now() - days * 86_400
-        sql = ("DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_to_purge"
-               " WHERE completed_at IS NOT NULL AND (conversation IS NULL OR status = 'error')"
-               " AND completed_at < ? ORDER BY completed_at LIMIT ?)")
-        deleted = self._database.write(lambda db: db.execute(sql, (before, SLICE_ROWS)).rowcount)
+        deleted = self._database.write(partial(delete_single, before=before))
         return deleted or purge_turns(self._database, before)
 
     # --- look-ups ---
@@ -3018,7 +3074,8 @@ class CallbackStore:
         rows = self._database.read(
             "SELECT c.job_id, c.url, c.attempts, t.callback_secret, t.callbacks FROM callbacks c"
             " JOIN jobs j ON j.id = c.job_id JOIN tokens t ON t.id = j.token_id"
-            " WHERE c.next_at <= ? ORDER BY c.next_at LIMIT 1", self._database.clock.now())
+            " WHERE c.next_at <= ? AND coalesce(t.expires_at, 1) != 0 ORDER BY c.next_at LIMIT 1",
+            self._database.clock.now())
         for *values, callbacks in rows:
             hosts = json.loads(callbacks or "false")
             hosts = tuple(hosts) if isinstance(hosts, list) else hosts
@@ -3026,14 +3083,14 @@ class CallbackStore:
         return None
 
     @runs_in_writer
-    def retry(self, db: sqlite3.Connection, job_id: str, seconds: Optional[float]) -> None:
+    def retry(self, db: sqlite3.Connection, callback: Callback, seconds: Optional[float]) -> None:
         """Try it again after that time; None: it was sent, or is given up."""
         if seconds is None:
-            db.execute("DELETE FROM callbacks WHERE job_id = ?", (job_id,))
+            db.execute("DELETE FROM callbacks WHERE job_id = ?", (callback.job_id,))
             return
         db.execute(
-            "UPDATE callbacks SET attempts = attempts + 1, next_at = ? WHERE job_id = ?",
-            (self._database.clock.now() + seconds, job_id))
+            "UPDATE callbacks SET attempts = ?, next_at = ? WHERE job_id = ?",
+            (callback.attempts + 1, self._database.clock.now() + seconds, callback.job_id))
 
 
 class Stores:
@@ -3583,9 +3640,12 @@ def pause_seconds(resets_at: Optional[float], now: float) -> float:
 def retry_code(status: Any) -> Optional[str]:
     """Return what lets the CLI retry, as a key of RUN_ERRORS. status: of the API's answer; None if
     there was none."""
-    if status in (429, 529):
+    number = number_or_none(status)
+    if number in (429, 529):
         return "overloaded"
-    if status is None or 500 <= status < 600:
+    if number == 401:
+        return "auth_required"
+    if status is None or number in (407, 408) or (number or 0) >= 500:
         return "network"
     return None
 
@@ -3607,7 +3667,9 @@ def classify_failure(result: Mapping[str, Any], error_word: str,
     errors = "; ".join(map(str, result.get("errors") or ()))
     text = str(result.get("result") or errors or "claude failed: %s" % result.get("subtype"))
     match = re.match(r"API Error: (\d{3})\b", text)
-    status = result.get("api_error_status") or (int(match.group(1)) if match else None)
+    status = number_or_none(result.get("api_error_status"))
+    if not status and match:
+        status = float(match.group(1))
     no_login = re.match(r"Not logged in|Invalid API key|Failed to authenticate", text)
     code = "cli_error"
     if result.get("stop_reason") == "refusal":
@@ -6002,10 +6064,9 @@ class QueueHolds:
         self._holds: Dict[str, Hold] = {}
         # Job id -> server errors of the API in a row; infinite if the next one is the last.
         self._server_errors: Dict[str, float] = {}
-        stored = database.get_state("hold")
+        stored = read_hold(database.get_state("hold"))
         if stored:
-            reason, since, text = json.loads(stored)
-            pause = Pause(reason, clock.now(), since, text)
+            pause = stored._replace(until=clock.now())
             self._holds[ALL_MODELS] = Hold(pause, float("-inf"))
 
     def _is_due(self, hold: Hold) -> bool:
@@ -6019,7 +6080,7 @@ class QueueHolds:
                   if hold.pause.reason != "usage_limit" or not self._is_due(hold)}
         paused = self._database.get_state("paused")
         if paused:
-            pauses[ALL_MODELS] = Pause("paused", math.inf, float(paused))
+            pauses[ALL_MODELS] = Pause("paused", math.inf, read_number(paused))
         return pauses
 
     def current(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
@@ -6103,8 +6164,12 @@ class QueueHolds:
             limits = {True: CHAT_HOLD_SECONDS.get(pause.reason)}
             if pause.reason not in ("usage_limit", "paused"):
                 limits[False] = hold_seconds
+            hold = self._holds.get(model)
+            # After a sleep, or a restart, one request is tried first.
+            is_tried = not hold or not self._is_due(hold)
             for is_chat, seconds in limits.items():
-                if seconds is not None and now - pause.since >= seconds:
+                is_long = seconds is not None and now - pause.since >= seconds
+                if seconds is not None and is_long and (is_chat or is_tried):
                     code = codes.get(pause.reason, pause.reason)
                     yield code, pause, model, is_chat, now - seconds
 
@@ -6537,10 +6602,9 @@ def check_callback(url: str, callbacks: Union[bool, Tuple[str, ...]]) -> Tuple[C
             text = "callback must lead to a host of the token: " + ", ".join(callbacks)
             raise InvalidRequest(text, field="callback")
         return parts, True
-    has_address = ":" in parts.host or parts.host[-1].isdigit()
     if not parts.is_https:
         raise InvalidRequest("callback must begin with https://", field="callback")
-    if has_address and not is_allowed_address(ipaddress.ip_address(parts.host), False):
+    if not parts.is_allowed_literal(allow_private=False):
         text = "callback must not lead to a private or special address"
         raise InvalidRequest(text, field="callback")
     return parts, False
@@ -7469,8 +7533,11 @@ class CallbackSender:
         job = self._stores.jobs.get(callback.job_id) if callback else None
         if not callback or not job:
             return False
+        # Stored before it is sent: with a full disk it would be sent again and again.
+        provisional = callback_delay(callback.attempts + 1) or CALLBACK_DELAYS[-1]
+        self._stores.callbacks.retry(callback, provisional)
         delay, result = self._send(callback, as_json(job_body(JobView(job, 0, 0))).encode())
-        self._stores.callbacks.retry(callback.job_id, delay)
+        self._stores.callbacks.retry(callback, delay)
         self._metrics.inc("cab_callbacks_total", result=result)
         return True
 

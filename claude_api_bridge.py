@@ -1103,11 +1103,14 @@ class CallbackUrl(NamedTuple):
     target: str
 
     @property
+    def host_and_port(self) -> str:
+        return "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
+
+    @property
     def authority(self) -> str:
         """The value of the Host header."""
-        host = "[%s]" % self.host if ":" in self.host else self.host
         is_usual = self.port == (443 if self.is_https else 80)
-        return host if is_usual else "%s:%d" % (host, self.port)
+        return self.host_and_port.rpartition(":")[0] if is_usual else self.host_and_port
 
     def is_allowed_literal(self, allow_private: bool) -> bool:
         """Return whether the host is a name, or an address to which a callback may go."""
@@ -1156,7 +1159,7 @@ def validate_callbacks(value: Any) -> Union[bool, Tuple[str, ...]]:
             url = CallbackUrl.parse("https://%s/" % host if isinstance(host, str) else "")
             if url.target == "/" and url.is_allowed_literal(allow_private=True):
                 has_port = re.search(r"(?a)[^:]:\d+$|\]:\d+$", host)
-                hosts.append("%s:%d" % (url.host, url.port) if has_port else url.host)
+                hosts.append(url.host_and_port if has_port else url.host)
                 continue
         hosts = []
         break
@@ -6598,7 +6601,7 @@ def check_callback(url: str, callbacks: Union[bool, Tuple[str, ...]]) -> Tuple[C
         raise InvalidRequest("callback needs a token that was created with callbacks",
                              field="callback")
     if callbacks is not True:
-        if not {parts.host, parts.authority, "%s:%d" % (parts.host, parts.port)} & set(callbacks):
+        if not {parts.host, parts.host_and_port} & set(callbacks):
             text = "callback must lead to a host of the token: " + ", ".join(callbacks)
             raise InvalidRequest(text, field="callback")
         return parts, True
@@ -7508,7 +7511,7 @@ class CallbackSender:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; an attempt that runs is repeated after the next start. Idempotent."""
+        """Stop; an attempt that is cut counts as a failed one. Idempotent."""
         self._stopping.set()
         if self._thread.ident:
             self._thread.join(CLOSE_SECONDS)

@@ -87,7 +87,7 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Dict[str, Any]:
             factory=RecordingConnection,
         )
 
-    monkeypatch.setattr(cab, "connect_database", staticmethod(connect))
+    monkeypatch.setattr(cab, "connect_database", connect)
     return recorded
 
 
@@ -1117,7 +1117,7 @@ def test_the_texts_of_a_revoked_token_are_erased_in_the_files(
         db.execute("PRAGMA secure_delete=OFF")
         return db
 
-    monkeypatch.setattr(cab, "connect_database", staticmethod(forgetful))
+    monkeypatch.setattr(cab, "connect_database", forgetful)
     store = open_store()
     store.database._db.execute("PRAGMA synchronous=OFF")
     if not is_first:

@@ -49,7 +49,8 @@ to change how Claude Code is driven, in 6 and 7.
 # http                      BridgeServer       accept, 0.2 s                  stop_accepting
 # http-ADDRESS (many)       BridgeServer       its socket, a Notifier event   the end of its socket
 # worker                    Worker             a Notifier event, 1 s          stop event
-# callbacks                 CallbackSender     stop event, 1 s; a socket      stop event
+# callbacks                 CallbackSender     stop event, 1 s                stop event
+# callback                  CallbackSender     a socket, 15 s                 end of its work
 # writer                    Database           its queue                      None in the queue
 # check                     IntegrityCheck     the disk                       an interrupt
 # stdin-, stdout-, stderr-  ClaudeProcess      a pipe                         the end of the process
@@ -545,7 +546,7 @@ class RunFailed(Exception):
     code: a key of RUN_ERRORS. The text is for the caller.
     resets_at: when a used-up limit resets (epoch seconds), if reported.
     is_of_model: the limit, or the overload, is of one model; other models may run.
-    is_answered: the API did answer."""
+    is_answered: the API did answer, or was silent: perhaps because of the request."""
 
     def __init__(self, code: str, text: str, resets_at: Optional[float] = None,
                  is_of_model: bool = False, is_answered: bool = False) -> None:
@@ -793,7 +794,7 @@ METRICS = (
     Metric("cab_spares", "gauge", "", "idle processes that are ready now"),
     Metric("cab_waiting", "gauge", "", "processes that wait for the next turn of a conversation"),
     Metric("cab_resting", "gauge", "", "1 while the queue waits, whatever for"),
-    Metric("cab_held", "gauge", "reason", "1 for what the queue waits for"),
+    Metric("cab_held", "gauge", "reason", "1 for what requests wait for, at least of one model"),
     Metric("cab_plan_utilization", "gauge", "window", "used share of a limit of the plan, 0 to 1"),
     Metric("cab_plan_resets_at_seconds", "gauge", "window", "when that limit resets, epoch"),
     Metric("cab_access_tokens", "gauge", "", "access tokens that exist"),
@@ -1413,6 +1414,7 @@ class Callback(NamedTuple):
     """A result that is to be sent. attempts: those that failed. secret: signs it. callbacks: the
     right of the token."""
     job_id: str
+    token_id: str
     url: str
     attempts: int
     secret: str
@@ -1485,12 +1487,16 @@ class RateLimitStatus(NamedTuple):
 
 class Pause(NamedTuple):
     """Why nothing runs now: usage_limit, overloaded, network, login or paused.
-    until: the next try; infinite if the owner must resume. since: 0 if that does not matter. text:
-    the error behind it."""
+    until: the next try; infinite if the owner must resume, 0 if it is tried now. since: 0 if that
+    does not matter. text: the error behind it."""
     reason: str
     until: float
     since: float = 0.0
     text: str = ""
+
+    @property
+    def known_until(self) -> Optional[float]:
+        return self.until if 0 < self.until < math.inf else None
 
 
 @dataclass(frozen=True)
@@ -1526,6 +1532,8 @@ class Refused(RunFailed):
 HISTORY_BYTES = 4 << 20
 QUEUE_JOBS = 50
 JOB_ATTEMPTS = 2
+# During an outage, after which runs that end the bridge count as attempts.
+OUTAGE_CRASHES = 10
 TOKENS = 100
 USAGE_DAYS = 400
 # A page of a list ends at this many jobs, or when its texts exceed this many characters.
@@ -1671,6 +1679,11 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         "CREATE TABLE callbacks (job_id TEXT PRIMARY KEY REFERENCES jobs(id) ON DELETE CASCADE,"
         " url TEXT NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, next_at REAL)",
         "CREATE INDEX callbacks_by_time ON callbacks (next_at)",
+    ),
+    (
+        "ALTER TABLE callbacks ADD COLUMN token_id TEXT",
+        "UPDATE callbacks SET token_id = (SELECT token_id FROM jobs WHERE id = job_id)",
+        "CREATE INDEX callbacks_of_token ON callbacks (token_id, next_at)",
     ),
 )
 
@@ -1856,10 +1869,10 @@ def quarantine_database(path: Path, now: float) -> Path:
     return target
 
 
-def read_number(text: str) -> float:
+def read_number(text: Optional[str]) -> float:
     """Return a number that was remembered; 0 if it is none."""
     try:
-        return float(text)
+        return float(text or "")
     except ValueError:
         return 0.0
 
@@ -1953,6 +1966,18 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
         db.backup(copy)
 
 
+def is_backup(path: Path) -> bool:
+    """Return whether a file is a database of a bridge, and no bridge uses its folder."""
+    if (path.parent / "bridge.lock").exists() and path.name in DATA_NAMES:
+        return False
+    url = "file:%s?mode=ro&immutable=1" % quote(str(path))
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(
+            sqlite3.connect(url, uri=True)) as db:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        return {"tokens", "jobs", "remembered"} <= names
+    return False
+
+
 def backup_database(source: Path, target: Path) -> None:
     """Copy a database that may be in use. A copy of the file alone would miss what is in -wal.
     Raises CannotStart."""
@@ -1962,9 +1987,8 @@ def backup_database(source: Path, target: Path) -> None:
         if target.exists():
             if target.samefile(source):
                 raise OSError(errno.EINVAL, "it is the database itself")
-            with target.open("rb") as file:
-                if file.read(15) != b"SQLite format 3":
-                    raise OSError(errno.EEXIST, "it exists, and is no database")
+            if not is_backup(target):
+                raise OSError(errno.EEXIST, "it exists, and is no backup of a bridge")
         handle, name = tempfile.mkstemp(".part", target.name + ".", str(target.parent))
         os.close(handle)
         part = Path(name)
@@ -2377,6 +2401,14 @@ class Database:
 
         return self.cached(("state", name), load)
 
+    def set_paused(self, is_paused: bool) -> None:
+        """Store whether the owner holds the queue, and since when. Raises Unavailable. It reads
+        nothing: what is cached may be older than a change by another program."""
+        insert_sql = "INSERT OR IGNORE INTO remembered VALUES ('paused', ?)"
+        delete_sql = "DELETE FROM remembered WHERE name = 'paused'"
+        self.write(lambda db: db.execute(insert_sql, (str(self.clock.now()),)) if is_paused
+                   else db.execute(delete_sql))
+
     def record_process(self, pid: int, started: Optional[str], program: Optional[str]) -> None:
         """Record a child process, so that the next start can kill it if the bridge crashes. On
         Linux its environment identifies it as well, so that a full disk does no harm here."""
@@ -2496,17 +2528,27 @@ class TokenStore:
         """Delete a token with its jobs and conversations, and erase them in the file. -> its
         unfinished jobs. Raises NotFound; LastAdmin if `protect`."""
         unfinished: List[str] = self._disable(token_id, protect)
-
-        def delete_slice(db: sqlite3.Connection, table: str) -> int:
-            sql = "DELETE FROM %s WHERE rowid IN (SELECT rowid FROM %s WHERE token_id = ? LIMIT ?)"
-            return db.execute(sql % (table, table), (token_id, SLICE_ROWS)).rowcount
-
-        for table in ("jobs", "conversations"):
-            while self._database.write(partial(delete_slice, table=table)):
-                pass
-        self._delete(token_id)
+        while self.delete_slice(token_id):
+            pass
         self._database.checkpoint()
         return unfinished
+
+    def disabled(self) -> Optional[str]:
+        """Return a token whose deletion was interrupted, or goes on in another thread."""
+        rows = self._database.read("SELECT id FROM tokens WHERE expires_at = 0 LIMIT 1")
+        return rows[0][0] if rows else None
+
+    @runs_in_writer
+    def delete_slice(self, db: sqlite3.Connection, token_id: str) -> bool:
+        """Delete a part of what belongs to a disabled token, at last itself. -> whether there may
+        be more."""
+        sql = "DELETE FROM %s WHERE rowid IN (SELECT rowid FROM %s WHERE token_id = ? LIMIT ?)"
+        for table in ("jobs", "conversations"):
+            if db.execute(sql % (table, table), (token_id, SLICE_ROWS)).rowcount:
+                return True
+        db.execute("DELETE FROM tokens WHERE id = ? AND expires_at = 0", (token_id,))
+        self._database.mark_tokens_changed()
+        return False
 
     @runs_in_writer
     def _disable(self, db: sqlite3.Connection, token_id: str, protect: bool) -> List[str]:
@@ -2529,11 +2571,6 @@ class TokenStore:
         db.executemany("DELETE FROM jobs WHERE id = ?", unfinished)
         self._database.mark_tokens_changed()
         return [job_id for (job_id,) in unfinished]
-
-    @runs_in_writer
-    def _delete(self, db: sqlite3.Connection, token_id: str) -> None:
-        db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
-        self._database.mark_tokens_changed()
 
 
 class UsageStore:
@@ -2731,8 +2768,8 @@ class JobStore:
         if values["conversation"]:
             touch_conversation(db, token_id, values["conversation"], now)
         if callback:
-            db.execute("INSERT INTO callbacks (job_id, url) VALUES (?, ?)",
-                       (values["id"], callback))
+            db.execute("INSERT INTO callbacks (job_id, token_id, url) VALUES (?, ?, ?)",
+                       (values["id"], token_id, callback))
         self._usage.add(db, day_of(now), token_id, "requests")
         return EnqueueResult(self._select(db, "seq", seq), ahead + 1)
 
@@ -2743,8 +2780,12 @@ class JobStore:
 
     @staticmethod
     def _oldest_queued(excluded_models: Sequence[str], excluded_ids: Sequence[str] = ()) -> str:
+        # A turn waits for the turns before it, whatever holds them.
         return ("SELECT seq FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s)"
-                " AND id NOT IN (%s) ORDER BY seq LIMIT 1"
+                " AND id NOT IN (%s) AND NOT EXISTS (SELECT 1 FROM jobs AS earlier"
+                " INDEXED BY jobs_by_status WHERE earlier.status IN ('queued', 'processing')"
+                " AND earlier.seq < jobs.seq AND earlier.token_id = jobs.token_id"
+                " AND earlier.conversation = jobs.conversation) ORDER BY seq LIMIT 1"
                 % (placeholders(excluded_models), placeholders(excluded_ids)))
 
     def has_queued(self, excluded_models: Sequence[str] = ()) -> bool:
@@ -2821,8 +2862,10 @@ class JobStore:
         """Fail queued requests of this age. -> their ids. model: only the requests for it; "" is
         the default model. is_chat: those of /v1, else the others."""
         where = ("status = 'queued' AND ? IN (?, coalesce(model, ''))"
-                 " AND (chat IS NOT NULL) = ? AND created_at <= ?")
-        return self._fail_where(code, text, where, model, ALL_MODELS, is_chat, created_before)
+                 " AND (chat IS NOT NULL) = ? AND (created_at <= ? OR created_at > ?)")
+        # After now: the clock was set back.
+        return self._fail_where(code, text, where, model, ALL_MODELS, is_chat, created_before,
+                                self._database.clock.now())
 
     def _fail_where(self, code: str, text: str, where: str, *values: Any) -> List[str]:
         """Fail the jobs that a condition of this class selects. -> their ids."""
@@ -2861,13 +2904,17 @@ class JobStore:
         """After a crash, put the running jobs back at the head of the queue, at most twice.
         Call it only when no run of the dead bridge continues.
         -> (jobs that are queued again, jobs given up)."""
-        # A try during an outage is no attempt.
-        is_outage = self._database.get_state("hold") is not None
+        # A try during an outage is no attempt, unless it was the try that ended the bridge.
+        has_hold = self._database.get_state("hold") is not None
+        crashes = read_number(self._database.get_state("crashes"))
+        is_outage = has_hold and crashes < OUTAGE_CRASHES
         lost = self._fail_where(
             "interrupted",
             "The run was interrupted %d times: the bridge stopped or crashed." % JOB_ATTEMPTS,
             "status = 'processing' AND attempts >= ?", JOB_ATTEMPTS + is_outage)
-        return self._requeue_all(is_outage), len(lost)
+        requeued = self._requeue_all(is_outage)
+        self._database.set_state("crashes", str(crashes + (requeued > 0)) if has_hold else None)
+        return requeued, len(lost)
 
     @runs_in_writer
     def _requeue_all(self, db: sqlite3.Connection, is_outage: bool) -> int:
@@ -3072,18 +3119,26 @@ class CallbackStore:
 
         return self._database.cached("callbacks", load)
 
-    def due(self) -> Optional[Callback]:
-        """Return the one that is due for the longest time."""
+    def due(self) -> List[Callback]:
+        """Return of each token the one that is due for the longest time."""
         rows = self._database.read(
-            "SELECT c.job_id, c.url, c.attempts, t.callback_secret, t.callbacks FROM callbacks c"
-            " JOIN jobs j ON j.id = c.job_id JOIN tokens t ON t.id = j.token_id"
-            " WHERE c.next_at <= ? AND coalesce(t.expires_at, 1) != 0 ORDER BY c.next_at LIMIT 1",
+            "SELECT c.job_id, t.id, c.url, c.attempts, t.callback_secret, t.callbacks FROM tokens t"
+            " JOIN callbacks c ON c.job_id = (SELECT job_id FROM callbacks WHERE token_id = t.id"
+            " AND next_at <= ? ORDER BY next_at LIMIT 1) WHERE coalesce(t.expires_at, 1) != 0"
+            " ORDER BY c.next_at",
             self._database.clock.now())
-        for *values, callbacks in rows:
-            hosts = json.loads(callbacks or "false")
+        callbacks = []
+        for *values, right in rows:
+            hosts = json.loads(right or "false")
             hosts = tuple(hosts) if isinstance(hosts, list) else hosts
-            return Callback._make((*values, hosts))
-        return None
+            callbacks.append(Callback._make((*values, hosts)))
+        return callbacks
+
+    @runs_in_writer
+    def limit_delays(self, db: sqlite3.Connection) -> None:
+        """Send at once what would be sent after more than a day, because the clock was wrong."""
+        now = self._database.clock.now()
+        db.execute("UPDATE callbacks SET next_at = ? WHERE next_at > ?", (now, now + 86_400))
 
     @runs_in_writer
     def retry(self, db: sqlite3.Connection, callback: Callback, seconds: Optional[float]) -> None:
@@ -4702,7 +4757,8 @@ class RunRequest:
     session_id: the CLI's, to resume. spent_usd: its cost so far.
     history: returns the earlier turns; called only when they must be replayed.
     owner: the token; only its own processes may continue its conversations.
-    is_chat: the message ends a conversation that the client keeps, and may continue."""
+    is_chat: the message ends a conversation that the client keeps, and may continue.
+    answer_seconds: for how long the API may be silent before it begins to answer."""
     message: Content
     session: SessionConfig
     conversation: Optional[str] = None
@@ -4711,6 +4767,7 @@ class RunRequest:
     history: Callable[[], Sequence[HistoryTurn]] = tuple
     owner: str = ""
     is_chat: bool = False
+    answer_seconds: float = math.inf
 
     @cached_property
     def earlier_turns(self) -> List[HeldTurn]:
@@ -4720,11 +4777,13 @@ class RunRequest:
 
 class RunControl(NamedTuple):
     """What ends a run, and where its reports go.
-    deadline: monotonic seconds. stop_reason: returns a key of RUN_ERRORS to end the run; called ten
-    times a second. on_rate_limits: receives what the CLI reports of the plan."""
+    deadline: monotonic seconds. answer_seconds: see RunRequest. stop_reason: returns a key of
+    RUN_ERRORS to end the run; called ten times a second. on_rate_limits: receives what the CLI
+    reports of the plan."""
     clock: Clock
     config: Config
     deadline: float
+    answer_seconds: float
     stop_reason: Callable[[], Optional[str]]
     on_rate_limits: Callable[[RateLimitStatus], None]
 
@@ -4938,6 +4997,17 @@ class TurnMessages:
             self._counts[self._id] = token_counts(message.get("usage"))
 
 
+def guard_billing(process: ClaudeProcess, config: Config, source: Any) -> None:
+    """Stop a run that an API key would pay. source: of the key, as the CLI reports it. Raises
+    RunFailed."""
+    if source and source != "none" and not config.allow_api_key:
+        process.stop()
+        raise RunFailed(
+            "billing_guard",
+            "claude would have billed this run to an API key (%s), so it was stopped. Sign claude"
+            " in to the subscription, or allow it with --allow-api-key." % redact(str(source)))
+
+
 class Turn:
     """One turn with one process: its deadlines, and what is read until the result."""
 
@@ -4953,6 +5023,8 @@ class Turn:
         self._frozen_seconds = 0.0
         # The tools that run. A command may be silent for long.
         self._running_tools: Set[str] = set()
+        # Whether the CLI waits for the API to begin a message.
+        self._is_asking = False
         # From then on the loss of the process is a failed run.
         self.prompt_accepted = False
         # The result arrived: the process is idle.
@@ -4968,7 +5040,8 @@ class Turn:
         """Return the next event. Raises RunFailed at a deadline or when the job is cancelled;
         ProcessExited."""
         clock, config = self._control.clock, self._control.config
-        silent_at = clock.monotonic() + config.silence_seconds
+        longest = self._control.answer_seconds if self._is_asking else config.silence_seconds
+        silent_at = clock.monotonic() + longest
         while True:
             now = clock.monotonic()
             if now >= self._check_stopped_at:
@@ -4981,32 +5054,40 @@ class Turn:
             if now >= self._lost_at:
                 raise SessionLost()
             if now >= silent_at and not self._running_tools:
-                self._fail_late("claude sent nothing for %g seconds" % config.silence_seconds)
+                who = "The API" if self._is_asking else "claude"
+                self._fail_late("%s sent nothing for %g seconds" % (who, longest),
+                                self._is_asking or self._frozen_seconds > 0)
             asked_at = Clock.monotonic()
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
             seconds = Clock.monotonic() - asked_at
             if seconds >= FROZEN_SECONDS:
                 # The machine slept, or was stopped, and claude with it.
                 self._frozen_seconds += seconds
-                silent_at = clock.monotonic() + config.silence_seconds
+                silent_at = clock.monotonic() + longest
                 self._lost_at += seconds
             if event is not None:
                 self._lost_at = float("inf")
                 self._note_tools(event)
                 return event
 
-    def _fail_late(self, text: str) -> NoReturn:
+    def _fail_late(self, text: str, is_outage: bool = False) -> NoReturn:
+        """Fail at a deadline. is_outage: the connection is lost, as far as is known."""
         if self._retry_code:
-            raise RunFailed(self._retry_code, text + ", in which it tried to reach the API.",
-                            is_of_model=self._retry_code == "overloaded")
-        raise RunFailed("timeout", text + ".")
+            text += ", in which claude tried to reach the API"
+        code = self._retry_code or ("network" if is_outage else "timeout")
+        raise RunFailed(code, text + ".", is_of_model=code == "overloaded",
+                        is_answered=is_outage and self._is_asking)
 
     def _note_tools(self, event: CliEvent) -> None:
-        if event.kind == "message_start":
+        if event.kind == "init":
+            self._is_asking = True
+        elif event.kind == "message_start":
+            self._is_asking = False
             self._running_tools.clear()
         elif event.kind == "assistant":
             self._running_tools.update(event.tool_ids)
         elif event.kind == "tool_result":
+            self._is_asking = True
             self._running_tools.difference_update(event.tool_ids)
         elif event.kind == "control_request":
             self._tools.handle(event, [str(block.get("id")) for block in self.messages.blocks])
@@ -5113,6 +5194,7 @@ class Turn:
         """Continue a turn that waits for these results. The CLI requests some of them later when it
         calls one tool after the other."""
         self._tools.results = results
+        self._is_asking = True
         live.begin(model)
         for call_id in list(self.process.open_calls):
             self._tools.reply(*self.process.open_calls.pop(call_id), results[call_id])
@@ -5139,7 +5221,7 @@ class Turn:
         body = event.body
         if event.kind == "init":
             self.prompt_accepted = True
-            self._guard_billing(body.get("apiKeySource"))
+            guard_billing(self.process, self._control.config, body.get("apiKeySource"))
             check_client_tools(self._session.client_tools, body.get("tools"))
             live.begin(body.get("model"))
         elif event.kind == "message_start":
@@ -5187,15 +5269,6 @@ class Turn:
                  and str(block.get("name")).startswith(TOOL_PREFIX)]
         stop_info = StopInfo("tool_use", None, tuple(calls))
         return Answer(self.messages.text, usage=usage, model=model, stop_info=stop_info)
-
-    def _guard_billing(self, source: Any) -> None:
-        if source and source != "none" and not self._control.config.allow_api_key:
-            self.process.stop()
-            raise RunFailed(
-                "billing_guard",
-                "claude would have billed this run to an API key (%s), so it was stopped. Sign"
-                " claude in to the subscription, or allow it with --allow-api-key."
-                % redact(str(source)))
 
     def _finish(self, body: Mapping[str, Any], live: LiveText) -> Answer:
         """Return the answer of a `result` line. Raises RunFailed, SessionLost."""
@@ -5878,7 +5951,9 @@ class ClaudeRunner:
         self.pool.redetect_if_replaced()
         self._check_billing()
         deadline = self._clock.monotonic() + self._config.run_seconds
-        control = RunControl(self._clock, self._config, deadline, stop_reason, on_rate_limits)
+        answer_seconds = min(request.answer_seconds, self._config.silence_seconds)
+        control = RunControl(
+            self._clock, self._config, deadline, answer_seconds, stop_reason, on_rate_limits)
         for candidate in self.pool.candidates(request):
             answer = self._try(candidate, request, live, control)
             if answer:
@@ -5944,6 +6019,11 @@ LOGIN_RETRY_SECONDS = 300.0
 CHAT_HOLD_SECONDS = {"overloaded": 20.0, "network": 30.0, "login": 30.0, "paused": 30.0}
 # After so many server errors, other requests are tried before this one.
 SERVER_ERRORS = 5
+# Most requests of which they are counted.
+COUNTED_REQUESTS = 100
+# How long the API may be silent before it begins to answer, and how much it reads in a second.
+ANSWER_SECONDS = 30.0
+READ_BYTES = 20_000
 
 
 class Notifier:
@@ -6006,19 +6086,11 @@ PAUSE_TEXTS = {
 
 
 def pause_message(pause: Pause) -> str:
-    until = iso_time(None if math.isinf(pause.until) else pause.until)
+    until = iso_time(pause.known_until)
     if pause.reason == "usage_limit":
         return "The plan's limit is used up until %s." % until
     next_try = "The next try is at %s." % until if until else ""
     return " ".join(filter(None, (PAUSE_TEXTS[pause.reason], next_try, pause.text)))
-
-
-def pause_queue(database: Database, is_paused: bool) -> None:
-    """Store whether the owner holds the queue. Raises Unavailable."""
-    if is_paused != bool(database.get_state("paused")):
-        database.set_state("paused", str(database.clock.now()) if is_paused else None)
-    if is_paused != bool(database.get_state("paused")):
-        raise Unavailable("The database cannot be written now. Try again in a few seconds.")
 
 
 def seconds_left(pause: Pause, now: float) -> float:
@@ -6065,6 +6137,10 @@ class QueueHolds:
         self._login_fingerprint = fingerprint
         self._login: Any = None
         self._holds: Dict[str, Hold] = {}
+        # The model of the last try.
+        self._model = ""
+        # Model -> (since, the same on the monotonic clock) of the pauses that are active.
+        self._began: Dict[str, Tuple[float, float]] = {}
         # Job id -> server errors of the API in a row; infinite if the next one is the last.
         self._server_errors: Dict[str, float] = {}
         stored = read_hold(database.get_state("hold"))
@@ -6078,9 +6154,14 @@ class QueueHolds:
         return now >= hold.pause.until or monotonic >= hold.ends_at
 
     def active(self) -> Dict[str, Pause]:
-        """Return why requests wait, by model. A lost network counts until the API answers."""
-        pauses = {model: hold.pause for model, hold in self._holds.copy().items()
-                  if hold.pause.reason != "usage_limit" or not self._is_due(hold)}
+        """Return why requests wait, by model. A lost network counts until the API answers; while it
+        is tried, nobody knows until when."""
+        pauses = {}
+        for model, hold in self._holds.copy().items():
+            if not self._is_due(hold):
+                pauses[model] = hold.pause
+            elif hold.pause.reason != "usage_limit":
+                pauses[model] = hold.pause._replace(until=0.0)
         paused = self._database.get_state("paused")
         if paused:
             pauses[ALL_MODELS] = Pause("paused", math.inf, read_number(paused))
@@ -6098,18 +6179,19 @@ class QueueHolds:
         models = [model for model, hold in self._holds.items() if not self._is_due(hold)]
         return models + [ALL_MODELS] * bool(self._database.get_state("paused"))
 
-    def note_try(self) -> None:
-        """Record which login the next run uses."""
+    def note_try(self, model: str = "") -> None:
+        """Record the model and the login that the next run uses."""
+        self._model = model
         self._login = self._login_fingerprint()
 
     def begin(self, failure: RunFailed, model: str, since: float) -> Pause:
-        """Hold the queue after a failed run. since: when that began."""
+        """Hold the queue after a failed run. since: when that began, if the API answered before."""
         reason = HOLD_REASONS[failure.code]
         key = model if failure.is_of_model else ALL_MODELS
         if key != ALL_MODELS:
             self.end(ALL_MODELS)
         last, tries = self._holds.get(key), 0
-        if last and last.pause.reason == reason:
+        if last and last.pause.reason != "usage_limit":
             since, tries = last.pause.since, last.tries + 1
         seconds: float = BACK_OFF_SECONDS[min(tries, len(BACK_OFF_SECONDS) - 1)]
         if reason == "usage_limit":
@@ -6121,7 +6203,7 @@ class QueueHolds:
         if reason == "usage_limit":
             pause = Pause(reason, pause.until)
         self._holds[key] = Hold(pause, self._clock.monotonic() + seconds, tries, self._login)
-        if key == ALL_MODELS and not tries:
+        if key == ALL_MODELS and not (last and last.pause.reason == reason):
             is_outage = reason in ("network", "login")
             self._database.set_state(
                 "hold", as_json([reason, since, text]) if is_outage else None)
@@ -6137,6 +6219,8 @@ class QueueHolds:
             del self._server_errors[job_id]
             return True
         self._server_errors[job_id] = errors + 1
+        if len(self._server_errors) > COUNTED_REQUESTS:
+            del self._server_errors[next(iter(self._server_errors))]
         return False
 
     def suspects(self) -> List[str]:
@@ -6161,18 +6245,25 @@ class QueueHolds:
     def overdue(self, hold_seconds: float) -> Iterator[Tuple[str, Pause, str, bool, float]]:
         """Yield which requests have waited for as long as they may.
         -> (their error code, the pause, the model, whether those of /v1, made before this time)."""
-        now = self._clock.now()
+        now, monotonic = self._clock.now(), self._clock.monotonic()
         codes = {reason: code for code, reason in HOLD_REASONS.items()}
+        last_began, self._began = self._began, {}
         for model, pause in self.active().items():
+            since, began_at = last_began.get(model, (-1.0, 0.0))
+            if since != pause.since:
+                began_at = monotonic - max(0.0, now - pause.since)
+            self._began[model] = pause.since, began_at
+            # The time of day may have been set back.
+            held_seconds = max(now - pause.since, monotonic - began_at)
             limits = {True: CHAT_HOLD_SECONDS.get(pause.reason)}
             if pause.reason not in ("usage_limit", "paused"):
                 limits[False] = hold_seconds
             hold = self._holds.get(model)
-            # After a sleep, or a restart, one request is tried first.
+            # After a sleep, a restart or other models, one request is tried first.
             is_tried = not hold or not self._is_due(hold)
             for is_chat, seconds in limits.items():
-                is_long = seconds is not None and now - pause.since >= seconds
-                if seconds is not None and is_long and (is_chat or is_tried):
+                is_known = is_tried or is_chat and model in (ALL_MODELS, self._model)
+                if seconds is not None and held_seconds >= seconds and is_known:
                     code = codes.get(pause.reason, pause.reason)
                     yield code, pause, model, is_chat, now - seconds
 
@@ -6250,8 +6341,13 @@ class Purge:
         if not self.is_running:
             return
         jobs, database = self._stores.jobs, self._stores.database
-        if not jobs.purge(self._config.keep_days) and not database.free_pages():
+        # A revocation that was interrupted.
+        token_id = self._stores.tokens.disabled()
+        if token_id:
+            self._stores.tokens.delete_slice(token_id)
+        elif not jobs.purge(self._config.keep_days) and not database.free_pages():
             self._stores.usage.purge()
+            self._stores.callbacks.limit_delays()
             database.checkpoint()
             self.is_running = False
 
@@ -6386,10 +6482,12 @@ class Worker:
         jobs = self._stores.jobs
         if ALL_MODELS in held_models or not jobs.has_queued(held_models):
             return None
-        self.holds.note_try()
         last = self.holds.suspects()
         job: Optional[Job] = jobs.claim(held_models, last) if last else None
-        return job or jobs.claim(held_models)
+        job = job or jobs.claim(held_models)
+        if job:
+            self.holds.note_try(job.model or "")
+        return job
 
     def _run(self, job: Job, token: Token, chat: Optional[Chat], live: LiveText) -> None:
         """Run a job and store the result."""
@@ -6402,6 +6500,7 @@ class Worker:
                 request = chat_run_request(job, token, chat)
             else:
                 request = self._run_request(job, token)
+            request = replace(request, answer_seconds=self._answer_seconds(chat))
             try:
                 answer = self._runner.run(
                     request, live, lambda: self._stop_reason(job), self._record_rate_limits)
@@ -6449,6 +6548,14 @@ class Worker:
         return RunRequest(job.message, session, stored.key, stored.session_id, stored.spent_usd,
                           lru_cache(maxsize=None)(lambda: self._stores.conversations.history(job)),
                           job.token_id)
+
+    def _answer_seconds(self, chat: Optional[Chat]) -> float:
+        """Return for how long the API may be silent before it begins to answer: as short as clients
+        of /v1 wait, but a request that failed so, and can wait, has more time at its next try."""
+        pause = self.current_pause()
+        if pause and pause.reason == "network" and not chat:
+            return self._config.silence_seconds
+        return ANSWER_SECONDS + (len(as_json(chat.turns)) / READ_BYTES if chat else 0.0)
 
     def _stop_reason(self, job: Job) -> Optional[str]:
         if self._clock.monotonic() >= self._abort_at:
@@ -6923,7 +7030,7 @@ class Service:
 
     def set_paused(self, is_paused: bool) -> None:
         """Hold the queue, or let it go on. A running request continues. Raises Unavailable."""
-        pause_queue(self.stores.database, is_paused)
+        self.stores.database.set_paused(is_paused)
         self._notifier.notify(Notifier.JOB_QUEUED)
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
@@ -7122,10 +7229,7 @@ def event_stream(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]
 def pause_body(pause: Optional[Pause]) -> Dict[str, Any]:
     if not pause:
         return {}
-    body: Dict[str, Any] = {"waitingFor": pause.reason}
-    if not math.isinf(pause.until):
-        body["resumesAt"] = iso_time(pause.until)
-    return body
+    return without_none({"waitingFor": pause.reason, "resumesAt": iso_time(pause.known_until)})
 
 
 def usage_body(usage: Usage) -> Dict[str, Any]:
@@ -7404,6 +7508,10 @@ CALLBACK_SECONDS = 15.0
 # Of the head of the receiver's answer; its body is not read.
 CALLBACK_ANSWER_BYTES = 16_384
 CALLBACK_POLL_SECONDS = 1.0
+# Most attempts at the same time.
+CALLBACK_THREADS = 8
+# For attempts to end when the bridge stops.
+CLOSE_CALLBACKS_SECONDS = 1.0
 INTERIM_ANSWER_RE = re.compile(rb"\A(?:HTTP/1\.1 1\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+")
 ANSWER_STATUS_RE = re.compile(rb"HTTP/1\.[01] ([2-9]\d\d)[ \r\n]")
 RETRY_AFTER_RE = re.compile(rb"\nretry-after:[ \t]*(\d{1,9})[ \t]*\r?\n", re.IGNORECASE)
@@ -7499,13 +7607,17 @@ def read_callback_answer(connection: socket.socket, deadline: float) -> Tuple[in
 
 
 class CallbackSender:
-    """Sends results to the addresses that clients named. Owns the thread "callbacks"."""
+    """Sends results to the addresses that clients named: those of one token one after the other, so
+    that a silent receiver delays no other token. Owns the thread "callbacks", which starts others
+    when there is something to send."""
 
     def __init__(self, stores: Stores, metrics: Metrics) -> None:
         self._stores = stores
         self._metrics = metrics
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
+        # By token.
+        self._senders: Dict[str, threading.Thread] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -7513,26 +7625,46 @@ class CallbackSender:
     def close(self) -> None:
         """Stop; an attempt that is cut counts as a failed one. Idempotent."""
         self._stopping.set()
-        if self._thread.ident:
-            self._thread.join(CLOSE_SECONDS)
+        stop_at = Clock.monotonic() + CLOSE_CALLBACKS_SECONDS
+        for thread in (self._thread, *self._senders.values()):
+            if thread.ident:
+                thread.join(max(0.0, stop_at - Clock.monotonic()))
 
     def _loop(self) -> None:
         while not self._stopping.wait(CALLBACK_POLL_SECONDS):
-            try:
-                while not self._stopping.is_set() and self.step():
-                    pass
-            except Unavailable:
-                # The database is locked, or the disk is full: it is sent later, perhaps again.
-                continue
-            except Exception:
-                logger.exception("A callback failed.")
+            for token_id, thread in list(self._senders.items()):
+                if not thread.is_alive():
+                    del self._senders[token_id]
+            # Without the database, or without a thread, it is sent a second later.
+            with contextlib.suppress(Unavailable, RuntimeError):
+                for token_id in {callback.token_id for callback in self._due()} - {*self._senders}:
+                    if len(self._senders) < CALLBACK_THREADS:
+                        thread = threading.Thread(
+                            target=self._send_all, args=(token_id,), name="callback", daemon=True)
+                        thread.start()
+                        self._senders[token_id] = thread
 
-    def step(self) -> bool:
-        """Send what is due. -> whether there was something."""
+    def _send_all(self, token_id: str) -> None:
+        try:
+            while not self._stopping.is_set() and self.step(token_id):
+                pass
+        except Unavailable:
+            # The database is locked, or the disk is full: it is sent later, perhaps again.
+            return
+        except Exception:
+            logger.exception("A callback failed.")
+
+    def _due(self) -> List[Callback]:
         next_at = self._stores.callbacks.next_at()
         if next_at is None or next_at > self._stores.database.clock.now():
-            return False
-        callback = self._stores.callbacks.due()
+            return []
+        return self._stores.callbacks.due()
+
+    def step(self, token_id: Optional[str] = None) -> bool:
+        """Send what is due for the longest time. token_id: only of this token. -> whether there was
+        something."""
+        callback = next((callback for callback in self._due()
+                         if token_id in (None, callback.token_id)), None)
         job = self._stores.jobs.get(callback.job_id) if callback else None
         if not callback or not job:
             return False
@@ -8060,7 +8192,7 @@ def chat_steps(context: Context, job: Job) -> ChatSteps:
     text = RestartableText()
     model = job.model
     is_finished = False
-    last_sent_at = clock.now()
+    last_sent_at = clock.monotonic()
     try:
         # No name for the generator: the failure's traceback would keep it open.
         is_gone = context.request.client_disconnected
@@ -8080,9 +8212,10 @@ def chat_steps(context: Context, job: Job) -> ChatSteps:
                     yield ChatStep(kind, piece, model)
                 yield ChatStep("end", model=view.job.model or model, job=view.job)
                 return
-            elif event.kind == "heartbeat" or clock.now() - last_sent_at >= HEARTBEAT_SECONDS:
+            elif event.kind == "heartbeat" or (
+                    clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
                 # A new position in the queue is not sent to these clients.
-                last_sent_at = clock.now()
+                last_sent_at = clock.monotonic()
                 yield ChatStep("heartbeat", model=model)
         raise Unavailable("The request was cancelled: its client left, or the bridge is stopping.")
     finally:
@@ -8147,20 +8280,18 @@ def handle_chat(context: Context, format: Format) -> Response:
     job = context.service.ask(context.require_caller(), chat).job
     ids = (("request-id", job.id), ("x-request-id", job.id))
     steps = chat_steps(context, job)
+    started = context.service.clock.monotonic()
     if chat.stream:
         first = next(steps)
-        give_up_at = context.service.clock.monotonic() + max(CHAT_HOLD_SECONDS.values())
+        # An error at the end of a hold must have its status.
+        give_up_at = started + max(CHAT_HOLD_SECONDS.values()) + HEARTBEAT_SECONDS
         while first.kind == "heartbeat" and context.service.clock.monotonic() < give_up_at:
-            # An error at the end of a hold must have its status.
-            if not context.service.current_pause(job.model):
-                break
             first = next(steps)
         return stream_response(format.stream(chat, job, first, steps), ids)
-    deadline = context.service.clock.now() + WAIT_SECONDS - HEARTBEAT_SECONDS
     for step in steps:
         if step.job:
             return json_response(200, format.body(step.job), ids)
-        if context.service.clock.now() >= deadline:
+        if context.service.clock.monotonic() - started >= WAIT_SECONDS - HEARTBEAT_SECONDS:
             return Response(200, stream=heartbeat_then_body(context, format, steps), headers=ids)
     raise AssertionError("unreachable")
 
@@ -8168,15 +8299,16 @@ def handle_chat(context: Context, format: Format) -> Response:
 def heartbeat_then_body(context: Context, format: Format, steps: ChatSteps) -> BodyIterator:
     """Yield blanks, then the body: of the answer, or of an error under the status 200."""
     clock = context.service.clock
-    last_sent_at = clock.now()
+    last_sent_at = clock.monotonic()
     with contextlib.closing(steps):
         yield b" "
         try:
             for step in steps:
                 if step.job:
                     yield as_json(format.body(step.job)).encode("utf-8", "replace")
-                elif step.kind == "heartbeat" or clock.now() - last_sent_at >= HEARTBEAT_SECONDS:
-                    last_sent_at = clock.now()
+                elif step.kind == "heartbeat" or (
+                        clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
+                    last_sent_at = clock.monotonic()
                     yield b" "
         except BridgeError as error:
             yield as_json(format.error(error)).encode("utf-8", "replace")
@@ -11423,8 +11555,7 @@ class BridgeStatus:
             ("cab_tunnel_up", ()): bool(self._tunnel and tunnel["url"]),
             ("cab_tunnel_state", (("state", tunnel["state"]),)): 1,
             ("cab_tunnel_starts_total", ()): tunnel.get("starts", 0)}
-        pause = self._worker.current_pause()
-        if pause:
+        for pause in self._worker.holds.active().values():
             gauges["cab_held", (("reason", pause.reason),)] = 1
         counts = self._stores.jobs.counts()
         for status in JobStatus.UNFINISHED:
@@ -11501,14 +11632,14 @@ class Bridge:
             new = NewToken(name="admin", admin=True)
             token, self.new_admin_token = service.create_token(new)
             self.discard_admin_token = lambda: service.discard_token(token)
+        callbacks = CallbackSender(stores, metrics)
+        on_exit(callbacks.close)
         on_exit(notifier.close)
         on_exit(worker.close)
         on_exit(self._server.stop_accepting)
         if tunnel:
             on_exit(tunnel.request_stop)
         worker.start()
-        callbacks = CallbackSender(stores, metrics)
-        on_exit(callbacks.close)
         callbacks.start()
 
     def _open_stores(self, path: Path, metrics: Metrics) -> Stores:

@@ -147,7 +147,7 @@ def test_the_service_knows_the_notifier_but_not_the_worker() -> None:
     queue, service = NUMBERS["Queue"], NUMBERS["Service"]
     names = {name for node, name in uses() if room(node) == service and ROOM_OF[name] == queue}
     assert names == {
-        "Notifier", "is_long_limit", "PAUSE_TEXTS", "pause_message", "pause_queue",
+        "Notifier", "is_long_limit", "PAUSE_TEXTS", "pause_message",
         "seconds_left", "held_error", "job_error",
     }
 
@@ -239,7 +239,7 @@ def test_the_head_names_every_lock() -> None:
 # One request, or one job, must not take the others along: the dispatcher and the tops of threads.
 CATCHES_ALL = {
     "Dispatcher._respond", "Database._execute_writes", "Worker._loop", "Tunnel._loop",
-    "CallbackSender._loop", "wait_in_thread",
+    "CallbackSender._send_all", "wait_in_thread",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -29,7 +30,8 @@ def test_a_backup_of_a_running_bridge_holds_all_that_was_accepted(
 ) -> None:
     running, copy = bridge(), tmp_path / "copy.db"
     done = running.admin.done(running.admin.ask("say hi"))
-    copy.write_bytes(b"SQLite format 3\0an older copy")
+    # An older copy.
+    cab.Stores(copy, cab.Clock()).close()
     cab.backup_database(tmp_path / "data" / "bridge.db", copy)
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy.db"]
@@ -43,10 +45,19 @@ def test_a_backup_of_a_running_bridge_holds_all_that_was_accepted(
         stores.close()
 
 
-@pytest.mark.parametrize("kind", ["a text", "a folder", "the database"])
-def test_a_backup_replaces_nothing_but_a_database(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["a text", "a folder", "the database", "a foreign database", "another bridge"])
+def test_a_backup_replaces_nothing_but_a_backup(tmp_path: Path, kind: str) -> None:
     source, target = tmp_path / "bridge.db", tmp_path / "target"
     cab.Stores(source, cab.Clock()).close()
+    if kind == "a foreign database":
+        with contextlib.closing(sqlite3.connect(str(target))) as db:
+            db.execute("CREATE TABLE jobs (id)").close()
+    elif kind == "another bridge":
+        target = tmp_path / "other" / "bridge.db"
+        target.parent.mkdir()
+        cab.Stores(target, cab.Clock()).close()
+        (target.parent / "bridge.lock").touch()
     if kind == "a text":
         target.write_text("dear diary")
     elif kind == "a folder":
@@ -311,7 +322,7 @@ def test_a_sleep_of_the_machine_is_no_silence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cab.Clock, "monotonic", staticmethod(lambda: clock.at))
     sleeper: Any = Sleeper(clock)
     control = cab.RunControl(
-        clock, cab.Config(silence_seconds=60, run_seconds=300), 300.0, lambda: None,
+        clock, cab.Config(silence_seconds=60, run_seconds=300), 300.0, 60.0, lambda: None,
         lambda limits: None)
     turn = cab.Turn(sleeper, cab.DEFAULT_SESSION, control)
     assert turn.next_event() and sleeper.waits == 30

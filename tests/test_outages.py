@@ -100,14 +100,19 @@ def test_a_try_is_due_when_either_clock_has_reached_the_end(tmp_path: Path, whic
     held.stores.close()
 
 
-def test_the_reason_may_change_and_then_begins_anew(held: Holds) -> None:
+def test_the_reason_may_change_but_nothing_was_answered_meanwhile(held: Holds) -> None:
+    began = held.clock.at
     held.fail(NETWORK)
     held.clock.advance(100)
     assert held.fail(LOGIN) == cab.LOGIN_RETRY_SECONDS == 300
     pause = held.holds.current()
-    assert pause and (pause.reason, pause.since) == ("login", held.clock.at)
+    assert pause and (pause.reason, pause.since) == ("login", began)
+    pause = held.restarted().current()
+    assert pause and (pause.reason, pause.since) == ("login", began)
     held.clock.advance(300)
-    assert held.fail(NETWORK) == 2
+    assert held.fail(NETWORK) == 8
+    pause = held.holds.current()
+    assert pause and (pause.reason, pause.since) == ("network", began)
 
 
 def test_an_overload_holds_its_model_and_says_that_the_network_works(held: Holds) -> None:
@@ -190,7 +195,9 @@ def test_a_restart_knows_reason_and_begin_and_tries_at_once(
     held.fail(failure)
     held.clock.advance(1)
     held.holds = held.restarted()
-    assert held.holds.current() == cab.Pause(reason, held.clock.at, began, str(failure))
+    # Nobody knows until when: it is tried now.
+    assert held.holds.current() == cab.Pause(reason, 0.0, began, str(failure))
+    assert cab.pause_body(held.holds.current()) == {"waitingFor": reason}
     assert held.holds.held_models() == []
     held.fail(failure)
     held.holds = held.restarted()

@@ -5079,15 +5079,16 @@ class Turn:
                         is_answered=is_outage and self._is_asking)
 
     def _note_tools(self, event: CliEvent) -> None:
-        if event.kind == "init":
+        if event.kind in ("init", "tool_result"):
             self._is_asking = True
-        elif event.kind == "message_start":
+        elif event.kind in ("message_start", "retry"):
+            # Before it retries, the CLI may wait for as long as the API wishes.
             self._is_asking = False
+        if event.kind == "message_start":
             self._running_tools.clear()
         elif event.kind == "assistant":
             self._running_tools.update(event.tool_ids)
         elif event.kind == "tool_result":
-            self._is_asking = True
             self._running_tools.difference_update(event.tool_ids)
         elif event.kind == "control_request":
             self._tools.handle(event, [str(block.get("id")) for block in self.messages.blocks])

@@ -863,6 +863,20 @@ def test_the_one_that_waits_longest_is_first_and_indexes_find_it(
             assert all("INDEX" in line or line == "SCAN t" for line in lines), plan
 
 
+def test_a_time_that_a_wrong_clock_made_is_corrected(
+    sending: SendingOf, receiver: Receiver, clock: FakeClock
+) -> None:
+    one = sending(receiver.host)
+    receiver.answer = SERVER_ERROR
+    one.finish(receiver.url)
+    clock.advance(30 * 86_400)
+    one.sender.step()
+    clock.advance(-30 * 86_400)
+    assert not one.sender.step()
+    one.stores.callbacks.limit_delays()
+    assert one.sender.step() and receiver.connections == 2
+
+
 # --- the product ---
 
 Start = Callable[..., RunningBridge]
@@ -986,27 +1000,33 @@ def test_a_request_without_callback_has_the_fingerprint_of_earlier_versions() ->
     assert ask.fingerprint == cab.digest(cab.as_json(fields))
 
 
-def test_a_receiver_that_hangs_delays_neither_polls_nor_answers_nor_the_end(
+def test_a_receiver_that_hangs_delays_no_other_token_and_not_the_end(
     bridge: Start, receive: Receivers, tmp_path: Path
 ) -> None:
-    receiver = receive(Receiver.hang)
+    receiver, other = receive(Receiver.hang), receive()
     with contextlib.ExitStack() as stack:
         running = bridge()
         stack.callback(receiver.stopped.set)
         api, _ = token_for(running, [receiver.host])
+        others, _ = token_for(running, [other.host])
         request_id = api.ask("hi", callback=receiver.url)
+        api.ask("and this", callback=receiver.url)
         delivered(receiver)
         began = time.monotonic()
+        others.ask("hello", callback=other.url)
+        delivered(other)
         assert api.poll(request_id)["status"] == "completed"
         assert api.answer("more")["response"] == "Echo: more"
         assert time.monotonic() - began < 5
+        assert receiver.connections == 1
         running.bridge.__exit__()
         assert time.monotonic() - began < 12 and not receiver.stopped.is_set()
     # The attempt of a bridge that has ended writes nothing, and no traceback.
-    wait_until(lambda: "callbacks" not in [thread.name for thread in threading.enumerate()])
+    wait_until(lambda: "callback" not in [thread.name for thread in threading.enumerate()])
     assert "Traceback" not in "\n".join(running.log)
     with contextlib.closing(sqlite3.connect(str(tmp_path / "data" / "bridge.db"))) as db:
-        assert db.execute("SELECT attempts FROM callbacks").fetchall() in ([(0,)], [(1,)])
+        rows = db.execute("SELECT attempts FROM callbacks ORDER BY rowid").fetchall()
+    assert rows == [(1,), (0,)]
 
 
 def test_a_result_that_was_not_sent_is_sent_after_the_next_start(

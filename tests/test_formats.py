@@ -2533,6 +2533,7 @@ def test_a_silent_stream_sends_heartbeats(
     bridge: Start, monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cab, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(cab, "CHAT_HOLD_SECONDS", {"network": 0.1})
     admin = bridge().admin
     for api in PATHS:
         gate = tmp_path / api
@@ -2555,6 +2556,7 @@ def test_an_open_request_gets_heartbeats_also_while_the_queue_moves(
     job_ids = [running.admin.ask(prompt) for prompt in prompts]
     monkeypatch.setattr(cab, "WAIT_SECONDS", 0.25)
     monkeypatch.setattr(cab, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(cab, "CHAT_HOLD_SECONDS", {"network": 0.0})
     requests = [
         OpenRequest(running.admin, api, talk("say last", stream=stream))
         for api, stream in (("anthropic", False), ("openai", True))

@@ -373,6 +373,138 @@ def test_other_models_go_on_during_an_overload(
     assert states(queue, [one, two]) == [("completed", None, 1)] * 2
 
 
+def test_a_turn_waits_for_the_turn_before_it_whatever_holds_that(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    queue = new_queue(clock)
+    queue.claude.script["one"] = failing("overloaded", "API Error: 529", None, True)
+    turns = [
+        queue.ask(message, conversation="trip", model=model)
+        for message, model in (("one", "opus"), ("two", "haiku"), ("three", None))
+    ]
+    queue.ask("beside", conversation="other", model="haiku")
+    assert queue.run_all() == ["one", "beside"]
+    # What cannot run is nothing to do.
+    assert not queue.store.jobs.has_queued(queue.worker.holds.held_models())
+    queue.claude.script = {}
+    clock.advance(2)
+    assert queue.run_all() == ["one", "two", "three"]
+    assert states(queue, turns) == [("completed", None, 1)] * 3
+
+
+def test_a_turn_waits_for_the_turn_before_it_that_others_are_tried_before(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    queue = new_queue(clock)
+
+    def boom(*arguments: Any) -> cab.Answer:
+        raise cab.RunFailed("network", "API Error: 500 boom", is_answered=True)
+
+    queue.claude.script["one"] = boom
+    one, _ = [queue.ask(message, conversation="trip") for message in ("one", "two")]
+    for _ in range(cab.SERVER_ERRORS + 3):
+        assert queue.run_all() == ["one"]
+        clock.advance(60)
+    beside = queue.ask("beside")
+    # Since another one was answered, the first turn has its last try.
+    assert queue.run_all() == ["beside", "one"] and queue.outcome(beside)[0] == "completed"
+    assert queue.outcome(one) == ("error", "network")
+    clock.advance(60)
+    assert queue.run_all() == ["two"]
+
+
+def test_a_model_that_nobody_tried_lately_fails_no_request(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    """Another model has run for so long that the overload may be over."""
+    queue = new_queue(clock)
+    queue.claude.script["one"] = failing("overloaded", "API Error: 529", None, True)
+    first = queue.ask("one", model="opus")
+    assert queue.run_all() == ["one"]
+    queue.store.jobs.fail(queue.job(first), "cancelled", "", ("queued",))
+    queue.claude.script = {}
+    chats: List[str] = []
+
+    def long_run(
+        work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]
+    ) -> cab.Answer:
+        chats.append(ask_chat(queue, "chat", model="opus"))
+        for _ in range(100):
+            clock.advance(1)
+            assert stop_reason() is None
+        return echo(work, live, stop_reason)
+
+    queue.claude.script["long"] = long_run
+    queue.ask("long", model="haiku")
+    assert queue.run_all()[0] == "long"
+    queue.run_all()
+    assert [queue.job(chat).status for chat in chats] == ["completed"]
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_a_clock_that_is_set_back_lets_no_client_wait_for_longer(
+    tmp_path: Path, new_queue: Make, is_paused: bool
+) -> None:
+    clock = TwoClocks()
+    queue = new_queue(clock)
+    fail_all(queue, "network")
+    queue.ask("native")
+    if is_paused:
+        queue.store.database.set_paused(True)
+    else:
+        queue.run_all()
+    before = ask_chat(queue, "before")
+    maintain(queue)
+    clock.at -= 86_400
+    after = ask_chat(queue, "after")
+    for _ in range(31):
+        clock.at += 1
+        clock.passed += 1
+        maintain(queue)
+    code = "paused" if is_paused else "network"
+    assert states(queue, [before, after]) == [("error", code, 0)] * 2
+
+
+def test_another_program_may_pause_and_resume_at_any_moment(
+    tmp_path: Path, clock: FakeClock
+) -> None:
+    """What this program has read lately may be out of date."""
+    path = tmp_path / "bridge.db"
+    ours, other = cab.Stores(path, clock).database, cab.Stores(path, clock).database
+    try:
+        for _ in range(3):
+            for is_paused in (True, False):
+                ours.get_state("paused")
+                other.set_paused(is_paused)
+                ours.set_paused(is_paused)
+                other.set_paused(not is_paused)
+                ours.set_paused(is_paused)
+                began = clock.now()
+                clock.advance(1)
+                ours.set_paused(is_paused)
+                # The first pause counts.
+                stored = ours.read("SELECT value FROM remembered WHERE name = 'paused'")
+                assert stored == ([(str(began),)] if is_paused else [])
+    finally:
+        ours.close()
+        other.close()
+
+
+def test_a_request_that_ends_the_bridge_is_not_tried_for_ever_in_an_outage(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    queue = new_queue(clock)
+    queue.ask("first")
+    fail_all(queue, "network")
+    queue.run_all()
+    jobs = queue.store.jobs
+    for number in range(cab.OUTAGE_CRASHES + cab.JOB_ATTEMPTS):
+        assert jobs.claim() and jobs.recover()[1] == 0 or number >= cab.OUTAGE_CRASHES
+        # The start afterwards, while nothing runs, is no crash.
+        assert jobs.recover() == (0, 0)
+    assert [job.error_code for job in jobs.page(None, (), None, 9)[0]] == ["interrupted"]
+
+
 def test_too_few_processes_hold_all_models(new_queue: Make, clock: FakeClock) -> None:
     """No process can be started here, whatever the model."""
     queue = new_queue(clock)

@@ -530,7 +530,7 @@ def test_a_prompt_that_a_process_accepted_is_not_retried(direct: Directs) -> Non
             {"silence_seconds": 200, "run_seconds": 9000}, "delta", None,
         ),
         (
-            "chatty", "network", "longer than 600 seconds, in which it tried to reach the API",
+            "chatty", "network", "longer than 600 seconds, in which claude tried to reach the API",
             {"silence_seconds": 200, "run_seconds": 600}, "retry", "retry",
         ),
         (
@@ -630,7 +630,35 @@ def test_silence_counts_again_once_the_tool_is_done(
 ) -> None:
     fake = twist(fake_claude(), FORGOTTEN)
     code, text = direct(fake, silence_seconds=0.15, run_seconds=20).failure("forgotten")
-    assert code == "timeout" and "sent nothing" in text
+    # The CLI has asked the API for the next message.
+    assert code == "network" and "The API sent nothing" in text
+
+
+SILENT = """
+import time
+fake_claude.Fake.event = lambda self, **fields: time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, after, seconds, outcome",
+    [
+        (SILENT, "init", 140.0, ("network", "The API sent nothing for 140 seconds.", True)),
+        # An answer that has begun may pause for longer.
+        ("", "delta", 1.0, ("timeout", "claude sent nothing for 200 seconds.", False)),
+    ],
+)
+def test_an_api_that_is_silent_before_its_answer_is_a_lost_network(
+    direct: Directs, fake_claude: Fakes, hasty: None, monkeypatch: pytest.MonkeyPatch,
+    fault: str, after: str, seconds: float, outcome: Tuple[str, str, bool],
+) -> None:
+    """Packets that a firewall drops, and a server that accepts and says nothing, look the same."""
+    clock = Skipped()
+    d = direct(twist(fake_claude(), fault), clock=clock, silence_seconds=200, run_seconds=9000)
+    with monkeypatch.context() as patch:
+        skip_time(patch, clock, after, None)
+        failure = d.failed("hang", work={"answer_seconds": seconds})
+    assert (failure.code, str(failure), failure.is_answered) == outcome
 
 
 def test_a_dead_process_is_noticed_while_descendants_hold_its_pipes_and_they_end(

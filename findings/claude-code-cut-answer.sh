@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# After a lost connection, Claude Code reports one half of the answer as the whole, as a success.
+# After a cut answer, Claude Code reports one half of it as the whole, and as a success.
 #
-# Expected: the connection to the API is lost in the middle of a streamed answer. The result
+# Expected: a streamed answer of the API breaks off without the event message_stop. The result
 #   line of `claude -p --output-format stream-json` holds the whole answer, if the CLI gets the
 #   rest of it, or reports an error.
-# Happens: it depends on what had arrived. Before the end of the first content block, both
-#   versions ask again from the start, and the result is whole; but the text deltas of the first
-#   try stay in the stream, and 2.1.197 writes no line that takes them back.
-#   After the end of a block (also of a thinking block), 2.1.197 asks no more: the result holds
-#   the finished blocks, which may be the empty string, and only stop_reason null tells of it.
+# Happens: that is so before the end of the first content block. Both versions ask again from
+#   the start. But the text deltas of the first try stay in the stream, and 2.1.197 writes no
+#   line that takes them back. After the end of a block, also of a block of thinking:
 #   2.1.332 asks for the rest with a user message that the caller did not write. The result is
-#   the rest alone, with stop_reason "end_turn". It keeps the finished blocks only, so the text
-#   of the unfinished one comes twice in the deltas. In all of this the subtype is "success",
-#   is_error false and the exit status 0. The text of all assistant lines, joined, is the whole
-#   answer in 2.1.332; in 2.1.197 it is no more than the result.
+#   the rest alone, with stop_reason "end_turn", is_error false and exit status 0. The request
+#   has the finished blocks only, so the text of an unfinished one comes twice in the deltas.
+#   The texts of all assistant lines, joined, are the whole answer.
+#   2.1.197 does not ask again. When the connection is lost, it reports an error, as it should.
+#   When the HTTP response itself is complete, as from a gateway that has lost the connection
+#   behind it, the result holds the finished blocks, which may be the empty string, with is_error
+#   false and exit status 0. Only the stop_reason null tells that something is missing.
 # Versions: @anthropic-ai/claude-code 2.1.332 and 2.1.197 (npm), Python 3.9 or newer.
-#   Seen on 2026-11-29. The stand-in of the API goes on exactly where the request ends.
+#   Seen on 2026-11-29. The stand-in of the API goes on where the answer in the request ends.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -23,10 +24,10 @@ cd "$work"
 npm install --prefix 2.1.332 --silent --no-audit --no-fund @anthropic-ai/claude-code@2.1.332
 npm install --prefix 2.1.197 --silent --no-audit --no-fund @anthropic-ai/claude-code@2.1.197
 cat >check.py <<'PY'
-import http.server, json, os, subprocess, sys, threading
+import http.server, json, os, subprocess, sys, threading, time
 
 WHOLE = "one two three four"
-requests, first_blocks = [], []
+requests, first_blocks, is_lost = [], [], False
 
 def texts(messages, role):
     """Return the texts of all messages of this role."""
@@ -37,7 +38,7 @@ def texts(messages, role):
             if block["type"] == "text"]
 
 class Api(http.server.BaseHTTPRequestHandler):
-    """Breaks off its first answer, and gives the part of WHOLE that the request lacks."""
+    """Sends `first_blocks` only, and from then on the part of WHOLE that a request lacks."""
 
     protocol_version = "HTTP/1.1"
 
@@ -86,13 +87,16 @@ class Api(http.server.BaseHTTPRequestHandler):
         if len(requests) == 1:
             for index, block in enumerate(first_blocks):
                 self.block(index, *block)
-            # Without the chunk of length 0, the response is incomplete.
+            time.sleep(0.3)  # so that the CLI has read all of it
             self.close_connection = True
-            return
-        self.block(0, "text", [missing], True)
-        self.say("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 7})
-        self.say("message_stop")
-        self.wfile.write(b"0\r\n\r\n")
+        else:
+            self.block(0, "text", [missing], True)
+            self.say("message_delta", delta={"stop_reason": "end_turn"},
+                     usage={"output_tokens": 7})
+            self.say("message_stop")
+        if len(requests) > 1 or not is_lost:
+            # The chunk that ends an HTTP response.
+            self.wfile.write(b"0\r\n\r\n")
 
 api = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
 threading.Thread(target=api.serve_forever, daemon=True).start()
@@ -110,7 +114,9 @@ def outcome(version):
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     events = [line["event"] for line in lines if line["type"] == "stream_event"]
     kinds = [line["subtype"] if line["type"] == "system" else line["type"] for line in lines]
-    answers = [line["message"] for line in lines if line["type"] == "assistant"]
+    # A line with "error" is no answer, but holds the sentence of the result.
+    answers = [line["message"] for line in lines
+               if line["type"] == "assistant" and "error" not in line]
     result, messages = lines[-1], requests[-1]["messages"]
     return {
         "requests": len(requests),
@@ -127,35 +133,47 @@ def expected(requests, *values):
     """Return the outcome with these values, which are in its order from the second one on."""
     names = ("the question comes last", "answer in the last request", "lines about the cut",
              "text deltas", "assistant lines", "result", "stop_reason")
-    return {"requests": requests, **dict(zip(names, values)),
-            "subtype": "success", "is_error": False, "exit status": 0}
+    seen = {"requests": requests, **dict(zip(names, values)), "subtype": "success"}
+    has_failed = seen["result"] == FAILED
+    return {**seen, "is_error": has_failed, "exit status": int(has_failed)}
 
-HALF, REST = "one two ", "three four"
-# What arrives before the cut, and what is seen with 2.1.332 and with 2.1.197.
+HALF, REST, FAILED = "one two ", "three four", "API Error: "
+# What arrives; what is seen with 2.1.332; the same with 2.1.197 after a complete response, and
+# after a lost connection.
 cases = {
     "a part of the first block": (
         [("text", ["one ", "two "], False)],
         expected(2, True, "", ["api_retry"], HALF + WHOLE, WHOLE, WHOLE, "end_turn"),
+        expected(2, True, "", [], HALF, WHOLE, WHOLE, "end_turn"),
         expected(2, True, "", [], HALF, WHOLE, WHOLE, "end_turn")),
-    "thinking, and a part of the text": (
+    "thinking and a part of the text": (
         [("thinking", ["hmm"], True), ("text", ["one ", "two "], False)],
         expected(2, False, "", ["user"], HALF + WHOLE, WHOLE, WHOLE, "end_turn"),
-        expected(1, True, "", [], HALF, "", "", None)),
-    "one of two blocks of text": (
+        expected(1, True, "", [], HALF, "", "", None),
+        expected(1, True, "", [], HALF, "", FAILED, "stop_sequence")),
+    "the first of two blocks of text": (
         [("text", ["one ", "two "], True)],
         expected(2, False, HALF, ["user"], WHOLE, WHOLE, REST, "end_turn"),
-        expected(1, True, "", [], HALF, HALF, HALF, None)),
-    "one block of text, and a part of the second": (
+        expected(1, True, "", [], HALF, HALF, HALF, None),
+        expected(1, True, "", [], HALF, HALF, FAILED, "stop_sequence")),
+    "a block of text and a part of the second": (
         [("text", ["one ", "two "], True), ("text", ["three "], False)],
         expected(2, False, HALF, ["user"], HALF + "three " + REST, WHOLE, REST, "end_turn"),
-        expected(1, True, "", [], HALF + "three ", HALF, HALF, None))}
+        expected(1, True, "", [], HALF + "three ", HALF, HALF, None),
+        expected(1, True, "", [], HALF + "three ", HALF, FAILED, "stop_sequence"))}
 as_before = True
-for place, version in enumerate(("2.1.332", "2.1.197")):
-    for name, (first_blocks[:], *awaited) in cases.items():
-        seen = outcome(version)
-        print(f"{version}, cut after {name}; the whole answer is {WHOLE!r}:")
-        print(*(f"    {key}: {value!r}" for key, value in seen.items()), sep="\n")
-        as_before &= seen == awaited[place]
+print(f"The whole answer is {WHOLE!r}.")
+for version in "2.1.332", "2.1.197":
+    for name, (first_blocks[:], new, old, old_lost) in cases.items():
+        for is_lost in False, True:
+            end = "the connection is lost" if is_lost else "the response ends"
+            seen = outcome(version)
+            print(f"{version}, {end} after {name}:")
+            print(*(f"    {key}: {value!r}" for key, value in seen.items()), sep="\n")
+            if seen["is_error"]:
+                seen["result"] = seen["result"][:len(FAILED)]
+            as_before &= seen == (
+                new if version == "2.1.332" else old_lost if is_lost else old)
 sys.exit(0 if as_before else 1)
 PY
 2.1.332/node_modules/.bin/claude --version

@@ -6,11 +6,11 @@
 #   rest of it, or reports an error.
 # Happens: that is so before the end of the first content block. Both versions ask again from
 #   the start. But the text deltas of the first try stay in the stream, and 2.1.197 writes no
-#   line that takes them back. After the end of a block, also of a block of thinking:
+#   line that tells of it. After the end of a block it is different, also of a block of thinking:
 #   2.1.332 asks for the rest with a user message that the caller did not write. The result is
 #   the rest alone, with stop_reason "end_turn", is_error false and exit status 0. The request
-#   has the finished blocks only, so the text of an unfinished one comes twice in the deltas.
-#   The texts of all assistant lines, joined, are the whole answer.
+#   has the finished blocks only (none, if that is thinking), so the text of an unfinished one
+#   comes twice in the deltas. The assistant lines, joined, have the whole text.
 #   2.1.197 does not ask again. When the connection is lost, it reports an error, as it should.
 #   When the HTTP response itself is complete, as from a gateway that has lost the connection
 #   behind it, the result holds the finished blocks, which may be the empty string, with is_error
@@ -87,7 +87,7 @@ class Api(http.server.BaseHTTPRequestHandler):
         if len(requests) == 1:
             for index, block in enumerate(first_blocks):
                 self.block(index, *block)
-            time.sleep(0.3)  # so that the CLI has read all of it
+            time.sleep(0.5)  # so that the CLI has read all of it
             self.close_connection = True
         else:
             self.block(0, "text", [missing], True)

@@ -588,6 +588,8 @@ def error_body(error: BridgeError) -> Dict[str, Any]:
 # Helpers without a subject of their own: JSON, time, text, secrets, rate limits and metrics.
 
 JSON_LEVELS = 100
+# Also one that has no end.
+JSON_STRING_RE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 # One large value is decoded at a time. 1 MiB of JSON can be half a million objects, each of which
 # takes far more memory than its text; a stored answer can have 10 MB.
@@ -610,17 +612,14 @@ def without_none(body: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def nests_deeper_than(value: Any, levels: int) -> bool:
-    """Return whether lists and objects nest in more than `levels` levels."""
-    layer = [value]
-    for _ in range(levels + 1):
-        containers = [item for item in layer if isinstance(item, (dict, list))]
-        layer = []
-        for item in containers:
-            layer.extend(item.values() if isinstance(item, dict) else item)
-        if not layer:
-            return False
-    return True
+def nests_too_deeply(text: str) -> bool:
+    """Return whether lists and objects of JSON nest in more than JSON_LEVELS levels. The reader
+    needs a part of its thread's stack for each, so this looks at the text."""
+    if text.count("[") + text.count("{") <= JSON_LEVELS:
+        return False
+    brackets = re.sub(r"[^][{}]+", "", JSON_STRING_RE.sub("", text))
+    levels = accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    return max(levels, default=0) > JSON_LEVELS
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -639,11 +638,10 @@ def parse_json(data: bytes) -> Any:
     is_large = len(data) > 1 << 16
     try:
         with _LARGE_VALUE_LOCK if is_large else contextlib.nullcontext():
-            value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant,
-                               parse_float=_finite_float)
-            if nests_deeper_than(value, JSON_LEVELS):
+            text = data.decode("utf-8-sig")
+            if nests_too_deeply(text):
                 raise RecursionError
-        return value
+            return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
     except UnicodeDecodeError as error:
         raise InvalidJson(
             "Body is not valid UTF-8 (byte %d). Send JSON encoded as UTF-8" % error.start) from None
@@ -1688,6 +1686,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
 )
 
 SQLITE_VERSION = sqlite3.sqlite_version
+OLDEST_SQLITE = (3, 15)
 JOB_FIELDS = tuple(row.name for row in fields(Job))
 # The columns that have another name than their field.
 COLUMN_OF = {"prefix": "token_prefix", "generation": "restarts", "stop_info": "ending"}
@@ -1889,6 +1888,14 @@ def read_hold(text: Optional[str]) -> Optional[Pause]:
 
 # pid, start time, program; see started_at and program_of.
 ProcessRow = Tuple[int, str, Optional[str]]
+
+
+def require_sqlite() -> None:
+    """Raise CannotStart if the SQLite of this Python is too old: it has no UPDATE of row values."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        raise CannotStart(
+            "This Python uses SQLite %s, which is too old: %d.%d or newer is needed."
+            % (SQLITE_VERSION, *OLDEST_SQLITE), "use another Python, such as one of python.org")
 
 
 class DatabaseInfo(NamedTuple):
@@ -2109,6 +2116,9 @@ def prepare_database(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA auto_vacuum=INCREMENTAL")
     use_wal(db)
     db.execute("PRAGMA synchronous=FULL")
+    # On macOS a sync alone leaves data in the cache of the drive. Source: sqlite.org/pragma.html.
+    db.execute("PRAGMA fullfsync=ON").close()
+    db.execute("PRAGMA checkpoint_fullfsync=ON").close()
     # What was deleted is overwritten in the file.
     db.execute("PRAGMA secure_delete=ON").close()
     with transaction(db):
@@ -2153,6 +2163,7 @@ class Database:
         self._revalidate_at = float("-inf")
         self._is_in_use = False
         self._check: Optional[IntegrityCheck] = None
+        require_sqlite()
         try:
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._db = connect_database(path)
@@ -9564,6 +9575,13 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             poller = select.poll()
             poller.register(self.connection, select.POLLRDHUP)
             return bool(poller.poll(0))
+        bsd: Any = select
+        if hasattr(bsd, "kqueue"):
+            # The same on macOS and BSD. Source: kqueue(2), EVFILT_READ, EV_EOF.
+            with contextlib.closing(bsd.kqueue()) as kernel_queue:
+                reading = bsd.kevent(self.connection, bsd.KQ_FILTER_READ)
+                events = kernel_queue.control([reading], 1, 0)
+                return any(event.flags & bsd.KQ_EV_EOF for event in events)
         try:
             self.connection.settimeout(0)
             return not self.connection.recv(1, socket.MSG_PEEK)
@@ -10113,7 +10131,9 @@ class CloudflaredInstall:
         """Return the one that the owner named or installed; it is not checked.
         Raises CannotTunnel."""
         name = self.config.cloudflared or "cloudflared"
-        program = shutil.which(name, path=self._environ.get("PATH", os.defpath))
+        folders = [self._environ.get("PATH", os.defpath),
+                   *map(str, usual_folders(self._environ))]
+        program = shutil.which(name, path=os.pathsep.join(folders))
         if self.config.cloudflared and not program:
             raise CannotTunnel(
                 "There is no program %s." % name, "name the right one with --cloudflared PATH")
@@ -10189,6 +10209,13 @@ class CloudflaredInstall:
         except urllib.error.HTTPError as error:
             with error:
                 raise OSError(str(error)) from None
+        except urllib.error.URLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error.reason):
+                raise OSError("%s: this machine knows no certificate authority for it. Install the"
+                              " package ca-certificates, run Install Certificates.command of"
+                              " python.org's Python for macOS, or install cloudflared yourself"
+                              % error.reason) from None
+            raise
         with source, open(target, "xb") as file:
             for data in iter(lambda: source.read1(1 << 16), b""):
                 received += len(data)
@@ -11719,6 +11746,8 @@ class Bridge:
 # narration.
 
 OPEN_FILES = 2_048
+# Of each thread.
+STACK_BYTES = 4 << 20
 BANNER = """
   ┌─────────────────────────────┐
   │%s│
@@ -11858,8 +11887,10 @@ def tune_process() -> None:
     """Disable core dumps, raise the limit of open files and give memory back.
     Core dumps would hold tokens and prompts. macOS allows 256 open files only. glibc gives each
     thread a heap, and each heap keeps the most that it ever held: mallopt limits that, and
-    malloc_trim returns what compiling this source took (30 MB instead of 45 when idle). Call this
-    before there are threads. Source: mallopt(3), malloc_trim(3)."""
+    malloc_trim returns what compiling this source took (30 MB instead of 45 when idle). With musl a
+    thread has a stack of 128 KiB, which nested JSON could overflow. Call this before there are
+    threads. Source: mallopt(3), malloc_trim(3), wiki.musl-libc.org (Functional differences)."""
+    threading.stack_size(STACK_BYTES)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -12293,6 +12324,10 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
     """Check everything that a start needs. -> 0, or 1 if something is broken."""
     checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3]),
               Check("sqlite", True, SQLITE_VERSION)]
+    try:
+        require_sqlite()
+    except CannotStart as error:
+        checks[1] = Check("sqlite", False, str(error), error.hint)
     functions = [
         check_data, check_clock, check_queue, check_orphans, check_port, check_claude]
     if arguments.live:

@@ -17,7 +17,8 @@ class ReaderOptions:
     """The options that `make_scanner` reads as attributes."""
 
     strict, parse_float, parse_int, parse_constant = True, float, int, float
-    object_hook = object_pairs_hook = None
+    # array_hook: from Python 3.15 on.
+    object_hook = object_pairs_hook = array_hook = None
 
 
 def refuse(value: Any) -> Any:

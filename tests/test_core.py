@@ -498,8 +498,27 @@ def test_a_body_in_json_is_read(data: bytes, value: Any) -> None:
 @pytest.mark.parametrize("opening, closing", [(b"[", b"]"), (b'{"a":', b"}")])
 def test_a_hundred_levels_are_read_and_one_more_is_not(opening: bytes, closing: bytes) -> None:
     cab.parse_json(opening * 100 + b"1" + closing * 100)
-    with pytest.raises(cab.InvalidJson):
-        cab.parse_json(opening * 101 + b"1" + closing * 101)
+    for levels in (101, 1000):
+        with pytest.raises(cab.InvalidJson, match="nested too deeply"):
+            cab.parse_json(opening * levels + b"1" + closing * levels)
+
+
+def test_a_reader_with_a_small_stack_sees_no_deep_nesting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cab.json, "loads", lambda *args, **options: pytest.fail("it was read"))
+    with pytest.raises(cab.InvalidJson, match="nested too deeply"):
+        cab.parse_json(b"[" * 101)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [[]] * 500, "[" * 500, "\\" + "[" * 500, '"' + "[" * 500, '\\"' + "{" * 500,
+        {"[" * 101: ["]", "[", {"a": "}"}]}, ["a\\", "[" * 300, '\\"'],
+    ],
+)
+def test_brackets_side_by_side_or_in_texts_are_no_nesting(value: Any) -> None:
+    for options in ({}, {"ensure_ascii": False}, {"indent": 1}):
+        assert cab.parse_json(json.dumps(value, **options).encode()) == value
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,19 @@ def test_on_a_good_machine_every_check_is_ok(doctor: Doctor, cloudflared: FakeCl
     assert [start["argv"] for start in cloudflared.runs()] == [["version", "--short"]]
 
 
+def test_an_old_sqlite_is_refused_by_the_doctor_and_by_a_start(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cab.sqlite3, "sqlite_version_info", (3, 14, 2))
+    monkeypatch.setattr(cab, "SQLITE_VERSION", "3.14.2")
+    report = doctor("--no-tunnel")
+    text = "This Python uses SQLite 3.14.2, which is too old: 3.15 or newer is needed."
+    assert report.of("sqlite") == (False, text, "use another Python, such as one of python.org")
+    assert report.status == 1
+    with pytest.raises(cab.CannotStart, match="too old"):
+        cab.Stores(tmp_path / "bridge.db", cab.Clock())
+
+
 def test_the_text_has_a_line_for_each_check_and_an_arrow_for_advice(
     doctor: Doctor, cloudflared: FakeCloudflared
 ) -> None:

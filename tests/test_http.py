@@ -12,6 +12,7 @@ import threading
 import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
@@ -1201,6 +1202,45 @@ def test_a_client_that_disconnects_during_a_long_poll_leaves_no_thread(
         long_poll(running, job_id, wire)
         # Sent separately, after the first request was read.
         wire.send(behind)
+    wait_until(lambda: not connection_threads())
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_kqueue_tells_of_the_end_behind_the_bytes_of_a_next_request(
+    bridge: Callable[..., RunningBridge], gate: Path, long_poll: LongPoll,
+    monkeypatch: pytest.MonkeyPatch, has_ended: bool,
+) -> None:
+    """Emulated: macOS and BSD have no POLLRDHUP."""
+    asked: List[Any] = []
+
+    class KernelQueue:
+        def control(self, changes: Any, most: int, timeout: float) -> Any:
+            asked.append((changes, most, timeout))
+            return [SimpleNamespace(flags=0x8000 if has_ended else 0x1)]
+
+        def close(self) -> None:
+            asked.append("closed")
+
+    monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.05)
+    monkeypatch.delattr(cab.select, "POLLRDHUP", raising=False)
+    for name, value in (
+        ("kqueue", KernelQueue), ("kevent", lambda connection, kind: (connection.fileno(), kind)),
+        ("KQ_FILTER_READ", -1), ("KQ_EV_EOF", 0x8000),
+    ):
+        monkeypatch.setattr(cab.select, name, value, raising=False)
+    running = bridge(spare=0)
+    job_id = processing(running, gate)
+    with Wire(running.port) as wire:
+        long_poll(running, job_id, wire)
+        wait_until(lambda: len(asked) > 1)
+        if has_ended:
+            # It waits no longer.
+            assert wire.answer().json["status"] == "processing"
+        else:
+            gate.touch()
+            assert running.admin.done(job_id)["status"] == "completed"
+    (([(descriptor, kind)], most, timeout), closed) = asked[:2]
+    assert descriptor > 2 and (kind, most, timeout, closed) == (-1, 1, 0, "closed")
     wait_until(lambda: not connection_threads())
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1509,6 +1510,25 @@ def test_an_unreachable_server_is_a_temporary_error(download: Downloads) -> None
     assert files(case.folder) == []
 
 
+def test_a_machine_without_certificates_is_told_what_to_install(
+    download: Downloads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = urllib.error.URLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer")
+    case = download(whole(PROGRAM))
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr("urllib.request.urlopen", refuse)
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED.*ca-certificates.*macOS"):
+            case.install.get(never)
+        refused = urllib.error.URLError("Name or service not known")
+        with pytest.raises(OSError, match="Name or service"):
+            case.install.get(never)
+    assert files(case.folder) == []
+
+
 def test_a_download_ends_with_the_bridge(download: Downloads) -> None:
     case = download(slow(PROGRAM))
     with pytest.raises(OSError, match="stopped"):
@@ -1641,6 +1661,13 @@ def test_the_owner_s_program_is_used_unchanged(download: Downloads, tmp_path: Pa
     folder.mkdir()
     (folder / "cloudflared").write_bytes(SWAPPED)
     (folder / "cloudflared").chmod(0o755)
+    # Where Homebrew and its like install, although the PATH of a service lacks that folder.
+    usual = tmp_path / ".local" / "bin"
+    usual.mkdir(parents=True)
+    shutil.copy(folder / "cloudflared", usual)
+    case = download(whole(PROGRAM))
+    case.install._environ = {"PATH": "/nowhere", "HOME": str(tmp_path)}
+    assert case.install.get(never) == usual / "cloudflared" and case.server.paths == []
     for case in (
         download(whole(PROGRAM), path=str(folder)),
         download(whole(PROGRAM), cloudflared=str(folder / "cloudflared")),

@@ -1550,6 +1550,8 @@ HEALTH_SECONDS = 1.0
 # Rows that one transaction deletes, so that no other write waits for long: with a million requests
 # the longest took 35 ms, with 100 rows and SQLite's usual checkpoints 208 ms.
 SLICE_ROWS = 25
+# A slice ends with the job that exceeds this.
+SLICE_BYTES = 1 << 20
 # Pages that one transaction gives back to the file system.
 VACUUM_PAGES = 50
 # A larger database is not checked while it is opened.
@@ -1682,6 +1684,10 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         "ALTER TABLE callbacks ADD COLUMN token_id TEXT",
         "UPDATE callbacks SET token_id = (SELECT token_id FROM jobs WHERE id = job_id)",
         "CREATE INDEX callbacks_of_token ON callbacks (token_id, next_at)",
+        # A trigger, because a bridge of an older version may run meanwhile.
+        "CREATE TRIGGER callback_added AFTER INSERT ON callbacks BEGIN UPDATE callbacks SET"
+        " token_id = (SELECT token_id FROM jobs WHERE id = new.job_id) WHERE job_id = new.job_id;"
+        " END",
     ),
 )
 
@@ -1914,8 +1920,7 @@ def inspect_database(path: Path) -> DatabaseInfo:
     if not path.exists():
         return DatabaseInfo()
     try:
-        url = "file:%s?mode=ro" % quote(str(path))
-        with contextlib.closing(sqlite3.connect(url, uri=True)) as db:
+        with contextlib.closing(connect_read_only(path)) as db:
             fault = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
             version = schema_version(db)
             if version > len(MIGRATIONS):
@@ -1973,13 +1978,19 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
         db.backup(copy)
 
 
+def connect_read_only(path: Path, options: str = "") -> sqlite3.Connection:
+    """Open a database that is not to be changed. options: such as &immutable=1, without locks and
+    without its -wal file. Raises sqlite3.Error."""
+    return sqlite3.connect("file:%s?mode=ro%s" % (quote(os.fsencode(path)), options), uri=True)
+
+
 def is_backup(path: Path) -> bool:
     """Return whether a file is a database of a bridge, and no bridge uses its folder."""
-    if (path.parent / "bridge.lock").exists() and path.name in DATA_NAMES:
+    is_used = (path.parent / "bridge.lock").exists() and path.name in DATA_NAMES
+    if is_used or not path.is_file():
         return False
-    url = "file:%s?mode=ro&immutable=1" % quote(str(path))
     with contextlib.suppress(sqlite3.Error), contextlib.closing(
-            sqlite3.connect(url, uri=True)) as db:
+            connect_read_only(path, "&immutable=1")) as db:
         names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
         return {"tokens", "jobs", "remembered"} <= names
     return False
@@ -1989,13 +2000,17 @@ def backup_database(source: Path, target: Path) -> None:
     """Copy a database that may be in use. A copy of the file alone would miss what is in -wal.
     Raises CannotStart."""
     try:
-        if target.parent.resolve() == source.parent.resolve() and target.name in DATA_NAMES:
+        target = target.resolve()
+        companions = [Path(str(target) + suffix) for suffix in ("-wal", "-shm", "-journal")]
+        if target.parent == source.parent.resolve() and target.name in DATA_NAMES:
             raise OSError(errno.EINVAL, "the bridge uses this file")
         if target.exists():
             if target.samefile(source):
                 raise OSError(errno.EINVAL, "it is the database itself")
             if not is_backup(target):
                 raise OSError(errno.EEXIST, "it exists, and is no backup of a bridge")
+        elif any(path.exists() for path in companions):
+            raise OSError(errno.EEXIST, "files of another database with this name are beside it")
         handle, name = tempfile.mkstemp(".part", target.name + ".", str(target.parent))
         os.close(handle)
         part = Path(name)
@@ -2006,16 +2021,16 @@ def backup_database(source: Path, target: Path) -> None:
                 # One file, without -wal.
                 copy.execute("PRAGMA journal_mode=DELETE").close()
                 check_integrity(copy)
-            for suffix in ("-wal", "-shm", "-journal"):
+            for path in companions:
                 # Of an older copy: they would be applied to the new one.
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(str(target) + suffix)
+                    path.unlink()
             os.replace(part, target)
         finally:
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(str(part) + suffix)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, RuntimeError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise CannotStart("The backup %s cannot be written: %s." % (target, reason),
                           "choose another file") from None
@@ -2553,10 +2568,12 @@ class TokenStore:
     def delete_slice(self, db: sqlite3.Connection, token_id: str) -> bool:
         """Delete a part of what belongs to a disabled token, at last itself. -> whether there may
         be more."""
-        sql = "DELETE FROM %s WHERE rowid IN (SELECT rowid FROM %s WHERE token_id = ? LIMIT ?)"
-        for table in ("jobs", "conversations"):
-            if db.execute(sql % (table, table), (token_id, SLICE_ROWS)).rowcount:
-                return True
+        if delete_jobs(db, "WHERE token_id = ?", token_id):
+            return True
+        sql = ("DELETE FROM conversations WHERE rowid IN"
+               " (SELECT rowid FROM conversations WHERE token_id = ? LIMIT ?)")
+        if db.execute(sql, (token_id, SLICE_ROWS)).rowcount:
+            return True
         db.execute("DELETE FROM tokens WHERE id = ? AND expires_at = 0", (token_id,))
         self._database.mark_tokens_changed()
         return False
@@ -2664,6 +2681,19 @@ def check_token_limits(db: sqlite3.Connection, token_id: str, now: float) -> Non
 TURN_BYTES = "length(CAST(message AS BLOB)) + coalesce(length(CAST(response AS BLOB)), 0)"
 
 
+def delete_jobs(db: sqlite3.Connection, where: str, *values: Any) -> List[Tuple[int, int]]:
+    """Delete a slice of some jobs. where: what follows `FROM jobs`. -> (seq, bytes) of each."""
+    sql = "SELECT seq, %s FROM jobs %s LIMIT ?" % (TURN_BYTES, where)
+    deleted: List[Tuple[int, int]] = []
+    with contextlib.closing(db.execute(sql, (*values, SLICE_ROWS))) as rows:
+        for row in rows:
+            deleted.append(row)
+            if sum(length for _, length in deleted) > SLICE_BYTES:
+                break
+    db.executemany("DELETE FROM jobs WHERE seq = ?", [(seq,) for seq, _ in deleted])
+    return deleted
+
+
 def touch_conversation(db: sqlite3.Connection, token_id: str, name: str, now: float) -> None:
     """Record the use of a conversation, which begins with its first request."""
     db.execute(
@@ -2674,18 +2704,23 @@ def touch_conversation(db: sqlite3.Connection, token_id: str, name: str, now: fl
                (now, token_id, name))
 
 
-def delete_single(db: sqlite3.Connection, before: float) -> int:
+# A job that is so old, or has no callback, may be deleted: the last attempt is 31.6 hours after its
+# end.
+HAS_NO_CALLBACK = (
+    "(completed_at < ? OR NOT EXISTS (SELECT 1 FROM callbacks WHERE job_id = jobs.id))")
+
+
+def delete_single(db: sqlite3.Connection, before: float, callbacks_before: float) -> int:
     """Delete a slice of the finished jobs that no conversation and no callback needs."""
     # Until `checkpoint`: many small ones.
     db.execute("PRAGMA wal_autocheckpoint=200").close()
-    return db.execute(
-        "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_to_purge"
-        " WHERE completed_at IS NOT NULL AND (conversation IS NULL OR status = 'error')"
-        " AND completed_at < ? AND NOT EXISTS (SELECT 1 FROM callbacks WHERE job_id = jobs.id)"
-        " ORDER BY completed_at LIMIT ?)", (before, SLICE_ROWS)).rowcount
+    return len(delete_jobs(
+        db, "INDEXED BY jobs_to_purge WHERE completed_at IS NOT NULL AND (conversation IS NULL OR"
+        " status = 'error') AND completed_at < ? AND %s ORDER BY completed_at" % HAS_NO_CALLBACK,
+        before, callbacks_before))
 
 
-def purge_turns(database: Database, before: float) -> int:
+def purge_turns(database: Database, before: float, callbacks_before: float) -> int:
     """Delete old turns of a conversation that is longer than what is replayed."""
     sql = "SELECT token_id, name FROM conversations WHERE bytes > ? ORDER BY bytes DESC"
     for token_id, name in database.read(sql, HISTORY_BYTES):
@@ -2701,23 +2736,23 @@ def purge_turns(database: Database, before: float) -> int:
             last_seq = next((seq for seq, size in sizes
                              if size > HISTORY_BYTES and seq != newest[0]), 0)
             rows.close()
+        times = before, callbacks_before
         deleted = database.write(partial(
-            delete_turns, token_id=token_id, name=name, last_seq=last_seq, before=before))
+            delete_turns, token_id=token_id, name=name, last_seq=last_seq, times=times))
         if deleted:
             return deleted
     return 0
 
 
 def delete_turns(db: sqlite3.Connection, token_id: str, name: str, last_seq: int,
-                 before: float) -> int:
-    rows = db.execute(
-        "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token WHERE token_id = ?"
-        " AND conversation = ? AND seq <= ? AND completed_at < ? ORDER BY seq LIMIT ?"
-        % TURN_BYTES, (token_id, name, last_seq, before, SLICE_ROWS)).fetchall()
-    db.executemany("DELETE FROM jobs WHERE seq = ?", [row[:1] for row in rows])
+                 times: Tuple[float, float]) -> int:
+    deleted = delete_jobs(
+        db, "INDEXED BY jobs_by_token WHERE token_id = ? AND conversation = ? AND seq <= ?"
+        " AND completed_at < ? AND %s ORDER BY seq" % HAS_NO_CALLBACK,
+        token_id, name, last_seq, *times)
     db.execute("UPDATE conversations SET bytes = bytes - ? WHERE token_id = ? AND name = ?",
-               (sum(length for _, length in rows), token_id, name))
-    return len(rows)
+               (sum(length for _, length in deleted), token_id, name))
+    return len(deleted)
 
 
 class JobStore:
@@ -2779,8 +2814,8 @@ class JobStore:
         if values["conversation"]:
             touch_conversation(db, token_id, values["conversation"], now)
         if callback:
-            db.execute("INSERT INTO callbacks (job_id, token_id, url) VALUES (?, ?, ?)",
-                       (values["id"], token_id, callback))
+            db.execute("INSERT INTO callbacks (job_id, url) VALUES (?, ?)",
+                       (values["id"], callback))
         self._usage.add(db, day_of(now), token_id, "requests")
         return EnqueueResult(self._select(db, "seq", seq), ahead + 1)
 
@@ -2936,9 +2971,11 @@ class JobStore:
     def purge(self, days: int) -> int:
         """Delete a slice of the finished jobs older than `days`. -> how many; 0 at the end. The
         completed turns of a conversation stay as far as they are replayed."""
-        before = self._database.clock.now() - days * 86_400
-        deleted = self._database.write(partial(delete_single, before=before))
-        return deleted or purge_turns(self._database, before)
+        now = self._database.clock.now()
+        before, callbacks_before = now - days * 86_400, now - max(days, 2) * 86_400
+        deleted = self._database.write(
+            partial(delete_single, before=before, callbacks_before=callbacks_before))
+        return deleted or purge_turns(self._database, before, callbacks_before)
 
     # --- look-ups ---
     def get(self, job_id: str) -> Optional[Job]:
@@ -3115,6 +3152,10 @@ class ConversationStore:
         return turns[::-1]
 
 
+# Longer than any delay between two attempts.
+LATEST_CALLBACK_SECONDS = 56_000.0
+
+
 class CallbackStore:
     """The results that are to be sent."""
 
@@ -3146,20 +3187,26 @@ class CallbackStore:
         return callbacks
 
     @runs_in_writer
-    def limit_delays(self, db: sqlite3.Connection) -> None:
-        """Send at once what would be sent after more than a day, because the clock was wrong."""
+    def limit_delays(self, db: sqlite3.Connection) -> int:
+        """Send at once what is later than any delay, because the clock was wrong; a slice of it.
+        -> how many."""
         now = self._database.clock.now()
-        db.execute("UPDATE callbacks SET next_at = ? WHERE next_at > ?", (now, now + 86_400))
+        return db.execute(
+            "UPDATE callbacks SET next_at = ? WHERE job_id IN (SELECT job_id FROM callbacks WHERE"
+            " next_at > ? LIMIT 1000)", (now, now + LATEST_CALLBACK_SECONDS)).rowcount
 
     @runs_in_writer
-    def retry(self, db: sqlite3.Connection, callback: Callback, seconds: Optional[float]) -> None:
-        """Try it again after that time; None: it was sent, or is given up."""
+    def retry(self, db: sqlite3.Connection, callback: Callback, seconds: Optional[float]) -> bool:
+        """Try it again after that time; None: it was sent, or is given up. -> False if it was
+        deleted, or its token revoked, meanwhile."""
         if seconds is None:
-            db.execute("DELETE FROM callbacks WHERE job_id = ?", (callback.job_id,))
-            return
-        db.execute(
-            "UPDATE callbacks SET attempts = ?, next_at = ? WHERE job_id = ?",
-            (callback.attempts + 1, self._database.clock.now() + seconds, callback.job_id))
+            sql = "DELETE FROM callbacks WHERE job_id = ?"
+            return bool(db.execute(sql, (callback.job_id,)).rowcount)
+        return bool(db.execute(
+            "UPDATE callbacks SET attempts = ?, next_at = ? WHERE job_id = ? AND EXISTS (SELECT 1"
+            " FROM tokens t WHERE t.id = token_id AND coalesce(t.expires_at, 1) != 0)",
+            (callback.attempts + 1, self._database.clock.now() + seconds,
+             callback.job_id)).rowcount)
 
 
 class Stores:
@@ -3970,6 +4017,8 @@ class LiveText:
         self.model: Optional[str] = None
         # Why nothing arrives for a while.
         self.current_pause: Optional[Pause] = None
+        # Whether the API answers.
+        self.is_answering = False
 
     def begin(self, model: Optional[str]) -> None:
         """Record that Claude accepted the prompt."""
@@ -5034,8 +5083,9 @@ class Turn:
         self._frozen_seconds = 0.0
         # The tools that run. A command may be silent for long.
         self._running_tools: Set[str] = set()
-        # Whether the CLI waits for the API to begin a message.
+        # Whether the CLI waits for the API to begin a message; before that, until it asks again.
         self._is_asking = False
+        self._retry_seconds = 0.0
         # From then on the loss of the process is a failed run.
         self.prompt_accepted = False
         # The result arrived: the process is idle.
@@ -5051,7 +5101,9 @@ class Turn:
         """Return the next event. Raises RunFailed at a deadline or when the job is cancelled;
         ProcessExited."""
         clock, config = self._control.clock, self._control.config
-        longest = self._control.answer_seconds if self._is_asking else config.silence_seconds
+        longest = config.silence_seconds
+        if self._is_asking:
+            longest = self._control.answer_seconds + self._retry_seconds
         silent_at = clock.monotonic() + longest
         while True:
             now = clock.monotonic()
@@ -5066,7 +5118,7 @@ class Turn:
                 raise SessionLost()
             if now >= silent_at and not self._running_tools:
                 who = "The API" if self._is_asking else "claude"
-                self._fail_late("%s sent nothing for %g seconds" % (who, longest),
+                self._fail_late("%s sent nothing for %.3g seconds" % (who, longest),
                                 self._is_asking or self._frozen_seconds > 0)
             asked_at = Clock.monotonic()
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
@@ -5090,14 +5142,14 @@ class Turn:
                         is_answered=is_outage and self._is_asking)
 
     def _note_tools(self, event: CliEvent) -> None:
-        if event.kind in ("init", "tool_result"):
+        # Before it retries, the CLI waits, perhaps for as long as the API wishes.
+        self._retry_seconds = (number_or_none(event.body.get("retry_delay_ms")) or 0.0) / 1000
+        if event.kind in ("init", "tool_result", "retry"):
             self._is_asking = True
-        elif event.kind in ("message_start", "retry"):
-            # Before it retries, the CLI may wait for as long as the API wishes.
+        elif event.kind == "message_start":
             self._is_asking = False
-        if event.kind == "message_start":
             self._running_tools.clear()
-        elif event.kind == "assistant":
+        if event.kind == "assistant":
             self._running_tools.update(event.tool_ids)
         elif event.kind == "tool_result":
             self._running_tools.difference_update(event.tool_ids)
@@ -5245,6 +5297,7 @@ class Turn:
                 if self.messages.earlier_text:
                     live.add(self.messages.earlier_text)
             live.current_pause = None
+            live.is_answering = True
             self._retry_code = None
         elif event.kind == "message_delta":
             self.messages.end(body["event"])
@@ -6033,9 +6086,11 @@ CHAT_HOLD_SECONDS = {"overloaded": 20.0, "network": 30.0, "login": 30.0, "paused
 SERVER_ERRORS = 5
 # Most requests of which they are counted.
 COUNTED_REQUESTS = 100
-# How long the API may be silent before it begins to answer, and how much it reads in a second.
+# How long the API may be silent before it begins to answer: so long, and longer for a large request
+# by its size in bytes through READ_BYTES, but at most MOST_READ_SECONDS.
 ANSWER_SECONDS = 30.0
-READ_BYTES = 20_000
+READ_BYTES = 100_000
+MOST_READ_SECONDS = 10.0
 
 
 class Notifier:
@@ -6149,8 +6204,9 @@ class QueueHolds:
         self._login_fingerprint = fingerprint
         self._login: Any = None
         self._holds: Dict[str, Hold] = {}
-        # The model of the last try.
+        # The model of the last try, and whether the API answers it now.
         self._model = ""
+        self.is_answering = False
         # Model -> (since, the same on the monotonic clock) of the pauses that are active.
         self._began: Dict[str, Tuple[float, float]] = {}
         # Job id -> server errors of the API in a row; infinite if the next one is the last.
@@ -6172,6 +6228,8 @@ class QueueHolds:
         for model, hold in self._holds.copy().items():
             if not self._is_due(hold):
                 pauses[model] = hold.pause
+            elif self.is_answering and model in (ALL_MODELS, self._model):
+                continue
             elif hold.pause.reason != "usage_limit":
                 pauses[model] = hold.pause._replace(until=0.0)
         paused = self._database.get_state("paused")
@@ -6194,10 +6252,12 @@ class QueueHolds:
     def note_try(self, model: str = "") -> None:
         """Record the model and the login that the next run uses."""
         self._model = model
+        self.is_answering = False
         self._login = self._login_fingerprint()
 
     def begin(self, failure: RunFailed, model: str, since: float) -> Pause:
         """Hold the queue after a failed run. since: when that began, if the API answered before."""
+        self.is_answering = False
         reason = HOLD_REASONS[failure.code]
         key = model if failure.is_of_model else ALL_MODELS
         if key != ALL_MODELS:
@@ -6356,10 +6416,11 @@ class Purge:
         # A revocation that was interrupted.
         token_id = self._stores.tokens.disabled()
         if token_id:
-            self._stores.tokens.delete_slice(token_id)
-        elif not jobs.purge(self._config.keep_days) and not database.free_pages():
+            if not self._stores.tokens.delete_slice(token_id):
+                self.has_lost_sessions = True
+        elif not (self._stores.callbacks.limit_delays() or jobs.purge(self._config.keep_days)
+                  or database.free_pages()):
             self._stores.usage.purge()
-            self._stores.callbacks.limit_delays()
             database.checkpoint()
             self.is_running = False
 
@@ -6515,7 +6576,7 @@ class Worker:
             request = replace(request, answer_seconds=self._answer_seconds(chat))
             try:
                 answer = self._runner.run(
-                    request, live, lambda: self._stop_reason(job), self._record_rate_limits)
+                    request, live, lambda: self._stop_reason(job, live), self._record_rate_limits)
             except Refused as refused:
                 if not chat:
                     raise
@@ -6567,9 +6628,11 @@ class Worker:
         pause = self.current_pause()
         if pause and pause.reason == "network" and not chat:
             return self._config.silence_seconds
-        return ANSWER_SECONDS + (len(as_json(chat.turns)) / READ_BYTES if chat else 0.0)
+        size = len(as_json(chat.turns)) if chat else 0
+        return ANSWER_SECONDS + min(MOST_READ_SECONDS, size / READ_BYTES)
 
-    def _stop_reason(self, job: Job) -> Optional[str]:
+    def _stop_reason(self, job: Job, live: LiveText) -> Optional[str]:
+        self.holds.is_answering = live.is_answering
         if self._clock.monotonic() >= self._abort_at:
             return "interrupted"
         # A database that is locked for a while does not end a run.
@@ -7520,8 +7583,8 @@ CALLBACK_SECONDS = 15.0
 # Of the head of the receiver's answer; its body is not read.
 CALLBACK_ANSWER_BYTES = 16_384
 CALLBACK_POLL_SECONDS = 1.0
-# Most attempts at the same time.
-CALLBACK_THREADS = 8
+# Most attempts at the same time; an answer may have 10 MB.
+CALLBACK_THREADS = 4
 # For attempts to end when the bridge stops.
 CLOSE_CALLBACKS_SECONDS = 1.0
 INTERIM_ANSWER_RE = re.compile(rb"\A(?:HTTP/1\.1 1\d\d[^\n]*\n(?:[^\r\n][^\n]*\n)*\r?\n)+")
@@ -7569,7 +7632,9 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
         with contextlib.suppress(ConnectionError):
             connection.settimeout(seconds_until(deadline))
             request = "POST %s HTTP/1.1\r\n%s\r\n" % (url.target, head)
-            connection.sendall(request.encode("ascii") + body)
+            # A small body in the same packet, a large one without another copy.
+            connection.sendall(request.encode("ascii") + body[:LARGE_BYTES])
+            connection.sendall(memoryview(body)[LARGE_BYTES:])
         return read_callback_answer(connection, deadline)
 
 
@@ -7628,8 +7693,12 @@ class CallbackSender:
         self._metrics = metrics
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
+        # Set by the end of an attempt.
+        self._wake = threading.Event()
         # By token.
         self._senders: Dict[str, threading.Thread] = {}
+        # Token id -> the start of its last attempt.
+        self._sent_at: Dict[str, float] = {}
 
     def start(self) -> None:
         self._thread.start()
@@ -7637,56 +7706,83 @@ class CallbackSender:
     def close(self) -> None:
         """Stop; an attempt that is cut counts as a failed one. Idempotent."""
         self._stopping.set()
+        self._wake.set()
         stop_at = Clock.monotonic() + CLOSE_CALLBACKS_SECONDS
-        for thread in (self._thread, *self._senders.values()):
+        for thread in (self._thread, *self._senders.copy().values()):
             if thread.ident:
                 thread.join(max(0.0, stop_at - Clock.monotonic()))
 
     def _loop(self) -> None:
-        while not self._stopping.wait(CALLBACK_POLL_SECONDS):
-            for token_id, thread in list(self._senders.items()):
-                if not thread.is_alive():
-                    del self._senders[token_id]
-            # Without the database, or without a thread, it is sent a second later.
-            with contextlib.suppress(Unavailable, RuntimeError):
-                for token_id in {callback.token_id for callback in self._due()} - {*self._senders}:
-                    if len(self._senders) < CALLBACK_THREADS:
-                        thread = threading.Thread(
-                            target=self._send_all, args=(token_id,), name="callback", daemon=True)
-                        thread.start()
-                        self._senders[token_id] = thread
+        while not self._stopping.is_set():
+            self._wake.wait(CALLBACK_POLL_SECONDS)
+            self._wake.clear()
+            try:
+                token_ids = [callback.token_id for callback in self._due()]
+                self._sent_at = {
+                    token_id: self._sent_at.get(token_id, 0.0) for token_id in token_ids}
+                for token_id in token_ids:
+                    self._start_sender(token_id)
+            except (Unavailable, RuntimeError):
+                # Without the database, or without a thread, it is sent a second later.
+                continue
+            except Exception:
+                logger.exception("The callbacks failed.")
 
-    def _send_all(self, token_id: str) -> None:
-        try:
-            while not self._stopping.is_set() and self.step(token_id):
-                pass
-        except Unavailable:
-            # The database is locked, or the disk is full: it is sent later, perhaps again.
+    def _start_sender(self, token_id: str) -> None:
+        if self._stopping.is_set() or token_id in self._senders or (
+                len(self._senders) >= CALLBACK_THREADS):
             return
+        sender = threading.Thread(
+            target=self._send_one, args=(token_id,), name="callback", daemon=True)
+        self._sent_at[token_id] = Clock.monotonic()
+        self._senders[token_id] = sender
+        try:
+            sender.start()
+        except RuntimeError:
+            del self._senders[token_id]
+            raise
+
+    def _send_one(self, token_id: str) -> None:
+        is_sent = False
+        try:
+            # With a locked database or a full disk it is sent later, perhaps again.
+            with contextlib.suppress(Unavailable):
+                is_sent = self.step(token_id)
         except Exception:
             logger.exception("A callback failed.")
+        finally:
+            del self._senders[token_id]
+        if is_sent:
+            self._wake.set()
 
     def _due(self) -> List[Callback]:
+        """Return one callback of each token, first that of the token which waits longest."""
         next_at = self._stores.callbacks.next_at()
         if next_at is None or next_at > self._stores.database.clock.now():
             return []
-        return self._stores.callbacks.due()
+        due = self._stores.callbacks.due()
+        return sorted(due, key=lambda callback: self._sent_at.get(callback.token_id, 0.0))
 
     def step(self, token_id: Optional[str] = None) -> bool:
         """Send what is due for the longest time. token_id: only of this token. -> whether there was
         something."""
         callback = next((callback for callback in self._due()
                          if token_id in (None, callback.token_id)), None)
-        job = self._stores.jobs.get(callback.job_id) if callback else None
-        if not callback or not job:
+        body = self._body(callback) if callback else None
+        if not callback or not body:
             return False
         # Stored before it is sent: with a full disk it would be sent again and again.
         provisional = callback_delay(callback.attempts + 1) or CALLBACK_DELAYS[-1]
-        self._stores.callbacks.retry(callback, provisional)
-        delay, result = self._send(callback, as_json(job_body(JobView(job, 0, 0))).encode())
+        if not self._stores.callbacks.retry(callback, provisional):
+            return True
+        delay, result = self._send(callback, body)
         self._stores.callbacks.retry(callback, delay)
         self._metrics.inc("cab_callbacks_total", result=result)
         return True
+
+    def _body(self, callback: Callback) -> Optional[bytes]:
+        job = self._stores.jobs.get(callback.job_id)
+        return as_json(job_body(JobView(job, 0, 0))).encode() if job else None
 
     def _send(self, callback: Callback, body: bytes) -> Tuple[Optional[float], str]:
         """Make one attempt. -> (seconds until the next one, None for no more; its result)."""

@@ -239,7 +239,7 @@ def test_the_head_names_every_lock() -> None:
 # One request, or one job, must not take the others along: the dispatcher and the tops of threads.
 CATCHES_ALL = {
     "Dispatcher._respond", "Database._execute_writes", "Worker._loop", "Tunnel._loop",
-    "CallbackSender._send_all", "wait_in_thread",
+    "CallbackSender._loop", "CallbackSender._send_one", "wait_in_thread",
 }  # fmt: skip
 
 

@@ -234,7 +234,8 @@ class Config:
     run_seconds: float = setting(
         300, "number", "longest run of one request", minimum=1, maximum=86_400)
     silence_seconds: float = setting(
-        90, "number", "longest time without output from claude", minimum=1, maximum=86_400)
+        90, "number", "longest time without output from claude; 40 % of it before an answer begins",
+        minimum=1, maximum=86_400)
     warm_seconds: float = setting(
         600, "number",
         "how long the process of a conversation waits for the next message; 0 ends it at once (but"
@@ -495,10 +496,11 @@ ERRORS: Tuple[Type[BridgeError], ...] = (
 
 RUN_ERRORS = {
     "cancelled": "the request was cancelled, or its token was revoked",
-    "timeout": "the run took too long, or claude sent nothing for too long",
+    "timeout": "the run took too long, or claude itself sent nothing for too long",
     "usage_limit": "the plan's limit is used up; native requests wait for the reset, a /v1 request"
     " fails if the reset is more than 5 minutes away",
-    "network": "the API could not be reached, or failed, for --hold-hours (on /v1 for 30 s)",
+    "network": "the API could not be reached, was silent or failed, for --hold-hours (on /v1 for"
+    " 30 s)",
     "auth_required": "claude is not signed in, or its login was refused, for --hold-hours (on /v1"
     " for 30 s)",
     "overloaded": "the service, or this machine, was overloaded for --hold-hours (on /v1 for 20 s)",
@@ -546,15 +548,18 @@ class RunFailed(Exception):
     code: a key of RUN_ERRORS. The text is for the caller.
     resets_at: when a used-up limit resets (epoch seconds), if reported.
     is_of_model: the limit, or the overload, is of one model; other models may run.
-    is_answered: the API did answer, or was silent: perhaps because of the request."""
+    is_answered: the API did answer, or was silent: perhaps because of the request. is_cut: it broke
+    off an answer."""
 
     def __init__(self, code: str, text: str, resets_at: Optional[float] = None,
-                 is_of_model: bool = False, is_answered: bool = False) -> None:
+                 is_of_model: bool = False, is_answered: bool = False,
+                 is_cut: bool = False) -> None:
         super().__init__(text)
         self.code = code
         self.resets_at = resets_at
         self.is_of_model = is_of_model
         self.is_answered = is_answered
+        self.is_cut = is_cut
 
 
 class CannotStart(Exception):
@@ -1992,7 +1997,8 @@ def is_backup(path: Path) -> bool:
     with contextlib.suppress(sqlite3.Error), contextlib.closing(
             connect_read_only(path, "&immutable=1")) as db:
         names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-        return {"tokens", "jobs", "remembered"} <= names
+        # Those of the original are named requests.
+        return "tokens" in names and bool(names & {"jobs", "requests"})
     return False
 
 
@@ -2908,10 +2914,10 @@ class JobStore:
         """Fail queued requests of this age. -> their ids. model: only the requests for it; "" is
         the default model. is_chat: those of /v1, else the others."""
         where = ("status = 'queued' AND ? IN (?, coalesce(model, ''))"
-                 " AND (chat IS NOT NULL) = ? AND (created_at <= ? OR created_at > ?)")
+                 " AND (chat IS NOT NULL) = ? AND (created_at <= ? OR ? AND created_at > ?)")
         # After now: the clock was set back.
         return self._fail_where(code, text, where, model, ALL_MODELS, is_chat, created_before,
-                                self._database.clock.now())
+                                is_chat, self._database.clock.now())
 
     def _fail_where(self, code: str, text: str, where: str, *values: Any) -> List[str]:
         """Fail the jobs that a condition of this class selects. -> their ids."""
@@ -3016,6 +3022,17 @@ class JobStore:
                 return self._positions(db, job)
 
         return self._database.cached(("positions", job.id, job.status), load)
+
+    def next_model(self, job: Job) -> Optional[str]:
+        """Return the model of the next turn of a queued job's conversation."""
+        def load() -> Optional[str]:
+            rows = self._database.read(
+                "SELECT model FROM jobs INDEXED BY jobs_by_status WHERE status IN ('queued',"
+                " 'processing') AND token_id = ? AND conversation = ? ORDER BY seq LIMIT 1",
+                job.token_id, job.conversation)
+            return rows[0][0] if rows else job.model
+
+        return self._database.cached(("model", job.token_id, job.conversation), load)
 
     @staticmethod
     def _positions(db: sqlite3.Connection, job: Job) -> Tuple[int, int]:
@@ -5117,9 +5134,9 @@ class Turn:
             if now >= self._lost_at:
                 raise SessionLost()
             if now >= silent_at and not self._running_tools:
-                who = "The API" if self._is_asking else "claude"
-                self._fail_late("%s sent nothing for %.3g seconds" % (who, longest),
-                                self._is_asking or self._frozen_seconds > 0)
+                who = "The API" if self.prompt_accepted else "claude"
+                self._fail_late(
+                    "%s sent nothing for %.3g seconds" % (who, longest), self.prompt_accepted)
             asked_at = Clock.monotonic()
             event = self.process.next_event(min(CANCEL_POLL_SECONDS, deadline - now))
             seconds = Clock.monotonic() - asked_at
@@ -5134,12 +5151,13 @@ class Turn:
                 return event
 
     def _fail_late(self, text: str, is_outage: bool = False) -> NoReturn:
-        """Fail at a deadline. is_outage: the connection is lost, as far as is known."""
+        """Fail at a deadline. is_outage: the connection is lost, as far as is known: it may break
+        without a word, such as during a sleep of the machine."""
         if self._retry_code:
             text += ", in which claude tried to reach the API"
         code = self._retry_code or ("network" if is_outage else "timeout")
         raise RunFailed(code, text + ".", is_of_model=code == "overloaded",
-                        is_answered=is_outage and self._is_asking)
+                        is_answered=is_outage, is_cut=self.messages.count > 0)
 
     def _note_tools(self, event: CliEvent) -> None:
         # Before it retries, the CLI waits, perhaps for as long as the API wishes.
@@ -5344,6 +5362,7 @@ class Turn:
             failure = classify_failure(body, self._error_word, self.process.limits)
             if not self.prompt_accepted and "No conversation found" in str(failure):
                 raise SessionLost()
+            failure.is_cut = self.messages.count > 0
             if failure.code == "refused":
                 raise Refused(str(failure), Answer(
                     live.read(), usage=self.messages.usage, model=live.model,
@@ -5352,7 +5371,8 @@ class Turn:
         is_lost = self.messages.count and not self.messages.is_complete
         if is_lost and not self._session.json_schema and body.get("stop_reason", "") is None:
             # 2.1.197 takes what it has for the answer.
-            raise RunFailed("network", "The connection was lost in the middle of the answer.")
+            raise RunFailed("network", "The connection was lost in the middle of the answer.",
+                            is_answered=True, is_cut=True)
         text = "" if is_cut else str(body.get("result") or "")
         structured = None
         if not self._session.json_schema:
@@ -6084,13 +6104,14 @@ LOGIN_RETRY_SECONDS = 300.0
 CHAT_HOLD_SECONDS = {"overloaded": 20.0, "network": 30.0, "login": 30.0, "paused": 30.0}
 # After so many server errors, other requests are tried before this one.
 SERVER_ERRORS = 5
+# So often the answer to a request may break off.
+CUT_ANSWERS = 20
 # Most requests of which they are counted.
 COUNTED_REQUESTS = 100
-# How long the API may be silent before it begins to answer: so long, and longer for a large request
-# by its size in bytes through READ_BYTES, but at most MOST_READ_SECONDS.
-ANSWER_SECONDS = 30.0
-READ_BYTES = 100_000
-MOST_READ_SECONDS = 10.0
+# Of --silence-seconds: for so long the API may be silent before it begins to answer. With 36 s, a
+# client of /v1 still gets a status, and the pings of the CLI, every 30 s while it waits for an answer
+# that is not streamed, are in time.
+ANSWER_SHARE = 0.4
 
 
 class Notifier:
@@ -6281,14 +6302,15 @@ class QueueHolds:
                 "hold", as_json([reason, since, text]) if is_outage else None)
         return pause
 
-    def note_server_error(self, job_id: str) -> bool:
+    def note_server_error(self, job_id: str, is_cut: bool = False) -> bool:
         """Count a server error of the API. -> whether it is the fault of the request: it failed
-        often, then the API answered another one, and now it fails again."""
+        often, then the API answered another one, and now it fails again. is_cut: an answer broke
+        off, which costs a part of the plan each time."""
         errors = self._server_errors.get(job_id, 0.0)
-        if math.isinf(errors):
+        if math.isinf(errors) or is_cut and errors + 1 >= CUT_ANSWERS:
             # The other suspects wait for another answer: perhaps it is the API once more.
             self._server_errors = dict.fromkeys(self._server_errors, SERVER_ERRORS)
-            del self._server_errors[job_id]
+            self._server_errors.pop(job_id, None)
             return True
         self._server_errors[job_id] = errors + 1
         if len(self._server_errors) > COUNTED_REQUESTS:
@@ -6312,7 +6334,7 @@ class QueueHolds:
                 pause = self._holds.pop(key).pause
                 logger.info("The API answers again (%s); the queue goes on.", pause.reason)
                 if key == ALL_MODELS:
-                    self._database.set_state("hold", None)
+                    self._forget()
 
     def overdue(self, hold_seconds: float) -> Iterator[Tuple[str, Pause, str, bool, float]]:
         """Yield which requests have waited for as long as they may.
@@ -6331,11 +6353,11 @@ class QueueHolds:
             if pause.reason not in ("usage_limit", "paused"):
                 limits[False] = hold_seconds
             hold = self._holds.get(model)
-            # After a sleep, a restart or other models, one request is tried first.
+            # After a sleep, or a restart, one request is tried first.
             is_tried = not hold or not self._is_due(hold)
             for is_chat, seconds in limits.items():
-                is_known = is_tried or is_chat and model in (ALL_MODELS, self._model)
-                if seconds is not None and held_seconds >= seconds and is_known:
+                is_long = seconds is not None and held_seconds >= seconds
+                if seconds is not None and is_long and (is_chat or is_tried):
                     code = codes.get(pause.reason, pause.reason)
                     yield code, pause, model, is_chat, now - seconds
 
@@ -6355,7 +6377,11 @@ class QueueHolds:
             if self._is_due(hold) and not is_needed:
                 del self._holds[model]
                 if model == ALL_MODELS:
-                    self._database.set_state("hold", None)
+                    self._forget()
+
+    def _forget(self) -> None:
+        for name in ("hold", "crashes"):
+            self._database.set_state(name, None)
 
 
 def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
@@ -6623,13 +6649,11 @@ class Worker:
                           job.token_id)
 
     def _answer_seconds(self, chat: Optional[Chat]) -> float:
-        """Return for how long the API may be silent before it begins to answer: as short as clients
-        of /v1 wait, but a request that failed so, and can wait, has more time at its next try."""
+        """Return for how long the API may be silent before it begins to answer. A request that can
+        wait has more time at its next try."""
         pause = self.current_pause()
-        if pause and pause.reason == "network" and not chat:
-            return self._config.silence_seconds
-        size = len(as_json(chat.turns)) if chat else 0
-        return ANSWER_SECONDS + min(MOST_READ_SECONDS, size / READ_BYTES)
+        is_retry = not chat and pause and pause.reason == "network"
+        return self._config.silence_seconds * (1.0 if is_retry else ANSWER_SHARE)
 
     def _stop_reason(self, job: Job, live: LiveText) -> Optional[str]:
         self.holds.is_answering = live.is_answering
@@ -6659,8 +6683,8 @@ class Worker:
         """Put the job back, or store its error. since: when the run began."""
         text = redact(str(failure))
         is_held = failure.code in HOLD_REASONS
-        is_of_request = failure.code == "network" and failure.is_answered and (
-            self.holds.note_server_error(job.id))
+        is_of_request = failure.code == "network" and (failure.is_answered or failure.is_cut) and (
+            self.holds.note_server_error(job.id, failure.is_cut))
         if is_of_request or not is_held and failure.code != "interrupted":
             if failure.is_answered and not is_held:
                 self.holds.end(job.model or "", job.id)
@@ -6941,7 +6965,9 @@ class Service:
 
     def _view(self, job: Job) -> JobView:
         if job.status == JobStatus.QUEUED:
-            pause = self._running.current_pause(job.model)
+            # A turn waits for what the turn before it waits for.
+            model = self.stores.jobs.next_model(job) if job.conversation else job.model
+            pause = self._running.current_pause(model)
         else:
             live = self._live_of(job)
             pause = live.current_pause if live else None

@@ -836,7 +836,9 @@ def test_a_claude_that_stays_silent_at_any_point_is_ended(
     monkeypatch.setattr(cab, "SHUTDOWN_GRACE_SECONDS", 0.1)
     made = misdeeds(silence_seconds=0.15)
     body = made.do(code)
-    assert (body["status"], body["errorCode"]) == ("error", "timeout")
+    # Once it has called the API, that may be the silent one.
+    expected = "network" if "begin()" in code else "timeout"
+    assert (body["status"], body["errorCode"]) == ("error", expected)
     wait_until(lambda: not made.running_pids())
 
 

@@ -413,32 +413,56 @@ def test_a_turn_waits_for_the_turn_before_it_that_others_are_tried_before(
     assert queue.run_all() == ["two"]
 
 
-def test_a_model_that_nobody_tried_lately_fails_no_request(
+def test_requests_that_come_while_the_api_answers_wait_for_their_turn(
     new_queue: Make, clock: FakeClock
 ) -> None:
-    """Another model has run for so long that the overload may be over."""
+    """The first answer after an outage may be long."""
     queue = new_queue(clock)
-    queue.claude.script["one"] = failing("overloaded", "API Error: 529", None, True)
-    first = queue.ask("one", model="opus")
-    assert queue.run_all() == ["one"]
-    queue.store.jobs.fail(queue.job(first), "cancelled", "", ("queued",))
-    queue.claude.script = {}
+    fail_all(queue, "network")
+    queue.ask("long")
+    assert queue.run_all() == ["long"]
     chats: List[str] = []
 
-    def long_run(
+    def long_answer(
         work: cab.RunRequest, live: cab.LiveText, stop_reason: Callable[[], Optional[str]]
     ) -> cab.Answer:
-        chats.append(ask_chat(queue, "chat", model="opus"))
+        assert stop_reason() is None and queue.worker.current_pause()
+        live.is_answering = True
+        chats.append(ask_chat(queue, "chat"))
         for _ in range(100):
             clock.advance(1)
-            assert stop_reason() is None
+            assert stop_reason() is None and queue.worker.current_pause() is None
+        # It breaks off: the time between two tries grows.
+        if len(chats) == 1:
+            raise cab.RunFailed("network", "reset", is_cut=True)
         return echo(work, live, stop_reason)
 
-    queue.claude.script["long"] = long_run
-    queue.ask("long", model="haiku")
+    queue.claude.script = {"long": long_answer}
+    clock.advance(2)
+    assert queue.run_all() == ["long"]
+    pause = queue.worker.current_pause()
+    assert pause and pause.until == clock.at + 4
+    clock.advance(4)
     assert queue.run_all()[0] == "long"
-    queue.run_all()
-    assert [queue.job(chat).status for chat in chats] == ["completed"]
+    assert [queue.job(chat).status for chat in chats] == ["error", "completed"]
+
+
+def test_an_answer_that_breaks_off_again_and_again_ends_its_request(
+    new_queue: Make, clock: FakeClock
+) -> None:
+    """Each try costs a part of the plan. Such a proxy ends each connection after a minute."""
+    queue = new_queue(clock)
+
+    def breaks_off(*arguments: Any) -> cab.Answer:
+        raise cab.RunFailed("network", "API Error: terminated", is_cut=True)
+
+    queue.claude.script = {"one": breaks_off}
+    one, two = queue.ask("one"), queue.ask("two")
+    queue.store.jobs.fail(queue.job(two), "cancelled", "", ("queued",))
+    for _ in range(cab.CUT_ANSWERS):
+        assert queue.run_all() == ["one"]
+        clock.advance(60)
+    assert queue.outcome(one) == ("error", "network") and queue.run_all() == []
 
 
 @pytest.mark.parametrize("is_paused", [False, True])

@@ -234,7 +234,7 @@ class Config:
     run_seconds: float = setting(
         300, "number", "longest run of one request", minimum=1, maximum=86_400)
     silence_seconds: float = setting(
-        90, "number", "longest time without output from claude; 40 % of it before an answer begins",
+        90, "number", "longest silence of claude; two fifths of it before an answer begins",
         minimum=1, maximum=86_400)
     warm_seconds: float = setting(
         600, "number",
@@ -6108,9 +6108,9 @@ SERVER_ERRORS = 5
 CUT_ANSWERS = 20
 # Most requests of which they are counted.
 COUNTED_REQUESTS = 100
-# Of --silence-seconds: for so long the API may be silent before it begins to answer. With 36 s, a
-# client of /v1 still gets a status, and the pings of the CLI, every 30 s while it waits for an answer
-# that is not streamed, are in time.
+# Of --silence-seconds: for so long the API may be silent before it begins to answer. After 36 s a
+# client of /v1 still gets a status; and the pings of the CLI, every 30 s while it waits for an
+# answer that is not streamed, are in time.
 ANSWER_SHARE = 0.4
 
 

@@ -863,6 +863,79 @@ def test_the_one_that_waits_longest_is_first_and_indexes_find_it(
             assert all("INDEX" in line or line == "SCAN t" for line in lines), plan
 
 
+def test_a_silent_receiver_of_many_tokens_starves_nobody(
+    bridge: Start, receive: Receivers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token has its turn, however many results another one has."""
+    monkeypatch.setattr(cab, "CALLBACK_THREADS", 1)
+    monkeypatch.setattr(cab, "CALLBACK_SECONDS", 0.05)
+    silent, good = receive(Receiver.hang), receive()
+    running = bridge()
+    try:
+        deaf, _ = token_for(running, [silent.host])
+        heard, _ = token_for(running, [good.host])
+        running.admin.post("/api/queue/pause", {})
+        for number in range(8):
+            deaf.ask(str(number), callback=silent.url)
+        heard.ask("hello", callback=good.url)
+        running.admin.post("/api/queue/resume", {})
+        delivered(good)
+        # It was the last that ended, and is not the last that was sent.
+        assert silent.connections < 8
+    finally:
+        silent.stopped.set()
+
+
+def test_a_callback_is_not_sent_once_its_token_is_revoked(
+    sending: SendingOf, receiver: Receiver
+) -> None:
+    one = sending(receiver.host)
+    one.finish(receiver.url)
+    due = one.stores.callbacks.due
+
+    def revoked_meanwhile() -> Any:
+        callbacks = due()
+        one.stores.tokens.delete(one.token.id, protect=False)
+        return callbacks
+
+    one.stores.callbacks.due = revoked_meanwhile  # type: ignore[method-assign]
+    one.sender.step()
+    assert receiver.connections == 0 and one.rows() == []
+
+
+def test_callbacks_that_an_older_version_stores_are_sent(
+    sending: SendingOf, receiver: Receiver
+) -> None:
+    """Its bridge may run while a command of this version changes the schema."""
+    one = sending(receiver.host)
+    job = one.finish(receiver.url)
+    with contextlib.closing(sqlite3.connect(str(one.path))) as db, db:
+        db.execute("DELETE FROM callbacks")
+        values = (job.id, receiver.url, one.clock.now())
+        db.execute("INSERT INTO callbacks (job_id, url, next_at) VALUES (?, ?, ?)", values)
+    one.restart()
+    assert one.sender.step() and receiver.connections == 1
+
+
+def test_an_error_nobody_expects_ends_no_thread(
+    bridge: Start, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = bridge()
+    api, _ = token_for(running, [receiver.host])
+    for owner, name in ((cab.CallbackStore, "due"), (cab.CallbackSender, "_body")):
+        with monkeypatch.context() as patch:
+
+            def fails(*arguments: Any) -> Any:
+                raise MemoryError(name)
+
+            patch.setattr(owner, name, fails)
+            before = len(running.log)
+            api.answer("hi", callback=receiver.url)
+            wait_until(lambda: any("MemoryError: " + name in line for line in running.log[before:]))
+    api.ask("more", callback=receiver.url)
+    assert len(delivered(receiver, 2)) >= 2
+
+
 def test_a_time_that_a_wrong_clock_made_is_corrected(
     sending: SendingOf, receiver: Receiver, clock: FakeClock
 ) -> None:

@@ -45,6 +45,26 @@ def test_a_backup_of_a_running_bridge_holds_all_that_was_accepted(
         stores.close()
 
 
+def test_a_backup_through_a_link_is_where_the_link_leads(tmp_path: Path) -> None:
+    source, target, link = (tmp_path / name for name in ("bridge.db", "copy.db", "link"))
+    cab.Stores(source, cab.Clock()).close()
+    link.symlink_to(target)
+    for _ in range(2):
+        cab.backup_database(source, link)
+        assert link.is_symlink() and target.read_bytes()[:15] == b"SQLite format 3"
+        target.touch()
+
+
+def test_files_beside_the_place_of_a_backup_stay(tmp_path: Path) -> None:
+    source, target = tmp_path / "bridge.db", tmp_path / "my"
+    cab.Stores(source, cab.Clock()).close()
+    journal = tmp_path / "my-journal"
+    journal.write_text("dear diary")
+    with pytest.raises(cab.CannotStart, match="beside it"):
+        cab.backup_database(source, target)
+    assert journal.read_text() == "dear diary" and not target.exists()
+
+
 @pytest.mark.parametrize(
     "kind", ["a text", "a folder", "the database", "a foreign database", "another bridge"])
 def test_a_backup_replaces_nothing_but_a_backup(tmp_path: Path, kind: str) -> None:

@@ -392,6 +392,21 @@ def test_a_turn_waits_for_the_turn_before_it_whatever_holds_that(
     assert states(queue, turns) == [("completed", None, 1)] * 3
 
 
+def test_a_turn_says_what_the_turn_before_it_waits_for(
+    bridge: Start, fake_claude: Callable[..., FakeClaude]
+) -> None:
+    running = bridge(fake_claude())
+    api = running.admin.new_token(sessionMode="stateful")
+    overloaded = script({"fail": {"said": "server_error", "api_error_status": 529,
+                                  "result": "API Error: 529 Overloaded."}})
+    first = api.ask(overloaded, model="opus")
+    wait_until(lambda: api.poll(first).get("waitingFor") == "overloaded")
+    second = api.ask("hi", model="haiku")
+    assert api.poll(second)["waitingFor"] == "overloaded"
+    beside = api.ask("hi", model="haiku", conversation="other")
+    assert api.done(beside)["status"] == "completed"
+
+
 def test_a_turn_waits_for_the_turn_before_it_that_others_are_tried_before(
     new_queue: Make, clock: FakeClock
 ) -> None:

@@ -585,6 +585,31 @@ def test_counters_and_conversations_equal_a_count_after_random_operations(
             assert store.conversations.list(token.id) == model.conversations(token.id)
 
 
+def test_a_slice_ends_with_what_exceeds_its_bytes(
+    store: cab.Stores, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Large answers take long to overwrite."""
+    monkeypatch.setattr(cab, "SLICE_BYTES", 1000)
+    token = add(store)
+
+    def answer(count: int) -> None:
+        for _ in range(count):
+            queue_up(store, token, "hi")
+            assert store.jobs.complete(claim(store), cab.Answer("x" * 600))
+
+    answer(6)
+    clock.advance(10 * DAY)
+    left = []
+    while store.jobs.purge(7):
+        left.append(counted(tmp_path / "bridge.db").get("completed", 0))
+    assert left == [4, 2, 0]
+    answer(4)
+    store.tokens._disable(token.id, False)
+    while store.tokens.delete_slice(token.id):
+        left.append(counted(tmp_path / "bridge.db").get("completed", 0))
+    assert left[3:] == [2, 0]
+
+
 def test_a_list_of_conversations_ends_at_its_limit(
     store: cab.Stores, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

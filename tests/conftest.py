@@ -500,7 +500,9 @@ def imported(change: str = "") -> Tuple[str, ...]:
     """
     code = (
         "import sys; sys.path.insert(0, %r); sys.argv[0] = %r; import gc; gc.disable(); "
-        "import claude_api_bridge as cab; gc.freeze(); gc.enable(); %s\ncab.run()"
+        # PyPy has no gc.freeze.
+        "import claude_api_bridge as cab; getattr(gc, 'freeze', gc.collect)(); gc.enable(); "
+        "%s\ncab.run()"
     )
     return sys.executable, "-S", "-c", code % (str(MODULE.parent), str(MODULE), change or "pass")
 

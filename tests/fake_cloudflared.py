@@ -64,7 +64,7 @@ HARMLESS = log(
     " ping_group_range.",
     'WRN ICMP proxy feature is disabled error="cannot create ICMPv4 proxy: Group ID 0 is not'
     ' between ping group 1 to 0"',
-    'ERR Failed to fetch features, default to enable error="lookup cfd-features.argotunnel.com on'
+    'ERR Failed to fetch features, default to disable error="lookup cfd-features.argotunnel.com on'
     ' 127.0.0.1:53: no such host"',
 )
 UNDER_WAY = log(

@@ -129,7 +129,7 @@ from concurrent.futures import Future, TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate
-from functools import cached_property, lru_cache, partial, wraps
+from functools import cached_property, lru_cache, partial, reduce, wraps
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, count, islice
@@ -7403,24 +7403,12 @@ def plan_body(
         "resumesAt": None, **pause_body(pause)}
 
 
-class UsageSums:
-    """The sums of several DayUsage."""
-
-    def __init__(self) -> None:
-        self.requests = self.completed = self.errors = 0
-        self.usage = Usage()
-
-    def add(self, row: DayUsage) -> None:
-        self.requests += row.requests
-        self.completed += row.completed
-        self.errors += row.errors
-        self.usage = self.usage.plus(row.usage)
-
-    def body(self) -> Dict[str, Any]:
-        usage = self.usage._replace(cost_usd=round(self.usage.cost_usd, 8))
-        counts = {
-            "requests": self.requests, "completed": self.completed, "errors": self.errors}
-        return {**counts, **usage_body(usage)}
+def sums_body(rows: Sequence[DayUsage]) -> Dict[str, Any]:
+    """Return the sums of several DayUsage."""
+    usage = reduce(Usage.plus, (row.usage for row in rows), Usage())
+    counts = {name: sum(getattr(row, name) for row in rows)
+              for name in ("requests", "completed", "errors")}
+    return {**counts, **usage_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))}
 
 
 def warnings_body(warnings: Sequence[str]) -> Dict[str, Any]:
@@ -7512,20 +7500,18 @@ def handle_usage(context: Context) -> Response:
     days = integer("days", 1, USAGE_DAYS)(context.request.query.get("days")) or 30
     since = day_of(now - (days - 1) * 86_400)
     rows = stores.usage.by_day(since, None if caller.is_admin else caller.token.id)
-    total = UsageSums()
-    by_day: Dict[str, UsageSums] = {}
-    by_token: Dict[str, UsageSums] = {}
+    by_day: Dict[str, List[DayUsage]] = {}
+    by_token: Dict[str, List[DayUsage]] = {}
     for row in rows:
-        total.add(row)
-        by_day.setdefault(row.day, UsageSums()).add(row)
-        by_token.setdefault(row.token_id, UsageSums()).add(row)
+        by_day.setdefault(row.day, []).append(row)
+        by_token.setdefault(row.token_id, []).append(row)
     names = {token.id: token.name for token in stores.tokens.list()}
     plan = plan_body(stores.usage.plan_limits(), context.service.current_pause(), now)
     body = {
-        "since": since, "total": total.body(),
-        "days": [{"day": day, **sums.body()} for day, sums in sorted(by_day.items())],
-        "tokens": [{"tokenId": token_id, "name": names.get(token_id), **sums.body()}
-                   for token_id, sums in sorted(by_token.items())],
+        "since": since, "total": sums_body(rows),
+        "days": [{"day": day, **sums_body(part)} for day, part in sorted(by_day.items())],
+        "tokens": [{"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
+                   for token_id, part in sorted(by_token.items())],
         "plan": plan}
     return json_response(200, body)
 

@@ -7838,8 +7838,8 @@ IGNORED_BLOCKS = ("thinking", "redacted_thinking")
 SOURCES = {
     "base64": ("media_type", "data"), "url": ("url",), "text": ("media_type", "data")}
 # Together with TOOL_PREFIX at most the 128 characters of the API.
-TOOL_NAME_RE = re.compile(r"[A-Za-z0-9_-]{1,118}")
-CALL_ID_RE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+TOOL_NAME_CHARACTERS = 118
+CALL_ID_CHARACTERS = 128
 FOREIGN_MODEL_RE = re.compile(r"(gpt|chatgpt|codex|o[1-9])([-.\d].*)?", re.IGNORECASE)
 TYPE_NAMES: Mapping[Any, str] = {
     str: "a string", list: "a list", dict: "an object", bool: "true or false"}
@@ -7900,14 +7900,13 @@ def read_block(block: Any, kinds: Sequence[str], path: str) -> Dict[str, Any]:
         return result
     if kind == "tool_use":
         return {
-            "type": kind, "id": read_call_id(block.get("id"), path + ".id"),
-            "name": read_tool_name(block.get("name"), path + ".name"),
+            "type": kind, "id": read_word(block.get("id"), CALL_ID_CHARACTERS, path + ".id"),
+            "name": read_word(block.get("name"), TOOL_NAME_CHARACTERS, path + ".name"),
             "input": require_type(block.get("input"), dict, path + ".input")}
     kinds = ("text", "image", "document")
     content = read_content(block.get("content") or "", kinds, path + ".content")
-    result = {
-        "type": kind, "tool_use_id": read_call_id(block.get("tool_use_id"), path + ".tool_use_id"),
-        "content": content or "(no result)"}
+    call_id = read_word(block.get("tool_use_id"), CALL_ID_CHARACTERS, path + ".tool_use_id")
+    result = {"type": kind, "tool_use_id": call_id, "content": content or "(no result)"}
     if block.get("is_error"):
         result["is_error"] = True
     return result
@@ -7927,15 +7926,11 @@ def read_content(content: Any, kinds: Sequence[str], path: str) -> List[Dict[str
     return result
 
 
-def read_tool_name(value: Any, path: str) -> str:
-    if not TOOL_NAME_RE.fullmatch(require_type(value, str, path)):
-        raise invalid_value(path, "must be 1 to 118 letters, digits, underscores or dashes")
-    return str(value)
-
-
-def read_call_id(value: Any, path: str) -> str:
-    if not CALL_ID_RE.fullmatch(require_type(value, str, path)):
-        raise invalid_value(path, "must be 1 to 128 letters, digits, underscores or dashes")
+def read_word(value: Any, longest: int, path: str) -> str:
+    """Return the name of a tool or the id of a call."""
+    if not re.fullmatch("[A-Za-z0-9_-]{1,%d}" % longest, require_type(value, str, path)):
+        text = "must be 1 to %d letters, digits, underscores or dashes"
+        raise invalid_value(path, text % longest)
     return str(value)
 
 
@@ -7993,7 +7988,7 @@ def read_client_tools(tools: Iterable[Tuple[str, Any, Any, Any]]) -> Tuple[Mappi
     """Return Chat.client_tools. tools: (path, name, description, schema) of each."""
     result: Dict[str, Dict[str, Any]] = {}
     for path, name, description, schema in tools:
-        name = read_tool_name(name, path + ".name")
+        name = read_word(name, TOOL_NAME_CHARACTERS, path + ".name")
         if name in result:
             raise invalid_value(path + ".name", "is duplicated")
         schema = {"type": "object", **optional(schema, dict, path + " schema")}

@@ -7540,15 +7540,11 @@ def handle_revoke_token(context: Context) -> Response:
 
 
 # --- status and pages ---
-def handle_pause(context: Context, is_paused: bool = True) -> Response:
+def set_paused(context: Context, is_paused: bool) -> Response:
     # It is ignored.
     context.body()
     context.service.set_paused(is_paused)
     return json_response(200, {"ok": True, **pause_body(context.service.current_pause())})
-
-
-def handle_resume(context: Context) -> Response:
-    return handle_pause(context, is_paused=False)
 
 
 def handle_status(context: Context) -> Response:
@@ -7581,10 +7577,6 @@ def handle_health(context: Context) -> Response:
 def handle_metrics(context: Context) -> Response:
     content_type = "text/plain; version=0.0.4; charset=utf-8"
     return Response(200, context.status.metrics().encode(), content_type)
-
-
-def handle_dashboard(context: Context) -> Response:
-    return context.status.page()
 
 
 # --- callbacks ---
@@ -8629,14 +8621,6 @@ def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
     return COMPLETIONS
 
 
-def handle_messages(context: Context) -> Response:
-    return handle_chat(context, MESSAGES)
-
-
-def handle_completions(context: Context) -> Response:
-    return handle_chat(context, COMPLETIONS)
-
-
 # Both formats find their own keys here; the dates are unknown.
 MODEL_EXAMPLE = {
     "id": "sonnet", "object": "model", "created": 0, "owned_by": "anthropic", "type": "model",
@@ -8833,13 +8817,14 @@ ROUTES = (
           "Requests, tokens and estimated cost per day and token; the plan's limits",
           responses={200: ("Usage", '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}')},
           query={"days": ("integer", "1 to 400, default 30")}),
-    Route("POST", "/v1/messages", AuthLevel.TOKEN, handle_messages,
+    Route("POST", "/v1/messages", AuthLevel.TOKEN, partial(handle_chat, format=MESSAGES),
           "The Anthropic wire format; see Other wire formats",
           responses={
               200: ("Message", '{"type":"message","content":[...],...}'),
               400: (None, '{"type":"error","error":{"type":"...","message":"..."}}')},
           error_statuses=(403, 504, 529)),
-    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN, handle_completions,
+    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN,
+          partial(handle_chat, format=COMPLETIONS),
           "The OpenAI wire format; see Other wire formats",
           responses={
               200: ("Completion", '{"object":"chat.completion","choices":[...],...}'),
@@ -8862,10 +8847,10 @@ ROUTES = (
     Route("DELETE", "/api/tokens/:id", AuthLevel.ADMIN, handle_revoke_token,
           "Revoke a token; its running request is stopped",
           responses={200: ("Done", '{"ok":true,"message":"Token revoked"}')}),
-    Route("POST", "/api/queue/pause", AuthLevel.ADMIN, handle_pause,
+    Route("POST", "/api/queue/pause", AuthLevel.ADMIN, partial(set_paused, is_paused=True),
           "Start no more requests; the running one continues, new ones wait",
           responses={200: ("Queue", '{"ok":true,"waitingFor":"paused"}')}),
-    Route("POST", "/api/queue/resume", AuthLevel.ADMIN, handle_resume,
+    Route("POST", "/api/queue/resume", AuthLevel.ADMIN, partial(set_paused, is_paused=False),
           "Let the queue go on",
           responses={200: ("Queue", '{"ok":true}')}),
     Route("GET", "/api/status", AuthLevel.NOTHING, handle_status,
@@ -8881,7 +8866,7 @@ ROUTES = (
     Route("GET", "/openapi.json", AuthLevel.NOTHING, handle_openapi,
           "This API for programs: OpenAPI 3.1",
           responses={200: ("OpenApi", '{"openapi":"3.1.0","paths":{...},...}')}),
-    Route("GET", "/dashboard", AuthLevel.NOTHING, handle_dashboard,
+    Route("GET", "/dashboard", AuthLevel.NOTHING, lambda context: context.status.page(),
           "The dashboard",
           responses={200: ("", "HTML")}),
     Route("GET", "/", AuthLevel.NOTHING, handle_root,

@@ -3632,13 +3632,6 @@ def hold_turn(before: Sequence[HeldTurn], turn: HistoryTurn,
     return HeldTurn(prompt, digest, message_id)
 
 
-def held_turns(history: Iterable[HistoryTurn]) -> List[HeldTurn]:
-    turns: List[HeldTurn] = []
-    for turn in history:
-        turns.append(hold_turn(turns, turn))
-    return turns
-
-
 def answer_content(answer: Answer) -> List[Block]:
     """Return an answer as a client sends it back."""
     blocks: List[Block] = [{"type": "text", "text": replace_surrogates(answer.text)}]
@@ -4204,15 +4197,19 @@ def processes_tagged(tag: str) -> List[int]:
     return pids
 
 
+def linux_processes() -> Iterator[Tuple[int, str, int]]:
+    """Yield (pid, state, parent) of every process."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, IndexError):
+            stat_line = Path("/proc", name, "stat").read_text(errors="replace")
+            state, parent = stat_line.rpartition(")")[2].split()[:2]
+            yield int(name), state, int(parent)
+
+
 def process_table() -> List[Tuple[int, int]]:
     """Return (pid, parent) of every process; empty on Windows, where taskkill needs no table."""
     if sys.platform == "linux":
-        table = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError, IndexError):
-                stat_line = Path("/proc", name, "stat").read_text(errors="replace")
-                table.append((int(name), int(stat_line.rpartition(")")[2].split()[1])))
-        return table
+        return [(pid, parent) for pid, _, parent in linux_processes()]
     if os.name == "nt":
         return []
     try:
@@ -4338,13 +4335,8 @@ def remove_sessions(data_dir: Path, is_wanted: Callable[[str], bool]) -> None:
 def reap_zombies(before: Set[int]) -> Set[int]:
     """Reap the orphans that PID 1 of a container inherits from tools. -> the present zombies.
     before: those of a second ago; a child of ours would have been reaped by its owner since."""
-    zombies = set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError, IndexError):
-            stat_line = Path("/proc", name, "stat").read_text(errors="replace")
-            state, parent = stat_line.rpartition(")")[2].split()[:2]
-            if state == "Z" and int(parent) == os.getpid():
-                zombies.add(int(name))
+    zombies = {pid for pid, state, parent in linux_processes()
+               if state == "Z" and parent == os.getpid()}
     for pid in zombies & before:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
@@ -4849,7 +4841,10 @@ class RunRequest:
     @cached_property
     def earlier_turns(self) -> List[HeldTurn]:
         """What a process must hold before this turn."""
-        return held_turns(self.history())
+        turns: List[HeldTurn] = []
+        for turn in self.history():
+            turns.append(hold_turn(turns, turn))
+        return turns
 
 
 class RunControl(NamedTuple):
@@ -7411,10 +7406,6 @@ def sums_body(rows: Sequence[DayUsage]) -> Dict[str, Any]:
     return {**counts, **usage_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))}
 
 
-def warnings_body(warnings: Sequence[str]) -> Dict[str, Any]:
-    return {"warnings": warnings} if warnings else {}
-
-
 # --- requests ---
 def handle_ask(context: Context) -> Response:
     caller, request = context.require_caller(), context.request
@@ -7422,7 +7413,7 @@ def handle_ask(context: Context) -> Response:
     key = validate_idempotency_key(request.headers.get("idempotency-key"))
     job, position, is_new = context.service.ask(caller, ask, key)
     headers = () if is_new else (("Idempotent-Replayed", "true"),)
-    more = warnings_body(warnings)
+    more = {"warnings": warnings} if warnings else {}
     if ask.stream:
         first = sse_event("queued", 0, {"requestId": job.id, "position": position, **more})
         events = context.service.follow(caller, job.id, 0, position, request.client_disconnected)
@@ -7522,7 +7513,9 @@ def handle_create_token(context: Context) -> Response:
     token, secret = context.service.create_token(new)
     body = {
         "ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
-        "warning": "Save this token now. It cannot be retrieved again.", **warnings_body(warnings)}
+        "warning": "Save this token now. It cannot be retrieved again."}
+    if warnings:
+        body["warnings"] = warnings
     if token.callbacks:
         body["callbackSecret"] = context.stores.tokens.callback_secret(token.id)
     return json_response(201, body)
@@ -9164,10 +9157,11 @@ def parse_request_head(block: bytes) -> RequestHead:
     expect = headers.get("expect", "").lower()
     if expect not in ("", "100-continue"):
         raise ExpectationFailed()
+    options = [option.strip().lower() for option in headers.get("connection", "").split(",")]
+    wants_close = "close" in options or (version == "1.0" and "keep-alive" not in options)
     return RequestHead(
         method, path, dict(parse_qsl(query, keep_blank_values=True)) if query else {}, version,
-        headers, length, bool(expect) and version == "1.1",
-        wants_close(headers.get("connection", ""), version))
+        headers, length, bool(expect) and version == "1.1", wants_close)
 
 
 def parse_target(method: str, target: str, headers: Dict[str, str]) -> Tuple[str, str]:
@@ -9183,11 +9177,6 @@ def parse_target(method: str, target: str, headers: Dict[str, str]) -> Tuple[str
             raise MalformedRequest("Malformed request line")
     path, _, query = target.partition("?")
     return path, query
-
-
-def wants_close(connection: str, version: str) -> bool:
-    options = [option.strip().lower() for option in connection.split(",")]
-    return "close" in options or (version == "1.0" and "keep-alive" not in options)
 
 
 def parse_headers(lines: Iterable[bytes]) -> Dict[str, str]:

@@ -3261,12 +3261,10 @@ PIPED_TEXT = "local_command_source"
 NEEDED_FLAGS = frozenset((
     "--agent", "--disable-slash-commands", "--include-partial-messages", "--input-format",
     "--no-session-persistence", "--permission-mode", "--resume", "--session-id",
-    "--setting-sources", "--strict-mcp-config", "--tools",
-))  # fmt: skip
+    "--setting-sources", "--strict-mcp-config", "--tools"))
 ALL_TOOLS = (
     "Bash", "Read", "Glob", "Grep", "Edit", "Write", "NotebookEdit", "WebFetch", "WebSearch",
-    "Agent", "Task", "TaskOutput", "TaskStop", "TodoWrite",
-)  # fmt: skip
+    "Agent", "Task", "TaskOutput", "TaskStop", "TodoWrite")
 
 # Variables that never reach the CLI: they choose who pays, which server, model or prompt is used,
 # or load code. PASSED_ENV is the exception.
@@ -3278,8 +3276,7 @@ STRIPPED_ENV = re.compile(
 PASSED_ENV = frozenset((
     "ANTHROPIC_BASE_URL", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_GIT_BASH_PATH",
     "CLAUDE_CODE_CERT_STORE", "CLAUDE_CODE_CLIENT_CERT", "CLAUDE_CODE_CLIENT_KEY",
-    "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE", "CLAUDE_SECURESTORAGE_CONFIG_DIR",
-))  # fmt: skip
+    "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE", "CLAUDE_SECURESTORAGE_CONFIG_DIR"))
 API_KEYS = frozenset(("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"))
 # The name of the MCP server that offers the client's tools, and so the prefix of their names.
 MCP_SERVER = "api"
@@ -3823,8 +3820,7 @@ def classify_failure(result: Mapping[str, Any], error_word: str,
 
 
 USAGE_NAMES = (
-    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"
-)  # fmt: skip
+    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
 def turn_usage(result: Mapping[str, Any], spent_usd: float,
@@ -4420,12 +4416,11 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
         here = Path(__file__).absolute()
         script = here.parent if here.parent.is_file() else here
         return (sys.executable, str(script), "demo-claude")
-    path = os.pathsep.join([environ.get("PATH", os.defpath), *map(str, usual_folders(environ))])
     names = [config.claude or "claude"]
     if os.name == "nt" and not config.claude:
         names = ["claude.exe", "claude.cmd", "claude"]
     for name in names:
-        program = shutil.which(name, path=path)
+        program = shutil.which(name, path=search_path(environ))
         if program:
             return (str(Path(program).absolute()),)
     raise CannotStart(
@@ -4434,8 +4429,8 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
         " it with --claude PATH; or try: start --demo")
 
 
-def usual_folders(environ: Mapping[str, str]) -> List[Path]:
-    """Return where installers put `claude`, for a service whose PATH is short."""
+def search_path(environ: Mapping[str, str]) -> str:
+    """Return PATH with the folders of installers, for a service whose PATH is short."""
     home = home_folder(environ)
     # The newest Node of nvm and its like.
     versions = [*home.glob(".nvm/versions/node/*/bin"),
@@ -4443,9 +4438,10 @@ def usual_folders(environ: Mapping[str, str]) -> List[Path]:
     versions.sort(key=lambda path: [int(part) for part in re.findall(r"\d+", str(path))])
     names = (".claude/local", ".local/bin", ".npm-global/bin", ".bun/bin", ".volta/bin",
              ".local/share/pnpm", "Library/pnpm", ".asdf/shims", ".local/share/mise/shims")
-    return [Path("/usr/local/bin"), *(home / name for name in names), *reversed(versions),
-            Path("/opt/homebrew/bin"), Path("/home/linuxbrew/.linuxbrew/bin"),
-            Path("/opt/local/bin")]
+    folders = [environ.get("PATH", os.defpath), "/usr/local/bin", *(home / name for name in names),
+               *reversed(versions), "/opt/homebrew/bin", "/home/linuxbrew/.linuxbrew/bin",
+               "/opt/local/bin"]
+    return os.pathsep.join(map(str, folders))
 
 
 def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = False) -> str:
@@ -6784,6 +6780,10 @@ class JobView(NamedTuple):
     partial: Optional[str] = None
 
 
+# What a reader of a job receives; the view comes when it is queued or finished.
+JobEvents = Iterator[Tuple[JobEvent, Optional[JobView]]]
+
+
 class RunningJobs(Protocol):
     """What the service needs to know of the worker."""
     def live(self, job_id: str) -> Optional[LiveText]:
@@ -6969,18 +6969,10 @@ class Service:
         queue_position, overall_position = self.stores.jobs.queue_positions(job)
         return JobView(job, queue_position, overall_position, pause)
 
-    def follow(
-        self,
-        caller: Caller,
-        job_id: str,
-        after: int = 0,
-        position: int = 0,
-        client_disconnected: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
-        """Yield the job's events live, with its view when it is queued or finished.
-
-        after: how much of the text the caller has, in code points. position: the overall position
-        that the caller knows.
+    def follow(self, caller: Caller, job_id: str, after: int = 0, position: int = 0,
+               client_disconnected: Callable[[], bool] = lambda: False) -> JobEvents:
+        """Yield the job's events live. after: how much of the text the caller has, in code points.
+        position: the overall position that the caller knows.
         Ends after `completed` or `error`, when the client disconnects, or with the bridge. Raises
         NotFound and RateLimited at once; InvalidToken or NotFound later, if the token is revoked.
         """
@@ -6989,14 +6981,8 @@ class Service:
         self._slots.check(caller)
         return self._follow(caller, job_id, TextCursor(after), position, client_disconnected)
 
-    def _follow(
-        self,
-        caller: Caller,
-        job_id: str,
-        cursor: TextCursor,
-        position: int,
-        client_disconnected: Callable[[], bool],
-    ) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
+    def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, position: int,
+                client_disconnected: Callable[[], bool]) -> JobEvents:
         reported: Tuple[int, Optional[Pause]] = (position, None)
         last_sent_at = self.clock.monotonic()
         topics = (job_id, Notifier.text_topic(job_id))
@@ -7045,8 +7031,7 @@ class Service:
                 if client_disconnected():
                     return
 
-    def _follow_end(self, caller: Caller, job: Job,
-                    cursor: TextCursor) -> Iterator[Tuple[JobEvent, Optional[JobView]]]:
+    def _follow_end(self, caller: Caller, job: Job, cursor: TextCursor) -> JobEvents:
         """Yield the rest of a finished job, and check the token of a slow reader in time."""
         recheck_at = self.clock.monotonic() + RECHECK_SECONDS
         for event in self._final_events(job, cursor):
@@ -7292,8 +7277,7 @@ def stream_response(pieces: BodyIterator, headers: Sequence[Tuple[str, str]] = (
                     headers=(*no_buffering, *headers), stream=pieces)
 
 
-def event_stream(job_id: str, events: Iterable[Tuple[JobEvent, Optional[JobView]]],
-                 first: bytes = b"") -> BodyIterator:
+def event_stream(job_id: str, events: JobEvents, first: bytes = b"") -> BodyIterator:
     """Yield a job's events as Server-Sent Events. A reader whose token is revoked receives an
     `error` without `status`."""
     offset = 0
@@ -7820,8 +7804,7 @@ STOP_SEQUENCES = 16
 BLOCKS = {"user": ("text", "image", "document", "tool_result"), "assistant": ("text", "tool_use")}
 # Blocks of an earlier answer by another server, which mean nothing here.
 IGNORED_BLOCKS = ("thinking", "redacted_thinking")
-SOURCES = {
-    "base64": ("media_type", "data"), "url": ("url",), "text": ("media_type", "data")}
+SOURCES = {"base64": ("media_type", "data"), "url": ("url",), "text": ("media_type", "data")}
 # Together with TOOL_PREFIX at most the 128 characters of the API.
 TOOL_NAME_CHARACTERS = 118
 CALL_ID_CHARACTERS = 128
@@ -7992,13 +7975,10 @@ def read_client_tools(tools: Iterable[Tuple[str, Any, Any, Any]]) -> Tuple[Mappi
 
 def is_object_schema(schema: Mapping[str, Any]) -> bool:
     properties, required = schema.get("properties", {}), schema.get("required", [])
-    return (
-        schema["type"] == "object"
-        and isinstance(properties, dict)
-        and all(isinstance(value, dict) for value in properties.values())
-        and isinstance(required, list)
-        and all(isinstance(name, str) for name in required)
-    )
+    return (schema["type"] == "object"
+            and isinstance(properties, dict) and isinstance(required, list)
+            and all(isinstance(value, dict) for value in properties.values())
+            and all(isinstance(name, str) for name in required))
 
 
 def read_stop_sequences(value: Any, path: str) -> Tuple[str, ...]:
@@ -9091,20 +9071,14 @@ STANDARD_HEADERS = (
     ("X-XSS-Protection", "0"),
     ("Cache-Control", "no-store"),
     ("Access-Control-Allow-Origin", "*"),
-    (
-        "Access-Control-Expose-Headers",
-        "Allow, Idempotent-Replayed, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining,"
-        " RateLimit-Reset, Retry-After",
-    ),
-)
+    ("Access-Control-Expose-Headers",
+     "Allow, Idempotent-Replayed, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining,"
+     " RateLimit-Reset, Retry-After"))
 PREFLIGHT_HEADERS = (
     ("Access-Control-Allow-Methods", "GET,POST,DELETE"),
-    (
-        "Access-Control-Allow-Headers",
-        "Content-Type,Authorization,X-Api-Key,Idempotency-Key,Last-Event-ID,*",
-    ),
-    ("Access-Control-Max-Age", "600"),
-)
+    ("Access-Control-Allow-Headers",
+     "Content-Type,Authorization,X-Api-Key,Idempotency-Key,Last-Event-ID,*"),
+    ("Access-Control-Max-Age", "600"))
 
 
 # --- heads ---
@@ -9204,9 +9178,8 @@ def parse_body_length(headers: Mapping[str, str], version: str) -> Optional[int]
         if length is not None or version == "1.0":
             raise MalformedRequest("Transfer-Encoding with Content-Length or HTTP/1.0")
         if coding.lower() != "chunked":
-            raise UnknownCoding(
-                "Transfer-Encoding %s is not supported. Use Content-Length or chunked" % coding[:40]
-            )
+            text = "Transfer-Encoding %s is not supported. Use Content-Length or chunked"
+            raise UnknownCoding(text % coding[:40])
         return None
     if length is None:
         return 0
@@ -10208,9 +10181,7 @@ class CloudflaredInstall:
         """Return the one that the owner named or installed; it is not checked.
         Raises CannotTunnel."""
         name = self.config.cloudflared or "cloudflared"
-        folders = [self._environ.get("PATH", os.defpath),
-                   *map(str, usual_folders(self._environ))]
-        program = shutil.which(name, path=os.pathsep.join(folders))
+        program = shutil.which(name, path=search_path(self._environ))
         if self.config.cloudflared and not program:
             raise CannotTunnel(
                 "There is no program %s." % name, "name the right one with --cloudflared PATH")
@@ -12405,8 +12376,7 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
         require_sqlite()
     except CannotStart as error:
         checks[1] = Check("sqlite", False, str(error), error.hint)
-    functions = [
-        check_data, check_clock, check_queue, check_orphans, check_port, check_claude]
+    functions = [check_data, check_clock, check_queue, check_orphans, check_port, check_claude]
     if arguments.live:
         functions.append(check_live)
     for function in (*functions, check_tunnel):

@@ -7312,8 +7312,10 @@ def pause_body(pause: Optional[Pause]) -> Dict[str, Any]:
     return without_none({"waitingFor": pause.reason, "resumesAt": iso_time(pause.known_until)})
 
 
-def usage_body(usage: Usage) -> Dict[str, Any]:
-    return {camel_case(name): value for name, value in usage._asdict().items()}
+def record_body(record: Union[Usage, Conversation, RateLimitWindow]) -> Dict[str, Any]:
+    """Return a record under the names of the wire; times (`..._at`) as texts."""
+    return {camel_case(name): iso_time(value) if name.endswith("_at") else value
+            for name, value in record._asdict().items()}
 
 
 def job_body(view: JobView) -> Dict[str, Any]:
@@ -7336,7 +7338,7 @@ def job_body(view: JobView) -> Dict[str, Any]:
     if job.structured is not None:
         body["structured"] = json.loads(job.structured)
     if job.usage:
-        body["usage"] = usage_body(job.usage)
+        body["usage"] = record_body(job.usage)
     if job.stop_info and job.stop_info.reason == "max_tokens":
         body["stopReason"] = job.stop_info.reason
     body["partial"] = view.partial
@@ -7374,9 +7376,8 @@ def plan_body(
         if window.kind == "overage":
             is_using_overage = window.status == "in_use"
             continue
-        bodies.append({
-            "type": window.kind, "status": window.status, "utilization": window.utilization,
-            "resetsAt": iso_time(window.resets_at), "seenAt": iso_time(window.seen_at)})
+        body = record_body(window)
+        bodies.append({"type": body.pop("kind"), **body})
     return {
         "windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
         "resumesAt": None, **pause_body(pause)}
@@ -7387,7 +7388,7 @@ def sums_body(rows: Sequence[DayUsage]) -> Dict[str, Any]:
     usage = reduce(Usage.plus, (row.usage for row in rows), Usage())
     counts = {name: sum(getattr(row, name) for row in rows)
               for name in ("requests", "completed", "errors")}
-    return {**counts, **usage_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))}
+    return {**counts, **record_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))}
 
 
 # --- requests ---
@@ -7456,12 +7457,7 @@ def handle_list_requests(context: Context) -> Response:
 
 def handle_list_conversations(context: Context) -> Response:
     conversations = context.stores.conversations.list(context.require_caller().token.id)
-    bodies = [{
-        "name": conversation.name, "turns": conversation.turns,
-        "createdAt": iso_time(conversation.created_at),
-        "lastUsedAt": iso_time(conversation.last_used_at)}
-              for conversation in conversations]
-    return json_response(200, {"conversations": bodies})
+    return json_response(200, {"conversations": list(map(record_body, conversations))})
 
 
 def handle_delete_conversation(context: Context) -> Response:
@@ -9300,24 +9296,19 @@ class RateLimiters:
 
     def __init__(self, clock: Clock, capacity: int) -> None:
         self._clock = clock
-        self._capacity = capacity
+        self._capacities = {
+            "anonymous": capacity, "login": LOGINS_PER_MINUTE,
+            "polls": capacity * POLLS_PER_REQUEST}
         self._lock = threading.Lock()
         self._by_key: "OrderedDict[Tuple[str, str], TokenBucket]" = OrderedDict()
         self.authenticated = TokenBucket(clock, capacity)
 
-    def anonymous(self, address: str) -> TokenBucket:
-        return self._bucket("anonymous", address, self._capacity)
-
-    def login(self, address: str) -> TokenBucket:
-        return self._bucket("login", address, LOGINS_PER_MINUTE)
-
-    def polls(self, token_id: str) -> TokenBucket:
-        return self._bucket("polls", token_id, self._capacity * POLLS_PER_REQUEST)
-
-    def _bucket(self, kind: str, name: str, capacity: int) -> TokenBucket:
-        """Return the bucket of a name; evict the least recently used ones."""
+    def bucket(self, kind: str, name: str) -> TokenBucket:
+        """Return the bucket of an address (anonymous, login) or of a token (polls); evict the least
+        recently used ones."""
         with self._lock:
-            bucket = self._by_key.pop((kind, name), None) or TokenBucket(self._clock, capacity)
+            bucket = self._by_key.pop((kind, name), None)
+            bucket = bucket or TokenBucket(self._clock, self._capacities[kind])
             self._by_key[kind, name] = bucket
             while len(self._by_key) > ADDRESSES:
                 self._by_key.popitem(last=False)
@@ -9413,17 +9404,17 @@ class Dispatcher:
         try:
             return self._service.authenticate(secret), None
         except InvalidToken as error:
-            consume_or_raise(self._limiters.login(self._hosts.client_address(request)))
+            consume_or_raise(self._limiters.bucket("login", self._hosts.client_address(request)))
             return None, error
 
     def _bucket(self, route: Optional[Route], caller: Optional[Caller], request: Request,
                 params: Mapping[str, str]) -> TokenBucket:
         """Return the bucket of a request; a poll with `wait` counts like any other request."""
         if caller is None:
-            return self._limiters.anonymous(self._hosts.client_address(request))
+            return self._limiters.bucket("anonymous", self._hosts.client_address(request))
         if route and route.uses_poll_limiter and "wait" not in request.query:
             if self._service.is_own_unfinished(caller, params["requestId"]):
-                return self._limiters.polls(caller.token.id)
+                return self._limiters.bucket("polls", caller.token.id)
         return self._limiters.authenticated
 
 
@@ -12599,17 +12590,16 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False)
     parser.add_argument("--version", "-v", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add_settings(commands.add_parser("start", help="run the bridge", allow_abbrev=False))
+    add_command = partial(commands.add_parser, allow_abbrev=False)
+    add_settings(add_command("start", help="run the bridge"))
 
-    doctor = commands.add_parser(
-        "doctor", help="check everything that a start needs, and suggest fixes", allow_abbrev=False)
+    doctor = add_command("doctor", help="check everything that a start needs, and suggest fixes")
     add_settings(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--live", action="store_true",
                         help="also send the model a short question, which uses the plan")
 
-    ask = commands.add_parser(
-        "ask", help="ask the running bridge, and print the answer", allow_abbrev=False)
+    ask = add_command("ask", help="ask the running bridge, and print the answer")
     ask.set_defaults(shown="")
     ask.add_argument("message", help="the question; - reads it from standard input")
     ask.add_argument("--model", metavar="NAME", help="alias or full name of a model")
@@ -12622,11 +12612,11 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     add_settings(ask, ("data_dir",))
 
-    token = commands.add_parser(
-        "token", help="create, list and revoke tokens, whether the bridge runs or not",
-        allow_abbrev=False)
+    token = add_command(
+        "token", help="create, list and revoke tokens, whether the bridge runs or not")
     actions = token.add_subparsers(dest="action", metavar="ACTION", required=True)
-    create = actions.add_parser("create", help="create a token and print it", allow_abbrev=False)
+    add_action = partial(actions.add_parser, allow_abbrev=False)
+    create = add_action("create", help="create a token and print it")
     create.add_argument("name", help="what the token is for")
     create.add_argument(
         "--admin", action="store_true", help="may manage tokens and read every request")
@@ -12646,22 +12636,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="it may have results sent to these hosts, separated by commas, or to all public ones")
     create.add_argument("--workspace", metavar="DIR",
                         help="an existing folder for its tools (default: a folder of its own)")
-    listing = actions.add_parser("list", help="show all tokens", allow_abbrev=False)
-    revoke = actions.add_parser(
-        "revoke", help="delete a token; its running request is stopped", allow_abbrev=False)
+    listing = add_action("list", help="show all tokens")
+    revoke = add_action("revoke", help="delete a token; its running request is stopped")
     revoke.add_argument("id", help="as token list shows it")
     for action in (create, listing, revoke):
         add_settings(action, ("data_dir",))
     for action in (create, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
-    for name, text in (
-            ("pause", "start no more requests; new ones wait"), ("resume", "let the queue go on")):
-        add_settings(commands.add_parser(name, help=text, allow_abbrev=False), ("data_dir",))
-    backup = commands.add_parser(
-        "backup", help="copy the database to a file, also while the bridge runs",
-        allow_abbrev=False)
+    pause = add_command("pause", help="start no more requests; new ones wait")
+    resume = add_command("resume", help="let the queue go on")
+    backup = add_command("backup", help="copy the database to a file, also while the bridge runs")
     backup.add_argument("file", help="the copy; an older copy is replaced")
-    add_settings(backup, ("data_dir",))
+    for command in (pause, resume, backup):
+        add_settings(command, ("data_dir",))
     return parser
 
 

@@ -6756,16 +6756,8 @@ class Worker:
 # a connection.
 MAX_STREAMS_PER_TOKEN = 128
 MAX_STREAMS = 192
-
-
-@dataclass(frozen=True)
-class Caller:
-    """An authenticated caller."""
-    token: Token
-
-    @property
-    def is_admin(self) -> bool:
-        return self.token.is_admin
+# An authenticated caller.
+Caller = Token
 
 
 class JobView(NamedTuple):
@@ -6833,14 +6825,14 @@ class StreamSlots:
         if not caller.is_admin and sum(self._by_token.copy().values()) >= MAX_STREAMS:
             text = "There are already %d open streams and waits (the maximum)." % MAX_STREAMS
             raise retry_later(RateLimited, text, 5)
-        if self._by_token.get(caller.token.id, 0) >= MAX_STREAMS_PER_TOKEN:
+        if self._by_token.get(caller.id, 0) >= MAX_STREAMS_PER_TOKEN:
             text = "This token already has %d open streams and waits (the maximum)."
             raise retry_later(RateLimited, text % MAX_STREAMS_PER_TOKEN, 5)
 
     @contextlib.contextmanager
     def take(self, caller: Caller) -> Iterator[None]:
         """Count one more during the block. Raises RateLimited."""
-        key = caller.token.id
+        key = caller.id
         with self._lock:
             self.check(caller)
             self._by_token[key] = self._by_token.get(key, 0) + 1
@@ -6873,11 +6865,11 @@ class Service:
         if token is None or token.is_expired(self.clock.now()):
             raise InvalidToken()
         self.stores.tokens.touch(token)
-        return Caller(token)
+        return token
 
     def check_token(self, caller: Caller) -> None:
         """Raise InvalidToken if the token was revoked or has expired meanwhile."""
-        token = self.stores.tokens.get(caller.token.id)
+        token = self.stores.tokens.get(caller.id)
         if token is None or token.is_expired(self.clock.now()):
             raise InvalidToken()
 
@@ -6887,10 +6879,10 @@ class Service:
         """Queue a request, or find that of this Idempotency-Key. Raises InvalidRequest,
         ModelNotAllowed, IdempotencyConflict, RateLimited, DailyLimit, QueueFull; RunError for a
         Chat that would have to wait for long."""
-        is_stateful = caller.token.session_mode == SessionMode.STATEFUL
-        models = caller.token.models
+        is_stateful = caller.session_mode == SessionMode.STATEFUL
+        models = caller.models
         if isinstance(request, Ask) and request.callback:
-            check_callback(request.callback, caller.token.callbacks)
+            check_callback(request.callback, caller.callbacks)
         if request.conversation and not is_stateful:
             raise InvalidRequest(
                 "conversation needs a token with sessionMode stateful", field="conversation")
@@ -6911,7 +6903,7 @@ class Service:
             conversation = (request.conversation or "default") if is_stateful else None
             request = replace(request, model=model, conversation=conversation)
         try:
-            result = self.stores.jobs.enqueue(caller.token.id, request, key)
+            result = self.stores.jobs.enqueue(caller.id, request, key)
         except QueueFull:
             if not pause:
                 raise
@@ -7067,7 +7059,7 @@ class Service:
              limit: int = 20) -> Tuple[List[JobView], Optional[int]]:
         """Return a page of the caller's jobs, for an admin of all, newest first. -> (views, where
         the next page begins)."""
-        token_id = None if caller.is_admin else caller.token.id
+        token_id = None if caller.is_admin else caller.id
         jobs, following = self.stores.jobs.page(token_id, statuses, before, limit)
         return [self._view(job) for job in jobs], following
 
@@ -7078,7 +7070,7 @@ class Service:
         return self._check_owner(caller, self.stores.jobs.get(job_id))
 
     def _check_owner(self, caller: Caller, job: Optional[Job]) -> Job:
-        if job is None or not (caller.is_admin or job.token_id == caller.token.id):
+        if job is None or not (caller.is_admin or job.token_id == caller.id):
             # A revoked token has no requests.
             self.check_token(caller)
             raise NotFound("Request not found")
@@ -7086,14 +7078,14 @@ class Service:
 
     def is_own_unfinished(self, caller: Caller, job_id: str) -> bool:
         job = self.stores.jobs.summary(job_id)
-        return job is not None and job.token_id == caller.token.id and not job.is_finished
+        return job is not None and job.token_id == caller.id and not job.is_finished
 
     # --- conversations, models, tokens ---
     def delete_conversation(self, caller: Caller, name: str) -> None:
         """Make the next request start the conversation again. Raises NotFound."""
         name = replace_surrogates(name)
-        sessions = self.stores.conversations.session_ids(caller.token.id, name)
-        if not self.stores.conversations.delete(caller.token.id, name):
+        sessions = self.stores.conversations.session_ids(caller.id, name)
+        if not self.stores.conversations.delete(caller.id, name):
             raise NotFound("Conversation not found")
         if sessions:
             remove_sessions(self._data_dir, lambda session_id: session_id not in sessions)
@@ -7101,10 +7093,10 @@ class Service:
     def models(self, caller: Caller) -> List[Model]:
         """Return the models that the caller may use. Raises Unavailable."""
         models = self._models.list() if self._models else ()
-        if caller.token.models is None:
+        if caller.models is None:
             return list(models)
         by_id = {model.id: model for model in models}
-        return [by_id.get(model_id, Model(model_id, model_id)) for model_id in caller.token.models]
+        return [by_id.get(model_id, Model(model_id, model_id)) for model_id in caller.models]
 
     def current_pause(self, model: Optional[str] = ALL_MODELS) -> Optional[Pause]:
         return self._running.current_pause(model)
@@ -7417,7 +7409,7 @@ def handle_poll(context: Context) -> Response:
     wait = validate_wait(context.request.query.get("wait"))
     caller, job_id = context.require_caller(), context.path_params["requestId"]
     cache = context.stores.database.read_cache()
-    key = ("answer", caller.token.id, job_id)
+    key = ("answer", caller.id, job_id)
     if key in cache:
         cached: Response = cache[key]
         return cached
@@ -7456,7 +7448,7 @@ def handle_list_requests(context: Context) -> Response:
 
 
 def handle_list_conversations(context: Context) -> Response:
-    conversations = context.stores.conversations.list(context.require_caller().token.id)
+    conversations = context.stores.conversations.list(context.require_caller().id)
     return json_response(200, {"conversations": list(map(record_body, conversations))})
 
 
@@ -7470,7 +7462,7 @@ def handle_usage(context: Context) -> Response:
     caller, stores, now = context.require_caller(), context.stores, context.service.clock.now()
     days = integer("days", 1, USAGE_DAYS)(context.request.query.get("days")) or 30
     since = day_of(now - (days - 1) * 86_400)
-    rows = stores.usage.by_day(since, None if caller.is_admin else caller.token.id)
+    rows = stores.usage.by_day(since, None if caller.is_admin else caller.id)
     by_day: Dict[str, List[DayUsage]] = {}
     by_token: Dict[str, List[DayUsage]] = {}
     for row in rows:
@@ -9414,7 +9406,7 @@ class Dispatcher:
             return self._limiters.bucket("anonymous", self._hosts.client_address(request))
         if route and route.uses_poll_limiter and "wait" not in request.query:
             if self._service.is_own_unfinished(caller, params["requestId"]):
-                return self._limiters.bucket("polls", caller.token.id)
+                return self._limiters.bucket("polls", caller.id)
         return self._limiters.authenticated
 
 

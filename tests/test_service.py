@@ -138,7 +138,7 @@ def test_a_token_identifies_its_caller_and_its_use_is_recorded(bench: Bench) -> 
     token, secret = bench.service.create_token(cab.NewToken("app", admin=True))
     bench.clock.advance(5)
     caller = bench.service.authenticate(secret)
-    assert (caller.token.id, caller.is_admin) == (token.id, True)
+    assert (caller.id, caller.is_admin) == (token.id, True)
     # The use is recorded in the background; this write comes after it.
     bench.store.database.check_writable()
     assert (bench.store.tokens.get(token.id) or token).last_used_at == bench.clock.now()
@@ -330,7 +330,7 @@ def test_a_wait_ends_when_the_token_is_revoked(bench: Bench) -> None:
     job = bench.ask(caller)
     result = in_thread(lambda: bench.service.poll(caller, job.id, wait=30))
     wait_until(lambda: bench.waiter_count(job))
-    bench.service.revoke_token(caller.token.id)
+    bench.service.revoke_token(caller.id)
     assert isinstance(result(), cab.InvalidToken)
 
 
@@ -343,7 +343,7 @@ def test_a_token_revoked_between_two_checks_of_a_wait_is_an_invalid_token(
     # Its jobs are deleted with the token, so that the next look-up finds none.
     def revoke_after_check(owner: cab.Caller) -> None:
         check(owner)
-        bench.service.revoke_token(owner.token.id)
+        bench.service.revoke_token(owner.id)
 
     monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.01)
     monkeypatch.setattr(bench.service, "check_token", revoke_after_check)
@@ -359,7 +359,7 @@ def test_revoking_a_token_notifies_the_subscribers_of_its_unfinished_jobs(bench:
         bench.notifier.subscribe(jobs[0].id) as running,
         bench.notifier.subscribe(jobs[1].id) as waiting,
     ):
-        bench.service.revoke_token(caller.token.id)
+        bench.service.revoke_token(caller.id)
         assert running.wait(0) and waiting.wait(0)
 
 
@@ -549,7 +549,7 @@ def test_a_stream_ends_when_its_token_is_revoked_or_expires(bench: Bench) -> Non
     bench.clock.advance(86_400)
     bench.notifier.notify(job.id)
     assert isinstance(readers[0].end(), cab.InvalidToken)
-    bench.service.revoke_token(caller.token.id)
+    bench.service.revoke_token(caller.id)
     # The job is deleted with its token, perhaps during a look-up.
     assert isinstance(readers[1].end(), (cab.InvalidToken, cab.NotFound))
     assert bench.waiter_count(job) == 0
@@ -617,15 +617,15 @@ def test_conversations_belong_to_their_token_and_a_deleted_one_restarts_empty(be
         bench.clock.advance(1)
         bench.ask(caller, message, conversation=name)
         bench.run()
-    assert [(row.name, row.turns) for row in bench.store.conversations.list(caller.token.id)] == [
+    assert [(row.name, row.turns) for row in bench.store.conversations.list(caller.id)] == [
         ("a", 2), ("b", 1),
     ]
-    assert bench.store.conversations.list(other.token.id) == []
+    assert bench.store.conversations.list(other.id) == []
     for client, name in ((other, "a"), (caller, "c"), (caller, "\ud800")):
         with pytest.raises(cab.NotFound, match="Conversation not found"):
             bench.service.delete_conversation(client, name)
     bench.service.delete_conversation(caller, "a")
-    assert [row.name for row in bench.store.conversations.list(caller.token.id)] == ["b"]
+    assert [row.name for row in bench.store.conversations.list(caller.id)] == ["b"]
     job = bench.ask(caller, "fourth", conversation="a")
     assert bench.store.conversations.history(job) == [] and len(bench.service.jobs(caller)[0]) == 4
 
@@ -663,7 +663,7 @@ def test_the_sums_of_usage_equal_the_rows_of_many_days_and_tokens(bench: Bench) 
             # Fractions of a binary number: their sums are exact in any order.
             usage = cab.Usage(*(rng.randrange(10**9) for _ in range(4)), rng.randrange(999) / 64)
             day = cab.day_of(today - ago * 86_400)
-            rows.append(cab.DayUsage(day, caller.token.id, *counts, usage))
+            rows.append(cab.DayUsage(day, caller.id, *counts, usage))
 
     def insert(db: sqlite3.Connection) -> None:
         db.executemany(
@@ -682,13 +682,13 @@ def test_the_sums_of_usage_equal_the_rows_of_many_days_and_tokens(bench: Bench) 
 
     bench.store.database.write(insert)
     gone = apps.pop()
-    bench.service.revoke_token(gone.token.id)
+    bench.service.revoke_token(gone.id)
     for caller, days in ((admin, 400), (admin, 60), (admin, 7), (apps[0], 60), (apps[0], 7)):
         since = cab.day_of(today - (days - 1) * 86_400)
         selected = [
             row
             for row in rows
-            if row.day >= since and (caller is admin or row.token_id == caller.token.id)
+            if row.day >= since and (caller is admin or row.token_id == caller.id)
         ]
         body = bench.usage(caller, days)
         assert body["total"] == sums(selected)
@@ -696,7 +696,7 @@ def test_the_sums_of_usage_equal_the_rows_of_many_days_and_tokens(bench: Bench) 
             {"day": day, **sums([row for row in selected if row.day == day])}
             for day in sorted({row.day for row in selected})
         ]
-        names = {app.token.id: app.token.name for app in apps}
+        names = {app.id: app.name for app in apps}
         assert body["tokens"] == [
             {
                 "tokenId": token_id, "name": names.get(token_id),
@@ -752,22 +752,22 @@ def test_a_secret_is_returned_once_and_matches_its_token(bench: Bench) -> None:
     token, secret = bench.service.create_token(cab.NewToken("app", "stateful", 30, False, "none"))
     assert secret.startswith(token.prefix)
     assert len(token.prefix) == 12
-    assert bench.service.authenticate(secret).token.id == token.id
+    assert bench.service.authenticate(secret).id == token.id
     assert secret not in repr(bench.store.tokens.list())
 
 
 def test_revoking_a_missing_token_is_not_found_and_the_last_admin_stays(bench: Bench) -> None:
     admin = bench.caller(admin=True)
     with pytest.raises(cab.LastAdmin):
-        bench.service.revoke_token(admin.token.id)
+        bench.service.revoke_token(admin.id)
     app = bench.caller()
-    bench.service.revoke_token(app.token.id)
-    for token_id in (app.token.id, "none", ""):
+    bench.service.revoke_token(app.id)
+    for token_id in (app.id, "none", ""):
         with pytest.raises(cab.NotFound) as refused:
             bench.service.revoke_token(token_id)
         assert str(refused.value) == "Token not found"
     assert bench.store.tokens.has_admin()
-    assert [token.id for token in bench.store.tokens.list()] == [admin.token.id]
+    assert [token.id for token in bench.store.tokens.list()] == [admin.id]
 
 
 def test_a_database_that_cannot_be_written_is_reported(bench: Bench) -> None:

@@ -279,8 +279,7 @@ class WrongSetting(Exception):
 
 
 def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
-    """Return the settings in force: a flag before a variable before the default. Raises
-    WrongSetting."""
+    """Return the settings: a flag before a variable before the default. Raises WrongSetting."""
     values = {}
     for row in SETTINGS:
         value, source = flags.get(row.name), row.flag
@@ -296,8 +295,7 @@ SWITCH_VALUES = {**dict.fromkeys(("true", "1", "yes", "on"), True),
 
 
 def read_setting(row: Setting, value: Any, source: str) -> Any:
-    """Return one value in its type. source: the flag or variable that an error names. Raises
-    WrongSetting."""
+    """Return one value in its type. source: the flag or variable in errors. Raises WrongSetting."""
     text = str(value)
     if row.kind == "switch":
         if text.lower() not in SWITCH_VALUES:
@@ -325,8 +323,7 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
 
 
 class Clock:
-    """The two clocks: moments (`now`, UTC epoch seconds) and spans (`monotonic`). Tests pass their
-    own."""
+    """The clocks: `now` (UTC epoch seconds) and `monotonic` (for spans). Tests pass their own."""
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
 
@@ -731,8 +728,7 @@ class LogFormatter(logging.Formatter):
 
 
 class TokenBucket:
-    """A rate limit: `capacity` requests at once, refilled at `capacity` a minute. Any thread. A
-    capacity of 0 is no limit."""
+    """A rate limit: `capacity` at once, refilled at `capacity` a minute; 0: none. Any thread."""
 
     def __init__(self, clock: Clock, capacity: int) -> None:
         self.capacity = capacity
@@ -1186,8 +1182,7 @@ class Command:
 
     @classmethod
     def parse(cls, body: Any) -> Tuple[Any, List[str]]:
-        """Read a JSON body. -> (the command, warnings about unknown fields). Raises InvalidRequest
-        with `field`."""
+        """Read a JSON body. -> (the command, warnings). Raises InvalidRequest with `field`."""
         remaining = dict(body) if isinstance(body, dict) else {}
         values = {}
         for row in fields(cls):  # type: ignore[arg-type]
@@ -1414,8 +1409,7 @@ class Job:
 
 
 class Callback(NamedTuple):
-    """A result that is to be sent. attempts: those that failed. secret: signs it. callbacks: the
-    right of the token."""
+    """A result to send. attempts: that failed. secret: signs it. callbacks: the token's right."""
     job_id: str
     token_id: str
     url: str
@@ -3111,8 +3105,7 @@ class ConversationStore:
         return [Conversation(*row) for row in rows]
 
     def session_ids(self, token_id: Optional[str] = None, name: Optional[str] = None) -> List[str]:
-        """Return the CLI's sessions that may be resumed: all, those of a token, or that of one
-        conversation."""
+        """Return the sessions that may be resumed: all, of a token, or of one conversation."""
         where, values = "session_id IS NOT NULL", []
         for column, value in (("token_id", token_id), ("name", name)):
             if value is not None:
@@ -3307,8 +3300,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class SessionConfig:
-    """Configuration sent before the first prompt. Two turns can share a process only if their
-    configurations are equal."""
+    """Configuration sent before the first prompt. Turns share a process only if it is equal."""
     system_prompt: str
     model: Optional[str] = None
     json_schema: Optional[str] = None
@@ -3581,8 +3573,7 @@ def mcp_content(block: Block) -> Optional[Dict[str, Any]]:
 
 
 def mcp_results(content: Content) -> Optional[Dict[str, Dict[str, Any]]]:
-    """Return the answers in a turn of tool results, by the id of the call. None if the turn holds
-    anything else."""
+    """Return the answers in a turn of tool results by call id; None if it holds anything else."""
     results: Dict[str, Dict[str, Any]] = {}
     for block in () if isinstance(content, str) else content:
         result = mcp_content(block) if block["type"] == "tool_result" else None
@@ -3677,8 +3668,7 @@ EVENT_KINDS = {
 
 
 def parse_cli_event(line: bytes) -> CliEvent:
-    """Parse a line of `claude`; debug output and unknown types are noise. Raises ValueError for
-    broken JSON."""
+    """Parse a line of `claude`; unknown types are noise. Raises ValueError for broken JSON."""
     if not line.lstrip().startswith(b"{"):
         return CliEvent("noise")
     body = json.loads(line.decode("utf-8", "replace"))
@@ -3867,8 +3857,7 @@ def read_models(line: bytes) -> Tuple[Model, ...]:
 
 
 class Login(NamedTuple):
-    """The account that `claude` uses. billing_account: in words. is_billed_per_token: an API key
-    pays."""
+    """The account of `claude`. billing_account: in words. is_billed_per_token: an API key pays."""
     is_signed_in: bool
     billing_account: str
     is_billed_per_token: bool = False
@@ -3891,8 +3880,7 @@ def parse_login(status: Mapping[str, Any]) -> Login:
 
 # --- stop sequences ---
 def cut_at_stop(text: str, stop_sequences: Sequence[str]) -> Tuple[str, Optional[str]]:
-    """Cut a text before the stop sequence that is complete first. -> (the text, that sequence); or
-    (the whole text, None)."""
+    """Cut a text before the stop sequence that ends first. -> (the text, that sequence or None)."""
     matches = [(text.index(sequence) + len(sequence), -len(sequence), sequence)
                for sequence in stop_sequences if sequence in text]
     if not matches:
@@ -5066,8 +5054,7 @@ class TurnMessages:
 
 
 def guard_billing(process: ClaudeProcess, config: Config, source: Any) -> None:
-    """Stop a run that an API key would pay. source: of the key, as the CLI reports it. Raises
-    RunFailed."""
+    """Stop a run that an API key would pay. source: of the key. Raises RunFailed."""
     if source and source != "none" and not config.allow_api_key:
         process.stop()
         raise RunFailed(
@@ -5539,8 +5526,7 @@ class ClaudeLauncher:
         return ["--fork-session", *resume_argv(path)]
 
     def effort_argv(self, session: SessionConfig) -> List[str]:
-        """Return the flag by which an old CLI takes the effort; one of EFFORTS, not text of a
-        client."""
+        """Return the flag by which an old CLI takes the effort, which is never text of a client."""
         features = self.program.install.features
         is_old = features.version < EFFORT_CLI and "--effort" in features.flags
         return ["--effort", session.effort] if session.effort and is_old else []
@@ -5655,8 +5641,7 @@ class IdlePool:
         return self._clock.monotonic() >= self.last_request_at + QUIET_SECONDS
 
     def take(self, request: RunRequest, kind: ProcessKind) -> Optional[ClaudeProcess]:
-        """Return a process that can take the request, rather one that was prepared for its
-        configuration."""
+        """Return a process for the request, rather one that was prepared for its configuration."""
         session = request.session
         if not self._config.spare:
             return None
@@ -6022,8 +6007,7 @@ class ClaudeRunner:
 
     def run(self, request: RunRequest, live: LiveText, stop_reason: Callable[[], Optional[str]],
             on_rate_limits: Callable[[RateLimitStatus], None] = lambda limits: None) -> Answer:
-        """Run one turn, from the prompt to the answer. stop_reason, on_rate_limits: see RunControl.
-        Raises RunFailed."""
+        """Run one turn. stop_reason, on_rate_limits: see RunControl. Raises RunFailed."""
         self.pool.redetect_if_replaced()
         self._check_billing()
         deadline = self._clock.monotonic() + self._config.run_seconds
@@ -7036,8 +7020,7 @@ class Service:
                 recheck_at = self.clock.monotonic() + RECHECK_SECONDS
 
     def _final_events(self, job: Job, cursor: TextCursor) -> Iterator[JobEvent]:
-        """Yield the rest of the text and the end. A slow reader keeps only a part of the text in
-        memory."""
+        """Yield the rest of the text, of which only a part is in memory at a time, and the end."""
         def read_from(offset: int) -> str:
             return self.stores.jobs.response(job.id, offset, TEXT_CHARACTERS)
 
@@ -7046,8 +7029,7 @@ class Service:
         yield JobEvent(job.status, cursor.offset)
 
     def cancel(self, caller: Caller, job_id: str) -> JobView:
-        """Cancel a queued or running job; a running one ends within moments. Raises NotFound,
-        AlreadyFinished."""
+        """Cancel a job; a running one ends within moments. Raises NotFound, AlreadyFinished."""
         job = self._summary(caller, job_id)
         text = "The request was cancelled."
         if not self.stores.jobs.fail(job, "cancelled", text, JobStatus.UNFINISHED):
@@ -7151,8 +7133,7 @@ class AuthLevel:
 
 
 class Request(NamedTuple):
-    """An HTTP request. headers: by lower-case names. address: of the peer. body: reads the body
-    when it is needed."""
+    """An HTTP request. headers: by lower-case names. address: of the peer. body: reads the body."""
     method: str
     path: str
     query: Mapping[str, str]
@@ -7270,8 +7251,7 @@ def stream_response(pieces: BodyIterator, headers: Sequence[Tuple[str, str]] = (
 
 
 def event_stream(job_id: str, events: JobEvents, first: bytes = b"") -> BodyIterator:
-    """Yield a job's events as Server-Sent Events. A reader whose token is revoked receives an
-    `error` without `status`."""
+    """Yield a job's Server-Sent Events; an `error` without `status` if the token is revoked."""
     offset = 0
     try:
         if first:
@@ -9188,8 +9168,7 @@ def render_head(response: Response, close_connection: bool) -> bytes:
 @lru_cache(maxsize=256)
 def _render_head_cached(status: int, content_type: str, extra_headers: Tuple[Tuple[str, str], ...],
                         length: Optional[int], close_connection: bool) -> bytes:
-    """Return a head without its Date. extra_headers: replace standard ones of the same name.
-    length: None for a stream."""
+    """Return a head without its Date. extra_headers replace standard ones. length: None: stream."""
     names = {name for name, _ in extra_headers}
     headers = [header for header in STANDARD_HEADERS if header[0] not in names]
     headers += extra_headers
@@ -9214,8 +9193,7 @@ def _date_line(now: int) -> bytes:
 
 # --- who may pass ---
 def bearer(headers: Mapping[str, str]) -> Optional[str]:
-    """Return the token of a request, or None. `Authorization: Bearer T` (scheme in any case) or
-    `x-api-key: T`."""
+    """Return the T of `Authorization: Bearer T` (scheme in any case) or `x-api-key: T`; or None."""
     scheme, _, value = headers.get("authorization", "").strip().partition(" ")
     if scheme.lower() == "bearer" and value.strip():
         return value.strip()
@@ -9296,8 +9274,7 @@ class RateLimiters:
         self.authenticated = TokenBucket(clock, capacity)
 
     def bucket(self, kind: str, name: str) -> TokenBucket:
-        """Return the bucket of an address (anonymous, login) or of a token (polls); evict the least
-        recently used ones."""
+        """Return the bucket of an address (anonymous, login) or token (polls); evict the oldest."""
         with self._lock:
             bucket = self._by_key.pop((kind, name), None)
             bucket = bucket or TokenBucket(self._clock, self._capacities[kind])
@@ -9444,8 +9421,7 @@ class ConnectionState:
 
 
 class ConnectionHandler(BaseHTTPRequestHandler):
-    """One connection. It decides only what is HTTP at all, and is strict where one request could
-    hide another."""
+    """One connection. It decides what is HTTP, strictly, so that no request can hide another."""
     # The server ends late connections. Windows alone does not wake a blocked call.
     timeout = SEND_SECONDS if os.name == "nt" else None
     disable_nagle_algorithm = True
@@ -9903,8 +9879,7 @@ class TunnelState:
 
 # --- the release ---
 class Asset(NamedTuple):
-    """A file of cloudflared's release. sha256: of the file. program_sha256: of the program in it,
-    if it is an archive."""
+    """A file of cloudflared's release. program_sha256: of the program, if it is an archive."""
     name: str
     size: int
     sha256: str
@@ -10161,8 +10136,7 @@ class CloudflaredInstall:
         self._path = self._folder / ("cloudflared.exe" if os.name == "nt" else "cloudflared")
 
     def installed_by_user(self) -> Optional[Path]:
-        """Return the one that the owner named or installed; it is not checked.
-        Raises CannotTunnel."""
+        """Return the one that the owner named or installed, unchecked. Raises CannotTunnel."""
         name = self.config.cloudflared or "cloudflared"
         program = shutil.which(name, path=search_path(self._environ))
         if self.config.cloudflared and not program:
@@ -12185,8 +12159,7 @@ class AskClient:
 
     def request(self, method: str, path: str,
                 body: Optional[Mapping[str, Any]] = None) -> http.client.HTTPResponse:
-        """Send one request; the caller reads the answer. Raises OSError, HTTPException; CannotStart
-        for a refusal."""
+        """Send one request. -> the answer, unread. Raises OSError, HTTPException, CannotStart."""
         if not (self.token.isascii() and self.token.isprintable()):
             raise CannotStart("CAB_TOKEN is not a token.", "copy the token again")
         headers = {"Authorization": "Bearer " + self.token, "Content-Type": "application/json"}
@@ -12235,8 +12208,7 @@ class AskClient:
 
 
 def command_ask(arguments: argparse.Namespace, config: Config, console: Console) -> int:
-    """Ask the running bridge. Only the answer goes to stdout, word by word on a terminal. -> 0, or
-    1 for a failed request."""
+    """Ask the running bridge. Only the answer goes to stdout. -> 0, or 1 for a failed request."""
     message = arguments.message
     if message == "-":
         message = sys.stdin.buffer.read().decode("utf-8", "replace")

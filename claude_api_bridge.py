@@ -1801,8 +1801,7 @@ def data_directory(path: Path) -> Path:
     return path
 
 
-FOREIGN_ADVICE = (
-    "move that away, make it yours (chown), or choose another folder with --data-dir")
+FOREIGN_ADVICE = "move that away, make it yours (chown), or choose another folder with --data-dir"
 
 
 def shared_folder_text(path: Path) -> str:
@@ -2494,8 +2493,7 @@ class TokenStore:
             (now,)).fetchone()
         if tokens >= TOKENS and (admins or not new.admin):
             raise TokenLimit()
-        texts = {
-            name: as_json(getattr(token, name)) for name in ("tools", "models", "callbacks")}
+        texts = {name: as_json(getattr(token, name)) for name in ("tools", "models", "callbacks")}
         values = (*{**vars(token), **texts}.values(), digest(secret), new_callback_secret())
         db.execute("INSERT INTO tokens (%s, token_hash, callback_secret) VALUES (%s)"
                    % (TOKEN_COLUMNS, placeholders(values)), values)
@@ -3367,8 +3365,7 @@ def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[st
     nobody could answer. Reading inside the workspace needs no rule. A bare rule `Read` or `Write`
     would open the whole disk, so a bare name means the workspace; `Edit(...)` rules cover Write.
 
-    Source: each level tried with calls inside and outside the workspace, by `..`, `~` and symlinks.
-    """
+    Source: each level tried inside and outside the workspace, by `..`, `~` and symlinks."""
     available: Sequence[str]
     allowed: Sequence[str] = ()
     mode = "dontAsk"
@@ -3476,8 +3473,7 @@ def assistant_message(content: Content, message_id: str = "") -> Dict[str, Any]:
     return message
 
 
-def transcript(
-        history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "") -> str:
+def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "") -> str:
     """Return a file for --resume that holds a history without its last answer.
     The last row is invisible to the API; without it the CLI would add an answer of its own. All
     fields are needed: 2.1.197 may send nothing without one.
@@ -3485,8 +3481,7 @@ def transcript(
     puts the date behind the last message of each new process, where the prompt cache of the API
     ends; with it, the requests of all processes begin like those of one that lives on.
 
-    Source: the requests of 2.1.197 and 2.1.332 are those of the same turns sent one by one.
-    """
+    Source: the requests of 2.1.197 and 2.1.332 are those of the same turns sent one by one."""
     rows: List[Dict[str, Any]] = []
 
     def add(kind: str, **fields: Any) -> None:
@@ -4913,8 +4908,7 @@ class ToolServer:
             self.reply(request_id, message_id, {"content": content, "isError": True})
 
     def reply(self, request_id: str, message_id: Any, result: Mapping[str, Any]) -> None:
-        answer = {
-            "jsonrpc": "2.0", "id": 0 if message_id is None else message_id, "result": result}
+        answer = {"jsonrpc": "2.0", "id": 0 if message_id is None else message_id, "result": result}
         response = {
             "subtype": "success", "request_id": request_id, "response": {"mcp_response": answer}}
         self._process.send({"type": "control_response", "response": response})
@@ -5616,8 +5610,7 @@ class IdlePool:
         self._clock = launcher.clock
         # The oldest first.
         self._idle: List[IdleProcess] = []
-        # The last configuration of each kind, and that of two requests in a row, for which a
-        # process is prepared.
+        # The last configuration of each kind, and that of two requests in a row, to prepare for.
         self._last_sessions = {ProcessKind(): DEFAULT_SESSION}
         self._usual_sessions = {ProcessKind(): DEFAULT_SESSION}
         # The last kind with tools: its owner, and how long a process of it stays ready.
@@ -5927,8 +5920,7 @@ class ClaudePool:
             remove_transcript(path)
 
     def return_to_pool(self, request: RunRequest, turn: Turn, answer: Answer) -> None:
-        """Keep a process for the next turn if it holds what the client knows; terminate any other.
-        """
+        """Keep a process for the next turn if it holds what the client knows; else terminate it."""
         process, calls = turn.process, answer.stop_info.calls
         seconds = self.config.warm_seconds
         if calls:
@@ -5965,8 +5957,7 @@ class ClaudePool:
 
     def evict_unless(self, conversation_exists: Callable[[str], bool],
                      token_exists: Callable[[str], bool]) -> bool:
-        """Terminate the processes of deleted conversations and tokens. -> whether there were any.
-        """
+        """Terminate the processes of deleted conversations and tokens. -> whether any were."""
         evicted = [
             waiting for waiting in self._waiting if not token_exists(waiting.owner)
             or (waiting.conversation and not conversation_exists(waiting.conversation))]
@@ -8589,8 +8580,7 @@ def handle_get_model(context: Context) -> Response:
 
 
 # === 12 Routes and OpenAPI =======================================================================
-# The endpoints as data. ROUTES gives dispatch, 404 and 405, /openapi.json and the tables of the
-# README.
+# The endpoints as data. ROUTES gives dispatch, 404, 405, /openapi.json and the README's tables.
 
 EXAMPLE_ID = "550e8400-e29b-41d4-a716-446655440000"
 EXAMPLE_TIME = "2026-01-31T12:00:00.000Z"
@@ -9853,8 +9843,7 @@ UNPACKED_BYTES = 200 << 20
 DOWNLOAD_SECONDS = 900.0
 # For cloudflared to get an address.
 ADDRESS_SECONDS = 30.0
-# To connect by one protocol; the last one gets longer. A named tunnel changes the protocol itself,
-# after 125 s.
+# To connect by one protocol; the last one gets longer. A named tunnel changes it after 125 s.
 CONNECT_SECONDS = 30.0
 LAST_CONNECT_SECONDS = 90.0
 NAMED_CONNECT_SECONDS = 180.0
@@ -11747,8 +11736,7 @@ class Bridge:
 
 
 # === 17 Command line =============================================================================
-# What a person types and reads. stdout carries data (tokens, addresses, answers, JSON), stderr the
-# narration.
+# What a person types and reads. stdout carries data (tokens, addresses, answers), stderr narration.
 
 OPEN_FILES = 2_048
 # Of each thread.

@@ -4542,9 +4542,8 @@ def ask_models(install: ClaudeInstall, data_dir: Path) -> Tuple[Model, ...]:
             input=json.dumps(request).encode() + b"\n", stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, timeout=PROBE_SECONDS, **group_options()).stdout
         return next(filter(None, map(read_models, output.splitlines())), ())
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        return ()
-    except subprocess.SubprocessError:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError,
+            subprocess.SubprocessError):
         return ()
 
 

@@ -9,6 +9,7 @@
     python3 claude_api_bridge.py ask "MESSAGE"          ask the running bridge from a shell
     python3 claude_api_bridge.py doctor                 check everything that a start needs
     python3 claude_api_bridge.py pause                  hold the queue (also: resume, backup FILE)
+    python3 claude_api_bridge.py service install        run it in the background
 
 How one request travels. Data flows one way; the database is the only source of truth:
 
@@ -35,7 +36,7 @@ The rooms of this file, in order:
     14 Tunnel                  cloudflared: download, process, policy
     15 Dashboard               one page: CSS, HTML, JavaScript
     16 App                     Bridge, BridgeStatus, DirectoryLock
-    17 Command line            start, token, ask, doctor, demo
+    17 Command line            start, token, ask, doctor, service, demo
 
 Names point upward only: a room uses the rooms above it; what is below is passed in as an argument.
 A test checks this. Inside a room the pure part comes first. To change an answer, start in 10 or 11;
@@ -134,6 +135,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, count, islice
 from pathlib import Path
+from subprocess import list2cmdline
 from typing import (
     Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
     NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union)
@@ -4396,9 +4398,7 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
 def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...]:
     """Return the program as the first words of a command line. Raises CannotStart."""
     if config.demo:
-        here = Path(__file__).absolute()
-        script = here.parent if here.parent.is_file() else here
-        return (sys.executable, str(script), "demo-claude")
+        return (*own_command(), "demo-claude")
     names = [config.claude or "claude"]
     if os.name == "nt" and not config.claude:
         names = ["claude.exe", "claude.cmd", "claude"]
@@ -4410,6 +4410,12 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
         "Claude Code CLI not found%s." % (": " + config.claude if config.claude else ""),
         "install it first: https://docs.anthropic.com/en/docs/claude-code; if it is installed, name"
         " it with --claude PATH; or try: start --demo")
+
+
+def own_command() -> Tuple[str, str]:
+    """Return this Python and this file, or the .pyz that holds it."""
+    here = Path(__file__).absolute()
+    return sys.executable, str(here.parent if here.parent.is_file() else here)
 
 
 def search_path(environ: Mapping[str, str]) -> str:
@@ -4427,10 +4433,10 @@ def search_path(environ: Mapping[str, str]) -> str:
     return os.pathsep.join(map(str, folders))
 
 
-def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = False) -> str:
+def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = False,
+          advice: str = "name the right program with --claude PATH") -> str:
     """Return what a short command prints. Raises CannotStart if it cannot be run; with its last
     line on stderr if it fails without output, unless it `may_fail`."""
-    advice = "name the right program with --claude PATH"
     try:
         result = subprocess.run(
             list(argv), env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12518,6 +12524,182 @@ def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
                  "install it yourself and name it with --cloudflared PATH")
 
 
+# --- service ---
+# Files for service managers. A file without the mark is somebody else's.
+SERVICE_MARK = "Written by claude_api_bridge.py service"
+# What a service needs of the shell's variables, unless it holds a password (user:password@host).
+SERVICE_VARIABLES = re.compile(r"CLAUDE_(?:SECURESTORAGE_)?CONFIG_DIR|NODE_EXTRA_CA_CERTS|"
+                               r"SSL_CERT_FILE|(?:https?|no)_proxy", re.IGNORECASE)
+UNFIT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]|(?:^|//)[^/\\]*@")
+# Without MemoryDenyWriteExecute (claude compiles at run time) and what drops capabilities. The home
+# may be read-only, but not the folder where claude locks and renews its login (2.1.197, 2.1.332).
+SYSTEMD_UNIT = """\
+# {mark}. Changes: systemctl --user edit claude-api-bridge
+[Unit]\nDescription=REST API for Claude Code (claude_api_bridge)\n
+[Service]\nExecStart={command}\nEnvironment={environment}
+# For secrets: CLAUDE_CODE_OAUTH_TOKEN=..., CAB_TUNNEL_TOKEN=...; chmod 600.
+EnvironmentFile=-{secrets}
+Restart=on-failure\nRestartSec=10\nRestartPreventExitStatus=2\nKillMode=mixed\nTimeoutStopSec=25
+UMask=0077\nNoNewPrivileges=yes\nLockPersonality=yes\nRestrictRealtime=yes\nRestrictSUIDSGID=yes
+SystemCallArchitectures=native\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+# Add workspaces that are elsewhere. Before systemd 253, a user's manager ignores these three.
+ProtectSystem=strict\nReadWritePaths={writable}\nPrivateTmp={private_tmp}\n
+[Install]\nWantedBy=default.target"""
+# From the boot on, without a window. By default, a task ends after 72 hours.
+SCHEDULED_TASK = """\
+<Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
+<RegistrationInfo><Description>{mark}. As administrator: schtasks /Create /TN claude-api-bridge \
+/XML FILE. Its output is not shown: use token create NAME --admin.</Description></RegistrationInfo>
+<Triggers><BootTrigger /></Triggers><Principals><Principal id="Author"><UserId>{user}</UserId>
+<LogonType>S4U</LogonType></Principal></Principals><Settings><Priority>5</Priority>
+<ExecutionTimeLimit>PT0S</ExecutionTimeLimit><StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+<DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries><RestartOnFailure>
+<Interval>PT1M</Interval><Count>255</Count></RestartOnFailure></Settings><Actions Context="Author">
+<Exec><Command>{program}</Command><Arguments>{command}</Arguments></Exec></Actions></Task>"""
+DOCKERFILE = """\
+# {mark}. In the folder of the file: docker build -t claude-api-bridge -f Dockerfile .
+# Where there is a browser: claude setup-token; here: export CLAUDE_CODE_OAUTH_TOKEN=..., then
+# docker run -d --name claude-api-bridge --restart on-failure --stop-timeout 25 --read-only \\
+#   --tmpfs /tmp:exec --cap-drop ALL --security-opt no-new-privileges -e CLAUDE_CODE_OAUTH_TOKEN \\
+#   -v claude-api-bridge:/data -p 127.0.0.1:{port}:{port} claude-api-bridge
+# First admin token: docker logs claude-api-bridge; more: docker exec, token create NAME --admin
+FROM node:22-slim
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates git python3 \\
+ && rm -rf /var/lib/apt/lists/* && npm install -g @anthropic-ai/claude-code@latest \\
+ && mkdir -m 700 /data && chown node:node /data
+COPY --chown=node:node {copy}
+ENV CAB_DATA_DIR=/data\nUSER node\nVOLUME ["/data"]\nEXPOSE {port}\nCMD {command}"""
+# By program: kind, place and log of the service; how to prepare, start, stop and show it (no log).
+MANAGERS = {
+    "launchctl": ("launchd", "Library/LaunchAgents/claude-api-bridge.plist", "{data}/service.log",
+                  "enable gui/{user}/claude-api-bridge", "bootstrap gui/{user} {path}",
+                  "bootout gui/{user}/claude-api-bridge", "print gui/{user}/claude-api-bridge"),
+    "systemctl": ("systemd", ".config/systemd/user/claude-api-bridge.service",
+                  "journalctl --user -u claude-api-bridge (start at boot: loginctl enable-linger)",
+                  "--user daemon-reload", "--user enable --now claude-api-bridge",
+                  "--user disable --now claude-api-bridge",
+                  "--user status --no-pager --lines=0 claude-api-bridge")}
+
+
+def service_command(config: Config, skipped: Sequence[str] = ()) -> List[str]:
+    """Return the command line of a service, in absolute paths. Raises CannotStart."""
+    words = [*own_command(), "start"]
+    for row in SETTINGS:
+        value = getattr(config, row.name)
+        if value and row.name in ("cloudflared", "tunnel_token_file"):
+            value = os.path.abspath(os.path.expanduser(shutil.which(value) or value))
+        if value is not False and value != row.default and row.name not in skipped:
+            words.append(row.flag if value is True else "%s=%s" % (row.flag, value))
+    for word in filter(UNFIT_TEXT.search, words):
+        raise CannotStart("A password or control character is in %r." % word.partition("=")[0])
+    return words
+
+
+def service_variables(claude: str, environ: Mapping[str, str]) -> Dict[str, str]:
+    """Return the environment of a service. A claude of npm may be a script for node."""
+    folders = [os.path.dirname(claude), environ.get("PATH", os.defpath)]
+    search = search_path({**environ, "PATH": os.pathsep.join(folders[not claude:])})
+    programs = (shutil.which(name, path=search) for name in (claude, "node", "cloudflared"))
+    path = [os.path.dirname(os.path.abspath(program)) for program in programs if program]
+    return {"PATH": ":".join(dict.fromkeys([*path, "/usr/local/bin", "/usr/bin", "/bin"])),
+            **{name: value for name, value in environ.items() if value
+               and SERVICE_VARIABLES.fullmatch(name) and not UNFIT_TEXT.search(value)}}
+
+
+def systemd_unit(argv: List[str], variables: Mapping[str, str], config: Config) -> str:
+    """Return a unit. Source: systemd.syntax(7), systemd.service(5), systemd.exec(5)."""
+    def quoted(text: str) -> str:
+        return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%")
+
+    # $ has no escape in the name of the program, so env gets it.
+    words = ["/usr/bin/env", *argv] if "$" in argv[0] else argv
+    login = variables.get("CLAUDE_SECURESTORAGE_CONFIG_DIR") or variables.get("CLAUDE_CONFIG_DIR")
+    folders = (config.data_dir, login or home_folder(os.environ) / ".claude")
+    return SYSTEMD_UNIT.format(
+        mark=SERVICE_MARK, command=" ".join(quoted(word.replace("$", "$$")) for word in words),
+        environment=" ".join(quoted("%s=%s" % pair) for pair in variables.items()),
+        secrets=str(config.data_dir / "service.env").replace("%", "%%"),
+        writable=" ".join(quoted("-%s" % folder) for folder in folders),
+        private_tmp="no\nReadWritePaths=/tmp" if "/tmp/" in " ".join(argv) else "yes")
+
+
+def service_file(kind: str, config: Config, environ: Mapping[str, str]) -> str:
+    """Return a file for a service manager; a task in ASCII, for Windows. Raises CannotStart."""
+    if kind == "docker":
+        config = replace(config, port=config.port or 3456, host=config.host or "0.0.0.0")
+        target = "/opt/claude_api_bridge" + Path(own_command()[1]).suffix
+        # COPY expands variables even in its JSON form.
+        source = re.sub(r"([\\$\"'])", r"\\\1", Path(own_command()[1]).name)
+        argv = service_command(config, ("data_dir", "claude", "cloudflared", "tunnel_token_file"))
+        return DOCKERFILE.format(
+            mark=SERVICE_MARK, port=config.port, copy=json.dumps([source, target]),
+            command=json.dumps(["python3", target, *argv[2:]]))
+    claude = "" if config.demo else claude_command(config, environ)[0]
+    argv = service_command(replace(config, claude=claude))
+    variables = service_variables(claude, environ)
+    if kind == "systemd":
+        return systemd_unit(argv, variables, config)
+    if kind == "launchd":
+        import plistlib
+        log = str(config.data_dir / "service.log")
+        agent = {
+            "Label": "claude-api-bridge", "ProgramArguments": argv, "RunAtLoad": True, "Umask": 63,
+            "EnvironmentVariables": variables, "KeepAlive": {"SuccessfulExit": False},
+            "ProcessType": "Interactive", "StandardOutPath": log, "StandardErrorPath": log}
+        text = plistlib.dumps(agent).decode().rstrip()
+        return text.replace("<plist ", "<!-- %s -->\n<plist " % SERVICE_MARK, 1)
+    from xml.sax.saxutils import escape
+    user = "\\".join(filter(None, map(environ.get, ("USERDOMAIN", "USERNAME"))))
+    program, command, user = map(escape, (list2cmdline(argv[:1]), list2cmdline(argv[1:]), user))
+    text = SCHEDULED_TASK.format(mark=SERVICE_MARK, user=user, program=program, command=command)
+    return text.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def command_service(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """service print | install | uninstall | status. -> 0; status: 1 if it does not run."""
+    if arguments.action == "print":
+        return int(not console.data(service_file(arguments.kind, config, os.environ)))
+    program = next(filter(shutil.which, MANAGERS), "")
+    if not program:
+        raise CannotStart("Neither systemctl nor launchctl is here.", "try: service print --help")
+    kind, name, log, *commands = MANAGERS[program]
+    path = home_folder(os.environ) / name
+    values = {"path": path, "user": os.getuid(), "data": config.data_dir}
+    prepare, start, stop, show = (
+        partial(probe, [program, *(word.format(**values) for word in command.split())], os.environ,
+                advice="log in as this user, not by su or sudo") for command in commands)
+    is_there = path.exists()
+    if arguments.action == "status":
+        text = show() if is_there else "It is not installed."
+        console.data(text.rstrip())
+        return int(not re.search(r"active \(running\)|state = running", text))
+    if is_there and SERVICE_MARK not in path.read_text("utf-8", "replace"):
+        raise CannotStart("%s is not from this program." % path, "move it away first")
+    text = service_file(kind, config, os.environ) if arguments.action == "install" else ""
+    prepare()
+    with contextlib.suppress(CannotStart):
+        stop()
+    if not text:
+        path.unlink(missing_ok=True)
+        prepare()
+        console.info("✅", "Stopped and removed: %s (your data stays)" % path)
+        return 0
+    for _ in range(125 * is_there):
+        time.sleep(0.2 if lock_holder(config) else 0)
+    DirectoryLock(data_directory(config.data_dir) / "bridge.lock").close()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file_atomically(path, text + "\n")
+    except OSError as error:
+        raise CannotStart("%s cannot be written: %s." % (path, error.strerror or error)) from None
+    prepare()
+    start()
+    console.info("✅", "Installed and started: %s" % path)
+    console.info("🔑", "Its log, with the first admin token: %s" % log.format(**values))
+    console.info("🔑", "For another admin token: token create NAME --admin")
+    return 0
+
+
 # --- the parser ---
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """Add the flags of the settings, without defaults, so that a variable can supply the value."""
@@ -12600,6 +12782,14 @@ def build_parser() -> argparse.ArgumentParser:
     backup.add_argument("file", help="the copy; an older copy is replaced")
     for command in (pause, resume, backup):
         add_settings(command, ("data_dir",))
+    service = commands.add_parser("service", help="run it in the background", allow_abbrev=False)
+    actions = service.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (("print", "print its file"), ("install", "start it, now and at log-in"),
+                       ("uninstall", "stop and remove it"), ("status", "show whether it runs")):
+        action = actions.add_parser(name, help=text, allow_abbrev=False)
+        if name == "print":
+            action.add_argument("kind", choices=("systemd", "launchd", "task", "docker"))
+        add_settings(action)
     return parser
 
 
@@ -12615,8 +12805,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     console = Console()
     commands = {
-        "doctor": command_doctor, "ask": command_ask, "token": command_token,
-        "pause": command_queue, "resume": command_queue, "backup": command_backup}
+        "ask": command_ask, "token": command_token, "pause": command_queue, "resume": command_queue,
+        "doctor": command_doctor, "backup": command_backup, "service": command_service}
     try:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":

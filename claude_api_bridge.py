@@ -12611,8 +12611,8 @@ def systemd_unit(argv: List[str], variables: Mapping[str, str], config: Config) 
     def quoted(text: str) -> str:
         return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%")
 
-    # $ has no escape in the name of the program, so env gets it.
-    words = ["/usr/bin/env", *argv] if "$" in argv[0] else argv
+    # The name of the program must not hold these, so env gets it.
+    words = ["/usr/bin/env", *argv] if re.search(r"[\"$'\\]", argv[0]) else argv
     login = variables.get("CLAUDE_SECURESTORAGE_CONFIG_DIR") or variables.get("CLAUDE_CONFIG_DIR")
     folders = (config.data_dir, login or home_folder(os.environ) / ".claude")
     return SYSTEMD_UNIT.format(

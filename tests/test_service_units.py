@@ -1,0 +1,465 @@
+"""`service`: the files for service managers, and their installation with stand-ins of these.
+
+The printed command lines are started here as the managers would start them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import plistlib
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Mapping, Tuple
+from xml.etree import ElementTree
+
+import pytest
+from conftest import MODULE, Api, FakeClaude, Program, run_cli, wait_until
+
+Fakes = Callable[..., FakeClaude]
+Programs = Callable[..., Program]
+KINDS = ("systemd", "launchd", "task", "docker")
+TOKEN = re.compile(r"cab-[0-9a-f]{64}")
+# What each format could take for its own syntax. Windows allows fewer characters in a name.
+ODD_NAME = "a b%h%%i $HOME${PATH} \"q\" 'x' \\n é漢 <&amp;> ;#@{x}"
+ODD_WINDOWS_NAME = "a b%h $x 'x' é漢 &amp; ;#@{x}"
+
+
+def ran(*words: str, home: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    return run_cli("service", *words, home=home, environ=variables)
+
+
+def printed(*words: str, home: Path, **variables: str) -> str:
+    """Return what `service print` prints, and check that it succeeds and says nothing else."""
+    run = ran("print", *words, home=home, **variables)
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout
+
+
+def unit_values(unit: str, name: str) -> List[str]:
+    """Return the words of a setting, unquoted as systemd does it."""
+    words: List[str] = []
+    for value in re.findall(r"(?m)^%s=(.*)$" % name, unit):
+        words += [word.replace("%%", "%") for word in shlex.split(value)]
+    if name == "ExecStart":
+        # Nothing is replaced in the name of the program.
+        words[1:] = [word.replace("$$", "$") for word in words[1:]]
+    return words
+
+
+def unit_environment(unit: str) -> Dict[str, str]:
+    return dict(word.split("=", 1) for word in unit_values(unit, "Environment"))
+
+
+def words_of(kind: str, text: str) -> List[str]:
+    """Return the command line in a file."""
+    if kind == "systemd":
+        return unit_values(text, "ExecStart")
+    if kind == "launchd":
+        return list(plistlib.loads(text.encode())["ProgramArguments"])
+    if kind == "docker":
+        return list(json.loads(text.rpartition("CMD ")[2]))
+    spaces = {"t": "http://schemas.microsoft.com/windows/2004/02/mit/task"}
+    action = ElementTree.fromstring(text).find("t:Actions/t:Exec", spaces)
+    assert action is not None
+    line = "%s %s" % (action.findtext("t:Command", "", spaces),
+                      action.findtext("t:Arguments", "", spaces))
+    return [word.replace('"', "") for word in re.findall(r'(?:"[^"]*"|[^\s"])+', line)]
+
+
+def odd_place(folder: Path, name: str) -> Tuple[Path, Path]:
+    """Return a Python and the module in a folder whose name is hard to quote."""
+    place = folder / name
+    place.mkdir()
+    shutil.copy(str(MODULE), str(place / "claude_api_bridge.py"))
+    (place / "python").symlink_to(sys.executable)
+    return place / "python", place / "claude_api_bridge.py"
+
+
+def odd_file(kind: str, folder: Path, *flags: str) -> Tuple[str, List[str]]:
+    """Return what is printed in an odd place with an odd data folder, and both programs there."""
+    name = ODD_WINDOWS_NAME if kind == "task" else ODD_NAME
+    python, script = odd_place(folder, name)
+    run = subprocess.run(
+        [str(python), str(script), "service", "print", kind, "--demo", *flags,
+         "--data-dir", str(folder / name / "data")],
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8"},
+        stdout=subprocess.PIPE, encoding="utf-8", timeout=60)  # fmt: skip
+    assert run.returncode == 0
+    return run.stdout, [str(python), str(script)]
+
+
+# --- what is printed ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_flags_of_start_are_in_the_command(tmp_path: Path, kind: str) -> None:
+    text = printed(kind, "--port", "4000", "--no-tunnel", "--demo", home=tmp_path, CAB_SPARE="1")
+    words = words_of(kind, text)
+    assert words[2] == "start"
+    assert {"--port=4000", "--no-tunnel", "--demo", "--spare=1"} <= set(words)
+    if kind == "docker":
+        assert words[:2] == ["python3", "/opt/claude_api_bridge.py"]
+    else:
+        assert words[:2] == [sys.executable, str(MODULE)]
+        assert "--data-dir=%s" % (tmp_path / ".claude-api-bridge") in words
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_any_path_survives_the_quoting(tmp_path: Path, kind: str) -> None:
+    text, programs = odd_file(kind, tmp_path)
+    words = words_of(kind, text)
+    if kind == "systemd":
+        # The name of a program must not hold $ or quotes.
+        assert words.pop(0) == "/usr/bin/env"
+    data = "--data-dir=%s" % (Path(programs[0]).parent / "data")
+    assert words == [*programs, "start", data, "--demo"]
+
+
+def test_the_unit_names_the_writable_folders(tmp_path: Path) -> None:
+    text, programs = odd_file("systemd", tmp_path)
+    data = Path(programs[0]).parent / "data"
+    assert unit_values(text, "ReadWritePaths")[:2] == ["-%s" % data, "-%s" % (tmp_path / ".claude")]
+    # Where the data is in /tmp, a private one would hide it.
+    assert ("\nPrivateTmp=yes\n" in text) == ("/tmp/" not in str(tmp_path) + "/")
+    file = re.findall(r"(?m)^EnvironmentFile=-(.*)$", text)
+    assert file == [str(data / "service.env").replace("%", "%%")]
+
+
+def verified(unit: str, folder: Path) -> str:
+    """Return what systemd has to say about a unit."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze here (Debian package: systemd)")
+    (folder / "bridge.service").write_text(unit, "utf-8")
+    run = subprocess.run(
+        ["systemd-analyze", "--user", "verify", str(folder / "bridge.service")],
+        env={"PATH": os.environ["PATH"], "HOME": str(folder), "XDG_RUNTIME_DIR": str(folder)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=60)  # fmt: skip
+    assert bool(run.returncode) == bool(run.stdout)
+    return run.stdout
+
+
+@pytest.mark.parametrize("name", [ODD_NAME, re.sub(r"[\"$'\\]", "", ODD_NAME), "plain"])
+def test_systemd_accepts_the_unit_and_finds_its_program(tmp_path: Path, name: str) -> None:
+    python, script = odd_place(tmp_path, name)
+    unit = subprocess.run(
+        [str(python), str(script), "service", "print", "systemd", "--demo"],
+        env={"HOME": str(tmp_path), "LANG": "C.UTF-8"},
+        stdout=subprocess.PIPE, encoding="utf-8", timeout=60).stdout  # fmt: skip
+    assert verified(unit, tmp_path) == ""
+    python.unlink()
+    # With $ or quotes in its path, which systemd refuses, the program is an argument of env.
+    assert ("is not executable" in verified(unit, tmp_path)) == ("$" not in name)
+
+
+def test_a_task_survives_the_shells_of_windows(tmp_path: Path) -> None:
+    text, _ = odd_file("task", tmp_path)
+    assert text.isascii()
+    assert "<UserId>DOMAIN\\J&#246;&amp;</UserId>" in printed(
+        "task", "--demo", home=tmp_path, USERDOMAIN="DOMAIN", USERNAME="Jö&")
+
+
+def test_a_dockerfile_copies_a_file_of_any_name(tmp_path: Path) -> None:
+    script = tmp_path / "a $b\"'.py"
+    shutil.copy(str(MODULE), str(script))
+    run = subprocess.run([sys.executable, str(script), "service", "print", "docker", "--port=0"],
+                         env={"HOME": str(tmp_path)}, stdout=subprocess.PIPE, encoding="utf-8")
+    lines = dict(line.partition(" ")[::2] for line in run.stdout.splitlines())
+    source, target = json.loads(lines["COPY"].partition(" ")[2])
+    assert (source, target) == ("a \\$b\\\"\\'.py", "/opt/claude_api_bridge.py")
+    assert json.loads(lines["CMD"]) == ["python3", target, "start", "--host=0.0.0.0"]
+    assert (lines["USER"], json.loads(lines["VOLUME"])) == ("node", ["/data"])
+    assert (lines["ENV"], lines["EXPOSE"]) == ("CAB_DATA_DIR=/data", "3456")
+    assert "@anthropic-ai/claude-code@latest" in run.stdout
+
+
+def test_claude_and_the_programs_beside_it_are_found(tmp_path: Path, fake_claude: Fakes) -> None:
+    claude = fake_claude().path
+    folders = [tmp_path / "node of nvm", tmp_path / "tunnel"]
+    for folder, name in zip(folders, ("node", "cloudflared")):
+        folder.mkdir()
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join(map(str, [*folders, claude.parent]))
+    text = printed("systemd", "--tunnel-token-file", "token", home=tmp_path, PATH=path,
+                   CLAUDE_CONFIG_DIR=str(tmp_path / "config"))
+    environment = unit_environment(text)
+    assert environment.pop("PATH").split(":")[:3] == [str(claude.parent), *map(str, folders)]
+    assert environment == {"CLAUDE_CONFIG_DIR": str(tmp_path / "config")}
+    words = unit_values(text, "ExecStart")
+    assert "--claude=%s" % claude in words
+    assert "--tunnel-token-file=%s" % Path("token").absolute() in words
+    assert "-%s" % (tmp_path / "config") in unit_values(text, "ReadWritePaths")
+
+
+def test_a_dockerfile_needs_no_claude_here(tmp_path: Path) -> None:
+    for kind in KINDS:
+        run = ran("print", kind, "--claude", "no-such-claude", home=tmp_path)
+        if kind == "docker":
+            assert run.returncode == 0 and "no-such-claude" not in run.stdout
+        else:
+            assert run.returncode == 1 and not run.stdout
+            assert "Claude Code CLI not found: no-such-claude" in run.stderr
+
+
+SECRETS = {
+    name: "secret-%d" % number
+    for number, name in enumerate((
+        "CAB_TOKEN", "CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_API_KEY",
+        "ANTHROPIC_AUTH_TOKEN", "CAB_SOMETHING"))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_secret_is_copied(tmp_path: Path, kind: str) -> None:
+    variables = {**SECRETS, "HTTPS_PROXY": "http://me:secret-9@proxy:8080",
+                 "http_proxy": "me:secret-9@proxy:8080", "NO_PROXY": "localhost"}
+    text = printed(kind, "--demo", home=tmp_path, **variables)
+    assert "secret-" not in text and "proxy:8080" not in text
+    assert ("localhost" in text) == (kind in ("systemd", "launchd"))
+    run = ran("print", kind, "--demo", "--cloudflared-url", "https://me:secret-9@mirror/x",
+              home=tmp_path)
+    assert run.returncode == 1 and "--cloudflared-url" in run.stderr
+    assert "secret-" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_path_with_a_line_break_is_refused(tmp_path: Path, kind: str) -> None:
+    run = ran("print", kind, "--demo", "--data-dir", str(tmp_path / "a\nUser=x"), home=tmp_path)
+    assert run.returncode == 1 and not run.stdout and "'--data-dir'" in run.stderr
+
+
+def test_a_pyz_is_named_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "__main__.py").write_text(
+        "import sys\nsys.argv[0] = 'x'\nimport claude_api_bridge\nclaude_api_bridge.run()\n")
+    archive = tmp_path / "bridge.pyz"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(tmp_path / "__main__.py", "__main__.py")
+        file.write(MODULE, "claude_api_bridge.py")
+    for kind, program in (("systemd", str(archive)), ("docker", "/opt/claude_api_bridge.pyz")):
+        run = subprocess.run(
+            [sys.executable, str(archive), "service", "print", kind, "--demo"],
+            env={"HOME": str(tmp_path)}, stdout=subprocess.PIPE, encoding="utf-8", timeout=60)
+        assert words_of(kind, run.stdout)[1:3] == [program, "start"]
+    assert '["bridge.pyz", "/opt/claude_api_bridge.pyz"]' in run.stdout
+
+
+# --- the printed command runs ---
+
+
+@contextlib.contextmanager
+def started(words: List[str], environ: Mapping[str, str], folder: Path) -> Iterator[Program]:
+    running = Program(words, environ, folder)
+    try:
+        yield running
+        assert running.end(signal.SIGTERM) == 0
+    finally:
+        if running.process.poll() is None:
+            running.end(signal.SIGKILL)
+
+
+def test_the_command_of_a_unit_serves_with_its_environment_only(tmp_path: Path) -> None:
+    text, _ = odd_file("systemd", tmp_path, "--port=0", "--no-tunnel", "--host=127.0.0.1")
+    environ = {"HOME": str(tmp_path), **unit_environment(text)}
+    with started(unit_values(text, "ExecStart"), environ, tmp_path) as running:
+        assert running.api.answer("Hello")["response"].endswith("You said: Hello")
+
+
+def test_the_command_of_an_agent_serves_with_its_environment_only(tmp_path: Path) -> None:
+    text, _ = odd_file("launchd", tmp_path, "--port=0", "--no-tunnel", "--host=127.0.0.1")
+    agent = plistlib.loads(text.encode())
+    with started(agent["ProgramArguments"], agent["EnvironmentVariables"], tmp_path) as running:
+        assert running.api.answer("Hello")["response"].endswith("You said: Hello")
+    assert agent["RunAtLoad"] and agent["KeepAlive"] == {"SuccessfulExit": False}
+    assert Path(agent["StandardOutPath"]).parent.stat().st_mode & 0o77 == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        return int(probing.getsockname()[1])
+
+
+def test_the_command_of_an_image_serves(tmp_path: Path) -> None:
+    """The container has its own paths; here, /opt and /data are folders of the test."""
+    port = free_port()
+    text = printed("docker", "--no-tunnel", "--demo", "--port", str(port), home=tmp_path)
+    assert "\nEXPOSE %d\n" % port in text and "127.0.0.1:%d:%d" % (port, port) in text
+    shutil.copy(str(MODULE), str(tmp_path / "claude_api_bridge.py"))
+    python, script, *words = words_of("docker", text)
+    assert python == "python3" and script == "/opt/claude_api_bridge.py"
+    command = [sys.executable, str(tmp_path / Path(script).name), *words]
+    # The home of the image is read-only.
+    environ = {"CAB_DATA_DIR": str(tmp_path / "data"), "HOME": os.devnull}
+    with started(command, environ, tmp_path) as running:
+        assert running.port == port
+        assert running.api.answer("Hello")["response"].endswith("You said: Hello")
+
+
+# --- install, uninstall, status ---
+
+# A manager that starts what the unit says. Its "journal" gets both outputs of the service.
+SYSTEMCTL = """#!%s
+import os, pathlib, shlex, signal, subprocess, sys
+home = pathlib.Path(os.environ["HOME"])
+with open(home / "calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+unit = home / ".config/systemd/user/claude-api-bridge.service"
+pid = home / "pid"
+action = sys.argv[2]
+if action == "enable":
+    values = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
+    words = shlex.split(values["ExecStart"])
+    environ = dict(word.split("=", 1) for word in shlex.split(values["Environment"]))
+    with open(home / "journal", "ab") as journal:
+        child = subprocess.Popen(words, env={"HOME": str(home), **environ}, stdout=journal,
+                                 stderr=journal, stdin=subprocess.DEVNULL, start_new_session=True)
+    pid.write_text(str(child.pid))
+elif action == "disable" and pid.exists():
+    os.kill(int(pid.read_text()), signal.SIGTERM)
+    pid.unlink()
+elif action == "status":
+    print("Active: " + ("active (running)" if pid.exists() else "inactive (dead)"))
+    sys.exit(0 if pid.exists() else 3)
+"""
+LAUNCHCTL = """#!/bin/sh
+echo "$@" >> "$HOME/calls"
+if [ "$1" = print ]; then echo "state = running"; fi
+if [ "$1" = bootout ]; then echo "Boot-out failed: 3: No such process" >&2; exit 3; fi
+"""
+NO_BUS = """#!/bin/sh
+echo "Failed to connect to bus: No medium found" >&2
+exit 1
+"""
+
+
+def manager(folder: Path, name: str, text: str) -> Dict[str, str]:
+    """Put a stand-in of a service manager into a PATH of its own. -> the variables."""
+    folder = folder / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+UNIT = ".config/systemd/user/claude-api-bridge.service"
+AGENT = "Library/LaunchAgents/claude-api-bridge.plist"
+LOCAL = ("--demo", "--no-tunnel", "--host", "127.0.0.1", "--port", "0")
+
+
+def test_a_service_of_systemd_from_install_to_uninstall(tmp_path: Path) -> None:
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL % sys.executable)
+    journal, unit = tmp_path / "journal", tmp_path / UNIT
+
+    def address(number: int) -> str:
+        """Wait for the nth start; return its address."""
+        def urls() -> List[str]:
+            return re.findall(r"(?m)^http://\S+$", journal.read_text() if journal.exists() else "")
+        wait_until(lambda: len(urls()) == number, 20)
+        return urls()[-1]
+
+    try:
+        run = ran("install", *LOCAL, home=tmp_path, **variables)
+        assert run.returncode == 0
+        assert "journalctl --user -u claude-api-bridge" in run.stderr
+        assert "loginctl enable-linger" in run.stderr
+        assert "token create NAME --admin" in run.stderr
+        assert unit.stat().st_mode & 0o777 == 0o600
+        port = int(address(1).rpartition(":")[2])
+        tokens = TOKEN.findall(journal.read_text())
+        assert len(tokens) == 1
+        answer = Api(port, tokens[0]).answer("Hello")
+        assert answer["response"].endswith("You said: Hello")
+        status = ran("status", home=tmp_path, **variables)
+        assert (status.returncode, status.stdout) == (0, "Active: active (running)\n")
+
+        # Again, with other flags: the old one ends first, and no second token is printed.
+        pid = (tmp_path / "pid").read_text()
+        assert ran("install", *LOCAL, "--plan-only", home=tmp_path, **variables).returncode == 0
+        address(2)
+        assert (tmp_path / "pid").read_text() != pid
+        assert "--plan-only" in unit_values(unit.read_text("utf-8"), "ExecStart")
+        assert TOKEN.findall(journal.read_text()) == tokens
+    finally:
+        run = ran("uninstall", home=tmp_path, **variables)
+    assert run.returncode == 0 and not unit.exists() and not (tmp_path / "pid").exists()
+    wait_until(lambda: journal.read_text().count("Shutting down...") == 2)
+    assert (tmp_path / ".claude-api-bridge" / "bridge.db").exists()
+    status = ran("status", home=tmp_path, **variables)
+    assert (status.returncode, status.stdout) == (1, "It is not installed.\n")
+    assert (tmp_path / "calls").read_text().splitlines()[:4] == [
+        "--user daemon-reload", "--user disable --now claude-api-bridge",
+        "--user daemon-reload", "--user enable --now claude-api-bridge"]  # fmt: skip
+
+
+def test_an_agent_of_launchd_from_install_to_uninstall(tmp_path: Path) -> None:
+    variables = manager(tmp_path, "launchctl", LAUNCHCTL)
+    run = ran("install", *LOCAL, home=tmp_path, **variables)
+    assert run.returncode == 0
+    assert str(tmp_path / ".claude-api-bridge/service.log") in run.stderr
+    agent = plistlib.loads((tmp_path / AGENT).read_bytes())
+    assert "--demo" in agent["ProgramArguments"]
+    assert ran("status", home=tmp_path, **variables).returncode == 0
+    assert ran("uninstall", home=tmp_path, **variables).returncode == 0
+    assert not (tmp_path / AGENT).exists()
+    domain = "gui/%d" % os.getuid()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "bootstrap %s %s" % (domain, tmp_path / AGENT) in calls
+    assert calls.count("bootout %s/claude-api-bridge" % domain) == 2
+    assert "print %s/claude-api-bridge" % domain in calls
+
+
+@pytest.mark.parametrize("action", ["install", "uninstall"])
+@pytest.mark.parametrize(
+    "name, path", [("systemctl", UNIT), ("launchctl", AGENT)], ids=["systemd", "launchd"])
+def test_the_file_of_somebody_else_stays(
+    tmp_path: Path, action: str, name: str, path: str
+) -> None:
+    variables = manager(tmp_path, name, "#!/bin/sh\ntouch $HOME/called\n")
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text("[Service]\nExecStart=/bin/true\n")
+    run = ran(action, *(LOCAL if action == "install" else ()), home=tmp_path, **variables)
+    assert run.returncode == 1 and "is not from this program" in run.stderr
+    assert (tmp_path / path).read_text() == "[Service]\nExecStart=/bin/true\n"
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("action", ["install", "uninstall", "status"])
+def test_without_a_service_manager_one_sentence_says_so(tmp_path: Path, action: str) -> None:
+    run = ran(action, home=tmp_path, PATH=str(tmp_path))
+    assert run.returncode == 1 and not run.stdout
+    assert run.stderr.splitlines() == [
+        "error: Neither systemctl nor launchctl is here.", "hint: try: service print --help"]
+
+
+def test_a_manager_that_cannot_be_reached_is_reported_and_nothing_written(tmp_path: Path) -> None:
+    variables = manager(tmp_path, "systemctl", NO_BUS)
+    run = ran("install", *LOCAL, home=tmp_path, **variables)
+    assert run.returncode == 1 and not (tmp_path / UNIT).exists()
+    assert "Failed to connect to bus: No medium found" in run.stderr
+    assert "not by su or sudo" in run.stderr
+
+
+def test_a_bridge_that_runs_already_is_not_disturbed(tmp_path: Path, program: Programs) -> None:
+    running = program(demo=True)
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL % sys.executable)
+    run = ran("install", *LOCAL, "--data-dir", str(tmp_path / "data"), home=tmp_path, **variables)
+    assert run.returncode == 1 and not (tmp_path / UNIT).exists()
+    assert "Another bridge is running" in run.stderr
+    assert running.api.get("/health").status == 200
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    variables = manager(tmp_path, "systemctl", "#!/bin/sh\n")
+    (tmp_path / ".config").write_text("a file")
+    run = ran("install", *LOCAL, home=tmp_path, **variables)
+    assert run.returncode == 1 and "cannot be written: Not a directory" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -12525,6 +12525,7 @@ def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
 
 
 # --- service ---
+SERVICE_STOP_SECONDS = 25.0
 # Files for service managers. A file without the mark is somebody else's.
 SERVICE_MARK = "Written by claude_api_bridge.py service"
 # What a service needs of the shell's variables, unless it holds a password (user:password@host).
@@ -12535,16 +12536,33 @@ UNFIT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]|(?:^|//)
 # may be read-only, but not the folder where claude locks and renews its login (2.1.197, 2.1.332).
 SYSTEMD_UNIT = """\
 # {mark}. Changes: systemctl --user edit claude-api-bridge
-[Unit]\nDescription=REST API for Claude Code (claude_api_bridge)\n
-[Service]\nExecStart={command}\nEnvironment={environment}
+[Unit]
+Description=REST API for Claude Code (claude_api_bridge)
+
+[Service]
+ExecStart={command}
+Environment={environment}
 # For secrets: CLAUDE_CODE_OAUTH_TOKEN=..., CAB_TUNNEL_TOKEN=...; chmod 600.
 EnvironmentFile=-{secrets}
-Restart=on-failure\nRestartSec=10\nRestartPreventExitStatus=2\nKillMode=mixed\nTimeoutStopSec=25
-UMask=0077\nNoNewPrivileges=yes\nLockPersonality=yes\nRestrictRealtime=yes\nRestrictSUIDSGID=yes
-SystemCallArchitectures=native\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+Restart=on-failure
+RestartSec=10
+RestartPreventExitStatus=2
+KillMode=mixed
+TimeoutStopSec=25
+UMask=0077
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 # Add workspaces that are elsewhere. Before systemd 253, a user's manager ignores these three.
-ProtectSystem=strict\nReadWritePaths={writable}\nPrivateTmp={private_tmp}\n
-[Install]\nWantedBy=default.target"""
+ProtectSystem=strict
+ReadWritePaths={writable}
+PrivateTmp={private_tmp}
+
+[Install]
+WantedBy=default.target"""
 # From the boot on, without a window. By default, a task ends after 72 hours.
 SCHEDULED_TASK = """\
 <Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
@@ -12568,7 +12586,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates
  && rm -rf /var/lib/apt/lists/* && npm install -g @anthropic-ai/claude-code@latest \\
  && mkdir -m 700 /data && chown node:node /data
 COPY --chown=node:node {copy}
-ENV CAB_DATA_DIR=/data\nUSER node\nVOLUME ["/data"]\nEXPOSE {port}\nCMD {command}"""
+ENV CAB_DATA_DIR=/data
+USER node
+VOLUME ["/data"]
+EXPOSE {port}
+CMD {command}"""
 # By program: kind, place and log of the service; how to prepare, start, stop and show it (no log).
 MANAGERS = {
     "launchctl": ("launchd", "Library/LaunchAgents/claude-api-bridge.plist", "{data}/service.log",
@@ -12684,8 +12706,11 @@ def command_service(arguments: argparse.Namespace, config: Config, console: Cons
         prepare()
         console.info("✅", "Stopped and removed: %s (your data stays)" % path)
         return 0
-    for _ in range(125 * is_there):
-        time.sleep(0.2 if lock_holder(config) else 0)
+    # The bridge that ran until now may finish its request.
+    stopped_by = Clock.monotonic() + SERVICE_STOP_SECONDS
+    while is_there and lock_holder(config) and Clock.monotonic() < stopped_by:
+        time.sleep(0.2)
+    # Raises CannotStart if another one runs.
     DirectoryLock(data_directory(config.data_dir) / "bridge.lock").close()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

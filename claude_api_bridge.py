@@ -3251,6 +3251,8 @@ REWIND_CLI = (2, 1, 330)
 # A field of the CLI itself, which may change: an assistant line with it becomes a message of the
 # user at once, without a turn of its own.
 PIPED_TEXT = "local_command_source"
+# cmd.exe reads them in the command line of a batch file, some also inside quotation marks.
+CMD_CHARACTERS = frozenset('%&|<>^!"')
 NEEDED_FLAGS = frozenset((
     "--agent", "--disable-slash-commands", "--include-partial-messages", "--input-format",
     "--no-session-persistence", "--permission-mode", "--resume", "--session-id",
@@ -3358,6 +3360,20 @@ def claude_argv(command: Sequence[str], features: Features, tools: Union[str, Tu
         # Otherwise 2.1.330 answers a resumed session under the system prompt of its first turn.
         argv += ["--system-prompt-snapshot", "off"]
     return argv + list(session or ["--no-session-persistence"])
+
+
+def is_batch_file(program: str) -> bool:
+    return program.lower().endswith((".cmd", ".bat"))
+
+
+def check_rules_for_cmd(program: str, tools: Union[str, Tuple[str, ...]]) -> None:
+    """Raise RunFailed if a batch file is to receive a tool rule that cmd.exe would change."""
+    for rule in () if isinstance(tools, str) else tools:
+        if is_batch_file(program) and CMD_CHARACTERS.intersection(rule):
+            raise RunFailed(
+                "cli_error", "The tool rule %s cannot be passed to %s, because cmd.exe reads these"
+                " characters: %s. Change the token's tools, or name claude.exe with --claude."
+                % (rule, program, " ".join(sorted(CMD_CHARACTERS))))
 
 
 def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[str]:
@@ -4083,6 +4099,12 @@ OWNER_ENV_VAR = "CAB_CHILD"
 PR_SET_PDEATHSIG = 1
 # <winnt.h>
 PROCESS_QUERY_LIMITED_INFORMATION = 0x1000
+# What a job object needs: to terminate, to set quotas.
+PROCESS_JOB_ACCESS = 0x0001 | 0x0100
+JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
+JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
+# Keeps a console program from opening a window; 0 where there is none.
+NO_WINDOW = getattr(subprocess, "CREATE_NO_WINDOW", 0)
 
 
 def group_options(death_signal: int = signal.SIGINT) -> Dict[str, Any]:
@@ -4091,7 +4113,7 @@ def group_options(death_signal: int = signal.SIGINT) -> Dict[str, Any]:
     SIGINT, on which the CLI also ends the command that a tool is running."""
     if os.name == "nt":
         flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-        return {"creationflags": flags | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+        return {"creationflags": flags | NO_WINDOW}
     if sys.platform != "linux":
         return {"start_new_session": True}
     parent = os.getpid()
@@ -4119,11 +4141,12 @@ def ps_field(pid: int, column: str) -> Optional[str]:
 
 
 @contextlib.contextmanager
-def windows_process(pid: int) -> Iterator[Tuple[Any, Any]]:
+def windows_process(
+        pid: int, access: int = PROCESS_QUERY_LIMITED_INFORMATION) -> Iterator[Tuple[Any, Any]]:
     """Open a process on Windows. -> (kernel32, handle)."""
     kernel = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
     kernel.OpenProcess.restype = ctypes.c_void_p
-    handle = ctypes.c_void_p(kernel.OpenProcess(PROCESS_QUERY_LIMITED_INFORMATION, False, pid))
+    handle = ctypes.c_void_p(kernel.OpenProcess(access, False, pid))
     try:
         yield kernel, handle
     finally:
@@ -4214,12 +4237,69 @@ def descendants(pid: int) -> List[int]:
 def kill_process(pid: int, group: bool = False) -> None:
     """Kill a process, on Windows with everything that it started. It may be gone already."""
     if os.name == "nt":
-        command = ["taskkill", "/T", "/F", "/PID", str(pid)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run(command, timeout=10, **quiet)  # type: ignore[call-overload,unused-ignore]
+        try:
+            subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], creationflags=NO_WINDOW,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            # Without taskkill: this one alone.
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+
+
+class JobLimits(ctypes.Structure):
+    """Source: Microsoft, "JOBOBJECT_EXTENDED_LIMIT_INFORMATION structure"."""
+    _fields_ = [
+        ("times", ctypes.c_int64 * 2), ("limit_flags", ctypes.c_uint32),
+        ("working_set", ctypes.c_size_t * 2), ("active_processes", ctypes.c_uint32),
+        ("affinity", ctypes.c_size_t), ("classes", ctypes.c_uint32 * 2),
+        ("io_counters", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4)]
+
+
+def job_of(pid: int) -> Any:
+    """Windows: put a process into a new job object. All that it starts is in it, too, and ends when
+    the only handle is closed, also by the end of the bridge. -> the handle; None if the system
+    allows no job. Source: Microsoft, "Job Objects", "AssignProcessToJobObject function"."""
+    limits = JobLimits(limit_flags=JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
+    with windows_process(pid, PROCESS_JOB_ACCESS) as (kernel, process):
+        kernel.CreateJobObjectW.restype = ctypes.c_void_p
+        job = ctypes.c_void_p(kernel.CreateJobObjectW(None, None))
+        if kernel.SetInformationJobObject(
+                job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits),
+                ctypes.sizeof(limits)) and kernel.AssignProcessToJobObject(job, process):
+            return job
+        kernel.CloseHandle(job)
+        return None
+
+
+class ChildProcess(subprocess.Popen):  # type: ignore[type-arg]
+    """A process that ends together with all that it started: POSIX by its group, Windows by a job
+    object or, if there is none, by taskkill. Raises OSError."""
+
+    def __init__(
+            self, argv: Sequence[str], death_signal: int = signal.SIGINT, **options: Any) -> None:
+        super().__init__(list(argv), bufsize=0, **options, **group_options(death_signal))
+        self._job = job_of(self.pid) if os.name == "nt" else None
+        # cmd.exe may have started the program before it was in the job.
+        self._needs_kill = not self._job or is_batch_file(argv[0])
+
+    def terminate(self) -> None:
+        """Send SIGTERM. Windows has no such signal, and would end the first process alone."""
+        if os.name == "nt":
+            self.kill_all()
+        else:
+            super().terminate()
+
+    def kill_all(self) -> None:
+        """Kill it and all that it started, also if it has exited itself."""
+        if os.name != "nt" or (self._needs_kill and self.poll() is None):
+            kill_process(self.pid, group=True)
+        if self._job:
+            kernel = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
+            kernel.CloseHandle(self._job)
+            self._job = None
 
 
 def is_same_process(pid: int, started: Optional[str]) -> bool:
@@ -4399,17 +4479,39 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
     """Return the program as the first words of a command line. Raises CannotStart."""
     if config.demo:
         return (*own_command(), "demo-claude")
-    names = [config.claude or "claude"]
+    names, path = [config.claude or "claude"], search_path(environ)
     if os.name == "nt" and not config.claude:
         names = ["claude.exe", "claude.cmd", "claude"]
     for name in names:
-        program = shutil.which(name, path=search_path(environ))
+        program = shutil.which(name, path=path)
         if program:
-            return (str(Path(program).absolute()),)
+            return program_behind(Path(program).absolute(), path)
     raise CannotStart(
         "Claude Code CLI not found%s." % (": " + config.claude if config.claude else ""),
         "install it first: https://docs.anthropic.com/en/docs/claude-code; if it is installed, name"
         " it with --claude PATH; or try: start --demo")
+
+
+# What runs a script by node, or a program, in the claude.cmd of npm's cmd-shim 7 and of pnpm.
+SHIM_RE = re.compile(
+    r'(?:(?:"%_prog%"|\bnode|node\.exe")\s+(?P<options>(?:--[\w=-]+\s+)*))?'
+    r'"%(?:~dp0|dp0%)\\?(?P<target>[^"%]+\.(?:exe|[cm]?js))"\s+%\*')
+
+
+def program_behind(program: Path, path: str) -> Tuple[str, ...]:
+    """Return the first words of a command line for a program. A package manager's batch file is
+    replaced by what it runs, because cmd.exe would read the other words, too."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = program.read_text("utf-8", "replace") if is_batch_file(program.name) else ""
+    for shim in SHIM_RE.finditer(text):
+        file = os.path.abspath(program.parent / shim["target"].replace("\\", os.sep))
+        node = shutil.which("node", path=os.pathsep.join([str(program.parent), path]))
+        if os.path.isfile(file) and file.endswith(".exe"):
+            return (file,)
+        if os.path.isfile(file) and node and shim["options"] is not None:
+            return (node, *shim["options"].split(), file)
+    return (str(program),)
 
 
 def own_command() -> Tuple[str, str]:
@@ -4440,7 +4542,7 @@ def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = 
     try:
         result = subprocess.run(
             list(argv), env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=PROBE_SECONDS)
+            stderr=subprocess.PIPE, timeout=PROBE_SECONDS, creationflags=NO_WINDOW)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = getattr(error, "strerror", None) or "no answer within %d s" % PROBE_SECONDS
         raise CannotStart("%s cannot be run: %s." % (argv[0], reason), advice) from None
@@ -4504,11 +4606,11 @@ class ClaudeProgram:
         self.can_pipe: Optional[bool] = None
         self._failed_preparations = 0
         self._detect = detect
-        self._fingerprint = file_fingerprint(install.command[0])
+        self._fingerprint = file_fingerprint(install.command[-1])
 
     def is_replaced(self) -> bool:
         """Return whether there is another program; False while there is none."""
-        current = file_fingerprint(self.install.command[0])
+        current = file_fingerprint(self.install.command[-1])
         return self._detect is not None and current not in (self._fingerprint, None)
 
     def redetect(self) -> None:
@@ -4517,7 +4619,7 @@ class ClaudeProgram:
         self.install = self._detect()
         self.can_rewind = self.can_pipe = None
         self._failed_preparations = 0
-        self._fingerprint = file_fingerprint(self.install.command[0])
+        self._fingerprint = file_fingerprint(self.install.command[-1])
 
     @property
     def may_rewind(self) -> bool:
@@ -4639,10 +4741,9 @@ class ClaudeProcess:
         self._is_closing = False
         self._seconds_after_exit = 0.0
         self._descendants: Optional[Dict[int, Optional[str]]] = None
-        self.process = subprocess.Popen(
-            list(argv), cwd=str(cwd), env={**environment, OWNER_ENV_VAR: tag},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
-            **group_options())
+        self.process = ChildProcess(
+            argv, cwd=str(cwd), env={**environment, OWNER_ENV_VAR: tag},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.pid = self.process.pid
         targets = {
             "stdin": self._write_stdin, "stdout": self._read_stdout, "stderr": self._read_stderr}
@@ -4773,8 +4874,7 @@ class ClaudeProcess:
     def stop(self) -> None:
         """Kill the process and everything that it started; they have exited on return."""
         self._stdin_queue.put(None)
-        if os.name != "nt" or self.is_alive:
-            kill_process(self.pid, group=True)
+        self.process.kill_all()
         self.process.wait()
         if self._descendants is not None:
             for pid, started in self._descendants.items():
@@ -5486,6 +5586,7 @@ class ClaudeLauncher:
         elif not any(argument.startswith("--resume=") for argument in arguments):
             # Beside another flag, claude_argv would leave it out.
             arguments = [*(self._date_argv() or ["--no-session-persistence"]), *arguments]
+        check_rules_for_cmd(install.command[0], kind.tools)
         argv = claude_argv(install.command, install.features, kind.tools, arguments)
         self._start_count += 1
         tag = "%s.%d." % (self._tag, self._start_count)
@@ -9659,7 +9760,6 @@ class BridgeServer(ThreadingHTTPServer):
     data. Raises OSError."""
     request_queue_size = 128
     daemon_threads = True
-    allow_reuse_address = os.name == "posix"
     dispatcher: Dispatcher
 
     def __init__(self, host: str, port: int, clock: Clock) -> None:
@@ -9676,8 +9776,9 @@ class BridgeServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without the base's look-up of the host's name, which can take seconds."""
-        if self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Windows: otherwise another program may take the port, too, by SO_REUSEADDR.
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name = str(self.server_address[0])
@@ -10270,10 +10371,9 @@ class Cloudflared:
         self.metrics = ""
         self.host = ""
         self._log_tail: Deque[str] = deque(maxlen=LOG_LINES)
-        self.process = subprocess.Popen(
-            list(argv), env={**environment, OWNER_ENV_VAR: tag}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-            **group_options(getattr(signal, "SIGKILL", 9)))
+        self.process = ChildProcess(
+            argv, getattr(signal, "SIGKILL", 9), env={**environment, OWNER_ENV_VAR: tag},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.pid = self.process.pid
         self._log_thread = threading.Thread(
             target=self._read_log, name="cloudflared-log-%d" % self.pid, daemon=True)
@@ -10347,8 +10447,7 @@ class Cloudflared:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace)
-        if os.name != "nt" or self.process.poll() is None:
-            kill_process(self.pid, group=True)
+        self.process.kill_all()
         self.process.wait()
         self._log_thread.join(1)
 
@@ -11487,7 +11586,9 @@ class DirectoryLock:
         try:
             self._lock()
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            # 0: wine 8 reports no reason.
+            busy = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK, 0)
+            if error.errno not in busy:
                 os.close(self._file)
                 raise CannotStart(
                     "The file system of %s cannot lock files: %s." % (path.parent, error.strerror),
@@ -11761,6 +11862,9 @@ class Console(TunnelObserver):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
+                if os.name == "nt" and not stream.isatty():
+                    # Otherwise a file or a pipe gets the code page, without other characters.
+                    stream.reconfigure(encoding="utf-8")
         is_terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
         self._is_rich = is_terminal and "utf" in (sys.stderr.encoding or "").lower()
         # The cursor stands behind a transient line, which the next one may replace.
@@ -11896,7 +12000,7 @@ def tune_process() -> None:
         files = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         if soft != resource.RLIM_INFINITY and soft < files:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         # M_ARENA_MAX; then M_MMAP_THRESHOLD, which otherwise rises to what was freed last.
         libc.mallopt(-8, 2)

@@ -143,7 +143,8 @@ def short_rounds() -> Iterator[None]:
         patch.setattr(cab, "HEALTH_SECONDS", 0.3)
         patch.setattr(cab, "probe", asked_once(cab.probe))
         # A preexec_fn makes Python fork this process, which is large, so that it takes long.
-        patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})
+        if os.name == "posix":
+            patch.setattr(cab, "group_options", lambda *_: {"start_new_session": True})
         yield
 
 
@@ -169,10 +170,13 @@ class FakeClaude:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.folder = folder
-        self.path = folder / "claude"
+        self.path = folder / ("claude.cmd" if os.name == "nt" else "claude")
         self.script = folder / "claude.py"
         folder.mkdir(parents=True, exist_ok=True)
         self.script.write_text(FAKE_SCRIPT % (str(TESTS), str(folder), options))
+        if os.name == "nt":
+            self.path.write_text('@"%s" -S "%s" %%*\n' % (sys.executable, self.script))
+            return
         head = "#!/bin/sh\n" if options else fake_claude_program.PROBE_SCRIPT
         interpreter, script = shlex.quote(sys.executable), shlex.quote(str(self.script))
         self.path.write_text('%sexec %s -S %s "$@"\n' % (head, interpreter, script))

@@ -325,14 +325,16 @@ class Fake:
 
     def wait(self, path: str) -> None:
         """Wait until the file exists, at most 30 s. An interrupt ends the process."""
-        deadline, inputs = time.monotonic() + 30, [0]
+        deadline, is_open = time.monotonic() + 30, True
         while not os.path.exists(path) and time.monotonic() < deadline:
-            if not select(inputs, [], [], 0.005)[0]:
+            if not is_open:
+                time.sleep(0.005)
+            if not is_open or not has_input(0.005):
                 continue
             line = self.read()
             if line is None:
                 # The input has ended, maybe because the bridge was killed. Keep waiting.
-                inputs = []
+                is_open = False
             elif line["type"] == "control_request" and line["request"]["subtype"] == "interrupt":
                 self.control(line)
                 sys.exit(1)
@@ -569,6 +571,23 @@ def usage(output_tokens: int) -> Dict[str, int]:
         "cache_read_input_tokens": 5,
         "cache_creation_input_tokens": 3,
     }
+
+
+def has_input(seconds: float) -> bool:
+    """Wait for a line on stdin or its end; return whether it came."""
+    if os.name == "posix":
+        return bool(select([0], [], [], seconds)[0])
+    # On Windows select knows sockets only. Fails at the end of the input.
+    import ctypes
+    import msvcrt
+
+    size = ctypes.c_ulong()
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
+    handle = ctypes.c_void_p(msvcrt.get_osfhandle(0))  # type: ignore[attr-defined,unused-ignore]
+    if kernel.PeekNamedPipe(handle, None, 0, None, ctypes.byref(size), None) and not size.value:
+        time.sleep(seconds)
+        return False
+    return True
 
 
 def wait_for_file(path: str) -> None:

@@ -193,6 +193,9 @@ class FakeCloudflared:
             % (sys.executable, os.path.dirname(os.path.abspath(__file__)), str(folder))
         )
         self.path.chmod(0o755)
+        if os.name == "nt":
+            script, self.path = self.path, folder / "cloudflared.cmd"
+            self.path.write_text('@"%s" -S "%s" %%*\n' % (sys.executable, script))
         self.plan(*steps or (quick(),))
 
     def plan(self, *steps: Step) -> None:
@@ -250,7 +253,8 @@ class Fake:
         # signal would build its enums at each start; _signal has plain numbers.
         import _signal as signal
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        if os.name == "posix":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         if step.get("leaves") == "never":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         elif "leaves" in step:

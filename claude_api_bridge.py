@@ -3251,8 +3251,7 @@ REWIND_CLI = (2, 1, 330)
 # A field of the CLI itself, which may change: an assistant line with it becomes a message of the
 # user at once, without a turn of its own.
 PIPED_TEXT = "local_command_source"
-# cmd.exe reads them in the command line of a batch file, some also inside quotation marks.
-CMD_CHARACTERS = frozenset('%&|<>^!"')
+BATCH_FILES = (".cmd", ".bat")
 NEEDED_FLAGS = frozenset((
     "--agent", "--disable-slash-commands", "--include-partial-messages", "--input-format",
     "--no-session-persistence", "--permission-mode", "--resume", "--session-id",
@@ -3362,18 +3361,14 @@ def claude_argv(command: Sequence[str], features: Features, tools: Union[str, Tu
     return argv + list(session or ["--no-session-persistence"])
 
 
-def is_batch_file(program: str) -> bool:
-    return program.lower().endswith((".cmd", ".bat"))
-
-
 def check_rules_for_cmd(program: str, tools: Union[str, Tuple[str, ...]]) -> None:
     """Raise RunFailed if a batch file is to receive a tool rule that cmd.exe would change."""
     for rule in () if isinstance(tools, str) else tools:
-        if is_batch_file(program) and CMD_CHARACTERS.intersection(rule):
+        if program.lower().endswith(BATCH_FILES) and re.search(r'[%&|<>^!"]', rule):
             raise RunFailed(
-                "cli_error", "The tool rule %s cannot be passed to %s, because cmd.exe reads these"
-                " characters: %s. Change the token's tools, or name claude.exe with --claude."
-                % (rule, program, " ".join(sorted(CMD_CHARACTERS))))
+                "cli_error", "The tool rule %s cannot be passed to %s: cmd.exe changes the signs"
+                " %% & | < > ^ ! \". Change the token's tools, or name claude.exe with --claude."
+                % (rule, program))
 
 
 def tool_argv(features: Features, tools: Union[str, Tuple[str, ...]]) -> List[str]:
@@ -4099,10 +4094,9 @@ OWNER_ENV_VAR = "CAB_CHILD"
 PR_SET_PDEATHSIG = 1
 # <winnt.h>
 PROCESS_QUERY_LIMITED_INFORMATION = 0x1000
-# What a job object needs: to terminate, to set quotas.
-PROCESS_JOB_ACCESS = 0x0001 | 0x0100
+PROCESS_TERMINATE_AND_SET_QUOTA = 0x0101
 JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
-JOB_OBJECT_EXTENDED_LIMIT_INFORMATION = 9
+EXTENDED_LIMIT_INFORMATION = 9
 # Keeps a console program from opening a window; 0 where there is none.
 NO_WINDOW = getattr(subprocess, "CREATE_NO_WINDOW", 0)
 
@@ -4241,7 +4235,6 @@ def kill_process(pid: int, group: bool = False) -> None:
             subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], creationflags=NO_WINDOW,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10)
         except (OSError, subprocess.SubprocessError):
-            # Without taskkill: this one alone.
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
         return
@@ -4252,23 +4245,22 @@ def kill_process(pid: int, group: bool = False) -> None:
 class JobLimits(ctypes.Structure):
     """Source: Microsoft, "JOBOBJECT_EXTENDED_LIMIT_INFORMATION structure"."""
     _fields_ = [
-        ("times", ctypes.c_int64 * 2), ("limit_flags", ctypes.c_uint32),
-        ("working_set", ctypes.c_size_t * 2), ("active_processes", ctypes.c_uint32),
-        ("affinity", ctypes.c_size_t), ("classes", ctypes.c_uint32 * 2),
-        ("io_counters", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4)]
+        ("times", ctypes.c_int64 * 2), ("flags", ctypes.c_uint32), ("sets", ctypes.c_size_t * 2),
+        ("active", ctypes.c_uint32), ("affinity", ctypes.c_size_t), ("class", ctypes.c_uint32 * 2),
+        ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4)]
 
 
 def job_of(pid: int) -> Any:
-    """Windows: put a process into a new job object. All that it starts is in it, too, and ends when
-    the only handle is closed, also by the end of the bridge. -> the handle; None if the system
-    allows no job. Source: Microsoft, "Job Objects", "AssignProcessToJobObject function"."""
-    limits = JobLimits(limit_flags=JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
-    with windows_process(pid, PROCESS_JOB_ACCESS) as (kernel, process):
+    """Put a process into a new job object of Windows. All that it starts is in it, too, and ends
+    when the only handle is closed, also by the end of the bridge. -> the handle; None if that is
+    not allowed. Source: Microsoft, "Job Objects", "AssignProcessToJobObject function"."""
+    limits = JobLimits(flags=JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE)
+    with windows_process(pid, PROCESS_TERMINATE_AND_SET_QUOTA) as (kernel, process):
         kernel.CreateJobObjectW.restype = ctypes.c_void_p
         job = ctypes.c_void_p(kernel.CreateJobObjectW(None, None))
-        if kernel.SetInformationJobObject(
-                job, JOB_OBJECT_EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits),
-                ctypes.sizeof(limits)) and kernel.AssignProcessToJobObject(job, process):
+        is_set = kernel.SetInformationJobObject(
+            job, EXTENDED_LIMIT_INFORMATION, ctypes.byref(limits), ctypes.sizeof(limits))
+        if is_set and kernel.AssignProcessToJobObject(job, process):
             return job
         kernel.CloseHandle(job)
         return None
@@ -4283,14 +4275,7 @@ class ChildProcess(subprocess.Popen):  # type: ignore[type-arg]
         super().__init__(list(argv), bufsize=0, **options, **group_options(death_signal))
         self._job = job_of(self.pid) if os.name == "nt" else None
         # cmd.exe may have started the program before it was in the job.
-        self._needs_kill = not self._job or is_batch_file(argv[0])
-
-    def terminate(self) -> None:
-        """Send SIGTERM. Windows has no such signal, and would end the first process alone."""
-        if os.name == "nt":
-            self.kill_all()
-        else:
-            super().terminate()
+        self._needs_kill = not self._job or argv[0].lower().endswith(BATCH_FILES)
 
     def kill_all(self) -> None:
         """Kill it and all that it started, also if it has exited itself."""
@@ -4300,6 +4285,10 @@ class ChildProcess(subprocess.Popen):  # type: ignore[type-arg]
             kernel = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
             kernel.CloseHandle(self._job)
             self._job = None
+
+    if os.name == "nt":
+        # Windows has no SIGTERM; what it has would end the first process alone.
+        terminate = kill_all
 
 
 def is_same_process(pid: int, started: Optional[str]) -> bool:
@@ -4501,16 +4490,15 @@ SHIM_RE = re.compile(
 def program_behind(program: Path, path: str) -> Tuple[str, ...]:
     """Return the first words of a command line for a program. A package manager's batch file is
     replaced by what it runs, because cmd.exe would read the other words, too."""
-    text = ""
+    is_batch = program.suffix.lower() in BATCH_FILES
     with contextlib.suppress(OSError):
-        text = program.read_text("utf-8", "replace") if is_batch_file(program.name) else ""
-    for shim in SHIM_RE.finditer(text):
-        file = os.path.abspath(program.parent / shim["target"].replace("\\", os.sep))
-        node = shutil.which("node", path=os.pathsep.join([str(program.parent), path]))
-        if os.path.isfile(file) and file.endswith(".exe"):
-            return (file,)
-        if os.path.isfile(file) and node and shim["options"] is not None:
-            return (node, *shim["options"].split(), file)
+        for shim in SHIM_RE.finditer(program.read_text("utf-8", "replace") if is_batch else ""):
+            file = os.path.abspath(program.parent / shim["target"].replace("\\", os.sep))
+            node = shutil.which("node", path=os.pathsep.join([str(program.parent), path]))
+            if os.path.isfile(file) and file.endswith(".exe"):
+                return (file,)
+            if os.path.isfile(file) and node and shim["options"] is not None:
+                return (os.path.abspath(node), *shim["options"].split(), file)
     return (str(program),)
 
 
@@ -11586,9 +11574,8 @@ class DirectoryLock:
         try:
             self._lock()
         except OSError as error:
-            # 0: wine 8 reports no reason.
-            busy = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK, 0)
-            if error.errno not in busy:
+            # Wine 8 reports 0.
+            if error.errno not in (0, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 os.close(self._file)
                 raise CannotStart(
                     "The file system of %s cannot lock files: %s." % (path.parent, error.strerror),
@@ -11861,10 +11848,9 @@ class Console(TunnelObserver):
     def __init__(self) -> None:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-                if os.name == "nt" and not stream.isatty():
-                    # Otherwise a file or a pipe gets the code page, without other characters.
-                    stream.reconfigure(encoding="utf-8")
+                # Windows would write a file or a pipe in the code page.
+                is_utf8 = os.name == "nt" and not stream.isatty()
+                stream.reconfigure(encoding="utf-8" if is_utf8 else None, errors="replace")
         is_terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
         self._is_rich = is_terminal and "utf" in (sys.stderr.encoding or "").lower()
         # The cursor stands behind a transient line, which the next one may replace.

@@ -6,6 +6,7 @@ A wrong value gives an error of one sentence.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -106,6 +107,9 @@ WRONG: List[Tuple[Dict[str, Any], Dict[str, str], str]] = [
     ({"cloudflared": "~no-such-user/cloudflared"}, {}, "--cloudflared"),
     ({}, {"CAB_CLAUDE": "~no-such-user/claude"}, "CAB_CLAUDE"),
 ]
+if os.name == "nt":
+    # Windows takes every name for a user.
+    WRONG = [row for row in WRONG if "~no-such-user" not in str(row)]
 
 
 @pytest.mark.parametrize("flags, environ, source", WRONG, ids=lambda value: "%.40r" % (value,))
@@ -228,7 +232,7 @@ def test_unknown_arguments_are_refused_with_status_2(
     "words",
     [
         ["start", "--port", "abc"],
-        ["start", "--data-dir", "~no-such-user/data"],
+        ["start", "--data-dir", "~no-such-user/data" if os.name == "posix" else ""],
         ["token", "list", "--data-dir", ""],
         ["start", "--public-url", "bridge.example.com"],
         ["start", "--tunnel-protocol", "tcp"],

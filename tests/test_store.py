@@ -1096,7 +1096,7 @@ def test_tokens_of_version_1_still_work_and_have_no_limits(
 ) -> None:
     assert open_store().tokens.by_digest(cab.digest("app")) == cab.Token(
         "app", "name of app", "cab-00000000", "stateless", None, MIDNIGHT - 100, MIDNIGHT + 9, True,
-        ("Read", "Bash(git log:*)"), "/srv",
+        ("Read", "Bash(git log:*)"), os.path.abspath("/srv"),
     )
 
 
@@ -1153,10 +1153,11 @@ def test_a_token_is_looked_up_by_its_digest_and_its_secret_is_not_stored(
     new = cab.NewToken(
         "app", "stateful", 7, True, ("Read", "Bash(git log:*)"), 10, 200, ("haiku", "sonnet[1m]")
     )
-    token = store.tokens.add(new, secret, "/srv/work")
+    token = store.tokens.add(new, secret, os.path.abspath("/srv/work"))
     assert token == cab.Token(
         token.id, "app", secret[:12], "stateful", clock.now() + 7 * 86_400, clock.now(), None, True,
-        ("Read", "Bash(git log:*)"), "/srv/work", 10, 200, ("haiku", "sonnet[1m]"),
+        ("Read", "Bash(git log:*)"), os.path.abspath("/srv/work"), 10, 200,
+        ("haiku", "sonnet[1m]"),
     )
     assert store.tokens.by_digest(cab.digest(secret)) == token == store.tokens.get(token.id)
     assert store.tokens.by_digest(secret) is None

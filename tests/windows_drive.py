@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS))
+from fake_cloudflared import FakeCloudflared  # noqa: E402
+
 MODULE = Path(sys.argv[1] if len(sys.argv) > 1 else TESTS.parent / "claude_api_bridge.py").resolve()
 TEXT = "Why \u2603 \U0001f600?"
 # Sends Ctrl-C to the console of another process: sys.argv[1].
@@ -120,11 +123,13 @@ class Bridge:
 
     def __init__(self, folder: Path, *flags: str, claude: Optional[Fake] = None) -> None:
         cli = ["--claude", str(claude.path)] if claude else ["--demo"]
+        if "--cloudflared" not in flags:
+            cli += ["--no-tunnel", "--host", "127.0.0.1"]
         self.folder = folder
         self.errors = open(folder.parent / (folder.name + ".stderr"), "ab")
         self.process = subprocess.Popen(
-            [sys.executable, str(MODULE), "start", "--no-tunnel", "--host", "127.0.0.1",
-             "--port", "0", "--data-dir", str(folder), *cli, *flags],
+            [sys.executable, str(MODULE), "start", "--port", "0", "--data-dir", str(folder),
+             *cli, *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.errors,
             creationflags=0x08000000)
         assert self.process.stdout is not None
@@ -301,6 +306,29 @@ def hard_kill_ends_run(folder: Path) -> None:
         assert answer.get("response") == "Echo: again", answer
 
 
+def tunnel_ends(folder: Path) -> None:
+    """cloudflared ends with the bridge, by Ctrl-C and by a hard kill, behind a .cmd"""
+    fake = FakeCloudflared(folder / "cloudflared folder")
+
+    def starting(running: Bridge) -> List[int]:
+        def pids() -> List[int]:
+            return [run["pid"] for run in fake.starts() if is_running(run["pid"])]
+
+        wait_until(lambda: running.call("GET", "/api/status")["tunnel"]["url"], "a public address")
+        return list(wait_until(pids, "cloudflared runs"))
+
+    with bridge(folder / "data", "--cloudflared", str(fake.path)) as running:
+        pids = starting(running)
+        assert running.ctrl_c() == 0, running.stderr()
+        all_end(pids, "Ctrl-C")
+        token = running.token
+    with bridge(folder / "data", "--cloudflared", str(fake.path)) as running:
+        running.token = token
+        pids = starting(running)
+        running.process.kill()
+        all_end(pids, "kill")
+
+
 def rules_and_cmd(folder: Path) -> None:
     """a tool rule with & or % behind a .cmd of unknown content is refused (W3)"""
     fake = Fake(folder / "fake")
@@ -345,7 +373,8 @@ def without_taskkill(folder: Path) -> None:
 
 PARTS: List[Callable[[Path], None]] = [
     demo_quick_start, piped_output_is_utf8, port_is_not_shared, runs_end_behind_cmd,
-    timeout_ends_run, hard_kill_ends_run, rules_and_cmd, npm_shim_runs_directly, without_taskkill]
+    timeout_ends_run, hard_kill_ends_run, tunnel_ends, rules_and_cmd, npm_shim_runs_directly,
+    without_taskkill]
 
 
 def main() -> int:

@@ -1601,3 +1601,61 @@ def test_ps_runs_with_a_fixed_locale_and_time_zone(
     assert arguments == "-o lstart= -p 1"
     assert {"LC_ALL=C", "TZ=UTC", "OTHER=stays"} <= set(environment)
     assert str(cab.ps_field(7, "lstart")).startswith("-o lstart= -p 7\n")
+
+
+# --- a batch file that stands before the program, as npm installs it on Windows ---
+
+
+NPM_SCRIPT = (
+    'endLocal & goto #_undefined_# 2>NUL || title %COMSPEC% & "%_prog%" --no-warnings '
+    ' "%dp0%\\node_modules\\claude\\cli.js" %*'
+)
+NPM_PROGRAM = 'CALL :find_dp0\n"%dp0%\\node_modules\\claude\\claude.exe"   %*'
+PNPM = (
+    '@IF EXIST "%~dp0\\node.exe" (\n  "%~dp0\\node.exe"  "%~dp0\\node_modules\\claude\\cli.js" %*\n'
+    ') ELSE (\n  node  "%~dp0\\node_modules\\claude\\cli.js" %*\n)'
+)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (NPM_SCRIPT, ["NODE", "--no-warnings", "cli.js"]),
+        (NPM_PROGRAM, ["claude.exe"]),
+        (PNPM, ["NODE", "cli.js"]),
+        ('@"%~dp0\\node_modules\\claude\\cli.js" %*', ["claude.CMD"]),
+        ('@node --import x "%~dp0\\node_modules\\claude\\cli.js" %*', ["claude.CMD"]),
+        ('@"%~dp0\\node_modules\\claude\\gone.exe" %*', ["claude.CMD"]),
+    ],
+)
+def test_what_a_package_managers_batch_file_runs_is_run_directly(
+    text: str, words: List[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder with blanks"
+    package = folder / "node_modules" / "claude"
+    package.mkdir(parents=True)
+    node = folder / ("node.exe" if os.name == "nt" else "node")
+    for path in (node, package / "cli.js", package / "claude.exe"):
+        path.touch(0o755)
+    shim = folder / "claude.CMD"
+    shim.write_text(text)
+    places = {"NODE": node, "cli.js": package / "cli.js", "claude.exe": package / "claude.exe"}
+    expected = [str(places.get(word, shim if word == shim.name else word)) for word in words]
+    found = cab.program_behind(shim, "")
+    assert [os.path.normcase(word) for word in found] == list(map(os.path.normcase, expected))
+
+
+@pytest.mark.parametrize("sign", list("%&|<>^!"))
+def test_a_rule_that_cmd_exe_would_change_is_refused_where_a_batch_file_runs(
+    sign: str, bridge: Callable[..., RunningBridge], fake_claude: Callable[..., FakeClaude]
+) -> None:
+    claude = fake_claude()
+    claude.path = claude.path.rename(claude.folder / "claude.cmd")
+    running = bridge(claude=claude)
+    token = running.admin.new_token(tools=["Bash(echo a%sb:*)" % sign, "Read"])
+    body = token.answer("hello")
+    assert body["errorCode"] == "cli_error"
+    assert "Bash(echo a%sb:*)" % sign in body["error"] and "cmd.exe" in body["error"]
+    assert claude.children() == []
+    answer = running.admin.new_token(tools=["Bash(git log:*)"]).answer("hello")
+    assert answer["response"] == "Echo: hello"

@@ -5,6 +5,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 limit=290
+# Nothing here is one of the real parts that CAB_REQUIRE_REAL asks for.
+unset CAB_REQUIRE_REAL PYTEST_ADDOPTS
 
 skip() { echo "wine: skipped: $1"; exit 0; }
 left() { echo $((limit > SECONDS ? limit - SECONDS : 1)); }

@@ -862,9 +862,9 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def fail(*_: Any, **__: Any) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", fail)
-    return lambda: monkeypatch.setattr(subprocess, "Popen", popen)
+    child_process = cab.ChildProcess
+    monkeypatch.setattr(cab, "ChildProcess", fail)
+    return lambda: monkeypatch.setattr(cab, "ChildProcess", child_process)
 
 
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -2428,14 +2428,6 @@ class Database:
 
         return self.cached(("state", name), load)
 
-    def set_paused(self, is_paused: bool) -> None:
-        """Store whether the owner holds the queue, and since when. Raises Unavailable. It reads
-        nothing: what is cached may be older than a change by another program."""
-        insert_sql = "INSERT OR IGNORE INTO remembered VALUES ('paused', ?)"
-        delete_sql = "DELETE FROM remembered WHERE name = 'paused'"
-        self.write(lambda db: db.execute(insert_sql, (str(self.clock.now()),)) if is_paused
-                   else db.execute(delete_sql))
-
     def record_process(self, pid: int, started: Optional[str], program: Optional[str]) -> None:
         """Record a child process, so that the next start can kill it if the bridge crashes. On
         Linux its environment identifies it as well, so that a full disk does no harm here."""
@@ -2454,6 +2446,16 @@ class Database:
     def recorded_processes(self) -> List[ProcessRow]:
         rows = self.read("SELECT pid, started, program FROM children")
         return [(int(pid), str(started), program) for pid, started, program in rows]
+
+
+def pause_queue(database: Database, is_paused: bool) -> None:
+    """Store whether the owner holds the queue, and since when. Raises Unavailable. It does not read
+    first: what is cached may be older than a change by another program."""
+    insert_sql = "INSERT OR IGNORE INTO remembered VALUES ('paused', ?)"
+    delete_sql = "DELETE FROM remembered WHERE name = 'paused'"
+    now = str(database.clock.now())
+    database.write(
+        lambda db: db.execute(insert_sql, (now,)) if is_paused else db.execute(delete_sql))
 
 
 def runs_in_writer(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -2755,6 +2757,29 @@ def delete_turns(db: sqlite3.Connection, token_id: str, name: str, last_seq: int
     return len(deleted)
 
 
+def oldest_queued(excluded_models: Sequence[str], excluded_ids: Sequence[str] = ()) -> str:
+    """Return the SQL that finds the next job. A turn of a conversation waits for those before it,
+    whatever holds them."""
+    return ("SELECT seq FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s)"
+            " AND id NOT IN (%s) AND NOT EXISTS (SELECT 1 FROM jobs AS earlier"
+            " INDEXED BY jobs_by_status WHERE earlier.status IN ('queued', 'processing')"
+            " AND earlier.seq < jobs.seq AND earlier.token_id = jobs.token_id"
+            " AND earlier.conversation = jobs.conversation) ORDER BY seq LIMIT 1"
+            % (placeholders(excluded_models), placeholders(excluded_ids)))
+
+
+def next_model(database: Database, job: Job) -> Optional[str]:
+    """Return the model of the next turn of a queued job's conversation."""
+    def load() -> Optional[str]:
+        rows = database.read(
+            "SELECT model FROM jobs INDEXED BY jobs_by_status WHERE status IN ('queued',"
+            " 'processing') AND token_id = ? AND conversation = ? ORDER BY seq LIMIT 1",
+            job.token_id, job.conversation)
+        return rows[0][0] if rows else job.model
+
+    return database.cached(("model", job.token_id, job.conversation), load)
+
+
 class JobStore:
     """The queue and the finished requests. Metrics count after the commit."""
 
@@ -2824,19 +2849,9 @@ class JobStore:
         sql = "SELECT %s FROM jobs WHERE %s = ?" % (JOB_COLUMNS, column)
         return job_from_row(db.execute(sql, (value,)).fetchone())
 
-    @staticmethod
-    def _oldest_queued(excluded_models: Sequence[str], excluded_ids: Sequence[str] = ()) -> str:
-        # A turn waits for the turns before it, whatever holds them.
-        return ("SELECT seq FROM jobs WHERE status = 'queued' AND coalesce(model, '') NOT IN (%s)"
-                " AND id NOT IN (%s) AND NOT EXISTS (SELECT 1 FROM jobs AS earlier"
-                " INDEXED BY jobs_by_status WHERE earlier.status IN ('queued', 'processing')"
-                " AND earlier.seq < jobs.seq AND earlier.token_id = jobs.token_id"
-                " AND earlier.conversation = jobs.conversation) ORDER BY seq LIMIT 1"
-                % (placeholders(excluded_models), placeholders(excluded_ids)))
-
     def has_queued(self, excluded_models: Sequence[str] = ()) -> bool:
         """Return whether `claim` would find a job."""
-        sql = self._oldest_queued(excluded_models)
+        sql = oldest_queued(excluded_models)
         return bool(self._database.read(sql, *excluded_models))
 
     @runs_in_writer
@@ -2844,7 +2859,7 @@ class JobStore:
               excluded_ids: Sequence[str] = ()) -> Optional[Job]:
         """Take the oldest queued job: it is `processing` on return, and counts as attempted.
         excluded_models: models whose jobs wait; "" is the default model."""
-        sql = self._oldest_queued(excluded_models, excluded_ids)
+        sql = oldest_queued(excluded_models, excluded_ids)
         row = db.execute(sql, (*excluded_models, *excluded_ids)).fetchone()
         if not row:
             return None
@@ -3016,17 +3031,6 @@ class JobStore:
                 return self._positions(db, job)
 
         return self._database.cached(("positions", job.id, job.status), load)
-
-    def next_model(self, job: Job) -> Optional[str]:
-        """Return the model of the next turn of a queued job's conversation."""
-        def load() -> Optional[str]:
-            rows = self._database.read(
-                "SELECT model FROM jobs INDEXED BY jobs_by_status WHERE status IN ('queued',"
-                " 'processing') AND token_id = ? AND conversation = ? ORDER BY seq LIMIT 1",
-                job.token_id, job.conversation)
-            return rows[0][0] if rows else job.model
-
-        return self._database.cached(("model", job.token_id, job.conversation), load)
 
     @staticmethod
     def _positions(db: sqlite3.Connection, job: Job) -> Tuple[int, int]:
@@ -5150,6 +5154,34 @@ def guard_billing(process: ClaudeProcess, config: Config, source: Any) -> None:
             " in to the subscription, or allow it with --allow-api-key." % redact(str(source)))
 
 
+class TurnActivity:
+    """What the CLI does in a turn. running_tools: a command may be silent for long. is_asking: it
+    waits for the API to begin a message, or, for `retry_seconds`, to ask again."""
+
+    def __init__(self) -> None:
+        self.running_tools: Set[str] = set()
+        self.is_asking = False
+        self.retry_seconds = 0.0
+
+    def note(self, event: CliEvent) -> None:
+        self.retry_seconds = (number_or_none(event.body.get("retry_delay_ms")) or 0.0) / 1000
+        if event.kind in ("init", "tool_result", "retry"):
+            self.is_asking = True
+        elif event.kind == "message_start":
+            self.is_asking = False
+            self.running_tools.clear()
+        if event.kind == "assistant":
+            self.running_tools.update(event.tool_ids)
+        elif event.kind == "tool_result":
+            self.running_tools.difference_update(event.tool_ids)
+
+    def longest_silence(self, control: RunControl) -> float:
+        """Return after how many seconds a silence is too long, if no tool runs."""
+        if self.is_asking:
+            return control.answer_seconds + self.retry_seconds
+        return control.config.silence_seconds
+
+
 class Turn:
     """One turn with one process: its deadlines, and what is read until the result."""
 
@@ -5163,11 +5195,7 @@ class Turn:
         self._tools = ToolServer(process, session.client_tools)
         self._check_stopped_at = float("-inf")
         self._frozen_seconds = 0.0
-        # The tools that run. A command may be silent for long.
-        self._running_tools: Set[str] = set()
-        # Whether the CLI waits for the API to begin a message; before that, until it asks again.
-        self._is_asking = False
-        self._retry_seconds = 0.0
+        self._activity = TurnActivity()
         # From then on the loss of the process is a failed run.
         self.prompt_accepted = False
         # The result arrived: the process is idle.
@@ -5183,9 +5211,7 @@ class Turn:
         """Return the next event. Raises RunFailed at a deadline or when the job is cancelled;
         ProcessExited."""
         clock, config = self._control.clock, self._control.config
-        longest = config.silence_seconds
-        if self._is_asking:
-            longest = self._control.answer_seconds + self._retry_seconds
+        longest = self._activity.longest_silence(self._control)
         silent_at = clock.monotonic() + longest
         while True:
             now = clock.monotonic()
@@ -5198,7 +5224,7 @@ class Turn:
                 self._fail_late("The run took longer than %g seconds" % config.run_seconds)
             if now >= self._lost_at:
                 raise SessionLost()
-            if now >= silent_at and not self._running_tools:
+            if now >= silent_at and not self._activity.running_tools:
                 who = "The API" if self.prompt_accepted else "claude"
                 self._fail_late(
                     "%s sent nothing for %.3g seconds" % (who, longest), self.prompt_accepted)
@@ -5212,7 +5238,10 @@ class Turn:
                 self._lost_at += seconds
             if event is not None:
                 self._lost_at = float("inf")
-                self._note_tools(event)
+                self._activity.note(event)
+                if event.kind == "control_request":
+                    ids = [str(block.get("id")) for block in self.messages.blocks]
+                    self._tools.handle(event, ids)
                 return event
 
     def _fail_late(self, text: str, is_outage: bool = False) -> NoReturn:
@@ -5223,21 +5252,6 @@ class Turn:
         code = self._retry_code or ("network" if is_outage else "timeout")
         raise RunFailed(code, text + ".", is_of_model=code == "overloaded",
                         is_answered=is_outage, is_cut=self.messages.count > 0)
-
-    def _note_tools(self, event: CliEvent) -> None:
-        # Before it retries, the CLI waits, perhaps for as long as the API wishes.
-        self._retry_seconds = (number_or_none(event.body.get("retry_delay_ms")) or 0.0) / 1000
-        if event.kind in ("init", "tool_result", "retry"):
-            self._is_asking = True
-        elif event.kind == "message_start":
-            self._is_asking = False
-            self._running_tools.clear()
-        if event.kind == "assistant":
-            self._running_tools.update(event.tool_ids)
-        elif event.kind == "tool_result":
-            self._running_tools.difference_update(event.tool_ids)
-        elif event.kind == "control_request":
-            self._tools.handle(event, [str(block.get("id")) for block in self.messages.blocks])
 
     def start(self, program: ClaudeProgram, candidate: "Candidate",
               earlier_turns: Iterable[HeldTurn]) -> None:
@@ -5341,7 +5355,7 @@ class Turn:
         """Continue a turn that waits for these results. The CLI requests some of them later when it
         calls one tool after the other."""
         self._tools.results = results
-        self._is_asking = True
+        self._activity.is_asking = True
         live.begin(model)
         for call_id in list(self.process.open_calls):
             self._tools.reply(*self.process.open_calls.pop(call_id), results[call_id])
@@ -5413,7 +5427,8 @@ class Turn:
         usage = self.messages.usage
         self.process.counted_usage = self.process.counted_usage.plus(usage)
         calls = [ToolCall(block["id"], block["name"][len(TOOL_PREFIX) :], block.get("input") or {})
-                 for block in self.messages.blocks if block.get("id") in self._running_tools
+                 for block in self.messages.blocks
+                 if block.get("id") in self._activity.running_tools
                  and str(block.get("name")).startswith(TOOL_PREFIX)]
         stop_info = StopInfo("tool_use", None, tuple(calls))
         return Answer(self.messages.text, usage=usage, model=model, stop_info=stop_info)
@@ -7022,7 +7037,7 @@ class Service:
     def _view(self, job: Job) -> JobView:
         if job.status == JobStatus.QUEUED:
             # A turn waits for what the turn before it waits for.
-            model = self.stores.jobs.next_model(job) if job.conversation else job.model
+            model = next_model(self.stores.database, job) if job.conversation else job.model
             pause = self._running.current_pause(model)
         else:
             live = self._live_of(job)
@@ -7170,7 +7185,7 @@ class Service:
 
     def set_paused(self, is_paused: bool) -> None:
         """Hold the queue, or let it go on. A running request continues. Raises Unavailable."""
-        self.stores.database.set_paused(is_paused)
+        pause_queue(self.stores.database, is_paused)
         self._notifier.notify(Notifier.JOB_QUEUED)
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:

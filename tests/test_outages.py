@@ -489,7 +489,7 @@ def test_a_clock_that_is_set_back_lets_no_client_wait_for_longer(
     fail_all(queue, "network")
     queue.ask("native")
     if is_paused:
-        queue.store.database.set_paused(True)
+        cab.pause_queue(queue.store.database, True)
     else:
         queue.run_all()
     before = ask_chat(queue, "before")
@@ -514,13 +514,13 @@ def test_another_program_may_pause_and_resume_at_any_moment(
         for _ in range(3):
             for is_paused in (True, False):
                 ours.get_state("paused")
-                other.set_paused(is_paused)
-                ours.set_paused(is_paused)
-                other.set_paused(not is_paused)
-                ours.set_paused(is_paused)
+                cab.pause_queue(other, is_paused)
+                cab.pause_queue(ours, is_paused)
+                cab.pause_queue(other, not is_paused)
+                cab.pause_queue(ours, is_paused)
                 began = clock.now()
                 clock.advance(1)
-                ours.set_paused(is_paused)
+                cab.pause_queue(ours, is_paused)
                 # The first pause counts.
                 stored = ours.read("SELECT value FROM remembered WHERE name = 'paused'")
                 assert stored == ([(str(began),)] if is_paused else [])

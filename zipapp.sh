@@ -15,6 +15,7 @@ main = b"""import sys
 name = "claude_api_bridge"
 module = sys.modules[name] = type(sys)(name)
 module.__loader__, module.__file__ = __spec__.loader, __file__[:-len("__main__.py")] + name + ".py"
+module.__spec__ = type(__spec__)(name, module.__loader__, origin=module.__file__)
 exec(compile(module.__loader__.get_data(module.__file__), module.__file__, "exec"), module.__dict__)
 module.run()
 """

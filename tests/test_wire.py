@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -1233,6 +1234,18 @@ def test_an_invalid_new_token_is_refused_with_the_text_of_the_original_and_not_c
         if text is None and field:
             assert field.rstrip("s") in answer.json["error"], context
     assert admin.get("/api/tokens").json == before
+
+
+def test_deep_nesting_is_refused_also_by_a_thread_with_a_small_stack(admin: Api) -> None:
+    """As with musl, where the JSON reader of some versions of Python would end the process."""
+    usual = threading.stack_size(512 << 10)
+    try:
+        for levels in (101, 100_000):
+            answer = admin.post("/api/ask", b'{"message": "hi", "x": %s}' % (b"[" * levels))
+            assert (answer.status, answer.json["code"]) == (400, "invalid_json")
+            assert "nested too deeply" in answer.json["error"]
+    finally:
+        threading.stack_size(usual)
 
 
 def test_a_tool_rule_with_half_a_character_is_not_an_internal_error(admin: Api) -> None:

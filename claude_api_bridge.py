@@ -6519,8 +6519,8 @@ class Purge:
         if token_id:
             if not self._stores.tokens.delete_slice(token_id):
                 self.has_lost_sessions = True
-        elif not (self._stores.callbacks.limit_delays() or jobs.purge(self._config.keep_days)
-                  or database.free_pages()):
+        elif not (jobs.purge(self._config.keep_days) or database.free_pages()
+                  or self._stores.callbacks.limit_delays()):
             self._stores.usage.purge()
             database.checkpoint()
             self.is_running = False

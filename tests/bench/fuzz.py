@@ -81,7 +81,8 @@ class Bridge:
                 [
                     sys.executable, str(BRIDGE), "start", "--no-tunnel", "--host", "127.0.0.1",
                     "--port", "0", "--rate-limit", "0", "--data-dir", str(folder / "data"),
-                    "--claude", str(fake),
+                    # A process that waits for the next message of a conversation is no leak.
+                    "--claude", str(fake), "--warm-seconds", "1",
                 ],
                 env=environ,
                 stdin=subprocess.DEVNULL,

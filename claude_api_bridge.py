@@ -9118,6 +9118,8 @@ LATE_SECONDS = 2.0
 # A send that is stalled for this long may be evicted.
 EVICTABLE_SEND_SECONDS = 0.2
 DEADLINE_POLL_SECONDS = 0.1
+# <asm-generic/poll.h>; PyPy does not name it. 0 where there is none.
+POLLRDHUP = getattr(select, "POLLRDHUP", 0x2000 if sys.platform == "linux" else 0)
 # Client addresses that the rate limiters remember.
 ADDRESSES = 10_000
 LOGINS_PER_MINUTE = 10
@@ -9678,10 +9680,10 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     def _client_disconnected(self) -> bool:
         """Return whether the client closed its side; what it sent before stays readable."""
-        if hasattr(select, "POLLRDHUP"):
+        if POLLRDHUP:
             # Sees the end also behind the bytes of a next request.
             poller = select.poll()
-            poller.register(self.connection, select.POLLRDHUP)
+            poller.register(self.connection, POLLRDHUP)
             return bool(poller.poll(0))
         bsd: Any = select
         if hasattr(bsd, "kqueue"):

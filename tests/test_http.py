@@ -1222,7 +1222,7 @@ def test_kqueue_tells_of_the_end_behind_the_bytes_of_a_next_request(
             asked.append("closed")
 
     monkeypatch.setattr(cab, "RECHECK_SECONDS", 0.05)
-    monkeypatch.delattr(cab.select, "POLLRDHUP", raising=False)
+    monkeypatch.setattr(cab, "POLLRDHUP", 0)
     for name, value in (
         ("kqueue", KernelQueue), ("kevent", lambda connection, kind: (connection.fileno(), kind)),
         ("KQ_FILTER_READ", -1), ("KQ_EV_EOF", 0x8000),

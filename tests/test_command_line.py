@@ -33,6 +33,9 @@ Fakes = Callable[..., FakeClaude]
 Programs = Callable[..., Program]
 Command = Callable[..., "Output"]
 TOKEN = re.compile(r"cab-[0-9a-f]{64}")
+cpython_memory = pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="the bound was measured on CPython"
+)
 
 
 class Output(NamedTuple):
@@ -710,6 +713,7 @@ def test_ctrl_c_during_the_probe_of_claude_causes_no_traceback(
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="needs glibc and /proc"
 )
+@cpython_memory
 def test_a_start_releases_the_memory_that_compiling_the_source_took() -> None:
     code = """
 import re
@@ -787,6 +791,7 @@ def resident_kb(pid: int) -> int:
     reason="the bound was measured on Linux x86_64 with glibc",
 )
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="there the script keeps its syntax tree")
+@cpython_memory
 def test_an_idle_plain_script_needs_little_memory(program: Programs) -> None:
     # An imported module has no syntax tree to release, so only the script itself can show a leak.
     running = program(command=SCRIPT)
@@ -956,6 +961,9 @@ def test_the_same_source_gives_the_same_pyz(pyz: Path, tmp_path: Path) -> None:
     assert build_pyz(tmp_path).read_bytes() == pyz.read_bytes()
 
 
+@pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="PyPy has no audit event for a compile"
+)
 def test_the_pyz_compiles_its_source_once_and_knows_its_lines(pyz: Path) -> None:
     code = """
 import linecache, runpy

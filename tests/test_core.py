@@ -11,7 +11,6 @@ import math
 import random
 import re
 import threading
-import tracemalloc
 import unicodedata
 from dataclasses import fields as fields_of
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
@@ -1917,6 +1916,8 @@ def test_an_empty_answer_is_only_a_started_event() -> None:
 
 
 def test_a_text_of_many_parts_takes_no_more_memory_than_its_characters() -> None:
+    # PyPy has none.
+    tracemalloc = pytest.importorskip("tracemalloc")
     tracemalloc.start()
     try:
         live = cab.LiveText()

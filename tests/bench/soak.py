@@ -66,8 +66,9 @@ start, run_maintenance = time.time(), cab.Worker._run_maintenance
 cab.Clock.now = staticmethod(lambda: start + (time.time() - start) * 86400 / DAY)
 
 def run_maintenance_often(worker):
-    if worker._purge_at - time.monotonic() <= cab.PURGE_SECONDS - DAY / 24:
-        worker._purge_at, worker._clock_offset = float("-inf"), None
+    purge = worker._purge
+    if purge._starts_at - time.monotonic() <= cab.PURGE_SECONDS - DAY / 24:
+        purge._starts_at, purge._clock_offset = float("-inf"), None
     run_maintenance(worker)
 
 cab.Worker._run_maintenance = run_maintenance_often

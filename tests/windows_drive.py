@@ -233,6 +233,26 @@ def piped_output_is_utf8(folder: Path) -> None:
             assert TEXT in (json.loads(text)["response"] if flags else text), output
 
 
+def doctor(folder: Path) -> None:
+    """doctor --demo --no-tunnel --json: no check is bad, in a new folder and beside a bridge"""
+    def names() -> List[str]:
+        status, output, errors = run(
+            "doctor", "--demo", "--no-tunnel", "--json", "--host", "127.0.0.1", "--port", "0",
+            "--data-dir", str(folder / "data"))
+        report = json.loads(output)
+        bad = [check for check in report["checks"] if check["ok"] is False]
+        assert status == 0 and report["ok"] and not bad, (bad, errors)
+        return [check["name"] for check in report["checks"]]
+
+    expected = {"python", "sqlite", "data", "disk", "clock", "processes", "port", "claude"}
+    found = names()
+    assert expected <= set(found), found
+    assert not (folder / "data").exists()
+    with bridge(folder / "data"):
+        found = names()
+        assert expected - {"processes"} <= set(found), found
+
+
 def port_is_not_shared(folder: Path) -> None:
     """the port cannot be taken with SO_REUSEADDR"""
     with bridge(folder / "data") as running, socket.socket() as second:
@@ -372,7 +392,7 @@ def without_taskkill(folder: Path) -> None:
 
 
 PARTS: List[Callable[[Path], None]] = [
-    demo_quick_start, piped_output_is_utf8, port_is_not_shared, runs_end_behind_cmd,
+    demo_quick_start, piped_output_is_utf8, doctor, port_is_not_shared, runs_end_behind_cmd,
     timeout_ends_run, hard_kill_ends_run, tunnel_ends, rules_and_cmd, npm_shim_runs_directly,
     without_taskkill]
 

@@ -12021,6 +12021,9 @@ def command_start(config: Config, console: Console) -> int:
     """Run the bridge until a signal. -> 0."""
     os.umask(0o077)
     tune_process()
+    if os.name == "nt":
+        # Its children are in this job before they run, so none outlives a kill during its start.
+        job_of(os.getpid())
     logger.setLevel(logging.INFO)
     logger.addHandler(ConsoleLogHandler(console))
     logger.propagate = False

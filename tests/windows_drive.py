@@ -45,6 +45,25 @@ sys.path.insert(0, %r)
 import fake_claude
 sys.exit(fake_claude.main(%r))
 """
+# A bridge that is killed within CreateProcess, when the new process exists but does not run yet.
+# sys.argv[1:]: the folder of the module; that of the data and of the file `pid`.
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import claude_api_bridge as cab
+options, job_of = cab.group_options, cab.job_of
+def suspended(*words):
+    return {"creationflags": options(*words)["creationflags"] | 4}
+def killed(pid):
+    if pid == os.getpid():
+        return job_of(pid)
+    with open(sys.argv[2] + "/pid", "w") as file:
+        file.write(str(pid))
+    os.kill(os.getpid(), 9)
+cab.group_options, cab.job_of = suspended, killed
+cab.main(["start", "--demo", "--no-tunnel", "--host", "127.0.0.1", "--port", "0",
+          "--data-dir", sys.argv[2] + "/data"])
+"""
 # As npm writes it for a script; the program beside it is named node.exe.
 NPM_SHIM = """@ECHO off
 GOTO start
@@ -326,6 +345,15 @@ def hard_kill_ends_run(folder: Path) -> None:
         assert answer.get("response") == "Echo: again", answer
 
 
+def kill_during_start(folder: Path) -> None:
+    """a hard kill of the bridge while it starts a process leaves none"""
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, str(MODULE.parent), str(folder)], timeout=60,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert result.returncode == 9, result
+    all_end([int((folder / "pid").read_text())], "kill")
+
+
 def tunnel_ends(folder: Path) -> None:
     """cloudflared ends with the bridge, by Ctrl-C and by a hard kill, behind a .cmd"""
     fake = FakeCloudflared(folder / "cloudflared folder")
@@ -393,8 +421,8 @@ def without_taskkill(folder: Path) -> None:
 
 PARTS: List[Callable[[Path], None]] = [
     demo_quick_start, piped_output_is_utf8, doctor, port_is_not_shared, runs_end_behind_cmd,
-    timeout_ends_run, hard_kill_ends_run, tunnel_ends, rules_and_cmd, npm_shim_runs_directly,
-    without_taskkill]
+    timeout_ends_run, hard_kill_ends_run, kill_during_start, tunnel_ends, rules_and_cmd,
+    npm_shim_runs_directly, without_taskkill]
 
 
 def main() -> int:

@@ -4472,13 +4472,18 @@ def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...
     """Return the program as the first words of a command line. Raises CannotStart."""
     if config.demo:
         return (*own_command(), "demo-claude")
-    names, path = [config.claude or "claude"], search_path(environ)
+    return program_behind(claude_program(config, environ), search_path(environ))
+
+
+def claude_program(config: Config, environ: Mapping[str, str]) -> Path:
+    """Return the program, or the batch file that runs it. Raises CannotStart."""
+    names = [config.claude or "claude"]
     if os.name == "nt" and not config.claude:
         names = ["claude.exe", "claude.cmd", "claude"]
     for name in names:
-        program = shutil.which(name, path=path)
+        program = shutil.which(name, path=search_path(environ))
         if program:
-            return program_behind(Path(program).absolute(), path)
+            return Path(program).absolute()
     raise CannotStart(
         "Claude Code CLI not found%s." % (": " + config.claude if config.claude else ""),
         "install it first: https://docs.anthropic.com/en/docs/claude-code; if it is installed, name"
@@ -12687,7 +12692,7 @@ SCHEDULED_TASK = """\
 DOCKERFILE = """\
 # {mark}. In the folder of the file: docker build -t claude-api-bridge -f Dockerfile .
 # Where there is a browser: claude setup-token; here: export CLAUDE_CODE_OAUTH_TOKEN=..., then
-# docker run -d --name claude-api-bridge --restart on-failure --stop-timeout 25 --read-only \\
+# docker run -d --name claude-api-bridge --restart unless-stopped --stop-timeout 25 --read-only \\
 #   --tmpfs /tmp:exec --cap-drop ALL --security-opt no-new-privileges -e CLAUDE_CODE_OAUTH_TOKEN \\
 #   -v claude-api-bridge:/data -p 127.0.0.1:{port}:{port} claude-api-bridge
 # First admin token: docker logs claude-api-bridge; more: docker exec, token create NAME --admin
@@ -12713,13 +12718,21 @@ MANAGERS = {
                   "--user status --no-pager --lines=0 claude-api-bridge")}
 
 
+def lasting_path(program: Union[str, Path]) -> str:
+    """Return a path in which links to folders are followed: some last as long as a shell. A link to
+    the program itself is followed by each start, and so survives an update."""
+    folder, name = os.path.split(os.path.abspath(program))
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def service_command(config: Config, skipped: Sequence[str] = ()) -> List[str]:
     """Return the command line of a service, in absolute paths. Raises CannotStart."""
     words = [*own_command(), "start"]
     for row in SETTINGS:
         value = getattr(config, row.name)
         if value and row.name in ("cloudflared", "tunnel_token_file"):
-            value = os.path.abspath(os.path.expanduser(shutil.which(value) or value))
+            program = shutil.which(value) if row.name == "cloudflared" else None
+            value = os.path.abspath(os.path.expanduser(program or value))
         if value is not False and value != row.default and row.name not in skipped:
             words.append(row.flag if value is True else "%s=%s" % (row.flag, value))
     for word in filter(UNFIT_TEXT.search, words):
@@ -12732,10 +12745,15 @@ def service_variables(claude: str, environ: Mapping[str, str]) -> Dict[str, str]
     folders = [os.path.dirname(claude), environ.get("PATH", os.defpath)]
     search = search_path({**environ, "PATH": os.pathsep.join(folders[not claude:])})
     programs = (shutil.which(name, path=search) for name in (claude, "node", "cloudflared"))
-    path = [os.path.dirname(os.path.abspath(program)) for program in programs if program]
+    path = [os.path.dirname(lasting_path(program)) for program in programs if program]
+    path = [folder for folder in path if not UNFIT_TEXT.search(folder)]
+    variables = {name: value for name, value in environ.items() if value
+                 and SERVICE_VARIABLES.fullmatch(name) and not UNFIT_TEXT.search(value)}
+    for name in variables:
+        if name.endswith(("_DIR", "_CERTS", "_FILE")):
+            variables[name] = os.path.abspath(variables[name])
     return {"PATH": ":".join(dict.fromkeys([*path, "/usr/local/bin", "/usr/bin", "/bin"])),
-            **{name: value for name, value in environ.items() if value
-               and SERVICE_VARIABLES.fullmatch(name) and not UNFIT_TEXT.search(value)}}
+            **variables}
 
 
 def systemd_unit(argv: List[str], variables: Mapping[str, str], config: Config) -> str:
@@ -12747,6 +12765,8 @@ def systemd_unit(argv: List[str], variables: Mapping[str, str], config: Config) 
     words = ["/usr/bin/env", *argv] if re.search(r"[\"$'\\]", argv[0]) else argv
     login = variables.get("CLAUDE_SECURESTORAGE_CONFIG_DIR") or variables.get("CLAUDE_CONFIG_DIR")
     folders = (config.data_dir, login or home_folder(os.environ) / ".claude")
+    if any(UNFIT_TEXT.search(str(folder)) for folder in folders):
+        raise CannotStart("A control character is in the path of the login of claude.")
     return SYSTEMD_UNIT.format(
         mark=SERVICE_MARK, command=" ".join(quoted(word.replace("$", "$$")) for word in words),
         environment=" ".join(quoted("%s=%s" % pair) for pair in variables.items()),
@@ -12766,7 +12786,7 @@ def service_file(kind: str, config: Config, environ: Mapping[str, str]) -> str:
         return DOCKERFILE.format(
             mark=SERVICE_MARK, port=config.port, copy=json.dumps([source, target]),
             command=json.dumps(["python3", target, *argv[2:]]))
-    claude = "" if config.demo else claude_command(config, environ)[0]
+    claude = "" if config.demo else lasting_path(claude_program(config, environ))
     argv = service_command(replace(config, claude=claude))
     variables = service_variables(claude, environ)
     if kind == "systemd":
@@ -12807,26 +12827,40 @@ def command_service(arguments: argparse.Namespace, config: Config, console: Cons
         return int(not re.search(r"active \(running\)|state = running", text))
     if is_there and SERVICE_MARK not in path.read_text("utf-8", "replace"):
         raise CannotStart("%s is not from this program." % path, "move it away first")
-    text = service_file(kind, config, os.environ) if arguments.action == "install" else ""
+    if arguments.action == "uninstall" and not is_there:
+        console.info("·", "It is not installed.")
+        return 0
+    # Shows whether the manager can be reached.
     prepare()
-    with contextlib.suppress(CannotStart):
-        stop()
-    if not text:
-        path.unlink(missing_ok=True)
+    if arguments.action == "uninstall":
+        try:
+            stop()
+        except CannotStart:
+            # Perhaps it did not run.
+            if lock_holder(config):
+                raise
+        path.unlink()
         prepare()
         console.info("✅", "Stopped and removed: %s (your data stays)" % path)
         return 0
-    # The bridge that ran until now may finish its request.
-    stopped_by = Clock.monotonic() + SERVICE_STOP_SECONDS
-    while is_there and lock_holder(config) and Clock.monotonic() < stopped_by:
-        time.sleep(0.2)
-    # Raises CannotStart if another one runs.
-    DirectoryLock(data_directory(config.data_dir) / "bridge.lock").close()
+    text = service_file(kind, config, os.environ)
+    lock_path = data_directory(config.data_dir) / "bridge.lock"
+    if not is_there:
+        # Raises CannotStart if a bridge runs that is no service.
+        DirectoryLock(lock_path).close()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file_atomically(path, text + "\n")
     except OSError as error:
         raise CannotStart("%s cannot be written: %s." % (path, error.strerror or error)) from None
+    prepare()
+    with contextlib.suppress(CannotStart):
+        stop()
+    # The bridge that ran until now may finish its request.
+    stopped_by = Clock.monotonic() + SERVICE_STOP_SECONDS
+    while is_there and lock_holder(config) and Clock.monotonic() < stopped_by:
+        time.sleep(0.2)
+    DirectoryLock(lock_path).close()
     prepare()
     start()
     console.info("✅", "Installed and started: %s" % path)

@@ -395,8 +395,8 @@ def test_a_service_of_systemd_from_install_to_uninstall(tmp_path: Path) -> None:
     assert (tmp_path / ".claude-api-bridge" / "bridge.db").exists()
     status = ran("status", home=tmp_path, **variables)
     assert (status.returncode, status.stdout) == (1, "It is not installed.\n")
-    assert (tmp_path / "calls").read_text().splitlines()[:4] == [
-        "--user daemon-reload", "--user disable --now claude-api-bridge",
+    assert (tmp_path / "calls").read_text().splitlines()[:5] == [
+        "--user daemon-reload", "--user daemon-reload", "--user disable --now claude-api-bridge",
         "--user daemon-reload", "--user enable --now claude-api-bridge"]  # fmt: skip
 
 

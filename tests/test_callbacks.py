@@ -933,7 +933,8 @@ def test_an_error_nobody_expects_ends_no_thread(
             api.answer("hi", callback=receiver.url)
             wait_until(lambda: any("MemoryError: " + name in line for line in running.log[before:]))
     api.ask("more", callback=receiver.url)
-    assert len(delivered(receiver, 2)) >= 2
+    # The one whose attempt failed may be sent again meanwhile.
+    wait_until(lambda: len(receiver.requests) >= 2)
 
 
 def test_a_time_that_a_wrong_clock_made_is_corrected(

@@ -2974,7 +2974,8 @@ class JobStore:
             "The run was interrupted %d times: the bridge stopped or crashed." % JOB_ATTEMPTS,
             "status = 'processing' AND attempts >= ?", JOB_ATTEMPTS + is_outage)
         requeued = self._requeue_all(is_outage)
-        self._database.set_state("crashes", str(crashes + (requeued > 0)) if has_hold else None)
+        if has_hold or crashes:
+            self._database.set_state("crashes", str(crashes + (requeued > 0)) if has_hold else None)
         return requeued, len(lost)
 
     @runs_in_writer

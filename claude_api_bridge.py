@@ -6170,8 +6170,8 @@ class ClaudeRunner:
 
 MAINTENANCE_SECONDS = 1.0
 PURGE_SECONDS = 3_600.0
-# Between two slices, for other writes.
-PURGE_PAUSE_SECONDS = 0.02
+# A purge deletes slices for so long, and then leaves the worker to others for so long.
+PURGE_STEP_SECONDS, PURGE_PAUSE_SECONDS = 0.02, 0.08
 # Delay before refilling the pool, so that the new process does not compete with the start of a run.
 REFILL_SECONDS = 0.2
 # For a running job to finish when the bridge stops.
@@ -6501,14 +6501,14 @@ class Purge:
         self._stores = stores
         self._config = config
         self._clock = clock
-        self._starts_at = float("-inf")
+        self._starts_at = self._continues_at = float("-inf")
         # UTC minus monotonic clock, at the last start.
         self._clock_offset: Optional[float] = None
         self.is_running = False
         self.has_lost_sessions = False
 
     def step(self) -> None:
-        """Start when it is time; delete a slice, or give space back."""
+        """Start when it is time; delete some slices, or give space back."""
         now = self._clock.monotonic()
         if now >= self._starts_at:
             self._starts_at = now + PURGE_SECONDS
@@ -6517,8 +6517,13 @@ class Purge:
             # If the clock was set, perhaps to a wrong time and not for long, do not purge.
             self.is_running = last_offset is None or abs(self._clock_offset - last_offset) < 3600
             self.has_lost_sessions = True
-        if not self.is_running:
+        if now < self._continues_at:
             return
+        while self.is_running and self._clock.monotonic() < now + PURGE_STEP_SECONDS:
+            self._delete_slice()
+        self._continues_at = self._clock.monotonic() + PURGE_PAUSE_SECONDS
+
+    def _delete_slice(self) -> None:
         jobs, database = self._stores.jobs, self._stores.database
         # A revocation that was interrupted.
         token_id = self._stores.tokens.disabled()
@@ -6618,10 +6623,8 @@ class Worker:
             self._pool.close()
 
     def _idle_seconds(self) -> float:
-        if self._pool.is_busy:
+        if self._pool.is_busy or self._purge.is_running:
             return CANCEL_POLL_SECONDS
-        if self._purge.is_running:
-            return PURGE_PAUSE_SECONDS
         return min(MAINTENANCE_SECONDS, max(0.01, self.holds.seconds_to_try()))
 
     # --- one job ---

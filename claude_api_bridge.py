@@ -1981,7 +1981,10 @@ def copy_database(db: sqlite3.Connection, path: Path) -> None:
 def connect_read_only(path: Path, options: str = "") -> sqlite3.Connection:
     """Open a database that is not to be changed. options: such as &immutable=1, without locks and
     without its -wal file. Raises sqlite3.Error."""
-    return sqlite3.connect("file:%s?mode=ro%s" % (quote(os.fsencode(path)), options), uri=True)
+    # Else two slashes at the beginning would name a host.
+    root = "//" if os.name == "posix" else ""
+    name = quote(os.fsencode(os.path.abspath(path)))
+    return sqlite3.connect("file:%s%s?mode=ro%s" % (root, name, options), uri=True)
 
 
 def is_backup(path: Path) -> bool:
@@ -12644,13 +12647,13 @@ def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
 
 
 # --- service ---
-SERVICE_STOP_SECONDS = 25.0
+SERVICE_START_SECONDS, SERVICE_STOP_SECONDS = 30.0, 25.0
 # Files for service managers. A file without the mark is somebody else's.
 SERVICE_MARK = "Written by claude_api_bridge.py service"
 # What a service needs of the shell's variables, unless it holds a password (user:password@host).
 SERVICE_VARIABLES = re.compile(r"CLAUDE_(?:SECURESTORAGE_)?CONFIG_DIR|NODE_EXTRA_CA_CERTS|"
                                r"SSL_CERT_FILE|(?:https?|no)_proxy", re.IGNORECASE)
-UNFIT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]|(?:^|//)[^/\\]*@")
+UNFIT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]|^[^/\\]*@|//.*@")
 # Without MemoryDenyWriteExecute (claude compiles at run time) and what drops capabilities. The home
 # may be read-only, but not the folder where claude locks and renews its login (2.1.197, 2.1.332).
 SYSTEMD_UNIT = """\
@@ -12740,7 +12743,8 @@ def service_command(config: Config, skipped: Sequence[str] = ()) -> List[str]:
         if value is not False and value != row.default and row.name not in skipped:
             words.append(row.flag if value is True else "%s=%s" % (row.flag, value))
     for word in filter(UNFIT_TEXT.search, words):
-        raise CannotStart("A password or control character is in %r." % word.partition("=")[0])
+        text = "A password, a control character or a byte that is not UTF-8 is in %r."
+        raise CannotStart(text % word.partition("=")[0])
     return words
 
 
@@ -12768,21 +12772,23 @@ def systemd_unit(argv: List[str], variables: Mapping[str, str], config: Config) 
     # The name of the program must not hold these, so env gets it.
     words = ["/usr/bin/env", *argv] if re.search(r"[\"$'\\]", argv[0]) else argv
     login = variables.get("CLAUDE_SECURESTORAGE_CONFIG_DIR") or variables.get("CLAUDE_CONFIG_DIR")
-    folders = (config.data_dir, login or home_folder(os.environ) / ".claude")
-    if any(UNFIT_TEXT.search(str(folder)) for folder in folders):
+    folders = [str(config.data_dir), login or str(home_folder(os.environ) / ".claude")]
+    if any(map(UNFIT_TEXT.search, folders)):
         raise CannotStart("A control character is in the path of the login of claude.")
+    uses_tmp = "/tmp/" in " ".join([*argv, *folders, *variables.values()])
     return SYSTEMD_UNIT.format(
         mark=SERVICE_MARK, command=" ".join(quoted(word.replace("$", "$$")) for word in words),
         environment=" ".join(quoted("%s=%s" % pair) for pair in variables.items()),
         secrets=str(config.data_dir / "service.env").replace("%", "%%"),
         writable=" ".join(quoted("-%s" % folder) for folder in folders),
-        private_tmp="no\nReadWritePaths=/tmp" if "/tmp/" in " ".join(argv) else "yes")
+        private_tmp="no\nReadWritePaths=/tmp" if uses_tmp else "yes")
 
 
 def service_file(kind: str, config: Config, environ: Mapping[str, str]) -> str:
     """Return a file for a service manager; a task in ASCII, for Windows. Raises CannotStart."""
     if kind == "docker":
-        config = replace(config, port=config.port or 3456, host=config.host or "0.0.0.0")
+        # Docker forwards the port to an address of the container.
+        config = replace(config, port=config.port or 3456, host="0.0.0.0")
         target = "/opt/claude_api_bridge" + Path(own_command()[1]).suffix
         # COPY expands variables even in its JSON form.
         source = re.sub(r"([\\$\"'])", r"\\\1", Path(own_command()[1]).name)
@@ -12811,66 +12817,151 @@ def service_file(kind: str, config: Config, environ: Mapping[str, str]) -> str:
     return text.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def command_service(arguments: argparse.Namespace, config: Config, console: Console) -> int:
-    """service print | install | uninstall | status. -> 0; status: 1 if it does not run."""
-    if arguments.action == "print":
-        return int(not console.data(service_file(arguments.kind, config, os.environ)))
-    program = next(filter(shutil.which, MANAGERS), "")
-    if not program:
-        raise CannotStart("Neither systemctl nor launchctl is here.", "try: service print --help")
-    kind, name, log, *commands = MANAGERS[program]
-    path = home_folder(os.environ) / name
-    values = {"path": path, "user": os.getuid(), "data": config.data_dir}
-    prepare, start, stop, show = (
-        partial(probe, [program, *(word.format(**values) for word in command.split())], os.environ,
-                advice="log in as this user, not by su or sudo") for command in commands)
-    is_there = path.exists()
-    if arguments.action == "status":
-        text = show() if is_there else "It is not installed."
-        console.data(text.rstrip())
-        return int(not re.search(r"active \(running\)|state = running", text))
-    if is_there and SERVICE_MARK not in path.read_text("utf-8", "replace"):
-        raise CannotStart("%s is not from this program." % path, "move it away first")
-    if arguments.action == "uninstall" and not is_there:
-        console.info("·", "It is not installed.")
-        return 0
-    # Shows whether the manager can be reached.
-    prepare()
-    if arguments.action == "uninstall":
+class ServiceManager:
+    """systemd or launchd of this user. The calls raise CannotStart."""
+
+    def __init__(self, config: Config) -> None:
+        self._program = next(filter(shutil.which, MANAGERS), "")
+        if not self._program:
+            raise CannotStart(
+                "Neither systemctl nor launchctl is here.", "try: service print --help")
+        self.kind, name, log, *commands = MANAGERS[self._program]
+        self.path = home_folder(os.environ) / name
+        values = {"path": self.path, "user": os.getuid(), "data": config.data_dir}
+        self.log = log.format(**values)
+        self.prepare, self.start, self.stop, self.show = (
+            partial(self._call, [word.format(**values) for word in command.split()])
+            for command in commands)
+
+    def _call(self, words: List[str]) -> str:
+        return probe([self._program, *words], os.environ,
+                     advice="log in as this user, not by su or sudo, if it finds no bus or domain")
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether our file is there. Raises CannotStart if it is somebody else's."""
         try:
-            stop()
+            is_ours = SERVICE_MARK in self.path.read_text("utf-8", "replace")
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise CannotStart("%s cannot be read: %s." % (self.path, error.strerror)) from None
+        if not is_ours:
+            raise CannotStart("%s is not from this program." % self.path, "move it away first")
+        return True
+
+    @property
+    def is_running(self) -> bool:
+        return bool(re.search(r"active \(running\)|state = running", self.show()))
+
+    def write(self, text: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file_atomically(self.path, text + "\n")
+        except OSError as error:
+            text = "%s cannot be written: %s." % (self.path, error.strerror or error)
+            raise CannotStart(text) from None
+
+    def remove(self, config: Config) -> None:
+        """Stop the bridge and delete the file."""
+        try:
+            self.stop()
         except CannotStart:
             # Perhaps it did not run.
             if lock_holder(config):
                 raise
-        path.unlink()
-        prepare()
-        console.info("✅", "Stopped and removed: %s (your data stays)" % path)
+        try:
+            self.path.unlink()
+        except OSError as error:
+            raise CannotStart("%s cannot be deleted: %s." % (self.path, error.strerror)) from None
+        self.prepare()
+
+
+def command_service(arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """service print | install | uninstall | status. -> 0; status: 1 if it does not run."""
+    if arguments.action == "print":
+        console.data(service_file(arguments.kind, config, os.environ))
+        print_left_out(arguments.kind, config, console)
         return 0
-    text = service_file(kind, config, os.environ)
+    manager = ServiceManager(config)
+    is_installed = manager.is_installed
+    if arguments.action == "install":
+        install_service(manager, config, console)
+    elif not is_installed:
+        console.data("It is not installed.")
+        return int(arguments.action == "status")
+    elif arguments.action == "status":
+        console.data(manager.show().rstrip())
+        return int(not manager.is_running)
+    else:
+        # Shows whether the manager can be reached.
+        manager.prepare()
+        manager.remove(config)
+        console.info("✅", "Stopped and removed: %s (your data stays)" % manager.path)
+    return 0
+
+
+def install_service(manager: ServiceManager, config: Config, console: Console) -> None:
+    """Write the file, start the bridge and wait until it listens. A first installation that fails
+    leaves no file. Raises CannotStart."""
+    is_update = manager.is_installed
+    manager.prepare()
+    text = service_file(manager.kind, config, os.environ)
     lock_path = data_directory(config.data_dir) / "bridge.lock"
-    if not is_there:
+    if not is_update:
         # Raises CannotStart if a bridge runs that is no service.
         DirectoryLock(lock_path).close()
+    manager.write(text)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file_atomically(path, text + "\n")
-    except OSError as error:
-        raise CannotStart("%s cannot be written: %s." % (path, error.strerror or error)) from None
-    prepare()
-    with contextlib.suppress(CannotStart):
-        stop()
-    # The bridge that ran until now may finish its request.
-    stopped_by = Clock.monotonic() + SERVICE_STOP_SECONDS
-    while is_there and lock_holder(config) and Clock.monotonic() < stopped_by:
-        time.sleep(0.2)
-    DirectoryLock(lock_path).close()
-    prepare()
-    start()
-    console.info("✅", "Installed and started: %s" % path)
-    console.info("🔑", "Its log, with the first admin token: %s" % log.format(**values))
+        manager.prepare()
+        with contextlib.suppress(CannotStart):
+            manager.stop()
+        # The bridge that ran until now may finish its request.
+        stops_by = Clock.monotonic() + SERVICE_STOP_SECONDS
+        while is_update and lock_holder(config) and Clock.monotonic() < stops_by:
+            time.sleep(0.2)
+        DirectoryLock(lock_path).close()
+        manager.prepare()
+        manager.start()
+        url = wait_for_bridge(manager, config)
+    except CannotStart:
+        if not is_update:
+            with contextlib.suppress(CannotStart):
+                manager.remove(config)
+        raise
+    console.info("✅", "Installed and started: %s" % manager.path)
+    console.info("🔗", "It listens on %s" % url)
+    console.info("🔑", "Its log, with the first admin token: %s" % manager.log)
     console.info("🔑", "For another admin token: token create NAME --admin")
-    return 0
+    print_left_out(manager.kind, config, console)
+
+
+def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
+    """Return the address of the bridge that was started. Raises CannotStart if it ends first, or
+    does not listen in time."""
+    started_at = Clock.monotonic()
+    while Clock.monotonic() < started_at + SERVICE_START_SECONDS:
+        with contextlib.suppress(CannotStart):
+            return running_url(config)
+        # The manager may start it a little later.
+        if Clock.monotonic() > started_at + 1 and not manager.is_running:
+            break
+        time.sleep(0.1)
+    raise CannotStart("The service was started, but the bridge does not run.",
+                      "its output says why: %s" % manager.log)
+
+
+def print_left_out(kind: str, config: Config, console: Console) -> None:
+    """Name what the service would need, and no file of its manager may hold."""
+    names = [name for name, value in os.environ.items() if value and (
+        name in ("CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
+        or name in API_KEYS and config.allow_api_key
+        or SERVICE_VARIABLES.fullmatch(name) and UNFIT_TEXT.search(value))]
+    places = {"systemd": "write NAME=VALUE into %s" % (config.data_dir / "service.env"),
+              "docker": "give it to docker run with -e NAME"}
+    for name in names:
+        console.info("⚠️", "%s may be secret, so the file does not have it; %s"
+                     % (name, places.get(kind, "the service runs without it")))
 
 
 # --- the parser ---

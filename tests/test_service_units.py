@@ -222,8 +222,10 @@ SECRETS = {
 def test_no_secret_is_copied(tmp_path: Path, kind: str) -> None:
     variables = {**SECRETS, "HTTPS_PROXY": "http://me:secret-9@proxy:8080",
                  "http_proxy": "me:secret-9@proxy:8080", "NO_PROXY": "localhost"}
-    text = printed(kind, "--demo", home=tmp_path, **variables)
-    assert "secret-" not in text and "proxy:8080" not in text
+    run = ran("print", kind, "--demo", home=tmp_path, **variables)
+    text = run.stdout
+    assert run.returncode == 0 and "secret-" not in text + run.stderr
+    assert "proxy:8080" not in text + run.stderr
     assert ("localhost" in text) == (kind in ("systemd", "launchd"))
     run = ran("print", kind, "--demo", "--cloudflared-url", "https://me:secret-9@mirror/x",
               home=tmp_path)
@@ -306,34 +308,57 @@ def test_the_command_of_an_image_serves(tmp_path: Path) -> None:
 
 # --- install, uninstall, status ---
 
-# A manager that starts what the unit says. Its "journal" gets both outputs of the service.
-SYSTEMCTL = """#!%s
-import os, pathlib, shlex, signal, subprocess, sys
+# Managers that start what the file says. The log of the first gets both outputs of the service.
+MANAGER = """#!%s
+import os, pathlib, plistlib, shlex, signal, subprocess, sys
 home = pathlib.Path(os.environ["HOME"])
 with open(home / "calls", "a") as calls:
     print(*sys.argv[1:], file=calls)
-unit = home / ".config/systemd/user/claude-api-bridge.service"
-pid = home / "pid"
+pid_file = home / "pid"
+
+def start(words, environ, log):
+    with open(log, "ab") as output:
+        child = subprocess.Popen(words, env={"HOME": str(home), **environ}, stdout=output,
+                                 stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+    pid_file.write_text(str(child.pid))
+
+def is_running():
+    if not pid_file.exists():
+        return False
+    state = subprocess.run(["/bin/ps", "-o", "stat=", "-p", pid_file.read_text()],
+                           stdout=subprocess.PIPE).stdout
+    return bool(state.strip()) and not state.startswith(b"Z")
+
+def stop():
+    if is_running():
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+    pid_file.unlink()
+""" % sys.executable
+SYSTEMCTL = MANAGER + """
 action = sys.argv[2]
 if action == "enable":
+    unit = home / ".config/systemd/user/claude-api-bridge.service"
     values = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line)
-    words = shlex.split(values["ExecStart"])
     environ = dict(word.split("=", 1) for word in shlex.split(values["Environment"]))
-    with open(home / "journal", "ab") as journal:
-        child = subprocess.Popen(words, env={"HOME": str(home), **environ}, stdout=journal,
-                                 stderr=journal, stdin=subprocess.DEVNULL, start_new_session=True)
-    pid.write_text(str(child.pid))
-elif action == "disable" and pid.exists():
-    os.kill(int(pid.read_text()), signal.SIGTERM)
-    pid.unlink()
+    start(shlex.split(values["ExecStart"]), environ, home / "journal")
+elif action == "disable" and pid_file.exists():
+    stop()
 elif action == "status":
-    print("Active: " + ("active (running)" if pid.exists() else "inactive (dead)"))
-    sys.exit(0 if pid.exists() else 3)
+    print("Active: " + ("active (running)" if is_running() else "inactive (dead)"))
+    sys.exit(0 if is_running() else 3)
 """
-LAUNCHCTL = """#!/bin/sh
-echo "$@" >> "$HOME/calls"
-if [ "$1" = print ]; then echo "state = running"; fi
-if [ "$1" = bootout ]; then echo "Boot-out failed: 3: No such process" >&2; exit 3; fi
+LAUNCHCTL = MANAGER + """
+action = sys.argv[1]
+if action == "bootstrap":
+    agent = plistlib.loads(pathlib.Path(sys.argv[3]).read_bytes())
+    assert agent["StandardOutPath"] == agent["StandardErrorPath"]
+    start(agent["ProgramArguments"], agent["EnvironmentVariables"], agent["StandardOutPath"])
+elif action == "bootout":
+    if not pid_file.exists():
+        sys.exit("Boot-out failed: 3: No such process")
+    stop()
+elif action == "print":
+    print("state = " + ("running" if is_running() else "not running"))
 """
 NO_BUS = """#!/bin/sh
 echo "Failed to connect to bus: No medium found" >&2
@@ -356,7 +381,7 @@ LOCAL = ("--demo", "--no-tunnel", "--host", "127.0.0.1", "--port", "0")
 
 
 def test_a_service_of_systemd_from_install_to_uninstall(tmp_path: Path) -> None:
-    variables = manager(tmp_path, "systemctl", SYSTEMCTL % sys.executable)
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL)
     journal, unit = tmp_path / "journal", tmp_path / UNIT
 
     def address(number: int) -> str:
@@ -402,13 +427,22 @@ def test_a_service_of_systemd_from_install_to_uninstall(tmp_path: Path) -> None:
 
 def test_an_agent_of_launchd_from_install_to_uninstall(tmp_path: Path) -> None:
     variables = manager(tmp_path, "launchctl", LAUNCHCTL)
-    run = ran("install", *LOCAL, home=tmp_path, **variables)
+    log = tmp_path / ".claude-api-bridge/service.log"
+    try:
+        run = ran("install", *LOCAL, home=tmp_path, **variables)
+        assert run.returncode == 0
+        assert str(log) in run.stderr
+        agent = plistlib.loads((tmp_path / AGENT).read_bytes())
+        assert "--demo" in agent["ProgramArguments"]
+        status = ran("status", home=tmp_path, **variables)
+        assert (status.returncode, status.stdout) == (0, "state = running\n")
+        port = int(re.findall(r"It listens on http://127.0.0.1:(\d+)", run.stderr)[0])
+        answer = Api(port, TOKEN.findall(log.read_text())[0]).answer("Hello")
+        assert answer["response"].endswith("You said: Hello")
+    finally:
+        run = ran("uninstall", home=tmp_path, **variables)
     assert run.returncode == 0
-    assert str(tmp_path / ".claude-api-bridge/service.log") in run.stderr
-    agent = plistlib.loads((tmp_path / AGENT).read_bytes())
-    assert "--demo" in agent["ProgramArguments"]
-    assert ran("status", home=tmp_path, **variables).returncode == 0
-    assert ran("uninstall", home=tmp_path, **variables).returncode == 0
+    wait_until(lambda: "Shutting down..." in log.read_text())
     assert not (tmp_path / AGENT).exists()
     domain = "gui/%d" % os.getuid()
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -450,7 +484,7 @@ def test_a_manager_that_cannot_be_reached_is_reported_and_nothing_written(tmp_pa
 
 def test_a_bridge_that_runs_already_is_not_disturbed(tmp_path: Path, program: Programs) -> None:
     running = program(demo=True)
-    variables = manager(tmp_path, "systemctl", SYSTEMCTL % sys.executable)
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL)
     run = ran("install", *LOCAL, "--data-dir", str(tmp_path / "data"), home=tmp_path, **variables)
     assert run.returncode == 1 and not (tmp_path / UNIT).exists()
     assert "Another bridge is running" in run.stderr
@@ -463,3 +497,55 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     run = ran("install", *LOCAL, home=tmp_path, **variables)
     assert run.returncode == 1 and "cannot be written: Not a directory" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("name, text, path", [
+    ("systemctl", SYSTEMCTL, UNIT), ("launchctl", LAUNCHCTL, AGENT)], ids=["systemd", "launchd"])
+def test_a_bridge_that_does_not_stay_is_reported_and_removed(
+    tmp_path: Path, name: str, text: str, path: str
+) -> None:
+    variables = manager(tmp_path, name, text)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        run = ran("install", *LOCAL[:-1], port, home=tmp_path, **variables)
+    assert run.returncode == 1 and "the bridge does not run" in run.stderr
+    assert "its output says why: " in run.stderr
+    assert not (tmp_path / path).exists() and not (tmp_path / "pid").exists()
+
+
+@pytest.mark.parametrize("action", ["install", "uninstall", "status"])
+def test_a_folder_in_place_of_the_file_is_one_sentence(tmp_path: Path, action: str) -> None:
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL)
+    (tmp_path / UNIT).mkdir(parents=True)
+    run = ran(action, *(LOCAL if action == "install" else ()), home=tmp_path, **variables)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert "claude-api-bridge.service cannot be read: Is a directory." in run.stderr
+
+
+@pytest.mark.parametrize("kind, place", [
+    ("systemd", "service.env"), ("docker", "docker run with -e NAME"),
+    ("launchd", "runs without it")])  # fmt: skip
+def test_what_is_secret_is_named(tmp_path: Path, kind: str, place: str) -> None:
+    secret = "Z3c7-not-to-be-copied"
+    variables = {"CAB_TUNNEL_TOKEN": secret, "CLAUDE_CODE_OAUTH_TOKEN": secret,
+                 "ANTHROPIC_API_KEY": secret, "https_proxy": "http://me:a/%s@proxy:1" % secret}
+    run = ran("print", kind, "--demo", home=tmp_path, **variables)
+    assert run.returncode == 0 and secret not in run.stdout + run.stderr
+    lines = run.stderr.splitlines()
+    # An API key is not passed to claude without --allow-api-key.
+    assert sorted(line.split()[0] for line in lines) == [
+        "CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "https_proxy"]  # fmt: skip
+    assert all(place in line for line in lines)
+    run = ran("print", kind, "--demo", "--allow-api-key", home=tmp_path, **variables)
+    assert "ANTHROPIC_API_KEY" in run.stderr and secret not in run.stdout + run.stderr
+
+
+def test_a_login_in_tmp_stays_visible(tmp_path: Path) -> None:
+    unit = printed("systemd", "--demo", "--data-dir", "/data", home=tmp_path,
+                   CLAUDE_CONFIG_DIR="/tmp/login")
+    assert "PrivateTmp=no" in unit
+
+
+def test_an_image_listens_where_docker_forwards_to(tmp_path: Path) -> None:
+    text = printed("docker", "--demo", "--host", "127.0.0.1", home=tmp_path)
+    assert "--host=0.0.0.0" in words_of("docker", text)

@@ -2727,8 +2727,12 @@ def delete_single(db: sqlite3.Connection, before: float, callbacks_before: float
 
 def purge_turns(database: Database, before: float, callbacks_before: float) -> int:
     """Delete old turns of a conversation that is longer than what is replayed."""
-    sql = "SELECT token_id, name FROM conversations WHERE bytes > ? ORDER BY bytes DESC"
-    for token_id, name in database.read(sql, HISTORY_BYTES):
+    # The first turn is the oldest, so that of the others none need be read.
+    sql = (
+        "SELECT token_id, name FROM conversations WHERE bytes > ? AND (SELECT completed_at FROM"
+        " jobs INDEXED BY jobs_by_token WHERE jobs.token_id = conversations.token_id AND"
+        " conversation = name ORDER BY seq LIMIT 1) < ? ORDER BY bytes DESC")
+    for token_id, name in database.read(sql, HISTORY_BYTES, before):
         with database.reading() as db:
             rows = db.execute(
                 "SELECT seq, %s FROM jobs INDEXED BY jobs_by_token"
@@ -2752,9 +2756,9 @@ def purge_turns(database: Database, before: float, callbacks_before: float) -> i
 def delete_turns(db: sqlite3.Connection, token_id: str, name: str, last_seq: int,
                  times: Tuple[float, float]) -> int:
     deleted = delete_jobs(
-        db, "INDEXED BY jobs_by_token WHERE token_id = ? AND conversation = ? AND seq <= ?"
-        " AND completed_at < ? AND %s ORDER BY seq" % HAS_NO_CALLBACK,
-        token_id, name, last_seq, *times)
+        db, "WHERE seq IN (SELECT seq FROM jobs INDEXED BY jobs_by_token WHERE token_id = ? AND"
+        " conversation = ? AND seq <= ? ORDER BY seq LIMIT %d) AND completed_at < ? AND %s"
+        " ORDER BY seq" % (SLICE_ROWS, HAS_NO_CALLBACK), token_id, name, last_seq, *times)
     db.execute("UPDATE conversations SET bytes = bytes - ? WHERE token_id = ? AND name = ?",
                (sum(length for _, length in deleted), token_id, name))
     return len(deleted)
@@ -6533,7 +6537,8 @@ class Purge:
         if token_id:
             if not self._stores.tokens.delete_slice(token_id):
                 self.has_lost_sessions = True
-        elif not (jobs.purge(self._config.keep_days) or database.free_pages()
+        # SQLite looks through all free pages for each that it gives back, so they stay few.
+        elif not (database.free_pages() or jobs.purge(self._config.keep_days)
                   or self._stores.callbacks.limit_delays()):
             self._stores.usage.purge()
             database.checkpoint()

@@ -415,6 +415,34 @@ def test_conversations_that_were_purged_cost_nothing_in_the_next_purge(
     assert work[1] <= work[0] * 1.2 + 30
 
 
+@pytest.mark.parametrize("days", [1, 10], ids=["young", "the first is old"])
+def test_young_turns_of_a_long_conversation_cost_a_purge_nothing(
+    open_store: Callable[..., cab.Stores], tmp_path: Path, clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch, days: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cab, "HISTORY_BYTES", 12)
+    work = []
+    for amount in (500, 5000):
+        path = tmp_path / ("%d.db" % amount)
+        store = open_store(path)
+        token = add(store)
+        now = clock.now()
+        with contextlib.closing(sqlite3.connect(str(path))) as db, db:
+            db.executemany(
+                "INSERT INTO jobs (id, token_id, status, message, created_at, completed_at,"
+                " conversation, response) VALUES (?, ?, 'completed', 'hi', ?, ?, 'talk', 'ho')",
+                [(str(number), token.id, now, now - (1 if number else days) * DAY)
+                 for number in range(amount)],
+            )  # fmt: skip
+            db.execute(
+                "INSERT INTO conversations (token_id, name, key, created_at, last_used_at, turns,"
+                " bytes) VALUES (?, 'talk', 'key', 0, 0, ?, ?)", (token.id, amount, 4 * amount))
+        steps = [steps_of(store, lambda: store.jobs.purge(7)) for _ in range(2)]
+        assert len(rows(path, "SELECT 1 FROM jobs")) == amount - (days > 7)
+        work.append(max(steps))
+    assert work[1] <= work[0] * 1.2 + 30
+
+
 # --- counters ---
 
 

@@ -280,6 +280,19 @@ class WrongSetting(Exception):
     """A value that cannot be used; the text names the setting and says what to use instead."""
 
 
+def closest(word: str, choices: Iterable[str]) -> str:
+    """Return what was perhaps meant; "" if nothing is near."""
+    import difflib
+    return next(iter(difflib.get_close_matches(word, list(choices), 1)), "")
+
+
+def unknown_variables(environ: Mapping[str, str]) -> List[Tuple[str, str]]:
+    """Return the CAB_ variables that nothing reads, each with what was perhaps meant."""
+    read = {"CAB_TOKEN", "CAB_URL", "CAB_TUNNEL_TOKEN"}.union(*(row.variables for row in SETTINGS))
+    return [(name, closest(name, read)) for name in sorted(environ)
+            if name.startswith("CAB_") and name not in read]
+
+
 def load_config(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
     """Return the settings: a flag before a variable before the default. Raises WrongSetting."""
     values = {}
@@ -865,7 +878,7 @@ NAME_CHARACTERS = 100
 TOOL_RULES = 50
 TOKEN_MODELS = 20
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
-EXPIRY_DAYS = (1, 7, 30, 90)
+EXPIRY_DAYS = 3_650
 # Stands for every model; no model has this name.
 ALL_MODELS = "*"
 
@@ -1046,6 +1059,23 @@ def validate_session_mode(value: Any) -> str:
 TOOL_RULE_RE = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}(\([^()\x00-\x1f\"\ud800-\udfff]{1,200}\))?")
 
 
+# Of Claude Code 2.1.197 to 2.1.332. A name that is like none of them may be a newer one's.
+CLAUDE_TOOLS = (
+    "Agent AskUserQuestion Bash BashOutput Edit EnterPlanMode EnterWorktree ExitPlanMode"
+    " ExitWorktree Glob Grep KillShell LS Monitor MultiEdit NotebookEdit NotebookRead Read Skill"
+    " SlashCommand Task TaskCreate TaskGet TaskList TaskOutput TaskStop TaskUpdate TodoRead"
+    " TodoWrite ToolSearch WebFetch WebSearch Write").split()
+
+
+def check_tool_name(name: str) -> None:
+    """Raise InvalidRequest for a typo, whose rule would allow nothing."""
+    meant = closest(name, [*CLAUDE_TOOLS, *Tools.LEVELS])
+    if name not in CLAUDE_TOOLS and "__" not in name and (meant or name[0].islower()):
+        raise InvalidRequest(
+            'tools: Claude Code has no tool "%s"%s. Levels: none, read, web, all; rules: such as'
+            ' Read or Bash(git log:*)' % (name, '; did you mean "%s"?' % meant if meant else ""))
+
+
 def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:
     """Return a level, or a tuple of Claude Code rules such as "Read" or "Bash(git log:*)"."""
     if value is None:
@@ -1054,6 +1084,8 @@ def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:
         return value
     if isinstance(value, (list, tuple)) and 0 < len(value) <= TOOL_RULES:
         if all(isinstance(rule, str) and TOOL_RULE_RE.fullmatch(rule) for rule in value):
+            for rule in value:
+                check_tool_name(rule.partition("(")[0])
             return tuple(value)
     raise InvalidRequest(
         'tools must be "none", "read", "web", "all" or a list of 1 to %d rules such as "Read" or'
@@ -1244,21 +1276,12 @@ class Ask(Command):
 
 
 @dataclass(frozen=True)
-class NewToken(Command):
-    """A token to create."""
+class TokenUpdate(Command):
+    """What may be changed of a token."""
     name: str = body_field(validate_token_name, "string",
                            "what the token is for; 1 to 100 characters", "my-app", default="")
-    session_mode: str = body_field(validate_session_mode, "string",
-                                   "`stateless` (default) or `stateful`: requests share a memory",
-                                   "stateless", default=SessionMode.STATELESS)
     expires_in_days: Optional[int] = body_field(
-        one_of(EXPIRY_DAYS, "expiresInDays must be 1, 7, 30, 90, or null (never)"), "number",
-        "1, 7, 30, 90 or null (never)", 30)
-    admin: bool = body_field(boolean("admin"), "boolean",
-                             "may manage tokens and read every request", False, default=False)
-    tools: Union[str, Tuple[str, ...]] = body_field(
-        validate_tools, "string or array",
-        "`none` (default), `read`, `web`, `all` or a list of rules", "read", default=Tools.NONE)
+        integer("expiresInDays", 1, EXPIRY_DAYS), "number", "days from now on, or null (never)", 30)
     requests_per_minute: Optional[int] = body_field(
         integer("requestsPerMinute", 1, 10_000), "number",
         "maximum of requests within 60 seconds, or null", 10)
@@ -1268,6 +1291,35 @@ class NewToken(Command):
     models: Optional[Tuple[str, ...]] = body_field(
         validate_models, "array",
         "the models it may use, or null for all; the first is its default", ["haiku", "sonnet"])
+
+
+    def changes(self, body: Mapping[str, Any], now: float) -> Dict[str, Any]:
+        """Return the fields of a Token that a body names, with their values. Raises
+        InvalidRequest."""
+        days = self.expires_in_days
+        columns = {
+            "name": ("name", self.name),
+            "expiresInDays": ("expires_at", None if days is None else now + days * 86_400),
+            "requestsPerMinute": ("requests_per_minute", self.requests_per_minute),
+            "requestsPerDay": ("requests_per_day", self.requests_per_day),
+            "models": ("models", as_json(self.models))}
+        changes = dict(columns[name] for name in columns if name in body)
+        if not changes:
+            raise InvalidRequest("There is nothing to change; name one of: " + ", ".join(columns))
+        return changes
+
+
+@dataclass(frozen=True)
+class NewToken(TokenUpdate):
+    """A token to create."""
+    session_mode: str = body_field(validate_session_mode, "string",
+                                   "`stateless` (default) or `stateful`: requests share a memory",
+                                   "stateless", default=SessionMode.STATELESS)
+    admin: bool = body_field(boolean("admin"), "boolean",
+                             "may manage tokens and read every request", False, default=False)
+    tools: Union[str, Tuple[str, ...]] = body_field(
+        validate_tools, "string or array",
+        "`none` (default), `read`, `web`, `all` or a list of rules", "read", default=Tools.NONE)
     callbacks: Union[bool, Tuple[str, ...]] = body_field(
         validate_callbacks, "boolean or array",
         "may name callbacks: `true` for any public address, or a list of hosts, which may be"
@@ -2507,11 +2559,27 @@ class TokenStore:
         self._database.mark_tokens_changed()
         return token
 
+    @runs_in_writer
+    def update(self, db: sqlite3.Connection, token_id: str, changes: Mapping[str, Any]) -> None:
+        """Change fields of a token, or its token_hash. Raises NotFound."""
+        sql = "UPDATE tokens SET %s WHERE id = ? AND coalesce(expires_at, 1) != 0" % ", ".join(
+            "%s = ?" % COLUMN_OF.get(name, name) for name in changes)
+        if not db.execute(sql, (*changes.values(), token_id)).rowcount:
+            raise NotFound("Token not found")
+        self._database.mark_tokens_changed()
+
     def by_digest(self, token_hash: str) -> Optional[Token]:
         return self._load("token_hash", token_hash)
 
     def get(self, token_id: str) -> Optional[Token]:
         return self._load("id", token_id)
+
+    def require(self, token_id: str) -> Token:
+        """Return a token. Raises NotFound."""
+        token = self.get(replace_surrogates(token_id))
+        if not token:
+            raise NotFound("Token not found")
+        return token
 
     def _load(self, column: str, value: str) -> Optional[Token]:
         def load() -> Optional[Token]:
@@ -3252,7 +3320,7 @@ class Stores:
 
 SYSTEM_PROMPT = "You are Claude, a helpful assistant. Answer the user's message."
 # Older versions lose client tools, schemas or replayed history.
-MINIMUM_CLI = (2, 1, 197)
+MINIMUM_CLI, TESTED_CLI = (2, 1, 197), (2, 1, 330)
 # Earlier versions may lose an effort that is sent to a process that is just starting.
 EFFORT_CLI = (2, 1, 330)
 # Earlier versions let Glob list names outside the workspace.
@@ -4473,7 +4541,7 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
     raise CannotStart(
         "Claude Code is installed but not signed in.",
         "run claude and sign in, or set CLAUDE_CODE_OAUTH_TOKEN (claude setup-token creates one),"
-        " or try: start --demo")
+        " or try: claude_api_bridge.py start --demo")
 
 
 def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...]:
@@ -4495,7 +4563,7 @@ def claude_program(config: Config, environ: Mapping[str, str]) -> Path:
     raise CannotStart(
         "Claude Code CLI not found%s." % (": " + config.claude if config.claude else ""),
         "install it first: https://docs.anthropic.com/en/docs/claude-code; if it is installed, name"
-        " it with --claude PATH; or try: start --demo")
+        " it with --claude PATH; or try: claude_api_bridge.py start --demo")
 
 
 # What runs a script by node, or a program, in the claude.cmd of npm's cmd-shim 7 and of pnpm.
@@ -7219,6 +7287,23 @@ class Service:
             token = replace(token, workspace=str(folder))
         return token, secret
 
+    def update_token(self, token_id: str, body: Any) -> Tuple[Token, List[str]]:
+        """Change what a body names of a TokenUpdate. -> (the token, warnings). Raises NotFound,
+        InvalidRequest."""
+        tokens = self.stores.tokens
+        body = body if isinstance(body, dict) else {}
+        update, warnings = TokenUpdate.parse({"name": tokens.require(token_id).name, **body})
+        tokens.update(token_id, update.changes(body, self.clock.now()))
+        return tokens.require(token_id), warnings
+
+    def rotate_token(self, token_id: str) -> Tuple[Token, str]:
+        """Give a token another secret. -> (the token, its secret). The old one is refused from now
+        on. Raises NotFound."""
+        secret = new_token()
+        changes = {"prefix": secret[:12], "token_hash": digest(secret)}
+        self.stores.tokens.update(token_id, changes)
+        return self.stores.tokens.require(token_id), secret
+
     def revoke_token(self, token_id: str) -> None:
         """Delete a token with its requests; stop its running one. Raises NotFound, LastAdmin."""
         token_id = replace_surrogates(token_id)
@@ -7227,10 +7312,6 @@ class Service:
             self._notifier.notify(job_id)
         if sessions:
             remove_sessions(self._data_dir, lambda session_id: session_id not in sessions)
-
-    def discard_token(self, token: Token) -> None:
-        """Delete a token that could not be shown to the user."""
-        self.stores.tokens.delete(token.id, protect=False)
 
 
 # === 10 Native API ===============================================================================
@@ -7577,12 +7658,32 @@ def handle_usage(context: Context) -> Response:
 
 
 # --- tokens ---
+def new_token_body(token: Token, secret: str) -> Dict[str, Any]:
+    return {
+        "ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
+        "warning": "Save this token now. It cannot be retrieved again."}
+
+
+def handle_update_token(context: Context) -> Response:
+    token_id = context.path_params["id"]
+    token, warnings = context.service.update_token(token_id, context.json())
+    body = {"ok": True, **token_body(token, context.service.clock.now())}
+    if warnings:
+        body["warnings"] = warnings
+    return json_response(200, body)
+
+
+def handle_rotate_token(context: Context) -> Response:
+    # It is ignored.
+    context.body()
+    token_id = context.stores.tokens.require(context.path_params["id"]).id
+    return json_response(200, new_token_body(*context.service.rotate_token(token_id)))
+
+
 def handle_create_token(context: Context) -> Response:
     new, warnings = NewToken.parse(context.json())
     token, secret = context.service.create_token(new)
-    body = {
-        "ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
-        "warning": "Save this token now. It cannot be retrieved again."}
+    body = new_token_body(token, secret)
     if warnings:
         body["warnings"] = warnings
     if token.callbacks:
@@ -8760,6 +8861,7 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "ok": True, "tokenId": EXAMPLE_ID, "token": "cab-...", "prefix": "cab-01234567",
         "callbackSecret?": "whsec_...", "warning": "Save this token now.", "warnings?": WARNINGS},
     "Tokens": {"tokens": [TOKEN_EXAMPLE]},
+    "Token": {"ok": True, **TOKEN_EXAMPLE, "warnings?": WARNINGS},
     "Status": {
         "status": "running", "version": __version__,
         "queue": {
@@ -8901,6 +9003,14 @@ ROUTES = (
     Route("GET", "/api/tokens", AuthLevel.ADMIN, handle_list_tokens,
           "List all tokens",
           responses={200: ("Tokens", '{"tokens":[...]}')}),
+    Route("PATCH", "/api/tokens/:id", AuthLevel.ADMIN, handle_update_token,
+          "Change a token: what the body names",
+          body_type=TokenUpdate,
+          responses={200: ("Token", '{"ok":true,"id":ID,"name":"my-app",...}')}),
+    Route("POST", "/api/tokens/:id/rotate", AuthLevel.ADMIN, handle_rotate_token,
+          "Give a token another secret; the old one is refused from now on",
+          responses={
+              200: ("NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}')}),
     Route("DELETE", "/api/tokens/:id", AuthLevel.ADMIN, handle_revoke_token,
           "Revoke a token; its running request is stopped",
           responses={200: ("Done", '{"ok":true,"message":"Token revoked"}')}),
@@ -9015,7 +9125,7 @@ def openapi() -> Dict[str, Any]:
         paths.setdefault(path, {})[route.method.lower()] = operation(route)
     schemas = {name: {**schema_of(example), "examples": [strip_markers(example)]}
                for name, example in RESPONSE_EXAMPLES.items()}
-    for command in (Ask, NewToken):
+    for command in (Ask, NewToken, TokenUpdate):
         schemas[command.__name__ + "Body"] = command_schema(command)
     return {
         "openapi": "3.1.0", "paths": paths,
@@ -9040,7 +9150,8 @@ def command_schema(command: Type[Command]) -> Dict[str, Any]:
         properties[camel_case(row.name)] = {
             "type": kinds, "description": row.metadata["doc"],
             "examples": [row.metadata["example"]]}
-    required = [name for name in ("message", "name") if name in properties]
+    required = [name for name in ("message", "name")
+                if name in properties and command is not TokenUpdate]
     return {"type": "object", "required": required, "properties": properties}
 
 
@@ -9060,8 +9171,8 @@ def operation(route: Route) -> Dict[str, Any]:
     result: Dict[str, Any] = {
         "operationId": operation_id, "summary": route.doc,
         "security": [{"bearer": []}, {"key": []}] if needs_token else [], "parameters": parameters}
-    ignores_body = route.path.endswith("/events") or route.path.startswith("/api/queue/")
-    has_body = route.method == "POST" and not ignores_body
+    ignores_body = route.path.endswith(("/events", "/rotate", "/pause", "/resume"))
+    has_body = route.method in ("POST", "PATCH") and not ignores_body
     if has_body:
         schema = {"type": "object"}
         if route.body_type:
@@ -10683,10 +10794,11 @@ class Tunnel:
 
 DASHBOARD_CSS = r"""/* Colours. The dark theme overrides all of them but nothing else. */
 :root { color-scheme: light dark; --paper: #faf9f7; --card: #fff; --tint: #f3eee6; --ink: #1f1e1c;
-  --faint: #6b6862; --line: #e3e0da; --good: #2e7d4f; --bad: #b3402f; --accent: #a34c25 }
+  --faint: #6b6862; --line: #e3e0da; --edge: #8c8880; --good: #2e7d4f; --bad: #b3402f;
+  --accent: #a34c25 }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #1b1a18; --card: #252422; --tint: #2a2724; --ink: #efece6; --faint: #a09b92;
-    --line: #3a3834; --good: #7cc79a; --bad: #ef8d7c; --accent: #e8a27a } }
+    --line: #3a3834; --edge: #87827a; --good: #7cc79a; --bad: #ef8d7c; --accent: #e8a27a } }
 /* Text. */
 * { box-sizing: border-box; margin: 0 }
 [hidden] { display: none !important }
@@ -10702,7 +10814,9 @@ code, pre { font: .86em/1.6 ui-monospace, Menlo, Consolas, monospace }
 label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem }
 .figure { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums }
 .good { color: var(--good) }
-.bad { color: var(--bad) }
+.bad, .badge { color: var(--bad) }
+.warm { color: var(--accent) }
+.badge { border: 1px solid; border-radius: .3rem; padding: 0 .35rem; font-size: .8rem }
 .ellipsis { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 .text { white-space: pre-wrap; max-height: 26rem; overflow: auto }
 .visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden;
@@ -10723,21 +10837,24 @@ form .grid { margin: .75rem 0 }
 header p { margin: 0; font-size: .875rem }
 #version { margin-right: auto }
 #state::before { content: "● " }
-nav { display: flex; gap: clamp(.8rem, 3vw, 1.5rem); margin: 1rem 0 1.5rem;
+#skip:not(:focus) { position: absolute; clip-path: inset(50%) }
+nav { display: flex; flex-wrap: wrap; gap: 0 clamp(.8rem, 3vw, 1.5rem); margin: 1rem 0 1.5rem;
   border-bottom: 1px solid var(--line) }
 nav a { padding: .5rem 0; margin-bottom: -1px; color: var(--faint); text-decoration: none;
-  border-bottom: 2px solid transparent }
-nav a[aria-current] { color: var(--ink); border-color: var(--accent) }
+  overflow-wrap: normal }
+nav a[aria-current] { color: var(--ink); border-bottom: 2px solid var(--accent) }
 /* Buttons and form fields. */
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: .3rem }
 button, input, select, textarea { font: inherit; font-size: .9375rem; color: var(--ink);
-  min-height: 2.25rem; max-width: 100%; border: 1px solid var(--line); border-radius: .5rem;
+  min-height: 2.25rem; max-width: 100%; border: 1px solid var(--edge); border-radius: .5rem;
   background: var(--card); padding: .35rem .7rem }
+::placeholder { color: var(--faint); opacity: 1 }
 button { cursor: pointer; background: none }
 button:hover, [aria-pressed=true] { background: var(--tint) }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--paper);
   font-weight: 600 }
-#sign-out { border: 0; padding: 0; min-height: 0; text-decoration: underline }
+#sign-out, dt button { border: 0; padding: 0; min-height: 1.5rem; text-decoration: underline }
+dt button { color: inherit; font-size: inherit }
 label > * { display: block; width: 100%; margin-top: .2rem }
 label > [type=checkbox] { display: inline; width: 1.1rem; min-height: 1.1rem;
   accent-color: var(--accent); vertical-align: -.25rem }
@@ -10752,6 +10869,10 @@ details > .text, .box { background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; padding: .7rem .9rem }
 summary { cursor: pointer; padding: .35rem 0 }
 summary.row { gap: 0 .75rem; font-size: 1rem; color: var(--ink) }
+summary.row::before { content: "▸"; color: var(--faint) }
+[open] > summary.row::before { content: "▾" }
+summary:hover { background: var(--tint) }
+#waiting:not(.all) > :nth-child(n+6) { display: none }
 #recent li { padding: .35rem 0 }
 #plan-limits li { border: 0 }
 #toast { position: fixed; bottom: 1rem; left: 50%; transform: translateX(-50%); width: max-content;
@@ -10776,6 +10897,7 @@ th:first-child, #endpoints td { text-align: left }
 th:first-child { padding-left: 0 }
 td, thead th { white-space: nowrap }
 #endpoints td { white-space: normal }
+@media print { nav, button, form, #toast, #filters, #search { display: none } }
 """
 
 DASHBOARD_HTML = r"""<!doctype html>
@@ -10783,9 +10905,13 @@ DASHBOARD_HTML = r"""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>claude-api-bridge</title>
+<link rel="icon" href="data:image/png;base64,
+iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEUAAACjTCVpkY64AAAAAnRSTlMA/1uRIrUAAAAhSURB
+VHjaY2BgYOD/wCD/g8H+D0P9P+wIKAVUAFTGwAAAuLwSi/M+EIoAAAAASUVORK5CYII=">
 <style nonce="NONCE">
 STYLE</style>
 <header>
+<a id="skip" href="#/requests">Skip to the content</a>
 <div class="row"><h1>claude-api-bridge</h1> <p id="version" class="faint"></p>
   <p id="state" role="status">Loading&hellip;</p> <p id="last-update" class="faint"></p>
   <p data-roles="user admin"><span id="signed-in-as" class="faint"></span>
@@ -10796,9 +10922,8 @@ STYLE</style>
   <a href="#/tokens" data-roles="admin">Tokens</a> <a href="#/api">API</a></nav>
 </header>
 <noscript>This page needs JavaScript.</noscript>
-<main>
+<main tabindex="-1">
 <section data-view="#/requests"><h2 class="visually-hidden" tabindex="-1">Requests</h2>
-<dl class="grid" id="counters"></dl>
 <form id="sign-in" data-roles="anonymous">
   <h2>Sign in</h2> <label for="token-field">Token</label>
   <div class="row"><input id="token-field" class="grow" type="password" autocomplete="off" required
@@ -10809,15 +10934,16 @@ STYLE</style>
     to manage the bridge. This tab forgets the token when you close it.</p></form>
 <div data-roles="user admin">
   <p id="plan-notice" class="notice" role="status" hidden></p>
+  <section id="plan" hidden><h2>Plan</h2> <ul class="list grid" id="plan-limits"></ul></section>
   <section><h2>Running now</h2>
-    <ul class="list" id="running"></ul> <p class="if-empty faint">No request is running.</p>
+    <ul class="list" id="running"></ul> <p class="if-empty faint" id="nothing-runs"></p>
   </section>
   <section><h2>Waiting</h2>
+    <p id="queue-estimate" class="faint"></p>
     <ol class="list" id="waiting"></ol> <p class="if-empty faint">The queue is empty.</p>
-    <p data-roles="admin"><button type="button" id="pause-queue">Pause the queue</button></p>
+    <p class="row"><button type="button" id="show-waiting" hidden></button>
+      <button type="button" id="pause-queue" data-roles="admin">Pause the queue</button></p>
   </section>
-  <section id="plan" hidden><h2>Plan</h2> <ul class="list grid" id="plan-limits"></ul></section>
-  <section data-roles="admin"><h2>Bridge</h2> <dl id="bridge-facts"></dl></section>
   <section><h2>Recent</h2>
     <div class="row"><div class="row" id="filters" role="group" aria-label="Status"></div>
       <input id="search" class="grow" type="search" placeholder="Search loaded requests"
@@ -10827,7 +10953,10 @@ STYLE</style>
     <p><button id="load-more" hidden>Load more</button></p></section>
   <section id="conversations-section" hidden><h2>Conversations</h2>
     <ul class="list" id="conversations"></ul></section>
-</div></section>
+  <section data-roles="admin"><h2>Bridge</h2> <dl id="bridge-facts"></dl></section>
+</div>
+<p class="faint" data-roles="user">The figures count the requests of all tokens.</p>
+<dl class="grid" id="counters"></dl></section>
 
 <section data-view="#/playground" hidden><h2 tabindex="-1">Playground</h2>
 <form id="ask-form">
@@ -10866,21 +10995,23 @@ STYLE</style>
   <table><thead><tr><th>Token<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-token"></table>
 </section></section>
 
-<section data-view="#/tokens" hidden><h2 tabindex="-1">New token</h2>
+<section data-view="#/tokens" hidden><h2 tabindex="-1" id="token-form-title">New token</h2>
 <form id="token-form">
   <div class="grid">
     <label>Name<input name="name" required></label>
     <label>Session mode<select name="sessionMode"><option>stateless<option>stateful</select></label>
     <label>Tools<select name="tools"><option>none<option>read<option>web<option>all</select></label>
-    <label>Expires in days<select name="expiresInDays"><option>never<option>1<option>7<option>30
-      <option>90</select></label>
+    <label>Expires in days<input name="expiresInDays" type="number" min="1" max="3650"
+      placeholder="never"></label>
     <label>Requests per minute<input name="requestsPerMinute" type="number" min="1"
       placeholder="no limit"></label>
     <label>Requests per day<input name="requestsPerDay" type="number" min="1"
       placeholder="no limit"></label>
     <label>Models<input name="models" placeholder="all, or haiku, sonnet"></label></div>
-  <p class="row"><button class="primary">Create token</button>
-    <label><input type="checkbox" name="admin"> Admin: full access</label></p></form>
+  <p class="row"><button class="primary" id="save-token">Create token</button>
+    <button type="button" id="cancel-edit" hidden>Cancel</button>
+    <label><input type="checkbox" name="admin"> Admin: full access</label></p>
+  <p id="rights-warning" class="bad" role="status"></p></form>
 <div id="created-token" class="notice" role="status" hidden></div>
 <h2>Tokens</h2> <ul class="list" id="tokens"></ul></section>
 
@@ -10918,8 +11049,11 @@ function formatDuration(milliseconds) {
   if (minutes >= 60) return Math.floor(minutes / 60) + " h " + minutes % 60 + " min";
   return minutes ? minutes + " min " + seconds % 60 + " s" : seconds + " s";
 }
+// The same with a decimal below 10 s.
+const formatExact = (milliseconds) => milliseconds > 0 && milliseconds < 9950
+  ? (milliseconds / 1000).toFixed(1) + " s" : formatDuration(milliseconds);
 // The duration between two ISO times; empty if one of them is missing.
-const formatElapsed = (from, to) => from && to && formatDuration(Date.parse(to) - Date.parse(from));
+const formatElapsed = (from, to) => from && to && formatExact(Date.parse(to) - Date.parse(from));
 const formatAge = (iso) => formatDuration(Date.now() - Date.parse(iso));
 // The time of day; on any day but today with the date.
 const formatTime = (date) => date.toLocaleString([], { hour: "2-digit", minute: "2-digit",
@@ -10942,6 +11076,33 @@ const HOLD_TEXTS = {
   network: "The API cannot be reached. Next try at ",
   login: "The login was refused. On the bridge's machine run claude, then /login. Next try at ",
   overloaded: "The service is overloaded. Next try at " };
+const STATES = { usage_limit: "resting until ", paused: "paused", network: "network lost",
+  login: "login refused", overloaded: "service overloaded" };
+// The state of the queue in a word; formatTime shows until when it rests.
+function stateText({ waitingFor, resumesAt, isProcessing }) {
+  if (!waitingFor) return isProcessing ? "working" : "idle";
+  const until = waitingFor === "usage_limit" && resumesAt ? formatTime(new Date(resumesAt)) : "";
+  return (STATES[waitingFor] || codeToText(waitingFor)) + until;
+}
+// When a limit of the plan will be used up at the present pace, if that is before its reset.
+const LIMIT_HOURS = { five_hour: 5, seven_day: 168 };
+function exhaustedAt({ type, utilization, resetsAt }, now) {
+  const hours = LIMIT_HOURS[type] || type.startsWith("seven_day") && 168;
+  if (!hours || !(utilization > 0.02 && utilization < 1) || !resetsAt) return null;
+  const elapsed = now - (Date.parse(resetsAt) - hours * 3600000);
+  const at = now + elapsed * (1 - utilization) / utilization;
+  return elapsed > 0 && at < Date.parse(resetsAt) ? new Date(at) : null;
+}
+// How long the waiting requests will take, by the median of those that ran; null if none did.
+function queueDuration(waitingCount, jobs) {
+  const durations = jobs.filter((job) => job.startedAt && job.completedAt && !job.errorCode)
+    .map((job) => Date.parse(job.completedAt) - Date.parse(job.startedAt)).sort((a, b) => a - b);
+  return durations.length ? waitingCount * durations[durations.length >> 1] : null;
+}
+const RIGHTS = { all: "This token can run any command on the bridge's machine, as its owner.",
+  admin: "This token can manage all tokens and read every request." };
+const rightsWarning = (tools, isAdmin) =>
+  [tools === "all" && RIGHTS.all, isAdmin && RIGHTS.admin].filter(Boolean).join(" ");
 const waitingText = (reason) => HOLD_TEXTS[reason] || "Waiting (" + codeToText(reason) + ") until ";
 // Put the newest page before the older requests; drop these if there may be a gap between them.
 function mergeRecent(loaded, newest) {
@@ -11080,7 +11241,20 @@ async function fetchOk(method, path, body, { headers, signal, isPublic } = {}) {
 }
 const fetchJson = async (...args) => (await fetchOk(...args)).json();
 const getJson = (path) => fetchJson("GET", path);
-const deleteAndRefresh = (path) => fetchJson("DELETE", path).then(refreshNow);
+// Announce it, and give the focus to the next thing of the list.
+async function deleteAndRefresh(path, word) {
+  const item = document.activeElement.closest("li");
+  const list = item?.parentElement;
+  const index = list && [...list.children].indexOf(item);
+  await fetchJson("DELETE", path);
+  toast(word);
+  await refreshNow();
+  await listUpdate;
+  if (!list || item.isConnected) return;
+  const next = list.children[Math.min(index, list.children.length - 1)];
+  (next?.querySelector("button, summary") || visibleHeading()).focus();
+}
+const visibleHeading = () => document.querySelector("[data-view]:not([hidden]) h2");
 
 // Yield the events of a stream. Close it if it is silent: heartbeats come every 15 seconds.
 async function* readEvents(path, body, headers, signal) {
@@ -11198,15 +11372,19 @@ async function pollOnce() {
   } catch (error) {
     const last = lastUpdateAt ? new Date(lastUpdateAt).toLocaleTimeString() : "never";
     seconds = error.retryAfter || 5;
-    setText("state", error.retryAfter ? "rate limit: next update in " + seconds + " s"
-      : "not reachable, last update: " + last);
-    $("state").className = "bad";
+    showState(error.retryAfter ? "rate limit: next update in " + seconds + " s"
+      : "not reachable, last update: " + last, "bad");
   }
   if (number === pollNumber) pollTimer = setTimeout(pollOnce, 1000 * seconds);
 }
 function refreshNow() {
   lastFetch.at = lastFetch.allAt = 0;
-  pollOnce();
+  return pollOnce();
+}
+function showState(text, className) {
+  setText("state", text);
+  $("state").className = className;
+  document.title = text + " · claude-api-bridge";
 }
 // Return whether the next poll should come soon.
 async function refresh() {
@@ -11217,8 +11395,9 @@ async function refresh() {
     ["Requests", stats.totalRequests], ["Tokens", stats.totalTokens]];
   showFigures("counters", counters, formatCount);
   setText("version", "v" + version);
-  setText("state", queue.isProcessing ? "working" : "ready");
-  $("state").className = "good";
+  showState(stateText(queue), queue.waitingFor ? "warm" : "good");
+  setText("nothing-runs", queue.isProcessing ? "A request of another token is running."
+    : "No request is running.");
   if (!isSignedIn) return queue.length > 0;
   const json = JSON.stringify(counters);
   const elapsed = Date.now() - lastFetch.at;
@@ -11263,9 +11442,15 @@ async function refreshOverview() {
 function showFigures(listId, figures, defaultFormat) {
   reconcileList(listId, figures, ([label, number, format = defaultFormat]) => {
     const id = listId + "-" + label.toLowerCase().replaceAll(/[^a-z]+/g, "-");
-    return el("div", el("dt", label), el("dd.figure", { id, title: number }, format(number)));
-  });
+    const filter = listId === "counters" && isSignedIn && COUNTER_FILTERS[label];
+    return el("div", el("dt", filter ? button(label, () => {
+      [...$("filters").children].find((child) => child.textContent === filter).click();
+      $("filters").scrollIntoView();
+    }, label + ": show these requests") : label),
+    el("dd.figure", { id, title: number }, format(number)));
+  }, (figure) => isSignedIn + JSON.stringify(figure));
 }
+const COUNTER_FILTERS = { Completed: "Completed", Failed: "Failed", Requests: "All" };
 
 // === Requests ===
 // The names of all tokens by their id; empty unless an admin is signed in.
@@ -11273,7 +11458,8 @@ const tokenNames = new Map();
 const recent = { filter: "completed,error", requests: [], next: null };
 const tokenNameOf = (job) => truncate(tokenNames.get(job.tokenId) || "", 32);
 const messagePreview = (job) => el("span.ellipsis", truncate(job.message));
-const cancelButton = (job) => button("Cancel", () => deleteAndRefresh("/api/ask/" + job.requestId),
+const cancelButton = (job) => button("Cancel",
+  () => deleteAndRefresh("/api/ask/" + job.requestId, "Cancelled."),
   "Cancel: " + truncate(job.message, 60));
 function showActive(jobs) {
   const running = jobs.filter((job) => job.status === "processing");
@@ -11281,6 +11467,12 @@ function showActive(jobs) {
   waiting.sort((first, second) => first.queuePosition - second.queuePosition);
   reconcileList("running", running, runningRow, requestKey);
   reconcileList("waiting", waiting, waitingRow, requestKey);
+  setText("show-waiting", $("waiting").classList.contains("all") ? "Show fewer"
+    : "Show " + (waiting.length - 5) + " more");
+  setVisible("show-waiting", waiting.length > 5);
+  const duration = queueDuration(waiting.length, recent.requests);
+  setText("queue-estimate", waiting.length > 1 && duration
+    ? plural(waiting.length, "request") + ", about " + formatDuration(duration) : "");
   followRunning(running[0]);
 }
 // The row also handles the events of followRequest.
@@ -11333,11 +11525,14 @@ function showRecent() {
   const query = $("search").value;
   const matches = recent.requests.filter((job) => matchesSearch(job, tokenNameOf(job), query));
   reconcileList("recent", matches, recentRow, requestKey);
-  setText("match-count", query && matches.length + " of " + recent.requests.length + " loaded");
+  const loaded = plural(recent.requests.length, "loaded request");
+  setText("match-count", query && (matches.length ? matches.length + " of " + loaded
+    : "No match among " + loaded));
   setVisible("load-more", recent.next);
 }
 function recentRow(job) {
-  const outcome = job.errorCode ? ["bad", "✕", "failed"] : ["good", "✓", "completed"];
+  const outcome = !job.errorCode ? ["good", "✓", "completed"]
+    : job.errorCode === "cancelled" ? ["faint", "–", "cancelled"] : ["bad", "✕", "failed"];
   const [color, mark, word] = outcome;
   const facts = joinNonEmpty(job.errorCode, tokenNameOf(job), job.api && "/v1", job.model,
     formatElapsed(job.startedAt, job.completedAt));
@@ -11377,7 +11572,8 @@ async function loadMore() {
 const conversationRow = ({ name, turns, lastUsedAt }) => el("li.row", el("span.ellipsis", name),
   meta(plural(turns, "turn") + " · ", timeElement(lastUsedAt)),
   confirmButton("Delete", "Delete this conversation?",
-    () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name)), "Delete " + name));
+    () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted."),
+    "Delete " + name));
 
 // === Bridge, plan and usage ===
 function showBridge({ tunnel, claude, worker }) {
@@ -11404,11 +11600,13 @@ function showPlan({ windows, waitingFor, resumesAt, isUsingOverage }) {
 }
 function planLimitRow({ type, status, utilization, resetsAt }) {
   const name = limitName(type);
+  const forecast = exhaustedAt({ type, utilization, resetsAt }, Date.now());
   const used = utilization === null ? codeToText(status || "unknown")
     : Math.round(100 * utilization) + " % used";
   return el("li", el("div.space-between", name, el("span.faint", used)),
     el("progress", { value: utilization || 0, "aria-label": name }),
-    meta(resetsAt && ["resets ", timeElement(resetsAt)]));
+    meta(resetsAt && ["resets ", timeElement(resetsAt)]),
+    forecast && el("p.warm", "At this pace used up at ", timeElement(forecast.toISOString())));
 }
 function showUsage({ since, total, days, tokens }) {
   showFigures("totals", [["Requests", total.requests], ["Failed", total.errors],
@@ -11447,18 +11645,28 @@ function drawChart(firstDay, days) {
 // === Tokens ===
 function showTokens(tokens) {
   for (const { id, name } of tokens) tokenNames.set(id, name);
-  reconcileList("tokens", tokens, tokenRow, (entry) => entry.id);
+  // The rest is updated within the row.
+  reconcileList("tokens", tokens, tokenRow, ({ lastUsedAt, expiresAt, isExpired, ...entry }) =>
+    JSON.stringify(entry));
 }
 function tokenRow(entry) {
   const { id, name, tools, requestsPerMinute, requestsPerDay } = entry;
-  const facts = joinNonEmpty(entry.prefix + "…", entry.isAdmin && "admin", entry.sessionMode,
-    tools !== "none" && "tools: " + [tools].flat().join(", "),
+  const badges = [entry.isAdmin && "admin", tools === "all" && "all tools"].filter(Boolean);
+  const facts = joinNonEmpty(entry.prefix + "…", entry.sessionMode,
+    tools !== "none" && tools !== "all" && "tools: " + [tools].flat().join(", "),
     requestsPerMinute && requestsPerMinute + " per minute",
     requestsPerDay && requestsPerDay + " per day", entry.models?.join(", "));
   const revokeButton = confirmButton("Revoke", "This also deletes its requests. Revoke?",
-    () => deleteAndRefresh("/api/tokens/" + id), "Revoke " + name);
+    async () => {
+      if (createdId === id) showCreated();
+      await deleteAndRefresh("/api/tokens/" + id, "Revoked.");
+    }, "Revoke " + name);
+  const rotateButton = confirmButton("Rotate", "The present secret stops working. Rotate?",
+    async () => showCreated(await fetchJson("POST", "/api/tokens/" + id + "/rotate"), name),
+    "Rotate " + name);
   const times = meta();
-  const element = el("li", row(el("b.grow", name), revokeButton), meta(facts + " · "), times);
+  const element = el("li", row(el("b", name), badges.map((text) => el("span.badge", text)),
+    el("span.grow"), editButton(entry), rotateButton, revokeButton), meta(facts + " · "), times);
   const update = ({ lastUsedAt, expiresAt, isExpired }) => {
     times.replaceChildren(...lastUsedAt ? ["last used ", timeElement(lastUsedAt)] : ["never used"]);
     const verb = isExpired ? " · expired " : " · expires ";
@@ -11468,16 +11676,49 @@ function tokenRow(entry) {
 }
 async function createToken() {
   const fields = Object.fromEntries(new FormData($("token-form")));
-  const created = await fetchJson("POST", "/api/tokens", newTokenBody(fields));
-  const show = (...parts) => {
-    $("created-token").replaceChildren(...parts);
-    setVisible("created-token", parts.length);
-  };
-  $("token-form").reset();
-  show(el("p", "Copy the token ", el("b", fields.name), " now: it is shown only once."),
-    el("code", created.token),
-    row(button("Copy token", () => copyText(created.token)), button("Done", () => show())));
+  const path = editedId ? "/api/tokens/" + editedId : "/api/tokens";
+  const body = newTokenBody({ tools: "none", ...fields });
+  // Only what was changed, so that nothing else is written again.
+  const changes = Object.entries(body).filter(([name]) => fields[name] !== editedFields[name]);
+  const answer = !editedId ? await fetchJson("POST", path, body)
+    : changes.length && await fetchJson("PATCH", path, Object.fromEntries(changes));
+  if (editedId) toast("Changed.");
+  else showCreated(answer, fields.name);
+  editToken(null);
   refreshNow();
+}
+// The token whose secret is shown, and the one that the form changes.
+let createdId = null, editedId = null, editedFields = {};
+function showCreated(created, name) {
+  createdId = created?.tokenId;
+  setVisible("created-token", created);
+  if (!created) return $("created-token").replaceChildren();
+  $("created-token").replaceChildren(
+    el("p", "Copy the token ", el("b", name), " now: it is shown only once."),
+    el("code", created.token),
+    row(button("Copy token", () => copyText(created.token)),
+      button("Done", () => { showCreated(); visibleHeading().focus() })));
+  $("created-token").querySelector("button").focus();
+}
+const editButton = (entry) => button("Edit", () => editToken(entry), "Edit " + entry.name);
+// Put a token into the form; null makes it the form of a new one.
+function editToken(entry) {
+  const form = $("token-form");
+  editedId = entry?.id ?? null;
+  form.reset();
+  for (const name of ["sessionMode", "tools", "admin"])
+    form.elements[name].disabled = Boolean(entry);
+  setText("token-form-title", entry ? "Edit " + entry.name : "New token");
+  setText("save-token", entry ? "Save" : "Create token");
+  setVisible("cancel-edit", entry);
+  setText("rights-warning", "");
+  if (!entry) return;
+  const days = entry.expiresAt && Math.ceil((Date.parse(entry.expiresAt) - Date.now()) / DAY_MS);
+  const values = { ...entry, models: entry.models?.join(", "), expiresInDays: days > 0 && days };
+  for (const name of ["name", "expiresInDays", "requestsPerMinute", "requestsPerDay", "models"])
+    form.elements[name].value = values[name] || "";
+  editedFields = Object.fromEntries(new FormData(form));
+  form.elements.name.focus();
 }
 
 // === Playground and API ===
@@ -11500,7 +11741,9 @@ async function ask() {
   const handlers = { startText, addText: (text) => appendText($("answer"), text) };
   const swapButtons = () => ["ask", "stop"].forEach((id) => { $(id).hidden = !$(id).hidden });
   playgroundRun = run;
+  const isByButton = document.activeElement === $("ask");
   swapButtons();
+  if (isByButton) $("stop").focus();
   setVisible("answer-section", true);
   setText("answer-usage", "");
   setText("ask-status", "sent");
@@ -11508,12 +11751,14 @@ async function ask() {
     const job = await followRequest(null, askFields(), handlers, run.aborter.signal);
     setText("answer", job.error || job.response);
     setText("ask-status", job.error ? "failed: " + (job.errorCode || job.code)
-      : "done in " + formatDuration(Date.now() - startedAt));
+      : "done in " + formatExact(Date.now() - startedAt));
     setText("answer-usage", joinNonEmpty(job.model, usageParts(job.usage)));
   } catch (error) {
     setText("ask-status", run.aborter.signal.aborted ? "stopped" : error.message);
   }
+  const hadFocus = document.activeElement === $("stop");
   swapButtons();
+  if (hadFocus) $("ask").focus();
   refreshNow();
 }
 const stopAsking = () => playgroundRun.id ? fetchJson("DELETE", "/api/ask/" + playgroundRun.id)
@@ -11538,6 +11783,15 @@ listen("pause-queue", "click", withErrorToast(async () => {
 }));
 listen("load-more", "click", withErrorToast(loadMore));
 listen("token-form", "submit", withErrorToast(createToken));
+listen("token-form", "input", () => setText("rights-warning",
+  rightsWarning($("token-form").elements.tools.value,
+    $("token-form").elements.admin.checked)));
+listen("cancel-edit", "click", () => { editToken(null); visibleHeading().focus() });
+listen("show-waiting", "click", () => {
+  $("waiting").classList.toggle("all");
+  refreshNow();
+});
+listen("skip", "click", withErrorToast(() => document.querySelector("main").focus()));
 listen("ask-form", "submit", withErrorToast(ask));
 listen("ask-form", "input", showCode);
 listen("ask-form", "keydown", (event) => {
@@ -11559,7 +11813,7 @@ toggleGroup("languages", { curl: "curl", Python: "Python", JavaScript: "JavaScri
 
 addEventListener("hashchange", () => {
   showView();
-  document.querySelector("[data-view]:not([hidden]) h2").focus();
+  visibleHeading().focus();
 });
 document.addEventListener("visibilitychange", () =>
   document.hidden ? followRunning(null) : refreshNow());
@@ -11574,7 +11828,11 @@ showCode();
 setText("sign-in-error", sessionStorage.getItem("signOutReason") || "");
 sessionStorage.removeItem("signOutReason");
 pollOnce();
-if (sessionStorage.getItem("token")) signIn(sessionStorage.getItem("token"));
+// The link that `start` prints; the token does not stay in the address.
+const linkedToken = new URLSearchParams(location.hash.slice(1)).get("token");
+if (linkedToken) history.replaceState(null, "", location.pathname);
+const firstToken = linkedToken || sessionStorage.getItem("token");
+if (firstToken) signIn(firstToken);
 """
 
 DASHBOARD_PAGE = DASHBOARD_HTML.replace("STYLE", DASHBOARD_CSS).replace("SCRIPT", DASHBOARD_JS)
@@ -11588,7 +11846,8 @@ def dashboard_page(nonce: str) -> bytes:
 def content_security_policy(nonce: str) -> str:
     """Return the policy that allows only the page's own style and script, and its own server."""
     return ("default-src 'none';script-src 'nonce-%s';style-src 'nonce-%s';connect-src 'self';"
-            "base-uri 'none';form-action 'none';frame-ancestors 'none'" % (nonce, nonce))
+            "img-src data:;base-uri 'none';form-action 'none';frame-ancestors 'none'"
+            % (nonce, nonce))
 
 
 # === 16 App ======================================================================================
@@ -11730,7 +11989,7 @@ class Bridge:
         self.tunnel: Optional[Tunnel] = None
         # Created if there was none; to be shown once, or discarded.
         self.new_admin_token: Optional[str] = None
-        self.discard_admin_token: Callable[[], None] = lambda: None
+        self.discard_admin_token: Callable[[], Any] = lambda: None
         self._install = install
         self._clock = clock
         self._tunnel_token = tunnel_token
@@ -11780,7 +12039,7 @@ class Bridge:
         if not stores.tokens.has_admin():
             new = NewToken(name="admin", admin=True)
             token, self.new_admin_token = service.create_token(new)
-            self.discard_admin_token = lambda: service.discard_token(token)
+            self.discard_admin_token = lambda: service.stores.tokens.delete(token.id, protect=False)
         callbacks = CallbackSender(stores, metrics)
         on_exit(callbacks.close)
         on_exit(notifier.close)
@@ -11876,6 +12135,18 @@ BANNER = """
 """
 
 
+# In a hint, own_words() stands for it.
+OWN_NAME = "claude_api_bridge.py"
+
+
+def own_words() -> str:
+    """Return what starts this program in a shell: "python3 claude_api_bridge.py", for example."""
+    program = sys.argv[0]
+    if program.endswith((".py", ".pyz")):
+        return "%s %s" % ("py" if os.name == "nt" else "python3", list2cmdline([program]))
+    return Path(program).name
+
+
 class Console(TunnelObserver):
     """All printing. Symbols and frames are left out if the terminal cannot show them."""
 
@@ -11886,6 +12157,8 @@ class Console(TunnelObserver):
                 is_utf8 = os.name == "nt" and not stream.isatty()
                 stream.reconfigure(encoding="utf-8" if is_utf8 else None, errors="replace")
         is_terminal = bool(getattr(sys.stderr, "isatty", lambda: False)())
+        # A person reads both streams.
+        self.is_terminal = is_terminal and bool(getattr(sys.stdout, "isatty", lambda: False)())
         self._is_rich = is_terminal and "utf" in (sys.stderr.encoding or "").lower()
         # The cursor stands behind a transient line, which the next one may replace.
         self._has_transient = False
@@ -11902,6 +12175,16 @@ class Console(TunnelObserver):
             # Otherwise Python prints a second error at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return False
+
+    def framed(self, text: str) -> bool:
+        """Print a line to stdout; on a terminal between two lines. -> as `data`."""
+        line = "─" * len(text)
+        if self._is_rich:
+            self._print_stderr(line)
+        is_printed = self.data(text)
+        if self._is_rich:
+            self._print_stderr(line)
+        return is_printed
 
     def write(self, text: str) -> None:
         """Print a part of a line to stdout."""
@@ -11930,6 +12213,7 @@ class Console(TunnelObserver):
     def fail(self, text: str, hint: str = "") -> None:
         self._print_stderr(("  ❌  " if self._is_rich else "error: ") + text)
         if hint:
+            hint = hint.replace(OWN_NAME, own_words())
             self._print_stderr(("      " if self._is_rich else "") + "hint: " + hint)
 
     def on_progress(self, text: str, is_transient: bool) -> None:
@@ -12045,6 +12329,8 @@ def command_start(config: Config, console: Console) -> int:
     logger.addHandler(ConsoleLogHandler(console))
     logger.propagate = False
     console.banner()
+    for check in check_variables(config, os.environ):
+        console.info("⚠️", ": ".join(filter(None, (check.text, check.advice))))
     data_directory(config.data_dir)
     install = find_claude(config, os.environ)
     print_billing(config, install, console)
@@ -12053,10 +12339,9 @@ def command_start(config: Config, console: Console) -> int:
     signals = ExitSignals()
     with contextlib.ExitStack() as stack:
         bridge = stack.enter_context(Bridge(config, install, Clock(), token, console))
-        if bridge.new_admin_token:
-            print_admin_token(bridge, bridge.new_admin_token, console)
         bridge.serve()
-        print_urls(bridge, console)
+        print_addresses(bridge, console)
+        print_next_steps(bridge, console)
         if __name__ == "__main__" and sys.version_info < (3, 12):
             # CPython keeps the main script's syntax tree, 19 MB, until its last line has run. So
             # it ends here and a thread waits. From 3.12 on, no thread can start after that line.
@@ -12087,18 +12372,6 @@ def wait_in_thread(signals: ExitSignals, stack: contextlib.ExitStack, console: C
     except Exception:
         logger.exception("The bridge did not close properly")
         os._exit(1)
-
-
-def print_admin_token(bridge: Bridge, token: str, console: Console) -> None:
-    """Print the token once; discard it if that fails. Raises CannotStart."""
-    console.blank()
-    console.info("🔑", "Admin token (save this, it is shown only once):")
-    console.blank()
-    if not console.data(token):
-        bridge.discard_admin_token()
-        raise CannotStart("The admin token could not be printed, so it was discarded.",
-                          "let start write to its standard output")
-    console.blank()
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
@@ -12143,19 +12416,54 @@ def print_billing(config: Config, install: ClaudeInstall, console: Console) -> N
         console.info("ℹ️", note)
 
 
-def print_urls(bridge: Bridge, console: Console) -> None:
-    """Print the addresses on this machine and in its network; the tunnel announces itself."""
+def print_addresses(bridge: Bridge, console: Console) -> None:
+    """Print the addresses beyond this machine; the tunnel announces its own later."""
     config = bridge.config
     if not config.no_tunnel:
         console.info("🌐", "Connecting the tunnel...")
     elif config.public_url:
         console.info("🌐", "Public URL: %s" % config.public_url)
-    console.info("📖", "Dashboard: %s/dashboard" % bridge.local_url)
     lan = lan_address() if config.listen_host in ("0.0.0.0", "::") else None
     if lan:
-        console.info("🏠", "In your network: %s" % http_url(lan, bridge.port))
-    console.info("🚀", "API server running on %s" % bridge.local_url)
-    console.data(bridge.local_url)
+        console.info("🏠", "In your network, for everybody there, unencrypted: %s (only on this"
+                           " machine: --host 127.0.0.1)" % http_url(lan, bridge.port))
+
+
+def print_next_steps(bridge: Bridge, console: Console) -> None:
+    """Print what to do next, the address, and the token of a first start. For a person the token is
+    last; a program that reads our lines waits for the address. Raises CannotStart."""
+    url, token, folder = bridge.local_url, bridge.new_admin_token, ""
+    if bridge.config.data_dir != load_config({}, {}).data_dir:
+        folder = " " + list2cmdline(["--data-dir=%s" % bridge.config.data_dir])
+    ask = '%s ask "Why is the sky blue?"%s' % (own_words(), folder)
+    # The fragment of an address reaches neither a server nor its log.
+    console.info("📖", "Dashboard: %s/dashboard%s" % (
+        url, "#token=" + token if token and console.is_terminal else ""))
+    console.info("💬", "Ask, in another terminal: " + ask)
+    if token and console.is_terminal and os.name != "nt":
+        console.info("💬", "From any program: " + CURL % (url, token))
+    if not token:
+        console.info("🔑", "For another admin token: %s token create NAME --admin%s"
+                     % (own_words(), folder))
+    elif not console.is_terminal:
+        print_admin_token(bridge, token, console)
+    console.info("🚀", "API server running on")
+    console.data(url)
+    if token and console.is_terminal:
+        print_admin_token(bridge, token, console)
+
+
+CURL = ("""curl -sS %s/api/ask -H 'Authorization: Bearer %s'"""
+        """ -d '{"message": "Why is the sky blue?", "wait": 60}'""")
+
+
+def print_admin_token(bridge: Bridge, token: str, console: Console) -> None:
+    """Print the token once; discard it if that fails. Raises CannotStart."""
+    console.info("🔑", "Admin token (save this, it is shown only once):")
+    if not console.framed(token):
+        bridge.discard_admin_token()
+        raise CannotStart("The admin token could not be printed, so it was discarded.",
+                          "let start write to its standard output")
 
 
 # --- token ---
@@ -12177,14 +12485,59 @@ def command_token(arguments: argparse.Namespace, config: Config, console: Consol
     with open_service(config) as service:
         if arguments.action == "create":
             create_token(arguments, service, console)
-        elif arguments.action == "list":
+            return 0
+        if arguments.action == "list":
             list_tokens(arguments, service, console)
+            return 0
+        token = find_token(service.stores.tokens.list(), arguments.id)
+        if arguments.action == "update":
+            service.update_token(token.id, token_changes(arguments))
+            console.info("✅", "Token changed")
+        elif arguments.action == "rotate":
+            _, secret = service.rotate_token(token.id)
+            console.info("🔑", "Token %s has another secret (save it, it is shown only once):"
+                         % token.id)
+            if not console.data(secret):
+                raise CannotStart("The token could not be printed.",
+                                  "let the command write to its standard output, and rotate again")
         else:
-            service.revoke_token(arguments.id)
-            # A bridge that runs may know the token for so long; afterwards it is refused.
-            time.sleep(2 * CACHE_REVALIDATE_SECONDS)
+            service.revoke_token(token.id)
             console.info("✅", "Token revoked")
+    # A bridge that runs may know the token for so long; afterwards it is refused.
+    time.sleep(2 * CACHE_REVALIDATE_SECONDS)
     return 0
+
+
+def find_token(tokens: List[Token], text: str) -> Token:
+    """Return the token with this id, else with this name, else the one whose id or secret begins
+    so. Raises NotFound; InvalidRequest for several."""
+    # All secrets begin with "cab-".
+    is_long = len(text) >= 6
+    candidates = (
+        [token for token in tokens if token.id == text]
+        or [token for token in tokens if token.name == text]
+        or [token for token in tokens if is_long and (
+            token.id.startswith(text) or token.prefix.startswith(text[:12]))])
+    if not candidates:
+        raise NotFound("Token not found: there is no ID, name or prefix %r" % text[:100])
+    if len(candidates) > 1:
+        raise InvalidRequest("%d tokens match %r; use an ID" % (len(candidates), text[:100]))
+    return candidates[0]
+
+
+def token_changes(arguments: argparse.Namespace) -> Dict[str, Any]:
+    """Return the body of a TokenUpdate; never, none and all stand for null."""
+    values = {
+        "name": arguments.name, "expiresInDays": arguments.expires,
+        "requestsPerMinute": arguments.requests_per_minute,
+        "requestsPerDay": arguments.requests_per_day, "models": arguments.models}
+    body: Dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    for name in body.keys() & {"expiresInDays", "requestsPerMinute", "requestsPerDay", "models"}:
+        if body[name] in ("never", "none", "all"):
+            body[name] = None
+        elif name == "models":
+            body[name] = [model.strip() for model in body[name].split(",")]
+    return body
 
 
 def create_token(arguments: argparse.Namespace, service: Service, console: Console) -> None:
@@ -12210,6 +12563,11 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         if new.tools == Tools.NONE:
             raise CannotStart("A workspace needs tools.", "add --tools read, for example")
     token, secret = service.create_token(new, workspace)
+    if token.tools == Tools.ALL or token.is_admin:
+        rights = "run any command here, as you" * (token.tools == Tools.ALL)
+        rights += " and " * bool(rights and token.is_admin)
+        rights += "manage all tokens and read every request" * token.is_admin
+        console.info("⚠️", "Whoever has this token can " + rights)
     console.info("🔑", "Token %s (save this, it is shown only once):" % token.id)
     body = {"tokenId": token.id, "token": secret, "prefix": token.prefix}
     if token.callbacks:
@@ -12217,7 +12575,7 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         if not arguments.json:
             console.info("🔑", "Its callbacks are signed with " + body["callbackSecret"])
     if not console.data(as_json(body) if arguments.json else secret):
-        service.discard_token(token)
+        service.stores.tokens.delete(token.id, protect=False)
         raise CannotStart("The token could not be printed, so it was discarded.",
                           "let the command write to its standard output")
 
@@ -12229,14 +12587,19 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
     if arguments.json:
         console.data(json.dumps(bodies, ensure_ascii=False, indent=2))
         return
-    row = "%-36s  %-12s  %-9s  %-5s  %-10s  %s"
-    console.data(row % ("ID", "PREFIX", "MODE", "ADMIN", "EXPIRES", "NAME"))
+    row = "%-36s  %-12s  %-9s  %-5s  %-7s  %-15s  %-10s  %-10s  %s"
+    console.data(row % ("ID", "PREFIX", "MODE", "ADMIN", "TOOLS", "LIMITS", "LAST USED", "EXPIRES",
+                        "NAME"))
     for body in bodies:
         expires = "expired" if body["isExpired"] else (body["expiresAt"] or "never")[:10]
         is_admin = "yes" if body["isAdmin"] else "no"
-        name = escape_controls(body["name"], keep="")
-        values = (body["id"], body["prefix"], body["sessionMode"], is_admin, expires, name)
-        console.data(row % values)
+        tools = body["tools"] if isinstance(body["tools"], str) else "%d rules" % len(body["tools"])
+        limits = ["%d/%s" % (body[name], unit) for name, unit in (
+            ("requestsPerMinute", "min"), ("requestsPerDay", "day")) if body[name]]
+        console.data(row % (
+            body["id"], body["prefix"], body["sessionMode"], is_admin, tools,
+            " ".join(limits) or "-", (body["lastUsedAt"] or "never")[:10], expires,
+            escape_controls(body["name"], keep="")))
 
 
 def command_backup(arguments: argparse.Namespace, config: Config, console: Console) -> int:
@@ -12329,9 +12692,11 @@ class AskClient:
 
 def command_ask(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Ask the running bridge. Only the answer goes to stdout. -> 0, or 1 for a failed request."""
-    message = arguments.message
+    message = " ".join(arguments.message)
     if message == "-":
         message = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if not message:
+        raise WrongSetting("The message is empty; write it behind ask, or to its standard input.")
     url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
     client = AskClient(url)
     client.token = os.environ.get("CAB_TOKEN", "").strip()
@@ -12423,11 +12788,11 @@ def shell_token(config: Config, is_stateful: bool) -> str:
         secret = secrets_by_mode.get(mode)
         if isinstance(secret, str) and service.stores.tokens.by_digest(digest(secret)):
             return secret
-        token, secret = service.create_token(NewToken("ask (%s)" % mode, mode))
+        token, secret = service.create_token(NewToken("ask (%s)" % mode, session_mode=mode))
         try:
             write_file_atomically(path, as_json({**secrets_by_mode, mode: secret}))
         except OSError as error:
-            service.discard_token(token)
+            service.stores.tokens.delete(token.id, protect=False)
             raise CannotStart(
                 "The file %s cannot be written: %s." % (path, error.strerror or error),
                 "make it writable, or set CAB_TOKEN") from None
@@ -12451,7 +12816,8 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
         require_sqlite()
     except CannotStart as error:
         checks[1] = Check("sqlite", False, str(error), error.hint)
-    functions = [check_data, check_clock, check_queue, check_orphans, check_port, check_claude]
+    functions = [check_variables, check_data, check_clock, check_queue, check_orphans, check_port,
+                 check_claude]
     if arguments.live:
         functions.append(check_live)
     for function in (*functions, check_tunnel):
@@ -12473,7 +12839,7 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
         text = escape_controls(check.text)
         console.data("%s  %-12s %s" % (symbols[check.is_good], check.name, text))
         if check.advice:
-            console.data("                 -> " + check.advice)
+            console.data("                 -> " + check.advice.replace(OWN_NAME, own_words()))
     return 0 if is_ok else 1
 
 
@@ -12481,8 +12847,10 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """Check the data folder, or where it will be: its rights, its disk and its database."""
     folder = config.data_dir
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        text = "%s is not a writable folder" % existing
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        text = "no file can be created in %s: %s" % (existing, error.strerror)
         advice = "make it writable, or choose another one with --data-dir"
         return [Check("data", False, text, advice)]
     foreign = find_foreign_files(folder)
@@ -12503,6 +12871,13 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
         Check("data", not fault, fault or text, advice),
         Check("disk", is_enough, "%d MB free" % free,
               "" if is_enough else "make room: requests are stored on disk")]
+
+
+def check_variables(config: Config, environ: Mapping[str, str]) -> List[Check]:
+    """Find CAB_ variables that nothing reads."""
+    return [Check("settings", None, name + " is not a setting",
+                  "did you mean %s?" % meant if meant else "unset it")
+            for name, meant in unknown_variables(environ)]
 
 
 def check_clock(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -12567,6 +12942,11 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return [Check("claude", False, str(error), error.hint)]
     text = "%s (%s)" % (install.features.version_text, install.command[-1])
     checks = [Check("claude", True, text)]
+    if install.features.version < TESTED_CLI and not config.demo:
+        text = "older than %d.%d.%d, with which this bridge was tested" % TESTED_CLI
+        # By its tag: on Node below 22, npm takes an old one otherwise.
+        checks.append(Check("claude", None, text, "update it: claude update, or npm install -g"
+                            " @anthropic-ai/claude-code@latest"))
     checks += [Check("claude", None, note) for note in install.notes]
     account = install.billing_account
     if not install.is_billed_per_token:
@@ -12829,7 +13209,8 @@ class ServiceManager:
         self._program = next(filter(shutil.which, MANAGERS), "")
         if not self._program:
             raise CannotStart(
-                "Neither systemctl nor launchctl is here.", "try: service print --help")
+                "Neither systemctl nor launchctl is here.",
+                "try: claude_api_bridge.py service print --help")
         self.kind, name, log, *commands = MANAGERS[self._program]
         self.path = home_folder(os.environ) / name
         values = {"path": self.path, "user": os.getuid(), "data": config.data_dir}
@@ -12970,6 +13351,32 @@ def print_left_out(kind: str, config: Config, console: Console) -> None:
 
 
 # --- the parser ---
+class CommandParser(argparse.ArgumentParser):
+    """A parser of one command. Its errors show the usage of this command, and what was meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Otherwise the parser of all commands reports what one of them does not know.
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self._fail("%s is not known" % unknown[0], unknown[0], self._option_string_actions)
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        choices = re.findall(r"[\w-]+", choice[2]) if choice else ()
+        self._fail(message, choice[1] if choice else "", choices)
+
+    def _fail(self, message: str, word: str, choices: Iterable[str]) -> NoReturn:
+        self.print_usage(sys.stderr)
+        meant = closest(word.partition("=")[0], choices)
+        hint = "did you mean %s?" % meant if meant else "see %s --help" % self.prog
+        Console().fail(message, hint)
+        sys.exit(2)
+
+
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """Add the flags of the settings, without defaults, so that a variable can supply the value."""
     for row in SETTINGS:
@@ -12987,23 +13394,53 @@ def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the commands and their flags."""
-    parser = argparse.ArgumentParser(
-        description="A REST API for the claude command line tool you already pay for.",
-        allow_abbrev=False)
-    parser.add_argument("--version", "-v", action="version", version=__version__)
+    parser = CommandParser(
+        prog=own_words(),
+        description="A REST API for the claude command line tool you already pay for.")
+    parser.add_argument("--version", "-v", "-V", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add_command = partial(commands.add_parser, allow_abbrev=False)
-    add_settings(add_command("start", help="run the bridge"))
-
-    doctor = add_command("doctor", help="check everything that a start needs, and suggest fixes")
+    add_settings(commands.add_parser(
+        "start", usage=parser.prog + " start [FLAGS]", help="run the bridge"))
+    doctor = commands.add_parser(
+        "doctor", usage=parser.prog + " doctor [--json] [--live] [FLAGS OF start]",
+        help="check everything that a start needs, and suggest fixes")
     add_settings(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--live", action="store_true",
                         help="also send the model a short question, which uses the plan")
+    add_ask(commands.add_parser("ask", help="ask the running bridge, and print the answer"))
+    add_token_actions(commands.add_parser(
+        "token", help="create, list, change and revoke tokens, whether the bridge runs or not"))
+    pause = commands.add_parser("pause", help="start no more requests; new ones wait")
+    resume = commands.add_parser("resume", help="let the queue go on")
+    backup = commands.add_parser(
+        "backup", help="copy the database to a file, also while the bridge runs")
+    backup.add_argument("file", help="the copy; an older copy is replaced")
+    for command in (pause, resume, backup):
+        add_settings(command, ("data_dir",))
+    service = commands.add_parser("service", help="run it in the background")
+    actions = service.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (("print", "print its file"), ("install", "start it, now and at log-in"),
+                       ("uninstall", "stop and remove it"), ("status", "show whether it runs")):
+        kind = "KIND " if name == "print" else ""
+        action = actions.add_parser(
+            name, usage="%s %s %s[FLAGS OF start]" % (service.prog, name, kind), help=text)
+        if kind:
+            action.add_argument(
+                "kind", metavar=kind.strip(), choices=("systemd", "launchd", "task", "docker"),
+                help="systemd, launchd, task or docker")
+        add_settings(action)
+    completion = commands.add_parser("completion", help="print what lets a shell complete words")
+    completion.add_argument(
+        "shell", metavar="SHELL", choices=sorted(SHELL_SCRIPTS), help="bash, zsh or fish")
+    return parser
 
-    ask = add_command("ask", help="ask the running bridge, and print the answer")
+
+def add_ask(ask: argparse.ArgumentParser) -> None:
+    """Add the arguments of `ask`."""
     ask.set_defaults(shown="")
-    ask.add_argument("message", help="the question; - reads it from standard input")
+    ask.add_argument(
+        "message", nargs="+", help="the question; - reads it from standard input")
     ask.add_argument("--model", metavar="NAME", help="alias or full name of a model")
     ask.add_argument("--system-prompt", metavar="TEXT", help="instructions for the model")
     ask.add_argument(
@@ -13014,17 +13451,16 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--json", action="store_true", help="print the whole answer as JSON")
     add_settings(ask, ("data_dir",))
 
-    token = add_command(
-        "token", help="create, list and revoke tokens, whether the bridge runs or not")
+
+def add_token_actions(token: argparse.ArgumentParser) -> None:
+    """Add the actions of `token`."""
     actions = token.add_subparsers(dest="action", metavar="ACTION", required=True)
-    add_action = partial(actions.add_parser, allow_abbrev=False)
-    create = add_action("create", help="create a token and print it")
+    create = actions.add_parser("create", help="create a token and print it")
     create.add_argument("name", help="what the token is for")
     create.add_argument(
         "--admin", action="store_true", help="may manage tokens and read every request")
     create.add_argument("--stateful", action="store_true", help="its requests share a memory")
-    create.add_argument("--expires", type=int, choices=EXPIRY_DAYS, metavar="DAYS",
-                        help="1, 7, 30 or 90 (default: never)")
+    create.add_argument("--expires", metavar="DAYS", help="from now on (default: never)")
     create.add_argument(
         "--tools", help="none (default), read, web, all, or rules: 'Read,Bash(git log:*)'")
     create.add_argument("--requests-per-minute", metavar="N",
@@ -13038,28 +13474,87 @@ def build_parser() -> argparse.ArgumentParser:
         help="it may have results sent to these hosts, separated by commas, or to all public ones")
     create.add_argument("--workspace", metavar="DIR",
                         help="an existing folder for its tools (default: a folder of its own)")
-    listing = add_action("list", help="show all tokens")
-    revoke = add_action("revoke", help="delete a token; its running request is stopped")
-    revoke.add_argument("id", help="as token list shows it")
-    for action in (create, listing, revoke):
+    listing = actions.add_parser("list", help="show all tokens")
+    update = actions.add_parser("update", help="change a token's name, expiry, limits or models")
+    rotate = actions.add_parser("rotate", help="give a token another secret; the old is refused")
+    revoke = actions.add_parser("revoke", help="delete a token; its running request is stopped")
+    for action in (update, rotate, revoke):
+        action.add_argument("id", help="its ID, name or prefix, as token list shows them")
+    update.add_argument("--name", help="what the token is for")
+    update.add_argument("--expires", metavar="DAYS", help="from now on, or: never")
+    update.add_argument("--requests-per-minute", metavar="N", help="a number, or: none")
+    update.add_argument("--requests-per-day", metavar="N", help="a number, or: none")
+    update.add_argument("--models", metavar="NAMES", help="separated by commas, or: all")
+    for action in (create, listing, update, rotate, revoke):
         add_settings(action, ("data_dir",))
     for action in (create, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
-    pause = add_command("pause", help="start no more requests; new ones wait")
-    resume = add_command("resume", help="let the queue go on")
-    backup = add_command("backup", help="copy the database to a file, also while the bridge runs")
-    backup.add_argument("file", help="the copy; an older copy is replaced")
-    for command in (pause, resume, backup):
-        add_settings(command, ("data_dir",))
-    service = commands.add_parser("service", help="run it in the background", allow_abbrev=False)
-    actions = service.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for name, text in (("print", "print its file"), ("install", "start it, now and at log-in"),
-                       ("uninstall", "stop and remove it"), ("status", "show whether it runs")):
-        action = actions.add_parser(name, help=text, allow_abbrev=False)
-        if name == "print":
-            action.add_argument("kind", choices=("systemd", "launchd", "task", "docker"))
-        add_settings(action)
-    return parser
+
+
+# By shell: the script, and what it does for the words after a command. Only the words are data.
+SHELL_SCRIPTS = {
+    "bash": ("""\
+_claude_api_bridge() {{
+  local word path=
+  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+    case "$path/$word" in {paths}) path="$path/$word" ;; esac
+  done
+  case "$path" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o default -F _claude_api_bridge {names}""", "    {path!r}) words='{words}' ;;"),
+    "zsh": ("""\
+_claude_api_bridge() {{
+  local word place=
+  for word in "${{(@)words[2,CURRENT-1]}}"; do
+    case "$place/$word" in ({paths}) place="$place/$word" ;; esac
+  done
+  case "$place" in
+{cases}
+  esac
+  _files
+}}
+compdef _claude_api_bridge {names}""", "    ({path!r}) compadd -- {words} ;;"),
+    "fish": ("""\
+function __claude_api_bridge_path
+  set -l path
+  for word in (commandline -opc)[2..]
+    switch $path/$word
+      case {paths}
+        set path $path/$word
+    end
+  end
+  echo $path
+end
+{cases}""", "complete -c claude-api-bridge -c claude_api_bridge.py -c claude_api_bridge.pyz"
+            " -n 'test \"(__claude_api_bridge_path)\" = \"{path}\"' -a '{words}'")}
+
+
+def command_paths(parser: argparse.ArgumentParser, path: str = "") -> Iterator[Tuple[str, str]]:
+    """Yield each command as a path, such as "/token/create", with what may follow it."""
+    words: List[str] = []
+    for action in parser._actions:
+        words += [flag for flag in action.option_strings if flag.startswith("--")]
+        words += list(action.choices or ())
+        if isinstance(action.choices, dict):
+            for name, command in action.choices.items():
+                yield from command_paths(command, "%s/%s" % (path, name))
+    yield path, " ".join(words)
+
+
+def command_completion(
+        arguments: argparse.Namespace, config: Config, console: Console) -> int:
+    """completion SHELL: print a script for the shell's start file. -> 0."""
+    script, case = SHELL_SCRIPTS[arguments.shell]
+    rows = list(command_paths(build_parser()))
+    separator = " " if arguments.shell == "fish" else "|"
+    console.data(script.format(
+        paths=separator.join(path for path, _ in rows if path),
+        cases="\n".join(case.format(path=path, words=words) for path, words in rows),
+        names="claude-api-bridge claude_api_bridge.py claude_api_bridge.pyz"))
+    return 0
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -13067,6 +13562,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo-claude"]:
         return DemoClaude(words[1:]).run()
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     parser = build_parser()
     arguments = parser.parse_args(words)
     if not arguments.command:
@@ -13075,7 +13572,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     console = Console()
     commands = {
         "ask": command_ask, "token": command_token, "pause": command_queue, "resume": command_queue,
-        "doctor": command_doctor, "backup": command_backup, "service": command_service}
+        "doctor": command_doctor, "backup": command_backup, "service": command_service,
+        "completion": command_completion}
     try:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":

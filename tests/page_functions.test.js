@@ -12,7 +12,7 @@ const page = new Function(`"use strict";
 ${section}
 return {
   CODE_EXAMPLES, formatCompact, formatCount, formatDollars, formatDuration, formatElapsed,
-  formatTime, joinNonEmpty, limitName, matchesSearch, mergeRecent, newTokenBody, parseEvent, plural,
+  exhaustedAt, formatExact, queueDuration, rightsWarning, stateText, formatTime, joinNonEmpty, limitName, matchesSearch, mergeRecent, newTokenBody, parseEvent, plural,
   totalTokens, truncate, usageParts, waitingText,
 };`)();
 
@@ -42,9 +42,60 @@ test("formatDuration uses the two largest units", () => {
   ]);
 });
 
+test("formatExact has a decimal below 10 seconds", () => {
+  checkTable("formatExact", [
+    [0, "0 s"], [77, "0.1 s"], [340, "0.3 s"], [9.94 * SECOND, "9.9 s"], [9.96 * SECOND, "10 s"],
+    [90 * SECOND, "1 min 30 s"],
+  ]);
+});
+
+test("stateText says what the queue does or waits for", () => {
+  const soon = new Date(Date.now() + 1000);
+  checkTable("stateText", [
+    [{ isProcessing: false }, "idle"],
+    [{ isProcessing: true }, "working"],
+    [{ isProcessing: false, waitingFor: "usage_limit", resumesAt: soon.toISOString() },
+      "resting until " + page.formatTime(soon)],
+    [{ isProcessing: true, waitingFor: "paused" }, "paused"],
+    [{ waitingFor: "network", resumesAt: soon.toISOString() }, "network lost"],
+    [{ waitingFor: "login" }, "login refused"],
+    [{ waitingFor: "new_reason" }, "new reason"],
+  ]);
+});
+
+test("exhaustedAt is the time at which a limit is used up, if that is before its reset", () => {
+  const now = Date.parse("2026-01-31T12:00:00Z");
+  const limit = (utilization, hoursLeft, type = "five_hour") =>
+    ({ type, utilization, resetsAt: new Date(now + hoursLeft * HOUR).toISOString() });
+  // After 2 of 5 hours half of it is used.
+  assert.strictEqual(page.exhaustedAt(limit(0.5, 3), now).toISOString(), "2026-01-31T14:00:00.000Z");
+  assert.strictEqual(
+    page.exhaustedAt(limit(0.75, 84, "seven_day_opus"), now).toISOString(),
+    "2026-02-01T16:00:00.000Z");
+  for (const [utilization, hoursLeft, type] of [
+    [0.2, 3], [0, 3], [1, 3], [null, 3], [0.5, 6], [0.5, 3, "unknown"]]) {
+    assert.strictEqual(page.exhaustedAt(limit(utilization, hoursLeft, type), now), null);
+  }
+  assert.strictEqual(page.exhaustedAt({ type: "five_hour", utilization: 0.5 }, now), null);
+});
+
+test("queueDuration uses the median of the requests that were answered", () => {
+  const job = (seconds, errorCode) => ({ errorCode, startedAt: "2026-01-31T12:00:00Z",
+    completedAt: new Date(Date.parse("2026-01-31T12:00:00Z") + seconds * SECOND).toISOString() });
+  assert.strictEqual(page.queueDuration(3, [job(1), job(900), job(4), job(700, "timeout")]), 12 * SECOND);
+  assert.strictEqual(page.queueDuration(3, [job(1, "timeout"), {}]), null);
+});
+
+test("rightsWarning names what such a token can do", () => {
+  assert.strictEqual(page.rightsWarning("read", false), "");
+  assert.match(page.rightsWarning("all", false), /^This token can run any command/);
+  assert.match(page.rightsWarning("all", true), /any command .* manage all tokens/);
+});
+
 test("formatElapsed is empty if a time is missing", () => {
   const from = "2026-01-31T12:00:00.000Z";
   assert.strictEqual(page.formatElapsed(from, "2026-01-31T12:01:05.000Z"), "1 min 5 s");
+  assert.strictEqual(page.formatElapsed(from, "2026-01-31T12:00:00.340Z"), "0.3 s");
   assert.ok(!page.formatElapsed(null, from));
   assert.ok(!page.formatElapsed(from, undefined));
 });
@@ -165,7 +216,7 @@ test("parseEvent reads an event and skips a heartbeat", () => {
 test("newTokenBody turns form fields into the body of a request", () => {
   const fields = {
     name: "robot",
-    expiresInDays: "never",
+    expiresInDays: "",
     requestsPerMinute: "",
     requestsPerDay: "50",
     models: " haiku, sonnet ",

@@ -90,6 +90,8 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("GET", "/v1/models/:id"): Rule(HOLDERS, 200),
     ("POST", "/api/tokens"): Rule(ADMINS, 400),
     ("GET", "/api/tokens"): Rule(ADMINS, 200),
+    ("PATCH", "/api/tokens/:id"): Rule(ADMINS, 400),
+    ("POST", "/api/tokens/:id/rotate"): Rule(ADMINS, 200),
     ("DELETE", "/api/tokens/:id"): Rule(ADMINS, 200),
     ("POST", "/api/queue/pause"): Rule(ADMINS, 200),
     ("POST", "/api/queue/resume"): Rule(ADMINS, 200),
@@ -222,7 +224,7 @@ class Cast:
             if not victim:
                 self.apis["admin"].new_token("victim")
                 return self.path(path)
-            return "/api/tokens/" + str(victim[0])
+            return path.replace(":id", str(victim[0]))
         return (
             path.replace(":requestId", self.request_id)
             .replace(":name", "default")
@@ -607,6 +609,8 @@ ACTS: Tuple[Tuple[str, str, Optional[Dict[str, Any]]], ...] = (
     ("PUT", "/api/ask/ID", None),
     ("DELETE", "/api/conversations/ID", None),
     ("DELETE", "/api/tokens/ID", None),
+    ("PATCH", "/api/tokens/ID", {"name": "mine"}),
+    ("POST", "/api/tokens/ID/rotate", None),
     ("GET", "/v1/models/ID", None),
 )
 

@@ -58,6 +58,7 @@ def command(
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CAB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(sys, "argv", ["claude_api_bridge.py"])
 
     def run(*words: str, **variables: str) -> Output:
         with monkeypatch.context() as patch:
@@ -195,17 +196,19 @@ def test_help_of_start_shows_every_setting_and_starts_nothing(
 @pytest.mark.parametrize(
     "words",
     [
-        ["frobnicate"], ["help"], ["start", "--prot", "1"], ["start", "extra"], ["start", "--port"],
+        ["frobnicate"], ["help", "me"], ["start", "--prot", "1"], ["start", "extra"],
+        ["start", "--port"],
         ["start", "--no-tunnel=maybe"], ["token"], ["token", "frob"], ["token", "create"],
         ["token", "revoke"], ["token", "create", "x", "--requests-per-minute"],
         ["token", "create", "x", "--models"], ["token", "create", "x", "--requests", "5"],
-        ["token", "create", "x", "--expires", "5"], ["token", "create", "x", "--expires", "soon"],
+        ["token", "update"], ["token", "rotate"], ["completion", "tcsh"],
     ],
 )
 def test_invalid_arguments_are_refused(command: Command, tmp_path: Path, words: List[str]) -> None:
     status, out, err = command(*words)
     assert (status, out) == (2, "")
-    assert "error: " in err.splitlines()[-1]
+    assert err.splitlines()[-2].startswith("error: ")
+    assert err.splitlines()[-1].startswith("hint: ")
     assert not (tmp_path / "data").exists()
 
 
@@ -261,7 +264,8 @@ def test_tokens_are_created_listed_and_revoked_without_a_bridge(tmp_path: Path) 
     revoked = token_command("revoke", token_id)
     assert (revoked.returncode, revoked.stdout, revoked.stderr) == (0, "", "Token revoked\n")
     second = token_command("revoke", token_id)
-    assert (second.returncode, second.stdout, second.stderr) == (1, "", "error: Token not found\n")
+    assert (second.returncode, second.stdout, second.stderr) == (
+        1, "", "error: Token not found: there is no ID, name or prefix %r\n" % token_id)
     assert json.loads(token_command("list", "--json").stdout) == []
 
 
@@ -406,7 +410,8 @@ def test_a_workspace_must_exist_and_have_a_use(
 def test_an_unknown_token_id_is_an_error(command: Command) -> None:
     # The last one is how Python represents an argument that is not UTF-8.
     for token_id in ("x", "%", "\udcff"):
-        assert command("token", "revoke", token_id) == (1, "", "error: Token not found\n")
+        status, out, err = command("token", "revoke", token_id)
+        assert (status, out) == (1, "") and err.startswith("error: Token not found: ")
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 101])
@@ -1025,3 +1030,251 @@ def test_the_demo_is_a_complete_bridge_that_answers_with_an_echo(program: Progra
     answers.append(Api(second.port, client.token).answer("three")["response"])
     echoes = [text.partition("You said")[2] for text in answers]
     assert echoes == [": one", " (turn 2): two", " (turn 3): three"]
+
+
+# --- tokens: what may be changed ---
+
+
+def test_the_rights_of_a_token_are_listed_and_warned_of(command: Command) -> None:
+    assert "can run any command here, as you\n" in command(
+        "token", "create", "shell", "--tools", "all").err  # fmt: skip
+    assert "can manage all tokens" in command("token", "create", "boss", "--admin").err
+    assert "can " not in command(
+        "token", "create", "rules", "--tools", "Read,Bash(git log:*)",
+        "--requests-per-minute", "5", "--requests-per-day", "9").err  # fmt: skip
+    header, *lines = command("token", "list").out.splitlines()
+    assert header.split("  ")[0] == "ID"
+    assert "TOOLS" in header and "LIMITS" in header and "LAST USED" in header
+    listed = {line.split()[-1]: line.split() for line in lines}
+    assert listed["shell"][3:5] == ["no", "all"]
+    assert listed["boss"][3:5] == ["yes", "none"]
+    assert listed["rules"][3:9] == ["no", "2", "rules", "5/min", "9/day", "never"]
+
+
+@pytest.mark.parametrize("tools, meant", [
+    ("Reed", "Read"), ("wbe", "web"), ("raed", "read"), ("Bsah(ls:*)", "Bash"), ("foo", None),
+    ("Read,webfetch", "WebFetch")])  # fmt: skip
+def test_a_typo_in_tools_is_refused_with_the_levels(
+    command: Command, tools: str, meant: Optional[str]
+) -> None:
+    status, out, err = command("token", "create", "x", "--tools", tools)
+    assert (status, out) == (2, "") and "Levels: none, read, web, all" in err
+    assert ("did you mean \"%s\"?" % meant in err) if meant else "did you mean" not in err
+    assert tokens(command) == {}
+
+
+@pytest.mark.parametrize("tools", ["Read", "SomeNewerTool", "mcp__server__tool", "Edit(src/**)"])
+def test_a_tool_that_may_exist_is_accepted(command: Command, tools: str) -> None:
+    assert command("token", "create", "x", "--tools", tools).status == 0
+    assert tokens(command)["x"]["tools"] == [tools]
+
+
+def test_update_changes_what_is_named_and_nothing_else(command: Command) -> None:
+    command("token", "create", "app", "--requests-per-minute", "5", "--models", "haiku")
+    before = tokens(command)["app"]
+    run = command("token", "update", "app", "--name", "bot", "--expires", "45")
+    assert (run.status, run.out) == (0, "")
+    after = tokens(command)["bot"]
+    assert after["expiresAt"] and before["expiresAt"] is None
+    for name in before.keys() - {"name", "expiresAt"}:
+        assert after[name] == before[name]
+    command(
+        "token", "update", after["id"], "--expires=never", "--requests-per-minute", "none",
+        "--requests-per-day", "7", "--models", "all")  # fmt: skip
+    last = tokens(command)["bot"]
+    names = ("expiresAt", "requestsPerMinute", "requestsPerDay", "models")
+    assert [last[name] for name in names] == [None, None, 7, None]
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--expires", "0"], ["--expires", "soon"], ["--name", " "], ["--models", "a b"],
+    ["--requests-per-day", "-1"], ["--requests-per-minute", "all of them"]])  # fmt: skip
+def test_an_invalid_change_is_refused_and_changes_nothing(
+    command: Command, words: List[str]
+) -> None:
+    command("token", "create", "app")
+    before = tokens(command)
+    status, out, err = command("token", "update", "app", *words)
+    assert (status, out) == (2, "") and err.startswith("error: ")
+    assert tokens(command) == before
+
+
+def test_rotate_replaces_the_secret_of_a_running_bridge(
+    program: Programs, command: Command
+) -> None:
+    running = program()
+    old = command("token", "create", "app").out.strip()
+    request_id = running.api.with_token(old).ask("hi")
+    new = command("token", "rotate", "app").out.strip()
+    assert TOKEN.fullmatch(new) and new != old
+    assert running.api.with_token(old).get("/api/requests").status == 401
+    assert running.api.with_token(new).done(request_id)["status"] == "completed"
+    assert tokens(command)["app"]["prefix"] == new[:12]
+
+
+def test_a_token_is_named_by_id_name_or_prefix(command: Command) -> None:
+    secrets = {name: command("token", "create", name).out.strip() for name in "abcd"}
+    assert command("token", "revoke", tokens(command)["a"]["id"]).status == 0
+    assert command("token", "revoke", "b").status == 0
+    assert command("token", "revoke", secrets["c"][:12]).status == 0
+    assert list(tokens(command)) == ["d"]
+    # A whole token is no argument for a command line, but it is clear which one is meant.
+    assert command("token", "revoke", secrets["d"]).status == 0
+    command("token", "create", "twin")
+    command("token", "create", "twin")
+    status, _, err = command("token", "revoke", "twin")
+    assert status == 2 and err == "error: 2 tokens match 'twin'; use an ID\n"
+    # Too short to be meant.
+    for text in ("cab-", "cab", tokens(command)["twin"]["id"][:3], ""):
+        assert command("token", "revoke", text).status == 1
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("words, usage, hint", [
+    (["strat"], "COMMAND ...", "did you mean start?"),
+    (["start", "--prot", "5"], "start [FLAGS]", "did you mean --port?"),
+    (["start", "--prot=5"], "start [FLAGS]", "did you mean --port?"),
+    (["token", "creat", "x"], "token [-h] ACTION ...", "did you mean create?"),
+    (["token", "create", "x", "--adm"], "token create [-h]", "did you mean --admin?"),
+    (["token", "create"], "token create [-h]", "token create --help"),
+    (["service", "print", "systemdd"], "service print KIND [FLAGS OF start]", "mean systemd?"),
+    (["backup"], "backup [-h]", "backup --help"),
+    (["start", "please"], "start [FLAGS]", "start --help")])  # fmt: skip
+def test_a_wrong_word_gets_the_usage_of_its_command_and_a_hint(
+    command: Command, words: List[str], usage: str, hint: str
+) -> None:
+    status, out, err = command(*words)
+    lines = err.splitlines()
+    assert (status, out) == (2, "")
+    assert lines[0].startswith("usage: ") and usage in lines[0]
+    assert lines[-2].startswith("error: ")
+    assert lines[-1].startswith("hint: ") and hint in lines[-1]
+
+
+def test_help_explains_a_command(command: Command) -> None:
+    for words in ((), ("start",), ("token", "create")):
+        run = command("help", *words)
+        assert run == command(*words, "--help") and run.status == 0
+    assert command("-V") == command("--version")
+
+
+def test_hints_can_be_pasted(tmp_path: Path) -> None:
+    file = tmp_path / "a folder" / "claude_api_bridge.py"
+    file.parent.mkdir()
+    shutil.copy(MODULE, file)
+    run = subprocess.run(
+        [sys.executable, str(file), "start"], env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        stderr=subprocess.PIPE, encoding="utf-8", timeout=30)  # fmt: skip
+    assert run.returncode == 1
+    words = re.findall(r"or try: (.*) start --demo", run.stderr)
+    assert len(words) == 1 and words[0].endswith('"%s"' % file)
+    arguments = shlex.split(words[0] + " start --help")
+    again = subprocess.run(
+        [sys.executable, *arguments[1:]], stdout=subprocess.PIPE, encoding="utf-8", timeout=30)
+    assert again.returncode == 0 and "start [FLAGS]" in again.stdout
+
+
+def test_unknown_variables_are_named(program: Programs) -> None:
+    running = program(environ={"CAB_POTR": "9", "CAB_RATE_LIMIT": "100", "CAB_TOKEN": "x"})
+    assert "CAB_POTR is not a setting: did you mean CAB_PORT?" in running.stderr
+    assert running.stderr.count("is not a setting") == 1
+
+
+def test_ask_needs_no_quotes_and_refuses_nothing(program: Programs, tmp_path: Path) -> None:
+    running = program()
+    environ = {"CAB_DATA_DIR": str(tmp_path / "data")}
+    run = run_cli("ask", "how", "are", "you", environ=environ, home=tmp_path)
+    assert run.returncode == 0 and "how are you" in run.stdout
+    run = run_cli("ask", "", environ=environ, home=tmp_path)
+    assert run.returncode == 2 and "The message is empty" in run.stderr
+    assert running.api.get("/api/requests").json["requests"][0]["message"] == "how are you"
+
+
+# --- completion ---
+
+COMPLETED = [
+    ("claude-api-bridge ", "doctor"), ("claude-api-bridge token ", "rotate"),
+    ("claude-api-bridge token create --ad", "--admin"), ("claude-api-bridge st", "start"),
+    ("claude-api-bridge service print la", "launchd"),
+]
+
+
+@pytest.mark.parametrize("line, expected", COMPLETED)
+def test_bash_completes(command: Command, tmp_path: Path, line: str, expected: str) -> None:
+    bash = shutil.which("bash")
+    if not bash:
+        pytest.skip("there is no bash here")
+    script = tmp_path / "completion"
+    script.write_text(command("completion", "bash").out)
+    words = line.split(" ")
+    program = "source %s; COMP_WORDS=(%s); COMP_CWORD=%d; _claude_api_bridge; echo ${COMPREPLY[@]}"
+    program %= (script, " ".join(word or "''" for word in words), len(words) - 1)
+    run = subprocess.run([bash, "-c", program], stdout=subprocess.PIPE, timeout=30, check=True)
+    assert expected in run.stdout.decode().split()
+
+
+@pytest.mark.parametrize("line, expected", COMPLETED)
+def test_fish_completes(command: Command, tmp_path: Path, line: str, expected: str) -> None:
+    fish = shutil.which("fish")
+    if not fish:
+        pytest.skip("there is no fish here")
+    script = tmp_path / "completion"
+    script.write_text(command("completion", "fish").out)
+    run = subprocess.run(
+        [fish, "--no-config", "-c", 'source %s; complete -C "%s"' % (script, line)],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, stdout=subprocess.PIPE,
+        timeout=30, check=True)  # fmt: skip
+    assert expected in run.stdout.decode().split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_reads_the_completion(command: Command, tmp_path: Path, shell: str) -> None:
+    program = shutil.which(shell)
+    if not program:
+        pytest.skip("there is no %s here" % shell)
+    script = tmp_path / "completion"
+    script.write_text(command("completion", shell).out)
+    assert subprocess.run([program, "-n", str(script)], timeout=30).returncode == 0
+
+
+# --- start: for a person ---
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pseudo terminals")
+def test_a_person_sees_what_to_do_next_and_the_token_last(tmp_path: Path) -> None:
+    def seen() -> str:
+        """Start at a terminal; return what it shows."""
+        import pty
+        terminal, command_side = pty.openpty()
+        process = subprocess.Popen(
+            [*IMPORTED, "start", "--demo", "--no-tunnel", "--port", "0", "--host", "0.0.0.0"],
+            env={"HOME": str(tmp_path), "TERM": "xterm", "LANG": "C.UTF-8",
+                 "PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL, stdout=command_side, stderr=command_side)  # fmt: skip
+        os.close(command_side)
+        output = b""
+        while not re.search(rb"\nhttp://localhost:\d+\r\n", output):
+            output += os.read(terminal, 10_000)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        with contextlib.suppress(OSError):
+            while True:
+                output += os.read(terminal, 10_000)
+        os.close(terminal)
+        return output.decode().replace("\r\n", "\n")
+
+    first = seen()
+    secret = TOKEN.findall(first)[0]
+    assert len(set(TOKEN.findall(first))) == 1
+    port = re.findall(r"\nhttp://localhost:(\d+)\n", first)[0]
+    assert "Dashboard: http://localhost:%s/dashboard#token=%s\n" % (port, secret) in first
+    assert 'claude_api_bridge.py ask "Why is the sky blue?"\n' in first
+    assert re.search(r"From any program: curl -sS http://localhost:%s/api/ask .*%s" % (
+        port, secret), first)  # fmt: skip
+    assert first.rindex(secret) > first.rindex("http://localhost:")
+    assert re.search(r"─+\n%s\n─+\n" % secret, first)
+    second = seen()
+    assert not TOKEN.search(second)
+    assert re.search(r"For another admin token: .* token create NAME --admin\n", second)

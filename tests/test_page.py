@@ -139,7 +139,7 @@ def test_without_a_token_there_are_counters_the_api_and_the_sign_in_form(
     running = bridge()
     running.admin.answer("secret words")
     page = visit(running)
-    page.wait_for_text("ready", "[role=status]")
+    page.wait_for_text("idle", "[role=status]")
     counters = page.js(
         "Object.fromEntries([...document.querySelectorAll('#counters dd')]"
         ".map((element) => [element.id.replace('counters-', ''), element.innerText]))"
@@ -437,8 +437,9 @@ def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start
     page = visit(running, running.admin.token)
     page.open_view("Tokens")
     page.write("Name", "robot")
-    for label, value in (("Session mode", "stateful"), ("Tools", "web"), ("Expires", "7")):
+    for label, value in (("Session mode", "stateful"), ("Tools", "web")):
         page.choose(label, value)
+    page.write("Expires", "45")
     page.write("Requests per minute", "5")
     page.write("Requests per day", "50")
     page.write("Models", "haiku, sonnet")
@@ -472,6 +473,117 @@ def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start
     page.press("Revoke admin", "#tokens")
     page.press("Yes, revoke", "#tokens")
     page.wait_for_text("last admin token", "#toast")
+
+
+def test_a_token_is_edited_and_rotated(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    old = running.admin.new_token("robot", requestsPerDay=50, expiresInDays=10)
+    before = next(
+        token for token in running.admin.get("/api/tokens").json["tokens"]
+        if token["name"] == "robot")  # fmt: skip
+    page = visit(running, running.admin.token)
+    page.open_view("Tokens")
+    page.press("Edit robot", "#tokens")
+    page.wait_for_text("Edit robot", "h2")
+    page.write("Name", "droid")
+    page.write("Requests per minute", "7")
+    page.press("Save")
+    page.wait_for_text("droid", "#tokens")
+    page.wait_for_text("7 per minute", "#tokens")
+    after = next(
+        token for token in running.admin.get("/api/tokens").json["tokens"]
+        if token["name"] == "droid")  # fmt: skip
+    # The expiry was not touched, so it is not moved.
+    assert after == {
+        **before, "name": "droid", "requestsPerMinute": 7, "lastUsedAt": after["lastUsedAt"]}
+    page.wait_for_text("New token", "h2")
+    page.press("Rotate droid", "#tokens")
+    page.press("Yes, rotate", "#tokens")
+    secret = page.until("document.querySelector('#created-token code')?.innerText")
+    assert running.admin.with_token(secret).get("/api/requests").status == 200
+    assert old.get("/api/requests").status == 401
+    # The secret of a revoked token does not stay.
+    page.press("Revoke droid", "#tokens")
+    page.press("Yes, revoke", "#tokens")
+    page.wait_for_no_text("droid", "#tokens")
+    assert secret not in page.js("document.documentElement.outerHTML")
+
+
+def test_dangerous_rights_are_shown_and_warned_of(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    running.admin.new_token("shell", tools="all")
+    running.admin.new_token("plain")
+    page = visit(running, running.admin.token)
+    page.open_view("Tokens")
+    page.wait_for_text("plain", "#tokens")
+    badges = "[...document.querySelectorAll('#tokens li')].map((li) =>"\
+        " [li.querySelector('b').innerText, li.querySelector('.badge')?.innerText || null])"
+    assert dict(page.js(badges)) == {"shell": "all tools", "plain": None, "admin": "admin"}
+    assert page.text("#rights-warning") == ""
+    page.choose("Tools", "all")
+    page.wait_for_text("can run any command", "#rights-warning")
+    page.choose("Tools", "read")
+    page.wait_for_no_text("can run any command", "#rights-warning")
+
+
+# --- State ---
+
+
+def test_the_link_of_start_signs_in_and_leaves_no_token_in_the_address(
+    visit: Visitor, bridge: Start
+) -> None:
+    running = bridge()
+    page = visit(running)
+    page.navigate("http://127.0.0.1:%d/health" % running.port)
+    page.navigate("http://127.0.0.1:%d/dashboard#token=%s" % (running.port, running.admin.token))
+    page.wait_for_text("Running now")
+    assert page.js("location.href").endswith("/dashboard")
+    assert page.js("sessionStorage.getItem('token')") == running.admin.token
+
+
+def test_the_state_is_in_the_header_and_in_the_title(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.until("document.title === 'idle · claude-api-bridge'")
+    page.press("Pause the queue")
+    page.refresh()
+    page.until("document.title === 'paused · claude-api-bridge'")
+    assert page.text("#state") == "paused"
+    running.admin.ask("hi")
+    page.refresh()
+    page.wait_for_text("The queue is paused.", "#waiting")
+    page.press("Resume the queue")
+    page.until("document.title === 'idle · claude-api-bridge'")
+
+
+def test_a_long_queue_is_folded(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    running.admin.post("/api/queue/pause")
+    for number in range(8):
+        running.admin.ask("question %d" % number)
+    page = visit(running, running.admin.token)
+    shown = "[...document.querySelectorAll('#waiting li')]"\
+        ".filter((element) => element.checkVisibility()).length"
+    page.until(shown + " === 5")
+    page.press("Show 3 more")
+    page.until(shown + " === 8")
+    page.press("Show fewer")
+    page.until(shown + " === 5")
+
+
+def test_the_focus_stays_in_the_list_after_a_cancel(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    running.admin.post("/api/queue/pause")
+    for name in ("first", "second", "third"):
+        running.admin.ask(name)
+    page = visit(running, running.admin.token)
+    page.wait_for_text("third", "#waiting")
+    page.press("Cancel: second", "#waiting")
+    page.wait_for_text("Cancelled.", "#toast")
+    page.until("document.activeElement.getAttribute('aria-label') === 'Cancel: third'")
+    # It is no failure.
+    page.wait_for_text("cancelled", "#recent")
+    assert page.js("document.querySelector('#recent .bad')") is None
 
 
 # --- Playground ---

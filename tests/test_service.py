@@ -749,7 +749,7 @@ def test_a_token_that_is_refused_leaves_no_workspace_behind(
 
 
 def test_a_secret_is_returned_once_and_matches_its_token(bench: Bench) -> None:
-    token, secret = bench.service.create_token(cab.NewToken("app", "stateful", 30, False, "none"))
+    token, secret = bench.service.create_token(cab.NewToken("app", 30, session_mode="stateful"))
     assert secret.startswith(token.prefix)
     assert len(token.prefix) == 12
     assert bench.service.authenticate(secret).id == token.id

@@ -436,7 +436,7 @@ def test_an_agent_of_launchd_from_install_to_uninstall(tmp_path: Path) -> None:
         assert "--demo" in agent["ProgramArguments"]
         status = ran("status", home=tmp_path, **variables)
         assert (status.returncode, status.stdout) == (0, "state = running\n")
-        port = int(re.findall(r"It listens on http://127.0.0.1:(\d+)", run.stderr)[0])
+        port = int(re.findall(r"It listens on http://localhost:(\d+)", run.stderr)[0])
         answer = Api(port, TOKEN.findall(log.read_text())[0]).answer("Hello")
         assert answer["response"].endswith("You said: Hello")
     finally:
@@ -471,7 +471,8 @@ def test_without_a_service_manager_one_sentence_says_so(tmp_path: Path, action: 
     run = ran(action, home=tmp_path, PATH=str(tmp_path))
     assert run.returncode == 1 and not run.stdout
     assert run.stderr.splitlines() == [
-        "error: Neither systemctl nor launchctl is here.", "hint: try: service print --help"]
+        "error: Neither systemctl nor launchctl is here.",
+        "hint: try: python3 %s service print --help" % MODULE]
 
 
 def test_a_manager_that_cannot_be_reached_is_reported_and_nothing_written(tmp_path: Path) -> None:
@@ -495,7 +496,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     variables = manager(tmp_path, "systemctl", "#!/bin/sh\n")
     (tmp_path / ".config").write_text("a file")
     run = ran("install", *LOCAL, home=tmp_path, **variables)
-    assert run.returncode == 1 and "cannot be written: Not a directory" in run.stderr
+    assert run.returncode == 1 and "cannot be read: Not a directory" in run.stderr
     assert "Traceback" not in run.stderr
 
 

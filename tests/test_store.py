@@ -1151,7 +1151,7 @@ def test_a_token_is_looked_up_by_its_digest_and_its_secret_is_not_stored(
 ) -> None:
     secret = cab.new_token()
     new = cab.NewToken(
-        "app", "stateful", 7, True, ("Read", "Bash(git log:*)"), 10, 200, ("haiku", "sonnet[1m]")
+        "app", 7, 10, 200, ("haiku", "sonnet[1m]"), "stateful", True, ("Read", "Bash(git log:*)")
     )
     token = store.tokens.add(new, secret, os.path.abspath("/srv/work"))
     assert token == cab.Token(

@@ -154,7 +154,7 @@ def test_a_wrong_method_is_405_and_allow_lists_the_right_ones(admin: Api) -> Non
         ("PUT", "/api/ask/"): "OPTIONS, POST",
         ("PATCH", "/api/tokens"): "GET, HEAD, OPTIONS, POST",
         ("DELETE", "/api/tokens"): "GET, HEAD, OPTIONS, POST",
-        ("GET", "/api/tokens/x"): "DELETE, OPTIONS",
+        ("GET", "/api/tokens/x"): "DELETE, OPTIONS, PATCH",
         ("PUT", "/api/ask/x"): "DELETE, GET, HEAD, OPTIONS",
         ("DELETE", "/api/ask/x/events"): "GET, HEAD, OPTIONS, POST",
         ("POST", "/api/requests"): "GET, HEAD, OPTIONS",
@@ -1184,7 +1184,7 @@ def test_an_overload_that_lasts_ends_the_request_after_the_hours_of_a_hold(
 
 NAME_REQUIRED = "Token name is required"
 MODES = 'sessionMode must be "stateful" or "stateless"'
-EXPIRY = "expiresInDays must be 1, 7, 30, 90, or null (never)"
+EXPIRY = "expiresInDays must be a whole number from 1 to 3650"
 INVALID_NAMES: Tuple[Any, ...] = (
     None, {}, [], b"null", b'"x"', {"name": ""}, {"name": "  "}, {"name": 5}, {"name": None},
     {"name": ["x"]},
@@ -1195,7 +1195,8 @@ INVALID_MODELS: Tuple[Any, ...] = (
     "haiku", [], {}, True, [""], [None], [1], ["a b"], ["-p"], ["m" * 129], ["haiku"] * 21,
 )
 INVALID_TOOLS: Tuple[Any, ...] = (
-    "", "every", [], [""], ["Bash(a\nb)"], ["--flag"], [1], {}, True, ["R"] * 51,
+    "", "every", [], [""], ["Bash(a\nb)"], ["--flag"], [1], {}, True, ["Read"] * 51,
+    ["Reed"], ["read"], ["wbe"], ["Read", "bash(ls:*)"], ["foo"], ["All"],
 )
 # (body, text of the original or None, field)
 INVALID_TOKENS: Tuple[Tuple[Any, Optional[str], Optional[str]], ...] = (
@@ -1207,7 +1208,7 @@ INVALID_TOKENS: Tuple[Tuple[Any, Optional[str], Optional[str]], ...] = (
     ),
     *(
         ({"name": "x", "expiresInDays": days}, EXPIRY, "expiresInDays")
-        for days in (0, 2, "7", -1, True, 7.5, [7], "")
+        for days in (0, 3651, "x", -1, True, 7.5, [7], "")
     ),
     *(({"name": "x", "admin": admin}, None, "admin") for admin in INVALID_FLAGS),
     *(({"name": "x", "tools": tools}, None, "tools") for tools in INVALID_TOOLS),

@@ -28,6 +28,8 @@ with zipfile.ZipFile(sys.argv[1], "w") as archive:
 PY
 mkdir -p dist
 "$python" -m zipapp "$stage/app.zip" -p '/usr/bin/env python3' -o dist/claude_api_bridge.pyz
+# zipapp lets only the owner run it.
+chmod 755 dist/claude_api_bridge.pyz
 "$python" dist/claude_api_bridge.pyz --version > /dev/null
 "$python" dist/claude_api_bridge.pyz start --help > /dev/null
 echo "dist/claude_api_bridge.pyz"

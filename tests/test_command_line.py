@@ -969,6 +969,11 @@ def test_the_same_source_gives_the_same_pyz(pyz: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     sys.implementation.name != "cpython", reason="PyPy has no audit event for a compile"
 )
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_everybody_may_run_the_pyz(pyz: Path) -> None:
+    assert pyz.stat().st_mode & 0o777 == 0o755
+
+
 def test_the_pyz_compiles_its_source_once_and_knows_its_lines(pyz: Path) -> None:
     code = """
 import linecache, runpy

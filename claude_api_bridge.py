@@ -10830,6 +10830,8 @@ label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem 
 dl.grid { --column: 6rem; min-height: 4rem }
 dl.grid div { display: flex; flex-direction: column-reverse }
 form .grid { margin: .75rem 0 }
+#counters { margin-top: 2.5rem; align-items: end }
+.end { margin-left: auto }
 #bridge-facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
   align-items: baseline }
 #bridge-facts div { display: contents }
@@ -10854,7 +10856,7 @@ button:hover, [aria-pressed=true] { background: var(--tint) }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--paper);
   font-weight: 600 }
 #sign-out, dt button { border: 0; padding: 0; min-height: 1.5rem; text-decoration: underline }
-dt button { color: inherit; font-size: inherit }
+dt button { color: inherit; font-size: inherit; line-height: 1 }
 label > * { display: block; width: 100%; margin-top: .2rem }
 label > [type=checkbox] { display: inline; width: 1.1rem; min-height: 1.1rem;
   accent-color: var(--accent); vertical-align: -.25rem }
@@ -11359,7 +11361,7 @@ function showView() {
 // === Polling ===
 // Each poll reads the public counters; the rate-limited lists only on changes or after 30 seconds.
 const lastFetch = { at: 0, allAt: 0, counters: "", tokenCount: 0 };
-let pollNumber = 0, pollTimer, lastUpdateAt = 0, listUpdate = Promise.resolve();
+let pollNumber = 0, queueReason, pollTimer, lastUpdateAt = 0, listUpdate = Promise.resolve();
 
 async function pollOnce() {
   clearTimeout(pollTimer);
@@ -11395,7 +11397,8 @@ async function refresh() {
     ["Requests", stats.totalRequests], ["Tokens", stats.totalTokens]];
   showFigures("counters", counters, formatCount);
   setText("version", "v" + version);
-  showState(stateText(queue), queue.waitingFor ? "warm" : "good");
+  queueReason = queue.waitingFor;
+  showState(stateText(queue), queueReason ? "warm" : "good");
   setText("nothing-runs", queue.isProcessing ? "A request of another token is running."
     : "No request is running.");
   if (!isSignedIn) return queue.length > 0;
@@ -11517,7 +11520,9 @@ function waitingRow(job) {
   const element = el("li", row(position, messagePreview(job), details, cancelButton(job)), reason);
   const update = ({ queuePosition, waitingFor, resumesAt }) => {
     position.textContent = queuePosition;
-    reason.replaceChildren(...waitingParts(waitingFor, resumesAt));
+    // The notice above the list says what all wait for.
+    const isOwn = waitingFor !== queueReason;
+    reason.replaceChildren(...isOwn ? waitingParts(waitingFor, resumesAt) : []);
   };
   return Object.assign(element, { update });
 }
@@ -11666,7 +11671,7 @@ function tokenRow(entry) {
     "Rotate " + name);
   const times = meta();
   const element = el("li", row(el("b", name), badges.map((text) => el("span.badge", text)),
-    el("span.grow"), editButton(entry), rotateButton, revokeButton), meta(facts + " · "), times);
+    el("div.row end", editButton(entry), rotateButton, revokeButton)), meta(facts + " · "), times);
   const update = ({ lastUsedAt, expiresAt, isExpired }) => {
     times.replaceChildren(...lastUsedAt ? ["last used ", timeElement(lastUsedAt)] : ["never used"]);
     const verb = isExpired ? " · expired " : " · expires ";

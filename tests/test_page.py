@@ -425,8 +425,7 @@ def test_a_reached_plan_limit_is_shown_with_its_reset(visit: Visitor, bridge: St
     wait_until(lambda: running.admin.get("/api/usage").json["plan"]["waitingFor"])
     page = visit(running, running.admin.token)
     page.wait_for_text("Waiting for the plan limit to reset at", "#plan-notice")
-    page.wait_for_text("Waiting for the plan limit to reset at", "#waiting")
-    assert page.js("Date.parse(document.querySelector('#waiting time').dateTime) > Date.now()")
+    assert page.js("Date.parse(document.querySelector('#plan-notice time').dateTime) > Date.now()")
 
 
 # --- Tokens ---
@@ -551,7 +550,9 @@ def test_the_state_is_in_the_header_and_in_the_title(visit: Visitor, bridge: Sta
     assert page.text("#state") == "paused"
     running.admin.ask("hi")
     page.refresh()
-    page.wait_for_text("The queue is paused.", "#waiting")
+    page.wait_for_text("hi", "#waiting")
+    assert page.text("#plan-notice") == "The queue is paused."
+    assert "The queue is paused." not in page.text("#waiting")
     page.press("Resume the queue")
     page.until("document.title === 'idle · claude-api-bridge'")
 

@@ -13228,18 +13228,18 @@ class ServiceManager:
         return probe([self._program, *words], os.environ,
                      advice="log in as this user, not by su or sudo, if it finds no bus or domain")
 
-    @property
-    def is_installed(self) -> bool:
-        """Whether our file is there. Raises CannotStart if it is somebody else's."""
+    def installed_text(self) -> str:
+        """Return our file; "" if there is none. Raises CannotStart if it is somebody else's."""
         try:
-            is_ours = SERVICE_MARK in self.path.read_text("utf-8", "replace")
+            text = self.path.read_text("utf-8")
         except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise CannotStart("%s cannot be read: %s." % (self.path, error.strerror)) from None
-        if not is_ours:
+            return ""
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise CannotStart("%s cannot be read: %s." % (self.path, reason)) from None
+        if SERVICE_MARK not in text:
             raise CannotStart("%s is not from this program." % self.path, "move it away first")
-        return True
+        return text
 
     @property
     def is_running(self) -> bool:
@@ -13248,10 +13248,22 @@ class ServiceManager:
     def write(self, text: str) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_file_atomically(self.path, text + "\n")
+            write_file_atomically(self.path, text)
         except OSError as error:
             text = "%s cannot be written: %s." % (self.path, error.strerror or error)
             raise CannotStart(text) from None
+
+    def restart(self, config: Config) -> None:
+        """Start what the file says; a bridge that runs may finish its request before."""
+        self.prepare()
+        with contextlib.suppress(CannotStart):
+            self.stop()
+        stops_by = Clock.monotonic() + SERVICE_STOP_SECONDS
+        while lock_holder(config) and Clock.monotonic() < stops_by:
+            time.sleep(0.2)
+        DirectoryLock(config.data_dir / "bridge.lock").close()
+        self.prepare()
+        self.start()
 
     def remove(self, config: Config) -> None:
         """Stop the bridge and delete the file."""
@@ -13259,7 +13271,7 @@ class ServiceManager:
             self.stop()
         except CannotStart:
             # Perhaps it did not run.
-            if lock_holder(config):
+            if lock_holder(config) or self.is_running:
                 raise
         try:
             self.path.unlink()
@@ -13275,10 +13287,10 @@ def command_service(arguments: argparse.Namespace, config: Config, console: Cons
         print_left_out(arguments.kind, config, console)
         return 0
     manager = ServiceManager(config)
-    is_installed = manager.is_installed
+    installed_text = manager.installed_text()
     if arguments.action == "install":
-        install_service(manager, config, console)
-    elif not is_installed:
+        install_service(manager, installed_text, config, console)
+    elif not installed_text:
         console.data("It is not installed.")
         return int(arguments.action == "status")
     elif arguments.action == "status":
@@ -13292,58 +13304,61 @@ def command_service(arguments: argparse.Namespace, config: Config, console: Cons
     return 0
 
 
-def install_service(manager: ServiceManager, config: Config, console: Console) -> None:
-    """Write the file, start the bridge and wait until it listens. A first installation that fails
-    leaves no file. Raises CannotStart."""
-    is_update = manager.is_installed
+def install_service(
+        manager: ServiceManager, old_text: str, config: Config, console: Console) -> None:
+    """Write the file, start the bridge and wait until it listens. If that fails, a first
+    installation is removed, and after a later one the old file's bridge runs again. old_text: the
+    old file, or "". Raises CannotStart."""
+    # Shows whether the manager can be reached.
     manager.prepare()
-    text = service_file(manager.kind, config, os.environ)
+    text = service_file(manager.kind, config, os.environ) + "\n"
     lock_path = data_directory(config.data_dir) / "bridge.lock"
-    if not is_update:
+    if not old_text:
         # Raises CannotStart if a bridge runs that is no service.
         DirectoryLock(lock_path).close()
-    manager.write(text)
+    print_left_out(manager.kind, config, console)
     try:
-        manager.prepare()
-        with contextlib.suppress(CannotStart):
-            manager.stop()
-        # The bridge that ran until now may finish its request.
-        stops_by = Clock.monotonic() + SERVICE_STOP_SECONDS
-        while is_update and lock_holder(config) and Clock.monotonic() < stops_by:
-            time.sleep(0.2)
-        DirectoryLock(lock_path).close()
-        manager.prepare()
-        manager.start()
+        manager.write(text)
+        manager.restart(config)
         url = wait_for_bridge(manager, config)
-    except CannotStart:
-        if not is_update:
-            with contextlib.suppress(CannotStart):
+    except CannotStart as error:
+        try:
+            if old_text:
+                manager.write(old_text)
+                manager.restart(config)
+            elif manager.path.exists():
                 manager.remove(config)
+        except CannotStart as second_error:
+            raise CannotStart(
+                "%s Then it could not be undone: %s" % (error, second_error), error.hint) from None
         raise
     console.info("✅", "Installed and started: %s" % manager.path)
-    console.info("🔗", "It listens on %s" % url)
+    console.info("🔗", "It listens on %s" % url if url else "It does not listen yet; see its log")
     console.info("🔑", "Its log, with the first admin token: %s" % manager.log)
     console.info("🔑", "For another admin token: token create NAME --admin")
-    print_left_out(manager.kind, config, console)
 
 
 def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
-    """Return the address of the bridge that was started. Raises CannotStart if it ends first, or
-    does not listen in time."""
+    """Return the address of the bridge that was started; "" if it still starts after a while.
+    Raises CannotStart if it ends."""
     started_at = Clock.monotonic()
     while Clock.monotonic() < started_at + SERVICE_START_SECONDS:
         with contextlib.suppress(CannotStart):
             return running_url(config)
         # The manager may start it a little later.
         if Clock.monotonic() > started_at + 1 and not manager.is_running:
-            break
+            raise CannotStart("The service was started, but the bridge does not run.",
+                              "its output says why: %s" % manager.log)
         time.sleep(0.1)
-    raise CannotStart("The service was started, but the bridge does not run.",
-                      "its output says why: %s" % manager.log)
+    return ""
 
 
 def print_left_out(kind: str, config: Config, console: Console) -> None:
     """Name what the service would need, and no file of its manager may hold."""
+    given = ""
+    if kind == "systemd":
+        with contextlib.suppress(OSError, ValueError):
+            given = (config.data_dir / "service.env").read_text("utf-8")
     names = [name for name, value in os.environ.items() if value and (
         name in ("CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
         or name in API_KEYS and config.allow_api_key
@@ -13351,8 +13366,9 @@ def print_left_out(kind: str, config: Config, console: Console) -> None:
     places = {"systemd": "write NAME=VALUE into %s" % (config.data_dir / "service.env"),
               "docker": "give it to docker run with -e NAME"}
     for name in names:
-        console.info("⚠️", "%s may be secret, so the file does not have it; %s"
-                     % (name, places.get(kind, "the service runs without it")))
+        if not re.search(r"(?m)^\s*%s=" % name, given):
+            console.info("⚠️", "%s may be secret, so the file does not have it; %s"
+                         % (name, places.get(kind, "the service runs without it")))
 
 
 # --- the parser ---

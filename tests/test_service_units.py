@@ -514,6 +514,58 @@ def test_a_bridge_that_does_not_stay_is_reported_and_removed(
     assert not (tmp_path / path).exists() and not (tmp_path / "pid").exists()
 
 
+def test_a_reinstall_that_fails_brings_the_old_service_back(tmp_path: Path) -> None:
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL)
+    unit = tmp_path / UNIT
+    try:
+        assert ran("install", *LOCAL, home=tmp_path, **variables).returncode == 0
+        before = unit.read_bytes()
+        token = TOKEN.findall((tmp_path / "journal").read_text())[0]
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            run = ran("install", *LOCAL[:-1], port, home=tmp_path, **variables)
+        assert run.returncode == 1 and "the bridge does not run" in run.stderr
+        assert unit.read_bytes() == before
+
+        def addresses() -> List[str]:
+            return re.findall(r"(?m)^http://\S+$", (tmp_path / "journal").read_text())
+
+        wait_until(lambda: len(addresses()) == 2, 20)
+        api = Api(int(addresses()[-1].rpartition(":")[2]), token)
+        assert api.answer("Hello")["response"].endswith("You said: Hello")
+    finally:
+        assert ran("uninstall", home=tmp_path, **variables).returncode == 0
+
+
+def test_what_cannot_be_undone_is_said(tmp_path: Path) -> None:
+    """The manager starts nothing, and does not stop what it says that it runs."""
+    variables = manager(tmp_path, "systemctl", """#!/bin/sh
+case "$2" in
+    enable) echo "Job failed" >&2; exit 1 ;;
+    disable) echo "Access denied" >&2; exit 1 ;;
+    status) echo "Active: active (running)" ;;
+esac
+""")
+    run = ran("install", *LOCAL, home=tmp_path, **variables)
+    assert run.returncode == 1
+    assert "Job failed" in run.stderr and "could not be undone: " in run.stderr
+    assert "Access denied" in run.stderr and (tmp_path / UNIT).exists()
+
+
+def test_a_bridge_that_starts_slowly_is_not_taken_away(tmp_path: Path) -> None:
+    """The manager runs it, and it does not listen yet."""
+    variables = manager(tmp_path, "systemctl", """#!/bin/sh
+if [ "$2" = status ]; then echo "Active: active (running)"; fi
+""")
+    program = "import claude_api_bridge as cab; cab.SERVICE_START_SECONDS = 0.2; cab.run()"
+    run = subprocess.run(
+        [sys.executable, "-c", program, "service", "install", *LOCAL],
+        env={"HOME": str(tmp_path), "PYTHONPATH": str(MODULE.parent), **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)  # fmt: skip
+    assert run.returncode == 0 and (tmp_path / UNIT).exists()
+    assert "does not listen yet" in run.stderr
+
+
 @pytest.mark.parametrize("action", ["install", "uninstall", "status"])
 def test_a_folder_in_place_of_the_file_is_one_sentence(tmp_path: Path, action: str) -> None:
     variables = manager(tmp_path, "systemctl", SYSTEMCTL)
@@ -537,6 +589,12 @@ def test_what_is_secret_is_named(tmp_path: Path, kind: str, place: str) -> None:
     assert sorted(line.split()[0] for line in lines) == [
         "CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "https_proxy"]  # fmt: skip
     assert all(place in line for line in lines)
+    if kind == "systemd":
+        (tmp_path / ".claude-api-bridge").mkdir()
+        names = "CAB_TUNNEL_TOKEN=x\nCLAUDE_CODE_OAUTH_TOKEN=y\n"
+        (tmp_path / ".claude-api-bridge" / "service.env").write_text(names)
+        run = ran("print", kind, "--demo", home=tmp_path, **variables)
+        assert [line.split()[0] for line in run.stderr.splitlines()] == ["https_proxy"]
     run = ran("print", kind, "--demo", "--allow-api-key", home=tmp_path, **variables)
     assert "ANTHROPIC_API_KEY" in run.stderr and secret not in run.stdout + run.stderr
 

@@ -6942,7 +6942,7 @@ class JobView(NamedTuple):
 
 
 # What a reader of a job receives; the view comes when it is queued or finished.
-JobEvents = Iterator[Tuple[JobEvent, Optional[JobView]]]
+JobEvents = Generator[Tuple[JobEvent, Optional[JobView]], None, None]
 
 
 class RunningJobs(Protocol):
@@ -8460,29 +8460,30 @@ def chat_steps(context: Context, job: Job) -> ChatSteps:
     is_finished = False
     last_sent_at = clock.monotonic()
     try:
-        # No name for the generator: the failure's traceback would keep it open.
         is_gone = context.request.client_disconnected
-        for event, view in service.follow(caller, job.id, client_disconnected=is_gone):
-            if event.kind == "delta":
-                for kind, piece in text.add(event.text):
-                    yield ChatStep(kind, piece, model)
-            elif event.kind == "started":
-                text.restart()
-                model = event.model or model
-            elif view and view.job.is_finished:
-                is_finished = True
-                failure = service.failure(view.job)
-                if failure:
-                    raise failure
-                for kind, piece in text.finish(view.job.response or ""):
-                    yield ChatStep(kind, piece, model)
-                yield ChatStep("end", model=view.job.model or model, job=view.job)
-                return
-            elif event.kind == "heartbeat" or (
-                    clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
-                # A new position in the queue is not sent to these clients.
-                last_sent_at = clock.monotonic()
-                yield ChatStep("heartbeat", model=model)
+        events = service.follow(caller, job.id, client_disconnected=is_gone)
+        with contextlib.closing(events):
+            for event, view in events:
+                if event.kind == "delta":
+                    for kind, piece in text.add(event.text):
+                        yield ChatStep(kind, piece, model)
+                elif event.kind == "started":
+                    text.restart()
+                    model = event.model or model
+                elif view and view.job.is_finished:
+                    is_finished = True
+                    failure = service.failure(view.job)
+                    if failure:
+                        raise failure
+                    for kind, piece in text.finish(view.job.response or ""):
+                        yield ChatStep(kind, piece, model)
+                    yield ChatStep("end", model=view.job.model or model, job=view.job)
+                    return
+                elif event.kind == "heartbeat" or (
+                        clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
+                    # A new position in the queue is not sent to these clients.
+                    last_sent_at = clock.monotonic()
+                    yield ChatStep("heartbeat", model=model)
         raise Unavailable("The request was cancelled: its client left, or the bridge is stopping.")
     finally:
         if not is_finished:
@@ -8554,11 +8555,15 @@ def handle_chat(context: Context, format: Format) -> Response:
         while first.kind == "heartbeat" and context.service.clock.monotonic() < give_up_at:
             first = next(steps)
         return stream_response(format.stream(chat, job, first, steps), ids)
-    for step in steps:
-        if step.job:
-            return json_response(200, format.body(step.job), ids)
-        if context.service.clock.monotonic() - started >= WAIT_SECONDS - HEARTBEAT_SECONDS:
-            return Response(200, stream=heartbeat_then_body(context, format, steps), headers=ids)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(steps))
+        for step in steps:
+            if step.job:
+                return json_response(200, format.body(step.job), ids)
+            if context.service.clock.monotonic() - started >= WAIT_SECONDS - HEARTBEAT_SECONDS:
+                stack.pop_all()
+                body = heartbeat_then_body(context, format, steps)
+                return Response(200, stream=body, headers=ids)
     raise AssertionError("unreachable")
 
 
@@ -11859,18 +11864,24 @@ def content_security_policy(nonce: str) -> str:
 # Constructs, starts and closes all parts. It knows the order, nothing else.
 
 
+LOCK_WAIT_SECONDS = 0.2
+
+
 class DirectoryLock:
     """One bridge per data folder: an exclusive lock on bridge.lock. The system frees it when the
-    process ends. Raises CannotStart, naming the holder."""
+    process ends. wait_seconds: for a command that looks whether a bridge runs, and so holds it for
+    a moment. Raises CannotStart, naming the holder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait_seconds: float = 0.0) -> None:
         try:
             self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             raise CannotStart("The folder %s cannot be used: %s." % (path.parent, error.strerror),
                               "make it writable, or choose another one with --data-dir") from None
         try:
-            self._lock()
+            gives_up_at = Clock.monotonic() + wait_seconds
+            while not self._lock(must=Clock.monotonic() >= gives_up_at):
+                time.sleep(0.02)
         except OSError as error:
             # Wine 8 reports 0.
             if error.errno not in (0, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
@@ -11886,15 +11897,22 @@ class DirectoryLock:
                 % (": " + holder if holder else ""),
                 "stop it first, or choose another folder with --data-dir") from None
 
-    def _lock(self) -> None:
-        if sys.platform == "win32":
-            import msvcrt
-            # Beyond the text, which others must be able to read.
-            os.lseek(self._file, 4_096, os.SEEK_SET)
-            msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _lock(self, must: bool) -> bool:
+        """-> whether it is ours. Raises OSError if it is not and must be."""
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+                # Beyond the text, which others must be able to read.
+                os.lseek(self._file, 4_096, os.SEEK_SET)
+                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if must:
+                raise
+            return False
+        return True
 
     def write(self, text: str) -> None:
         """Write the holder's pid and address, which a refused start prints."""
@@ -12015,8 +12033,10 @@ class Bridge:
         worker, waiters, server, tunnel (whose end begins at once), stores."""
         data_dir = data_directory(self.config.data_dir)
         on_exit = self._exit_stack.callback
-        lock = DirectoryLock(data_dir / "bridge.lock")
+        lock = DirectoryLock(data_dir / "bridge.lock", LOCK_WAIT_SECONDS)
         on_exit(lock.close)
+        # Not the address of the last bridge.
+        lock.write("process %d" % os.getpid())
         self._server = self._listen()
         on_exit(self._server.server_close)
         metrics = Metrics()
@@ -13321,7 +13341,7 @@ def install_service(
         manager.write(text)
         manager.restart(config)
         url = wait_for_bridge(manager, config)
-    except CannotStart as error:
+    except (CannotStart, KeyboardInterrupt) as error:
         try:
             if old_text:
                 manager.write(old_text)
@@ -13330,7 +13350,8 @@ def install_service(
                 manager.remove(config)
         except CannotStart as second_error:
             raise CannotStart(
-                "%s Then it could not be undone: %s" % (error, second_error), error.hint) from None
+                "%s Then it could not be undone: %s" % (str(error) or "Interrupted.", second_error),
+                getattr(error, "hint", "")) from None
         raise
     console.info("✅", "Installed and started: %s" % manager.path)
     console.info("🔗", "It listens on %s" % url if url else "It does not listen yet; see its log")

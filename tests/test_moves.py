@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import socket
 import sqlite3
 import stat
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional
@@ -16,7 +19,7 @@ from typing import Any, Callable, List, Mapping, Optional
 import pytest
 
 import claude_api_bridge as cab
-from conftest import FakeClaude, RunningBridge, wait_until
+from conftest import FakeClaude, RunningBridge, run_cli, wait_until
 
 Start = Callable[..., RunningBridge]
 Fakes = Callable[..., FakeClaude]
@@ -177,6 +180,26 @@ def test_a_file_system_without_locks_is_not_another_bridge(
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(cab.CannotStart, match=error):
         cab.DirectoryLock(tmp_path / "bridge.lock")
+
+
+def test_a_start_waits_for_a_command_that_only_looks(tmp_path: Path) -> None:
+    looking = cab.DirectoryLock(tmp_path / "bridge.lock")
+    timer = threading.Timer(0.05, looking.close)
+    timer.start()
+    cab.DirectoryLock(tmp_path / "bridge.lock", 10).close()
+    timer.join()
+
+
+def test_the_address_of_the_last_bridge_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir(mode=0o700)
+    lock = tmp_path / "data" / "bridge.lock"
+    lock.write_text("process 1, http://localhost:1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        run = run_cli(
+            "start", "--demo", "--no-tunnel", "--host", "127.0.0.1", "--port",
+            str(taken.getsockname()[1]), "--data-dir", str(tmp_path / "data"), home=tmp_path)
+    assert run.returncode == 1
+    assert re.fullmatch(r"process \d{2,}", lock.read_text())
 
 
 # --- sessions ---

@@ -552,6 +552,26 @@ esac
     assert "Access denied" in run.stderr and (tmp_path / UNIT).exists()
 
 
+def test_an_interrupted_installation_is_undone(tmp_path: Path) -> None:
+    """The manager starts something that does not listen, and the user presses Ctrl-C."""
+    variables = manager(tmp_path, "systemctl", """#!/bin/sh
+echo "$@" >> "$HOME/calls"
+if [ "$2" = status ]; then echo "Active: active (running)"; fi
+""")
+    process = subprocess.Popen(
+        [sys.executable, str(MODULE), "service", "install", *LOCAL],
+        env={"HOME": str(tmp_path), **variables}, stderr=subprocess.PIPE, encoding="utf-8")
+    wait_until(lambda: (tmp_path / "calls").exists()
+               and "enable --now" in (tmp_path / "calls").read_text())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Interrupted." in err and "Traceback" not in err
+    assert not (tmp_path / UNIT).exists()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "--user disable --now claude-api-bridge" in calls[calls.index(
+        "--user enable --now claude-api-bridge") :]
+
+
 def test_a_bridge_that_starts_slowly_is_not_taken_away(tmp_path: Path) -> None:
     """The manager runs it, and it does not listen yet."""
     variables = manager(tmp_path, "systemctl", """#!/bin/sh

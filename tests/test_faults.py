@@ -840,9 +840,9 @@ def test_a_claude_that_stays_silent_at_any_point_is_ended(
     # Longer than claude takes to start: PyPy is slow at that.
     made = misdeeds(silence_seconds=0.15 if sys.implementation.name == "cpython" else 2)
     body = made.do(code)
-    # Once it has called the API, that may be the silent one.
-    expected = "network" if "begin()" in code else "timeout"
-    assert (body["status"], body["errorCode"]) == ("error", expected)
+    # Once it has called the API, that may be the silent one. On a slow machine it has not yet.
+    expected = ("network", "timeout") if "begin()" in code else ("timeout",)
+    assert body["status"] == "error" and body["errorCode"] in expected
     wait_until(lambda: not made.running_pids())
 
 

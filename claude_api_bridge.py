@@ -10882,6 +10882,8 @@ summary:hover { background: var(--tint) }
 #waiting:not(.all) > :nth-child(n+6) { display: none }
 #recent li { padding: .35rem 0 }
 #plan-limits li { border: 0 }
+#first-run ol { padding-left: 1.5rem }
+#first-run h2, #first-run li { margin: 0 0 .75rem }
 #toast { position: fixed; bottom: 1rem; left: 50%; transform: translateX(-50%); width: max-content;
   max-width: calc(100% - 2rem); background: var(--ink); color: var(--paper); padding: .5rem 1rem;
   border-radius: .5rem }
@@ -10941,6 +10943,12 @@ STYLE</style>
     to manage the bridge. This tab forgets the token when you close it.</p></form>
 <div data-roles="user admin">
   <p id="plan-notice" class="notice" role="status" hidden></p>
+  <section id="first-run" class="notice" hidden><h2>First steps</h2>
+    <ol><li>Make a token for your program.
+      <button type="button" id="create-first">Create the token my-app</button></li>
+      <li>Run this in a terminal. <button type="button" id="copy-first">Copy</button>
+        <code id="first-code"></code></li>
+      <li>Watch your request arrive on this page.</li></ol></section>
   <section id="plan" hidden><h2>Plan</h2> <ul class="list grid" id="plan-limits"></ul></section>
   <section><h2>Running now</h2>
     <ul class="list" id="running"></ul> <p class="if-empty faint" id="nothing-runs"></p>
@@ -11436,6 +11444,19 @@ async function refreshRequests(includeTokens) {
   if (filter !== recent.filter) return;
   Object.assign(recent, mergeRecent(recent, newest));
   showRecent();
+  const hasRequests = recent.requests.length + active.requests.length > 0;
+  setVisible("first-run", isAdmin && !hasRequests && (firstSecret || tokenNames.size === 1));
+}
+// The token that the card of first steps created.
+let firstSecret = "";
+const showFirstCode = () => setText("first-code", CODE_EXAMPLES.curl(location.origin + "/api/ask",
+  { message: "Why is the sky blue?", wait: 60 }).replace("cab-...", firstSecret || "cab-..."));
+async function createFirst() {
+  firstSecret = (await fetchJson("POST", "/api/tokens", { name: "my-app" })).token;
+  showFirstCode();
+  setVisible("create-first", false);
+  toast("Created. The command below has the token in it; it is shown only here.");
+  $("copy-first").focus();
 }
 async function refreshOverview() {
   const [usage, { conversations }, status] = await Promise.all([getJson("/api/usage"),
@@ -11808,6 +11829,8 @@ listen("ask-form", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
 listen("stop", "click", withErrorToast(stopAsking));
+listen("create-first", "click", withErrorToast(createFirst));
+listen("copy-first", "click", withErrorToast(() => copyText($("first-code").textContent)));
 listen("copy-answer", "click", withErrorToast(() => copyText($("answer").textContent)));
 listen("copy-code", "click", withErrorToast(() => copyText($("code").textContent)));
 
@@ -11835,6 +11858,7 @@ setInterval(() => {
 
 showView();
 showCode();
+showFirstCode();
 setText("sign-in-error", sessionStorage.getItem("signOutReason") || "");
 sessionStorage.removeItem("signOutReason");
 pollOnce();

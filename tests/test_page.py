@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
@@ -858,3 +860,32 @@ def test_a_response_for_the_previous_filter_is_not_shown(visit: Visitor, bridge:
     page.js("new Promise((resolve) => setTimeout(resolve, 200)).then(() => 1)")
     page.js("release(); first.then(() => 1)")
     page.until("document.querySelectorAll('#recent li').length === 1")
+
+
+def test_a_first_run_shows_how_to_begin_until_a_request_arrives(
+    visit: Visitor, bridge: Start
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.wait_for_text("First steps", "#first-run")
+    assert "cab-..." in page.text("#first-code")
+    page.press("Create the token my-app")
+    page.until("document.activeElement.id === 'copy-first'")
+    code = page.text("#first-code")
+    secret = re.findall(r"cab-[0-9a-f]{64}", code)[0]
+    page.refresh()
+    done = subprocess.run(
+        shlex.split(code), stdout=subprocess.PIPE, timeout=30, env={"PATH": os.environ["PATH"]})
+    assert json.loads(done.stdout)["response"] == "Echo: Why is the sky blue?"
+    page.wait_for_text("Why is the sky blue?", "#recent")
+    page.wait_for_no_text("First steps", "#first-run")
+    assert running.admin.with_token(secret).get("/api/requests").status == 200
+
+
+def test_who_has_tokens_or_requests_sees_no_first_steps(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    user = running.admin.new_token("app")
+    for token in (running.admin.token, user.token):
+        page = visit(running, token)
+        page.wait_for_text("No requests to show.")
+        assert not page.js("document.querySelector('#first-run').checkVisibility()")

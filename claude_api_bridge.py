@@ -10888,6 +10888,19 @@ summary:hover { background: var(--tint) }
   max-width: calc(100% - 2rem); background: var(--ink); color: var(--paper); padding: .5rem 1rem;
   border-radius: .5rem }
 #toast:empty { display: none }
+/* Answers. */
+.text :is(ul, ol) { padding-left: 1.5rem }
+.text li > p { margin: .2rem 0 }
+.text :is(h4, h5, h6) { margin: 1rem 0 .35rem }
+.text hr { margin: 1rem 0; border: 0; border-top: 1px solid var(--line) }
+.text blockquote { margin: .5rem 0; padding-left: .9rem; border-left: 3px solid var(--edge) }
+.text :is(th, td) { text-align: left; white-space: pre-wrap; vertical-align: top }
+.text td:first-child { padding-left: 0 }
+.text a { color: var(--accent) }
+.text :not(pre) > code, .code { background: var(--tint); border-radius: .3rem }
+.text :not(pre) > code { padding: 0 .25rem }
+.code { margin: .75rem 0; padding: .5rem .75rem }
+.code pre { overflow-x: auto; white-space: pre }
 /* Bars, the chart and tables. */
 progress { display: block; appearance: none; width: 100%; height: .45rem; margin: .35rem 0;
   border: 0; background: var(--line) }
@@ -10986,7 +10999,7 @@ STYLE</style>
     <button type="button" id="stop" hidden>Stop</button>
     <span id="ask-status" class="faint" role="status"></span></p></form>
 <div id="answer-section" hidden>
-  <p id="answer" class="text box" tabindex="0" role="region" aria-label="Answer"></p>
+  <div id="answer" class="text box" tabindex="0" role="region" aria-label="Answer"></div>
   <p class="row"><button id="copy-answer">Copy answer</button>
     <span id="answer-usage" class="faint"></span></p></div>
 <h2>As code</h2>
@@ -11144,6 +11157,118 @@ function newTokenBody(fields) {
     requestsPerDay: numberOrNull("requestsPerDay"), models: models.length ? models : null };
 }
 
+// Markdown, as far as answers use it. A node is a string or { tag, parts, attributes }.
+// What is nested deeper stays text: this keeps the time linear and the stack small.
+const MAX_NESTING = 20;
+const FENCE = /^\s*(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+const QUOTE = /^\s*> ?/;
+const RULE = /^\s*([-*_])(?:\s*\1){2,}\s*$/;
+const HEADING = /^\s*(#{1,6})(?!\S)(.*)/s;
+const ITEM = /^\s*([-*+]|\d{1,9}[.)])(?:\s+|$)/;
+// What ends a paragraph. A line with a number, which may be a year, does not, except 1.
+const INTERRUPTIONS = [FENCE, QUOTE, RULE, HEADING, /^\s*([-*+]|1[.)])\s+\S/];
+const CODE = /\\[!-/:-@[-`{-~\n]|(?<run>`{1,3})(?!`)(?<code>.*?[^`])\k<run>(?!`)|`+/;
+const MARK = /\*{4,}|_{4,}|~{3,}|(?<mark>\*{1,3}|_{1,3}|~~)/;
+const LABEL = /!?\[(?<label>[^[\]]*(?:\[[^[\]]*\][^[\]]*)*)\]/;
+const TARGET = /\((?<href>(https?:\/\/|mailto:)([^\s()\\]|\([^\s()\\]*\)){1,2000})(\s"[^"]*")?\)/;
+// The rest of a bare address. It does not end with punctuation.
+const URL_END = /([.,:;!?'"_~]*([^\s<>()[\]\\`*|.,:;!?'"_~]|\([^\s<>()\\`*]*\))){1,2000}/;
+const INLINE = new RegExp(`${CODE.source}|${MARK.source}|${LABEL.source}${TARGET.source}|` +
+  `(?<url>https?://${URL_END.source})`, "gs");
+const TAGS = { "*": "em", _: "em", "**": "strong", __: "strong", "~~": "s" };
+const node = (tag, parts, attributes) => ({ tag, parts, attributes });
+const link = (href, parts) =>
+  node("a", parts, { href, rel: "noopener noreferrer", target: "_blank" });
+const isBlank = (line) => !line.trim();
+const indentOf = (line) => line.match(/^\s*/)[0].replaceAll("\t", "    ").length;
+const cutIndent = (line, size) => line.replace(/^(\t| +)/, (indent) => indent.slice(size));
+const markerOf = (line = "") => ITEM.test(line) && !RULE.test(line) && ITEM.exec(line)[1];
+const isTable = ({ lines, at }) => lines[at].includes("|") &&
+  /^(?=[^-]*-)(?=[^|]*\|)[\s|:-]+$/.test(lines[at + 1]);
+const splitCells = (line) => line.replaceAll("\\|", "\0").trim().replace(/^\||\|$/g, "")
+  .split("|").map((cell) => cell.trim().replaceAll("\0", "|"));
+function takeLines(reader, test) {
+  const start = reader.at;
+  while (reader.at < reader.lines.length && test(reader.lines[reader.at])) reader.at++;
+  return reader.lines.slice(start, reader.at);
+}
+function parseBlocks(lines, depth = 0) {
+  if (depth > MAX_NESTING) return [lines.join("\n")];
+  const [reader, blocks] = [{ lines, depth, at: 0 }, []];
+  while (takeLines(reader, isBlank) && reader.at < lines.length) blocks.push(parseBlock(reader));
+  return blocks;
+}
+function parseBlock(reader, line = reader.lines[reader.at]) {
+  if (markerOf(line)) return parseList(reader, markerOf(line));
+  if (QUOTE.test(line)) return node("blockquote", parseBlocks(takeLines(reader,
+    (next) => QUOTE.test(next)).map((next) => next.replace(QUOTE, "")), reader.depth + 1));
+  if (isTable(reader)) return parseTable(reader);
+  reader.at++;
+  if (FENCE.test(line)) return parseCode(reader, FENCE.exec(line));
+  if (RULE.test(line)) return node("hr", []);
+  const [, marks, title] = HEADING.exec(line) || [];
+  // The page itself has the headings up to h3.
+  if (marks) return node("h" + Math.min(marks.length + 3, 6), parseInline(title.trim()));
+  const more = takeLines(reader, (next) => !isBlank(next) && !isTable(reader) &&
+    !INTERRUPTIONS.some((pattern) => pattern.test(next)));
+  return node("p", parseInline([line, ...more].map((next) => next.trim()).join("\n")));
+}
+// Code without an end, as in a text that still grows, goes to the end of the text.
+function parseCode(reader, [line, fence, info]) {
+  const isEnd = (next) => next.trim().startsWith(fence) && !next.replaceAll(fence[0], "").trim();
+  const code = takeLines(reader, (next) => !isEnd(next));
+  reader.at++;
+  const text = code.map((next) => cutIndent(next, indentOf(line))).join("\n");
+  return node("pre", [text], { "aria-label": info.trim() || "Code", role: "group", tabindex: 0 });
+}
+// An item has the lines that are indented more than its marker.
+function parseList(reader, marker) {
+  const [items, start] = [[], parseInt(marker)];
+  while ((markerOf(reader.lines[reader.at]) || "").at(-1) === marker.at(-1)) {
+    const line = reader.lines[reader.at++];
+    const { length } = ITEM.exec(line)[0];
+    const more = takeLines(reader, (next) => isBlank(next) || indentOf(next) > indentOf(line));
+    const lines = [line.slice(length), ...more.map((next) => cutIndent(next, length))];
+    items.push(node("li", parseBlocks(lines, reader.depth + 1)));
+  }
+  return node(start >= 0 ? "ol" : "ul", items, start >= 0 && { start });
+}
+const parseTable = (reader) => node("table", takeLines(reader, (line) => line.includes("|"))
+  .filter((line, index) => index !== 1).map((line, index) => node("tr", splitCells(line)
+    .map((cell) => node(index ? "td" : "th", parseInline(cell))))));
+function parseInline(text) {
+  const [parts, openers] = [[], []];
+  let end = 0;
+  for (const { 0: all, index, groups: { code, mark, label, href, url } } of text.matchAll(INLINE)) {
+    parts.push(text.slice(end, index));
+    end = index + all.length;
+    if (mark) addMark(parts, openers, mark, text[index - 1], text[end]);
+    else if (code) parts.push(node("code", [code.replace(/^ (.+) $/s, "$1")]));
+    else if (url || href && href === label) parts.push(link(url || href, [url || href]));
+    // The reader must see where a link leads.
+    else if (href) parts.push(link(href, parseInline(label)), " (" + href + ")");
+    else parts.push(all.replace(/^\\/, ""));
+  }
+  return [...parts, text.slice(end)];
+}
+// Marks that open have no space behind them, those that close none before; a _ is not in a word.
+function addMark(parts, openers, mark, before = " ", after = " ") {
+  const isInWord = (outside) => mark[0] === "_" && /[\p{L}\p{N}]/u.test(outside);
+  const canOpen = after.trim() && !isInWord(before);
+  const canClose = before.trim() && !isInWord(after);
+  const isPair = (opener) => opener.mark === mark || mark[2] && opener.mark[0] === mark[0];
+  while (canClose && openers.some(isPair)) {
+    const opener = openers.findLast(isPair);
+    openers.length = openers.indexOf(opener);
+    parts.push(node(TAGS[opener.mark], parts.splice(opener.at).slice(1)));
+    mark = mark.slice(opener.mark.length);
+  }
+  for (const part of mark.match(/\*\*|__|~~|./g) || []) {
+    if (canOpen && openers.push({ mark: part, at: parts.length }) > MAX_NESTING) openers.shift();
+    parts.push(part);
+  }
+}
+
 const CODE_EXAMPLES = {
   curl: (url, body) => `curl -s -X POST ${url} -H "Authorization: Bearer cab-..." -d '${
     JSON.stringify(body).replaceAll("'", `'"'"'`)}'`,
@@ -11180,6 +11305,38 @@ const row = (...parts) => el("div.row", ...parts);
 const meta = (...parts) => el("span.meta", ...parts);
 const textRegion = (label, text) =>
   el("p.text", { tabindex: 0, role: "region", "aria-label": label }, text);
+function renderNode(part) {
+  if (!part.tag) return part;
+  const result = el(part.tag, part.attributes, part.parts.map(renderNode));
+  if (part.tag !== "pre") return result;
+  const copy = button("Copy", () => copyText(result.textContent), "Copy the code");
+  return el("div.code", el("div.space-between", meta(part.attributes["aria-label"]), copy), result);
+}
+// Show the text, which may have grown. A block that is still the same keeps its element.
+function renderAnswer(region, text) {
+  const isAtEnd = region.scrollHeight - region.scrollTop - region.clientHeight < 40;
+  const isShort = text.length < 200000;
+  const blocks = isShort ? parseBlocks(text.split("\n")) : [node("p", [text])];
+  while (region.childNodes.length > blocks.length) region.lastChild.remove();
+  blocks.forEach((block, index) => {
+    const key = JSON.stringify(block);
+    const child = region.childNodes[index] || region.appendChild(el("p"));
+    if (child.key !== key) child.replaceWith(Object.assign(renderNode(block), { key }));
+  });
+  if (isAtEnd) region.scrollTop = region.scrollHeight;
+}
+// A button that shows the text as it is, or rendered again. show(): the text has changed.
+function rawButton(region, getText) {
+  let isRaw = false;
+  const show = () => isRaw ? region.replaceChildren(getText()) : renderAnswer(region, getText());
+  const element = button("Raw", () => {
+    isRaw = !isRaw;
+    element.setAttribute("aria-pressed", isRaw);
+    show();
+  });
+  element.setAttribute("aria-pressed", isRaw);
+  return Object.assign(element, { show });
+}
 const ageElement = (iso) => el("span", { "data-since": iso }, formatAge(iso));
 const timeElement = (iso) =>
   el("time", { datetime: iso, title: new Date(iso).toLocaleString() }, formatTime(new Date(iso)));
@@ -11449,8 +11606,12 @@ async function refreshRequests(includeTokens) {
 }
 // The token that the card of first steps created.
 let firstSecret = "";
-const showFirstCode = () => setText("first-code", CODE_EXAMPLES.curl(location.origin + "/api/ask",
-  { message: "Why is the sky blue?", wait: 60 }).replace("cab-...", firstSecret || "cab-..."));
+const showFirstCode = () => {
+  const { curl: example } = CODE_EXAMPLES;
+  const body = { message: "Why is the sky blue?", wait: 60 };
+  const code = example(location.origin + "/api/ask", body);
+  setText("first-code", firstSecret ? code.replace("cab-...", firstSecret) : code);
+};
 async function createFirst() {
   firstSecret = (await fetchJson("POST", "/api/tokens", { name: "my-app" })).token;
   showFirstCode();
@@ -11583,8 +11744,12 @@ function requestDetails(job) {
     startedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
     job.effort && "effort " + job.effort, job.conversation && "conversation " + job.conversation);
-  return [...texts.flatMap(([label, text]) => [el("h3", label), textRegion(label, text)]),
-    el("p", meta(facts)), row(answer && button("Copy answer", () => copyText(answer)),
+  const region = el("div.text", { tabindex: 0, role: "region", "aria-label": "Answer" });
+  const raw = structured === undefined && answer && rawButton(region, () => answer);
+  if (raw) raw.show();
+  return [...texts.flatMap(([label, text]) => [el("h3", label),
+    raw && label === "Answer" ? region : textRegion(label, text)]),
+    el("p", meta(facts)), row(answer && button("Copy answer", () => copyText(answer)), raw,
       !job.api && button("Ask again", () => askAgain(job)))];
 }
 async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conversation }) {
@@ -11753,8 +11918,16 @@ function editToken(entry) {
 }
 
 // === Playground and API ===
-// The request that the playground sent: { id, aborter }.
-let playgroundRun = null;
+// The request that the playground sent: { id, aborter }, and the text of its answer.
+let playgroundRun = null, answerText = "", answerFrame;
+const rawAnswer = rawButton($("answer"), () => answerText);
+$("copy-answer").after(rawAnswer);
+// At most once for each frame, because a long text takes some milliseconds.
+function showAnswer(text) {
+  answerText = text;
+  cancelAnimationFrame(answerFrame);
+  answerFrame = requestAnimationFrame(rawAnswer.show);
+}
 let language = "curl";
 const askFields = () =>
   Object.fromEntries([...new FormData($("ask-form"))].filter(([, value]) => value));
@@ -11765,11 +11938,11 @@ async function ask() {
   const startedAt = Date.now();
   const startText = (status, { requestId, position, waitingFor }) => {
     run.id = requestId;
-    $("answer").replaceChildren(document.createTextNode(""));
+    showAnswer("");
     setText("ask-status", status !== "queued" ? "answering"
       : joinNonEmpty("waiting, position " + position, waitingFor && codeToText(waitingFor)));
   };
-  const handlers = { startText, addText: (text) => appendText($("answer"), text) };
+  const handlers = { startText, addText: (text) => showAnswer(answerText + text) };
   const swapButtons = () => ["ask", "stop"].forEach((id) => { $(id).hidden = !$(id).hidden });
   playgroundRun = run;
   const isByButton = document.activeElement === $("ask");
@@ -11780,7 +11953,7 @@ async function ask() {
   setText("ask-status", "sent");
   try {
     const job = await followRequest(null, askFields(), handlers, run.aborter.signal);
-    setText("answer", job.error || job.response);
+    showAnswer(job.error || job.response);
     setText("ask-status", job.error ? "failed: " + (job.errorCode || job.code)
       : "done in " + formatExact(Date.now() - startedAt));
     setText("answer-usage", joinNonEmpty(job.model, usageParts(job.usage)));
@@ -11831,7 +12004,7 @@ listen("ask-form", "keydown", (event) => {
 listen("stop", "click", withErrorToast(stopAsking));
 listen("create-first", "click", withErrorToast(createFirst));
 listen("copy-first", "click", withErrorToast(() => copyText($("first-code").textContent)));
-listen("copy-answer", "click", withErrorToast(() => copyText($("answer").textContent)));
+listen("copy-answer", "click", withErrorToast(() => copyText(answerText)));
 listen("copy-code", "click", withErrorToast(() => copyText($("code").textContent)));
 
 toggleGroup("filters", { "completed,error": "All", completed: "Completed", error: "Failed" },

@@ -12,7 +12,8 @@ const page = new Function(`"use strict";
 ${section}
 return {
   CODE_EXAMPLES, formatCompact, formatCount, formatDollars, formatDuration, formatElapsed,
-  exhaustedAt, formatExact, queueDuration, rightsWarning, stateText, formatTime, joinNonEmpty, limitName, matchesSearch, mergeRecent, newTokenBody, parseEvent, plural,
+  exhaustedAt, formatExact, queueDuration, rightsWarning, stateText, formatTime, joinNonEmpty, limitName, matchesSearch, mergeRecent, newTokenBody, parseBlocks, parseEvent,
+  parseInline, plural,
   totalTokens, truncate, usageParts, waitingText,
 };`)();
 
@@ -262,4 +263,92 @@ test("the JavaScript example sends the body", async () => {
   const AsyncFunction = (async () => {}).constructor;
   assert.strictEqual(await new AsyncFunction("fetch", code)(fakeFetch), "yes");
   assert.deepStrictEqual(calls, [[URL, "POST", BODY]]);
+});
+
+// A short notation of parsed Markdown: tag(parts), neighbouring texts joined.
+const showNode = (part) =>
+  part.tag ? part.tag + "(" + part.parts.map(showNode).join("") + ")" : part;
+const blocks = (text) => page.parseBlocks(text.split("\n")).map(showNode).join(" ");
+const inline = (text) => page.parseInline(text).map(showNode).join("");
+function check(parse, rows) {
+  for (const [text, expected] of rows) assert.strictEqual(parse(text), expected, text);
+}
+
+test("parseInline reads emphasis, code and links, and leaves the rest as text", () => {
+  check(inline, [
+    ["snake_case_name and __init__.py a__b__c", "snake_case_name and strong(init).py a__b__c"],
+    ["_a_ *b* **c** __d__ ~~e~~ ***f***", "em(a) em(b) strong(c) strong(d) s(e) strong(em(f))"],
+    ["**a *b*** *c **d***", "strong(a em(b)) em(c strong(d))"],
+    ["5 * 3 * 2, 2 ** 3, ~5, ** a **", "5 * 3 * 2, 2 ** 3, ~5, ** a **"],
+    ["**open and *open", "**open and *open"],
+    ["**a*b** and **** and *****a*****", "strong(a*b) and **** and *****a*****"],
+    ["**中文。**中文", "strong(中文。)中文"],
+    ["`**a**` `` a`b `` ` x ` `open", "code(**a**) code(a`b) code(x) `open"],
+    ["`\\` \\*a\\* \\q \\\\", "code(\\) *a* \\q \\"],
+    ["<b>&amp;</b>", "<b>&amp;</b>"],
+    ["[a](https://b.c/d_(e))", "a(a) (https://b.c/d_(e))"],
+    ["[https://b.c](https://b.c)", "a(https://b.c)"],
+    ["[https://good.com](https://evil.com)", "a(a(https://good.com)) (https://evil.com)"],
+    ["[**a** `b`](mailto:x@y.z) [c](https://d.e \"title\")",
+      "a(strong(a) code(b)) (mailto:x@y.z) a(c) (https://d.e)"],
+    ["[a](javascript:alert) [b](/c) [d](data:x) [e](https:f)",
+      "[a](javascript:alert) [b](/c) [d](data:x) [e](https:f)"],
+    ["[[1]](https://a.b) [1] [x] ![p](https://i.j)",
+      "a([1]) (https://a.b) [1] [x] a(p) (https://i.j)"],
+    ["see https://a.b/c_d_e?f=1&g=2, (https://h.i/j_(k)). **https://l.m** <https://n.o>",
+      "see a(https://a.b/c_d_e?f=1&g=2), (a(https://h.i/j_(k))). strong(a(https://l.m)) " +
+      "<a(https://n.o)>"],
+    ["**[a](https://b.c)**", "strong(a(a) (https://b.c))"],
+  ]);
+  assert.deepStrictEqual(page.parseInline("https://a.b")[1].attributes,
+    { href: "https://a.b", rel: "noopener noreferrer", target: "_blank" });
+});
+
+test("parseBlocks reads headings, lists, quotes, tables and code", () => {
+  check(blocks, [
+    ["", ""], ["\n\n", ""],
+    ["# a\n### b\n###### c\n#d\n####### e", "h4(a) h6(b) h6(c) p(#d\n####### e)"],
+    ["a\nb  \n\nc", "p(a\nb) p(c)"],
+    ["a\n---\nb\n***\n_ _ _", "p(a) hr() p(b) hr() hr()"],
+    ["- a\n  - b\n    - c\n- d", "ul(li(p(a)ul(li(p(b)ul(li(p(c))))))li(p(d)))"],
+    ["1. a\n  - b\n2. c", "ol(li(p(a)ul(li(p(b))))li(p(c)))"],
+    ["- a\n\t- b", "ul(li(p(a)ul(li(p(b)))))"],
+    ["* a\n\n* b\n+ c", "ul(li(p(a))li(p(b))) ul(li(p(c)))"],
+    ["- a\nb", "ul(li(p(a))) p(b)"],
+    ["a\n1986. b\n1. c", "p(a\n1986. b) ol(li(p(c)))"],
+    ["1. a\n   ```js\n   x\n     y\n\n   z\n   ```\n   b\n2. c",
+      "ol(li(p(a)pre(x\n  y\n\nz)p(b))li(p(c)))"],
+    ["* a\n\n* * *\nb", "ul(li(p(a))) hr() p(b)"],
+    ["> a\n> > b\n>\n> - c\nd", "blockquote(p(a)blockquote(p(b))ul(li(p(c)))) p(d)"],
+    ["```\na\n", "pre(a\n)"], ["```", "pre()"],
+    ["```py\n**a**\n~~~\n```\nb", "pre(**a**\n~~~) p(b)"],
+    ["~~~~\n~~~\n```\n~~~~~\nb", "pre(~~~\n```) p(b)"],
+    ["```\n\ta\n```", "pre(\ta)"],
+    ["a\n| b | c |\n|---|:-:|\n| `d\\|e` | *f* |\n| g |\nh",
+      "p(a) table(tr(th(b)th(c))tr(td(code(d|e))td(em(f)))tr(td(g))) p(h)"],
+    ["a | b\n--|--\n1 | 2", "table(tr(th(a)th(b))tr(td(1)td(2)))"],
+    ["a | b\nc | d", "p(a | b\nc | d)"],
+    ["- | a |\n  |---|\n  | b |", "ul(li(table(tr(th(a))tr(td(b)))))"],
+    ["```a``` b", "p(code(a) b)"],
+  ]);
+  const [list, code] = page.parseBlocks(["3. a", "```js x", "```"]);
+  assert.strictEqual(list.attributes.start, 3);
+  assert.strictEqual(code.attributes["aria-label"], "js x");
+});
+
+test("Markdown that is made to take long, or to nest deeply, is parsed to its end", () => {
+  const SIZE = 2e5;
+  const fill = (text) => text.repeat(Math.ceil(SIZE / text.length));
+  const hostile = ["*", "[", "`", "|", "> ", "- ", "- a ", "*a ", "*a **b ", "**a", "_a_ ", "a***", "~~a ",
+    "![", "](", "[a](", "[[a]", "](https://a(b)", "[a](https://x.y \"", "https://a.", "https://a(",
+    "\\", "`a``b```c", "|\n", "| a |\n", "|-", "#", "- a\n", "> a\n", "```\n", "[`", "1. ", "\n",
+    "[a](https://b.c) ", "-", "a", " ", "\t", "a\n"].map(fill);
+  hostile.push("~".repeat(SIZE) + "`", "`".repeat(SIZE) + "x`", " ".repeat(SIZE) + "x",
+    "#" + " ".repeat(SIZE) + "x", "- ".repeat(SIZE / 2) + "x", "---" + " ".repeat(SIZE) + "x",
+    "*a **b ".repeat(SIZE / 14) + "b** a* ".repeat(SIZE / 14), "https://" + fill("a"),
+    "https://a" + fill("(a)"), "[a](https://x" + fill("(a)"), "[" + fill("[a]"), "[" + fill("a"),
+    ["|a", "|-", "|x\n"].map((text) => text.repeat(SIZE / 6)).join("\n"),
+    Array.from({ length: 1400 }, (_, depth) => " ".repeat(depth) + "- a").join("\n"),
+    Array.from({ length: 1400 }, (_, size) => "`".repeat(size) + "a").join(""));
+  for (const text of hostile) assert.ok(page.parseBlocks(text.split("\n")));
 });

@@ -889,3 +889,66 @@ def test_who_has_tokens_or_requests_sees_no_first_steps(visit: Visitor, bridge: 
         page = visit(running, token)
         page.wait_for_text("No requests to show.")
         assert not page.js("document.querySelector('#first-run').checkVisibility()")
+
+
+MARKDOWN = """# Rivers
+
+The **Nile** and `x < 1`, [a link](https://a.example/b) and <b>no markup</b>.
+
+1. one
+2. two
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("hi")
+```
+"""
+
+
+def test_an_answer_is_rendered_and_can_be_seen_raw(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    running.admin.answer(script({"delta": MARKDOWN}))
+    page = visit(running, running.admin.token)
+    page.js("document.querySelector('#recent summary').click(); 1")
+    answer = "document.querySelector('#recent [aria-label=Answer]')"
+    page.until("Boolean(%s)" % answer)
+    tags = "[...%s.querySelectorAll('*')].map((element) => element.tagName.toLowerCase())" % answer
+    found = page.js(tags)
+    for tag in ("h4", "strong", "code", "a", "ol", "li", "table", "th", "td", "pre"):
+        assert tag in found, tag
+    assert "b" not in found and "<b>no markup</b>" in page.js(answer + ".textContent")
+    link = answer + ".querySelector('a')"
+    assert page.js(link + ".href") == "https://a.example/b"
+    assert page.js(link + ".rel") == "noopener noreferrer"
+    # The reader sees where it leads.
+    assert "a link (https://a.example/b)" in page.js(answer + ".textContent")
+    page.js("copied = []; navigator.clipboard.writeText = async (text) => { copied.push(text) }; 1")
+    page.press("Copy the code")
+    page.until("copied.length")
+    assert page.js("copied") == ['print("hi")']
+    page.press("Raw", "#recent")
+    page.until("%s.textContent === %s" % (answer, json.dumps(MARKDOWN)))
+    page.press("Raw", "#recent")
+    page.until("Boolean(%s.querySelector('h4'))" % answer)
+
+
+def test_the_playground_renders_while_the_answer_grows(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.open_view("Playground")
+    first = {"delta": "# One\n\nfirst **bold**\n\n"}
+    page.write("Message", script(first, {"wait": str(gate)}, {"delta": "second"}))
+    page.press("Ask")
+    page.until("Boolean(document.querySelector('#answer strong'))")
+    page.js("paragraph = document.querySelector('#answer p'); 1")
+    gate.touch()
+    page.wait_for_text("second", "#answer")
+    # What is complete stays the same element.
+    assert page.js("paragraph.isConnected")
+    page.press("Raw", "#answer-section")
+    page.wait_for_text("first **bold**", "#answer")

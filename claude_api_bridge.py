@@ -10880,7 +10880,7 @@ summary.row::before { content: "▸"; color: var(--faint) }
 [open] > summary.row::before { content: "▾" }
 summary:hover { background: var(--tint) }
 #waiting:not(.all) > :nth-child(n+6) { display: none }
-#recent li { padding: .35rem 0 }
+#recent > li { padding: .35rem 0 }
 #plan-limits li { border: 0 }
 #first-run ol { padding-left: 1.5rem }
 #first-run h2, #first-run li { margin: 0 0 .75rem }
@@ -11078,7 +11078,7 @@ function formatDuration(milliseconds) {
   return minutes ? minutes + " min " + seconds % 60 + " s" : seconds + " s";
 }
 // The same with a decimal below 10 s.
-const formatExact = (milliseconds) => milliseconds > 0 && milliseconds < 9950
+const formatExact = (milliseconds) => milliseconds >= 50 && milliseconds < 9950
   ? (milliseconds / 1000).toFixed(1) + " s" : formatDuration(milliseconds);
 // The duration between two ISO times; empty if one of them is missing.
 const formatElapsed = (from, to) => from && to && formatExact(Date.parse(to) - Date.parse(from));
@@ -13473,11 +13473,17 @@ class ServiceManager:
     def restart(self, config: Config) -> None:
         """Start what the file says; a bridge that runs may finish its request before."""
         self.prepare()
-        with contextlib.suppress(CannotStart):
+        stop_error = None
+        try:
             self.stop()
+        except CannotStart as error:
+            # Perhaps it did not run.
+            stop_error = error
         stops_by = Clock.monotonic() + SERVICE_STOP_SECONDS
-        while lock_holder(config) and Clock.monotonic() < stops_by:
+        while lock_holder(config) and not stop_error and Clock.monotonic() < stops_by:
             time.sleep(0.2)
+        if stop_error and lock_holder(config):
+            raise stop_error
         DirectoryLock(config.data_dir / "bridge.lock").close()
         self.prepare()
         self.start()
@@ -13530,7 +13536,7 @@ def install_service(
     manager.prepare()
     text = service_file(manager.kind, config, os.environ) + "\n"
     lock_path = data_directory(config.data_dir) / "bridge.lock"
-    if not old_text:
+    if not old_text or not manager.is_running:
         # Raises CannotStart if a bridge runs that is no service.
         DirectoryLock(lock_path).close()
     print_left_out(manager.kind, config, console)

@@ -22,7 +22,7 @@ from typing import Callable, Dict, Iterator, List, Mapping, Tuple
 from xml.etree import ElementTree
 
 import pytest
-from conftest import MODULE, Api, FakeClaude, Program, run_cli, wait_until
+from conftest import MODULE, Api, FakeClaude, Program, is_running, run_cli, wait_until
 
 Fakes = Callable[..., FakeClaude]
 Programs = Callable[..., Program]
@@ -490,6 +490,39 @@ def test_a_bridge_that_runs_already_is_not_disturbed(tmp_path: Path, program: Pr
     assert run.returncode == 1 and not (tmp_path / UNIT).exists()
     assert "Another bridge is running" in run.stderr
     assert running.api.get("/health").status == 200
+
+
+def test_a_bridge_beside_a_stopped_service_is_not_disturbed(
+    tmp_path: Path, program: Programs
+) -> None:
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL)
+    folder = ("--data-dir", str(tmp_path / "data"))
+    assert ran("install", *LOCAL, *folder, home=tmp_path, **variables).returncode == 0
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not is_running(pid))
+    before = (tmp_path / UNIT).read_bytes()
+    running = program(demo=True)
+    run = ran("install", *LOCAL, *folder, "--plan-only", home=tmp_path, **variables)
+    assert run.returncode == 1 and "Another bridge is running" in run.stderr
+    assert (tmp_path / UNIT).read_bytes() == before
+    assert Api(running.port).get("/health").status == 200
+
+
+def test_a_service_that_cannot_be_stopped_is_the_error(tmp_path: Path) -> None:
+    variables = manager(tmp_path, "systemctl", SYSTEMCTL)
+    assert ran("install", *LOCAL, home=tmp_path, **variables).returncode == 0
+    try:
+        stub = (tmp_path / "bin" / "systemctl").read_text()
+        refusal = 'if action == "disable": sys.exit("Access denied")\n'
+        manager(tmp_path, "systemctl", stub.replace('if action == "enable"', refusal
+                                                    + 'if action == "enable"'))
+        run = ran("install", *LOCAL, "--plan-only", home=tmp_path, **variables)
+        assert run.returncode == 1 and "Access denied" in run.stderr
+        assert "Another bridge" not in run.stderr
+    finally:
+        manager(tmp_path, "systemctl", SYSTEMCTL)
+        assert ran("uninstall", home=tmp_path, **variables).returncode == 0
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

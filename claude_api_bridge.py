@@ -11304,7 +11304,7 @@ function append(element, ...parts) {
 const row = (...parts) => el("div.row", ...parts);
 const meta = (...parts) => el("span.meta", ...parts);
 const textRegion = (label, text) =>
-  el("p.text", { tabindex: 0, role: "region", "aria-label": label }, text);
+  el("p.text", { tabindex: 0, role: "group", "aria-label": label }, text);
 function renderNode(part) {
   if (!part.tag) return part;
   const result = el(part.tag, part.attributes, part.parts.map(renderNode));
@@ -11661,7 +11661,7 @@ function showActive(jobs) {
     : "Show " + (waiting.length - 5) + " more");
   setVisible("show-waiting", waiting.length > 5);
   const duration = queueDuration(waiting.length, recent.requests);
-  setText("queue-estimate", waiting.length > 1 && duration
+  setText("queue-estimate", waiting.length > 1 && duration >= 1000
     ? plural(waiting.length, "request") + ", about " + formatDuration(duration) : "");
   followRunning(running[0]);
 }
@@ -11744,7 +11744,7 @@ function requestDetails(job) {
     startedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
     job.effort && "effort " + job.effort, job.conversation && "conversation " + job.conversation);
-  const region = el("div.text", { tabindex: 0, role: "region", "aria-label": "Answer" });
+  const region = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
   const raw = structured === undefined && answer && rawButton(region, () => answer);
   if (raw) raw.show();
   return [...texts.flatMap(([label, text]) => [el("h3", label),

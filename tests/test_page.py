@@ -16,7 +16,7 @@ import pytest
 
 import claude_api_bridge as cab
 from browser import Browser, Page
-from conftest import RunningBridge, wait_until
+from conftest import RunningBridge, missing, wait_until
 from test_stream import script
 
 pytestmark = pytest.mark.browser
@@ -952,3 +952,84 @@ def test_the_playground_renders_while_the_answer_grows(
     assert page.js("paragraph.isConnected")
     page.press("Raw", "#answer-section")
     page.wait_for_text("first **bold**", "#answer")
+
+
+# --- Accessibility ---
+
+AXE_RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """Return the text of axe-core, whose axe.min.js $CAB_TEST_AXE names."""
+    path = Path(os.environ.get("CAB_TEST_AXE") or "nowhere")
+    if not path.is_file():
+        missing("no axe-core here: CAB_TEST_AXE names its axe.min.js")
+    return path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_axe_finds_nothing_in_any_state(
+    visit: Visitor, bridge: Start, gate: Path, axe: str, theme: str, width: int
+) -> None:
+    running = bridge()
+    violations = {}
+
+    def check(page: Visit, state: str) -> None:
+        found = page.js(
+            "axe.run(document, {runOnly: %s}).then((result) => result.violations.map((rule) =>"
+            " rule.id + ': ' + rule.nodes.map((node) => node.html.slice(0, 120)).join(' | ')))"
+            % json.dumps(AXE_RULES))  # fmt: skip
+        if found:
+            violations[state] = found
+
+    def opened(token: Any = None) -> Visit:
+        page = visit(running, token, width=width)
+        scheme = {"name": "prefers-color-scheme", "value": theme}
+        page.call("Emulation.setEmulatedMedia", features=[scheme])
+        page.js(axe + "; 1")
+        return page
+
+    check(opened(), "anonymous")
+    page = opened(running.admin.token)
+    page.wait_for_text("First steps")
+    check(page, "first run")
+    running.admin.new_token("shell", tools="all", expiresInDays=3)
+    running.admin.new_token("spare")
+    user = running.admin.new_token("user", sessionMode="stateful")
+    running.admin.answer(script({"delta": MARKDOWN}))
+    running.admin.answer("die 1")
+    running.admin.done(user.ask("hello", conversation="talk"))
+    running.admin.ask("hold %s" % gate)
+    for number in range(7):
+        running.admin.ask("question %d" % number)
+    running.admin.delete("/api/ask/" + running.admin.ask("cancel me"))
+    page.refresh()
+    page.wait_for_text("question 4", "#waiting")
+    page.js("for (const summary of document.querySelectorAll('#recent summary')) summary.click()")
+    page.until("Boolean(document.querySelector('#recent h4'))")
+    check(page, "busy")
+    for view in ("Playground", "Usage", "Tokens", "API"):
+        page.open_view(view)
+        if view == "API":
+            page.wait_for_text("/api/ask", "#endpoints")
+        if view == "Tokens":
+            page.wait_for_text("shell", "#tokens")
+            page.choose("Tools", "all")
+            page.press("Revoke shell", "#tokens")
+            page.press("Rotate spare", "#tokens")
+            page.press("Yes, rotate", "#tokens")
+            page.until("Boolean(document.querySelector('#created-token code'))")
+        check(page, view)
+    page.open_view("Requests")
+    running.admin.post("/api/queue/pause")
+    page.refresh()
+    page.wait_for_text("paused", "#state")
+    check(page, "paused")
+    page = opened(user.token)
+    check(page, "user")
+    page.js("fetch = () => Promise.reject(new Error('gone')); refreshNow(); 1")
+    page.wait_for_text("not reachable", "#state")
+    check(page, "unreachable")
+    assert violations == {}

@@ -13258,8 +13258,11 @@ SERVICE_START_SECONDS, SERVICE_STOP_SECONDS = 30.0, 25.0
 # Files for service managers. A file without the mark is somebody else's.
 SERVICE_MARK = "Written by claude_api_bridge.py service"
 # What a service needs of the shell's variables, unless it holds a password (user:password@host).
-SERVICE_VARIABLES = re.compile(r"CLAUDE_(?:SECURESTORAGE_)?CONFIG_DIR|NODE_EXTRA_CA_CERTS|"
-                               r"SSL_CERT_FILE|(?:https?|no)_proxy", re.IGNORECASE)
+SERVICE_VARIABLES = re.compile(
+    r"CLAUDE_(?:SECURESTORAGE_)?CONFIG_DIR|CLAUDE_CODE_(?:CERT_STORE|CLIENT_CERT|CLIENT_KEY)|"
+    r"ANTHROPIC_BASE_URL|NODE_EXTRA_CA_CERTS|SSL_CERT_FILE|(?:https?|no|all)_proxy", re.IGNORECASE)
+SERVICE_SECRETS = (
+    "CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE")
 UNFIT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]|^[^/\\]*@|//.*@")
 # Without MemoryDenyWriteExecute (claude compiles at run time) and what drops capabilities. The home
 # may be read-only, but not the folder where claude locks and renews its login (2.1.197, 2.1.332).
@@ -13362,11 +13365,12 @@ def service_variables(claude: str, environ: Mapping[str, str]) -> Dict[str, str]
     programs = (shutil.which(name, path=search) for name in (claude, "node", "cloudflared"))
     path = [os.path.dirname(lasting_path(program)) for program in programs if program]
     path = [folder for folder in path if not UNFIT_TEXT.search(folder)]
-    variables = {name: value for name, value in environ.items() if value
-                 and SERVICE_VARIABLES.fullmatch(name) and not UNFIT_TEXT.search(value)}
+    variables = {name: value for name, value in environ.items()
+                 if value and SERVICE_VARIABLES.fullmatch(name)}
     for name in variables:
-        if name.endswith(("_DIR", "_CERTS", "_FILE")):
+        if name.endswith(("_DIR", "_CERTS", "_FILE", "_CERT", "_KEY")):
             variables[name] = os.path.abspath(variables[name])
+    variables = {name: value for name, value in variables.items() if not UNFIT_TEXT.search(value)}
     return {"PATH": ":".join(dict.fromkeys([*path, "/usr/local/bin", "/usr/bin", "/bin"])),
             **variables}
 
@@ -13442,8 +13446,14 @@ class ServiceManager:
             for command in commands)
 
     def _call(self, words: List[str]) -> str:
-        return probe([self._program, *words], os.environ,
-                     advice="log in as this user, not by su or sudo, if it finds no bus or domain")
+        try:
+            return probe([self._program, *words], os.environ)
+        except CannotStart as error:
+            # It ran, and refused.
+            text = str(error).replace(" cannot be run: ", ": ")
+            is_foreign = re.search(r"\bbus\b|domain", text, re.IGNORECASE)
+            hint = "log in as this user, not by su or sudo" if is_foreign else ""
+            raise CannotStart(text, hint) from None
 
     def installed_text(self) -> str:
         """Return our file; "" if there is none. Raises CannotStart if it is somebody else's."""
@@ -13506,9 +13516,9 @@ class ServiceManager:
 def command_service(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """service print | install | uninstall | status. -> 0; status: 1 if it does not run."""
     if arguments.action == "print":
-        console.data(service_file(arguments.kind, config, os.environ))
+        is_printed = console.data(service_file(arguments.kind, config, os.environ))
         print_left_out(arguments.kind, config, console)
-        return 0
+        return int(not is_printed)
     manager = ServiceManager(config)
     installed_text = manager.installed_text()
     if arguments.action == "install":
@@ -13559,7 +13569,7 @@ def install_service(
     console.info("✅", "Installed and started: %s" % manager.path)
     console.info("🔗", "It listens on %s" % url if url else "It does not listen yet; see its log")
     console.info("🔑", "Its log, with the first admin token: %s" % manager.log)
-    console.info("🔑", "For another admin token: token create NAME --admin")
+    console.info("🔑", "For another admin token: %s token create NAME --admin" % own_words())
 
 
 def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
@@ -13569,8 +13579,11 @@ def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
     while Clock.monotonic() < started_at + SERVICE_START_SECONDS:
         with contextlib.suppress(CannotStart):
             return running_url(config)
+        is_running = True
+        with contextlib.suppress(CannotStart):
+            is_running = manager.is_running
         # The manager may start it a little later.
-        if Clock.monotonic() > started_at + 1 and not manager.is_running:
+        if Clock.monotonic() > started_at + 1 and not is_running:
             raise CannotStart("The service was started, but the bridge does not run.",
                               "its output says why: %s" % manager.log)
         time.sleep(0.1)
@@ -13578,21 +13591,24 @@ def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
 
 
 def print_left_out(kind: str, config: Config, console: Console) -> None:
-    """Name what the service would need, and no file of its manager may hold."""
-    given = ""
+    """Name the variables that are set here and not in the file: mostly secrets."""
+    written: Mapping[str, str] = {}
+    text = ""
+    if kind in ("systemd", "launchd"):
+        written = service_variables("", os.environ)
     if kind == "systemd":
         with contextlib.suppress(OSError, ValueError):
-            given = (config.data_dir / "service.env").read_text("utf-8")
+            text = (config.data_dir / "service.env").read_text("utf-8")
     names = [name for name, value in os.environ.items() if value and (
-        name in ("CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN")
-        or name in API_KEYS and config.allow_api_key
-        or SERVICE_VARIABLES.fullmatch(name) and UNFIT_TEXT.search(value))]
-    places = {"systemd": "write NAME=VALUE into %s" % (config.data_dir / "service.env"),
-              "docker": "give it to docker run with -e NAME"}
+        name in SERVICE_SECRETS or name in API_KEYS and config.allow_api_key
+        or SERVICE_VARIABLES.fullmatch(name) and name not in written)]
+    places = {"systemd": "if the service needs it, write NAME=VALUE into %s"
+                         % (config.data_dir / "service.env"),
+              "docker": "if the bridge needs it there, give it to docker run with -e NAME"}
     for name in names:
-        if not re.search(r"(?m)^\s*%s=" % name, given):
-            console.info("⚠️", "%s may be secret, so the file does not have it; %s"
-                         % (name, places.get(kind, "the service runs without it")))
+        if not re.search(r"(?m)^\s*%s=" % name, text):
+            place = places.get(kind, "the service runs without it")
+            console.info("⚠️", "%s is not in the file; %s" % (name, place))
 
 
 # --- the parser ---

@@ -652,6 +652,32 @@ def test_what_is_secret_is_named(tmp_path: Path, kind: str, place: str) -> None:
     assert "ANTHROPIC_API_KEY" in run.stderr and secret not in run.stdout + run.stderr
 
 
+def test_what_is_passed_to_claude_is_in_the_environment(tmp_path: Path) -> None:
+    variables = {
+        "ANTHROPIC_BASE_URL": "https://gateway.example/x", "ALL_PROXY": "socks5://proxy:1",
+        "CLAUDE_CODE_CLIENT_CERT": "/c.pem", "CLAUDE_CODE_CLIENT_KEY": "/k.pem"}
+    unit = printed("systemd", "--demo", home=tmp_path, **variables)
+    assert unit_environment(unit).items() >= variables.items()
+    secret = "Z3c8-not-to-be-copied"
+    run = ran("print", "systemd", "--demo", home=tmp_path,
+              CLAUDE_CODE_CLIENT_KEY_PASSPHRASE=secret,
+              ANTHROPIC_BASE_URL="https://me:%s@gateway.example" % secret)
+    assert run.returncode == 0 and secret not in run.stdout + run.stderr
+    assert sorted(line.split()[0] for line in run.stderr.splitlines()) == [
+        "ANTHROPIC_BASE_URL", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE"]  # fmt: skip
+
+
+def test_a_relative_path_cannot_add_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "a\nExecStartPre=x"
+    folder.mkdir()
+    run = subprocess.run(
+        [sys.executable, str(MODULE), "service", "print", "systemd", "--demo"], cwd=str(folder),
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NODE_EXTRA_CA_CERTS": "ca.pem"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=30)  # fmt: skip
+    assert run.returncode == 0 and "ExecStartPre" not in run.stdout
+    assert run.stderr.startswith("NODE_EXTRA_CA_CERTS ")
+
+
 def test_a_login_in_tmp_stays_visible(tmp_path: Path) -> None:
     unit = printed("systemd", "--demo", "--data-dir", "/data", home=tmp_path,
                    CLAUDE_CONFIG_DIR="/tmp/login")

@@ -10993,8 +10993,10 @@ STYLE</style>
     <label>Model<input name="model" list="models" placeholder="default"></label>
     <datalist id="models"><option>haiku<option>sonnet<option>opus</datalist>
     <label>Effort<select name="effort"><option value="">default<option>low<option>medium
-      <option>high<option>xhigh<option>max</select></label></div>
+      <option>high<option>xhigh<option>max</select></label>
+    <label>Conversation<input name="conversation" placeholder="of a stateful token"></label></div>
   <label>System prompt<textarea name="systemPrompt" rows="2"></textarea></label>
+  <label>JSON Schema of the answer<textarea name="jsonSchema" rows="2"></textarea></label>
   <p class="row"><button class="primary" id="ask">Ask</button>
     <button type="button" id="stop" hidden>Stop</button>
     <span id="ask-status" class="faint" role="status"></span></p></form>
@@ -11767,6 +11769,7 @@ async function loadMore() {
 }
 const conversationRow = ({ name, turns, lastUsedAt }) => el("li.row", el("span.ellipsis", name),
   meta(plural(turns, "turn") + " · ", timeElement(lastUsedAt)),
+  button("Continue", () => continueConversation(name), "Continue " + name),
   confirmButton("Delete", "Delete this conversation?",
     () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted."),
     "Delete " + name));
@@ -11929,12 +11932,38 @@ function showAnswer(text) {
   answerFrame = requestAnimationFrame(rawAnswer.show);
 }
 let language = "curl";
-const askFields = () =>
-  Object.fromEntries([...new FormData($("ask-form"))].filter(([, value]) => value));
+function askFields() {
+  const filled = [...new FormData($("ask-form"))].filter(([, value]) => value);
+  const { jsonSchema, ...fields } = Object.fromEntries(filled);
+  return jsonSchema ? { ...fields, jsonSchema: JSON.parse(jsonSchema) } : fields;
+}
+
+function checkedFields() {
+  try {
+    return askFields();
+  } catch (error) {
+    throw new Error("The JSON Schema is not JSON: " + error.message);
+  }
+}
+function showCode() {
+  try {
+    setText("code", CODE_EXAMPLES[language](location.origin + "/api/ask",
+      { message: "Why is the sky blue?", ...askFields(), wait: 60 }));
+  } catch {
+    // While the schema is being written.
+  }
+}
+// Open the playground in a conversation.
+function continueConversation(name) {
+  location.hash = "#/playground";
+  $("ask-form").elements.conversation.value = name;
+  showCode();
+}
 
 async function ask() {
   if ($("ask").hidden) return;
   const run = { id: null, aborter: new AbortController() };
+  const body = checkedFields();
   const startedAt = Date.now();
   const startText = (status, { requestId, position, waitingFor }) => {
     run.id = requestId;
@@ -11952,7 +11981,7 @@ async function ask() {
   setText("answer-usage", "");
   setText("ask-status", "sent");
   try {
-    const job = await followRequest(null, askFields(), handlers, run.aborter.signal);
+    const job = await followRequest(null, body, handlers, run.aborter.signal);
     showAnswer(job.error || job.response);
     setText("ask-status", job.error ? "failed: " + (job.errorCode || job.code)
       : "done in " + formatExact(Date.now() - startedAt));
@@ -11967,8 +11996,6 @@ async function ask() {
 }
 const stopAsking = () => playgroundRun.id ? fetchJson("DELETE", "/api/ask/" + playgroundRun.id)
   : playgroundRun.aborter.abort();
-const showCode = () => setText("code", CODE_EXAMPLES[language](location.origin + "/api/ask",
-  { message: "Why is the sky blue?", ...askFields(), wait: 60 }));
 async function showEndpoints() {
   const { endpoints } = await fetchJson("GET", "/", null, { isPublic: true });
   reconcileList("endpoints", Object.entries(endpoints), ([name, summary]) => el("tr",

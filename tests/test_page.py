@@ -954,6 +954,39 @@ def test_the_playground_renders_while_the_answer_grows(
     page.wait_for_text("first **bold**", "#answer")
 
 
+def test_a_conversation_goes_on_in_the_playground(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    user = running.admin.new_token("user", sessionMode="stateful")
+    user.done(user.ask("hello", conversation="talk"))
+    page = visit(running, user.token)
+    page.press("Continue talk", "#conversations")
+    page.wait_for_text('"conversation":"talk"', "#code")
+    page.write("Message", "and on")
+    page.press("Ask")
+    page.wait_for_text("Echo: and on", "#answer")
+    newest = user.get("/api/requests").json["requests"][0]
+    assert (newest["message"], newest["conversation"]) == ("and on", "talk")
+
+
+def test_the_playground_sends_a_schema_and_refuses_what_is_not_json(
+    visit: Visitor, bridge: Start
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.open_view("Playground")
+    page.write("Message", "a river")
+    page.write("JSON Schema", '{"type": "object", "properties"')
+    page.press("Ask")
+    page.wait_for_text("The JSON Schema is not JSON", "#toast")
+    schema = {"type": "object", "properties": {"answer": {"type": "string"}}}
+    page.write("JSON Schema", json.dumps(schema))
+    page.wait_for_text('"jsonSchema":{"type":"object"', "#code")
+    page.press("Ask")
+    page.wait_for_text("done in", "#ask-status")
+    newest = running.admin.get("/api/requests").json["requests"][0]
+    assert newest["jsonSchema"] == schema and newest["structured"]
+
+
 # --- Accessibility ---
 
 AXE_RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")

@@ -13649,7 +13649,8 @@ class CommandParser(argparse.ArgumentParser):
         # Otherwise the parser of all commands reports what one of them does not know.
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self._fail("%s is not known" % unknown[0], unknown[0], self._option_string_actions)
+            text = "not known: " + " ".join(unknown)
+            self._fail(text, unknown[0], self._option_string_actions)
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:

@@ -1073,7 +1073,7 @@ def check_tool_name(name: str) -> None:
     if name not in CLAUDE_TOOLS and "__" not in name and (meant or name[0].islower()):
         raise InvalidRequest(
             'tools: Claude Code has no tool "%s"%s. Levels: none, read, web, all; rules: such as'
-            ' Read or Bash(git log:*)' % (name, '; did you mean "%s"?' % meant if meant else ""))
+            ' Read or Bash(git log:*)' % (name, ' (did you mean "%s"?)' % meant if meant else ""))
 
 
 def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:

@@ -13288,7 +13288,7 @@ SERVICE_MARK = "Written by claude_api_bridge.py service"
 SERVICE_VARIABLES = re.compile(
     r"CLAUDE_(?:SECURESTORAGE_)?CONFIG_DIR|CLAUDE_CODE_(?:CERT_STORE|CLIENT_CERT|CLIENT_KEY)|"
     r"ANTHROPIC_BASE_URL|NODE_EXTRA_CA_CERTS|SSL_CERT_FILE|(?:https?|no|all)_proxy", re.IGNORECASE)
-SERVICE_SECRETS = (
+LEFT_OUT_VARIABLES = (
     "CAB_TUNNEL_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN", "CLAUDE_CODE_CLIENT_KEY_PASSPHRASE")
 UNFIT_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]|^[^/\\]*@|//.*@")
 # Without MemoryDenyWriteExecute (claude compiles at run time) and what drops capabilities. The home
@@ -13627,7 +13627,7 @@ def print_left_out(kind: str, config: Config, console: Console) -> None:
         with contextlib.suppress(OSError, ValueError):
             text = (config.data_dir / "service.env").read_text("utf-8")
     names = [name for name, value in os.environ.items() if value and (
-        name in SERVICE_SECRETS or name in API_KEYS and config.allow_api_key
+        name in LEFT_OUT_VARIABLES or name in API_KEYS and config.allow_api_key
         or SERVICE_VARIABLES.fullmatch(name) and name not in written)]
     places = {"systemd": "if the service needs it, write NAME=VALUE into %s"
                          % (config.data_dir / "service.env"),

@@ -13643,6 +13643,9 @@ class CommandParser(argparse.ArgumentParser):
     """A parser of one command. Its errors show the usage of this command, and what was meant."""
 
     def __init__(self, **options: Any) -> None:
+        if sys.version_info >= (3, 14):
+            # From 3.15 on argparse has a suggestion of its own, but not for flags.
+            options["suggest_on_error"] = False
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -13654,14 +13657,15 @@ class CommandParser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        choice = re.search(r"invalid choice: '(.*?)'.* \(choose from (.*)\)", message)
         choices = re.findall(r"[\w-]+", choice[2]) if choice else ()
         self._fail(message, choice[1] if choice else "", choices)
 
     def _fail(self, message: str, word: str, choices: Iterable[str]) -> NoReturn:
         self.print_usage(sys.stderr)
         meant = closest(word.partition("=")[0], choices)
-        hint = "did you mean %s?" % meant if meant else "see %s --help" % self.prog
+        prog = self.prog.replace(own_words(), OWN_NAME)
+        hint = "did you mean %s?" % meant if meant else "see %s --help" % prog
         Console().fail(message, hint)
         sys.exit(2)
 

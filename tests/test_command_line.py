@@ -1156,6 +1156,7 @@ def test_a_wrong_word_gets_the_usage_of_its_command_and_a_hint(
     assert lines[0].startswith("usage: ") and usage in lines[0]
     assert lines[-2].startswith("error: ")
     assert lines[-1].startswith("hint: ") and hint in lines[-1]
+    assert lines[-1].count("python3") <= 1
 
 
 def test_help_explains_a_command(command: Command) -> None:

@@ -12812,8 +12812,10 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         if new.tools == Tools.NONE:
             raise CannotStart("A workspace needs tools.", "add --tools read, for example")
     token, secret = service.create_token(new, workspace)
-    if token.tools == Tools.ALL or token.is_admin:
-        rights = "run any command here, as you" * (token.tools == Tools.ALL)
+    # No Bash rule is a sandbox.
+    has_shell = token.tools == Tools.ALL or any(rule.startswith("Bash") for rule in token.tools)
+    if has_shell or token.is_admin:
+        rights = "run any command here, as you" * has_shell
         rights += " and " * bool(rights and token.is_admin)
         rights += "manage all tokens and read every request" * token.is_admin
         console.info("⚠️", "Whoever has this token can " + rights)

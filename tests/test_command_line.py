@@ -1044,7 +1044,8 @@ def test_the_rights_of_a_token_are_listed_and_warned_of(command: Command) -> Non
     assert "can run any command here, as you\n" in command(
         "token", "create", "shell", "--tools", "all").err  # fmt: skip
     assert "can manage all tokens" in command("token", "create", "boss", "--admin").err
-    assert "can " not in command(
+    assert "can " not in command("token", "create", "reader", "--tools", "Read,Edit").err
+    assert "can run any command here, as you\n" in command(
         "token", "create", "rules", "--tools", "Read,Bash(git log:*)",
         "--requests-per-minute", "5", "--requests-per-day", "9").err  # fmt: skip
     header, *lines = command("token", "list").out.splitlines()

@@ -11609,9 +11609,7 @@ async function refreshRequests(includeTokens) {
 // The token that the card of first steps created.
 let firstSecret = "";
 const showFirstCode = () => {
-  const { curl: example } = CODE_EXAMPLES;
-  const body = { message: "Why is the sky blue?", wait: 60 };
-  const code = example(location.origin + "/api/ask", body);
+  const code = exampleCode("curl", {});
   setText("first-code", firstSecret ? code.replace("cab-...", firstSecret) : code);
 };
 async function createFirst() {
@@ -11945,10 +11943,11 @@ function checkedFields() {
     throw new Error("The JSON Schema is not JSON: " + error.message);
   }
 }
+const exampleCode = (name, fields) => CODE_EXAMPLES[name](location.origin + "/api/ask",
+  { message: "Why is the sky blue?", ...fields, wait: 60 });
 function showCode() {
   try {
-    setText("code", CODE_EXAMPLES[language](location.origin + "/api/ask",
-      { message: "Why is the sky blue?", ...askFields(), wait: 60 }));
+    setText("code", exampleCode(language, askFields()));
   } catch {
     // While the schema is being written.
   }
@@ -12757,6 +12756,10 @@ def command_token(arguments: argparse.Namespace, config: Config, console: Consol
     return 0
 
 
+def split_names(text: str) -> List[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def find_token(tokens: List[Token], text: str) -> Token:
     """Return the token with this id, else with this name, else the one whose id or secret begins
     so. Raises NotFound; InvalidRequest for several."""
@@ -12785,7 +12788,7 @@ def token_changes(arguments: argparse.Namespace) -> Dict[str, Any]:
         if body[name] in ("never", "none", "all"):
             body[name] = None
         elif name == "models":
-            body[name] = [model.strip() for model in body[name].split(",")]
+            body[name] = split_names(body[name])
     return body
 
 
@@ -12796,7 +12799,7 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
         tools = [rule.strip() for rule in re.split(r",(?![^(]*\))", tools)]
     models = None
     if arguments.models is not None:
-        models = [name.strip() for name in arguments.models.split(",")]
+        models = split_names(arguments.models)
     new, _ = NewToken.parse({
         "name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires,
         "tools": tools, "requestsPerMinute": arguments.requests_per_minute,

@@ -1208,13 +1208,19 @@ COMPLETED = [
 ]
 
 
+def completion_of(shell: str, command: Command, folder: Path) -> Tuple[str, Path]:
+    """Return a shell and its script of completion, or skip the test."""
+    program = shutil.which(shell)
+    if not program:
+        pytest.skip("there is no %s here" % shell)
+    script = folder / "completion"
+    script.write_text(command("completion", shell).out)
+    return program, script
+
+
 @pytest.mark.parametrize("line, expected", COMPLETED)
 def test_bash_completes(command: Command, tmp_path: Path, line: str, expected: str) -> None:
-    bash = shutil.which("bash")
-    if not bash:
-        pytest.skip("there is no bash here")
-    script = tmp_path / "completion"
-    script.write_text(command("completion", "bash").out)
+    bash, script = completion_of("bash", command, tmp_path)
     words = line.split(" ")
     program = "source %s; COMP_WORDS=(%s); COMP_CWORD=%d; _claude_api_bridge; echo ${COMPREPLY[@]}"
     program %= (script, " ".join(word or "''" for word in words), len(words) - 1)
@@ -1224,11 +1230,7 @@ def test_bash_completes(command: Command, tmp_path: Path, line: str, expected: s
 
 @pytest.mark.parametrize("line, expected", COMPLETED)
 def test_fish_completes(command: Command, tmp_path: Path, line: str, expected: str) -> None:
-    fish = shutil.which("fish")
-    if not fish:
-        pytest.skip("there is no fish here")
-    script = tmp_path / "completion"
-    script.write_text(command("completion", "fish").out)
+    fish, script = completion_of("fish", command, tmp_path)
     run = subprocess.run(
         [fish, "--no-config", "-c", 'source %s; complete -C "%s"' % (script, line)],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, stdout=subprocess.PIPE,
@@ -1238,11 +1240,7 @@ def test_fish_completes(command: Command, tmp_path: Path, line: str, expected: s
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_a_shell_reads_the_completion(command: Command, tmp_path: Path, shell: str) -> None:
-    program = shutil.which(shell)
-    if not program:
-        pytest.skip("there is no %s here" % shell)
-    script = tmp_path / "completion"
-    script.write_text(command("completion", shell).out)
+    program, script = completion_of(shell, command, tmp_path)
     assert subprocess.run([program, "-n", str(script)], timeout=30).returncode == 0
 
 

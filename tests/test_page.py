@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 
@@ -433,6 +433,11 @@ def test_a_reached_plan_limit_is_shown_with_its_reset(visit: Visitor, bridge: St
 # --- Tokens ---
 
 
+def token_named(running: RunningBridge, name: str) -> Dict[str, Any]:
+    tokens = running.admin.get("/api/tokens").json["tokens"]
+    return dict(next(token for token in tokens if token["name"] == name))
+
+
 def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     page = visit(running, running.admin.token)
@@ -446,8 +451,7 @@ def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start
     page.write("Models", "haiku, sonnet")
     page.press("Create token")
     secret = page.until("document.querySelector('#created-token code')?.innerText")
-    tokens = running.admin.get("/api/tokens").json["tokens"]
-    robot = next(token for token in tokens if token["name"] == "robot")
+    robot = token_named(running, "robot")
     expected = {
         "sessionMode": "stateful",
         "tools": "web",
@@ -479,9 +483,7 @@ def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start
 def test_a_token_is_edited_and_rotated(visit: Visitor, bridge: Start) -> None:
     running = bridge()
     old = running.admin.new_token("robot", requestsPerDay=50, expiresInDays=10)
-    before = next(
-        token for token in running.admin.get("/api/tokens").json["tokens"]
-        if token["name"] == "robot")  # fmt: skip
+    before = token_named(running, "robot")
     page = visit(running, running.admin.token)
     page.open_view("Tokens")
     page.press("Edit robot", "#tokens")
@@ -491,9 +493,7 @@ def test_a_token_is_edited_and_rotated(visit: Visitor, bridge: Start) -> None:
     page.press("Save")
     page.wait_for_text("droid", "#tokens")
     page.wait_for_text("7 per minute", "#tokens")
-    after = next(
-        token for token in running.admin.get("/api/tokens").json["tokens"]
-        if token["name"] == "droid")  # fmt: skip
+    after = token_named(running, "droid")
     # The expiry was not touched, so it is not moved.
     assert after == {
         **before, "name": "droid", "requestsPerMinute": 7, "lastUsedAt": after["lastUsedAt"]}

@@ -280,10 +280,10 @@ class WrongSetting(Exception):
     """A value that cannot be used; the text names the setting and says what to use instead."""
 
 
-def closest(word: str, choices: Iterable[str]) -> str:
-    """Return what was perhaps meant; "" if nothing is near."""
+def closest(word: str, choices: Iterable[str], nearness: float = 0.6) -> str:
+    """Return what was perhaps meant; "" if nothing is near. nearness: 0 to 1."""
     import difflib
-    return next(iter(difflib.get_close_matches(word, list(choices), 1)), "")
+    return next(iter(difflib.get_close_matches(word, list(choices), 1, nearness)), "")
 
 
 def unknown_variables(environ: Mapping[str, str]) -> List[Tuple[str, str]]:
@@ -526,6 +526,20 @@ RUN_ERRORS = {
     "interrupted": "the run was interrupted twice: the bridge stopped or crashed",
     "context_too_long": "the prompt or the conversation is longer than the model accepts",
     "model_not_found": "the model does not exist, or the account may not use it"}
+# What the owner, or the caller, can do about it.
+RUN_ADVICE = {
+    "auth_required": "sign claude in again: run claude, then /login",
+    "network": "check the network of this machine, its DNS and its proxy",
+    "usage_limit": "wait for the reset of the plan",
+    "overloaded": "the service is overloaded; try again later",
+    "timeout": "ask for less at once, or start the bridge with a longer --run-seconds",
+    "billing_guard": "sign claude in to the subscription, or allow the bill with --allow-api-key",
+    "cli_error": "check whether it answers you: claude -p hello; then claude update",
+    "output_too_large": "ask for a shorter answer",
+    "interrupted": "check why the bridge stopped, then send the request again",
+    "context_too_long": "send less text, or begin another conversation",
+    "model_not_found": "choose one of GET /v1/models",
+    "refused": "ask in another way, or another model"}
 # After these the queue waits, and the request with it: it did not cause them. -> `waitingFor`.
 HOLD_REASONS = {
     "usage_limit": "usage_limit", "overloaded": "overloaded", "network": "network",
@@ -817,6 +831,23 @@ METRICS = (
     Metric("cab_tunnel_starts_total", "counter", "", "starts of cloudflared"))
 HISTOGRAM_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 Labels = Tuple[Tuple[str, str], ...]
+# Runs whose latencies are remembered.
+LATENCIES = 1_000
+
+
+class Latency(NamedTuple):
+    """How long a request waited for its run, and then for the first text; in seconds.
+    began_at: when the run began, in epoch seconds. owner: the id of its token."""
+    began_at: float
+    owner: str
+    waiting: float
+    first_text: Optional[float]
+
+
+def percentile(values: Iterable[float], share: float) -> Optional[float]:
+    """Return the smallest value that so many of all do not exceed; None without values."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
 class Metrics:
@@ -825,6 +856,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: Dict[Tuple[str, Labels], float] = {}
+        self._latencies: Deque[Latency] = deque(maxlen=LATENCIES)
 
     def inc(self, name: str, amount: float = 1, **labels: str) -> None:
         key = name, tuple(labels.items())
@@ -838,6 +870,17 @@ class Metrics:
         self.inc(name + "_bucket", le="+Inf")
         self.inc(name + "_sum", seconds)
         self.inc(name + "_count")
+
+    def record_latency(self, latency: Latency) -> None:
+        with self._lock:
+            self._latencies.append(latency)
+
+    def latencies(self, since: float, owner: Optional[str] = None) -> List[Latency]:
+        """Return those of the last runs that began after a time. owner: only this token's."""
+        with self._lock:
+            latencies = [*self._latencies]
+        return [latency for latency in latencies
+                if latency.began_at > since and owner in (None, latency.owner)]
 
     def values(self) -> Dict[Tuple[str, Labels], float]:
         with self._lock:
@@ -978,6 +1021,7 @@ validate_offset = integer("after", 0, 999_999_999)
 validate_model_name = matching(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}",
                                "model must be an alias or a full model name, such as haiku")
 validate_message_bytes = max_bytes("Message", MESSAGE_BYTES)
+validate_attachment_name = max_bytes("the name of an attachment", 200)
 
 
 def validate_message(value: Any) -> str:
@@ -1042,6 +1086,19 @@ def validate_statuses(value: Optional[str]) -> Tuple[str, ...]:
     return statuses
 
 
+def validate_since(value: Optional[str]) -> float:
+    """Return epoch seconds for 2026-01-31, 2026-01-31T12:00:00Z or another ISO time; 0 for none."""
+    if not value:
+        return 0.0
+    try:
+        # Before 3.11, Z and other than 3 or 6 digits were refused.
+        moment = datetime.fromisoformat(re.sub(r"\.\d+|Z$", "", value))
+        return max(0.0, moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp())
+    except (ValueError, OverflowError):
+        raise InvalidRequest("since must be a time such as 2026-01-31T12:00:00Z",
+                             field="since") from None
+
+
 def validate_token_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InvalidRequest("Token name is required")
@@ -1076,6 +1133,18 @@ def check_tool_name(name: str) -> None:
             ' Read or Bash(git log:*)' % (name, ' (did you mean "%s"?)' % meant if meant else ""))
 
 
+def check_tool_rule(rule: Any) -> None:
+    """Raise InvalidRequest for what is no rule of a list."""
+    if rule in Tools.LEVELS:
+        raise InvalidRequest(
+            'tools: the level "%s" stands alone; in a list, name the tools: Read, Glob, Grep (what'
+            ' read has), WebFetch, WebSearch (web)' % rule)
+    if not isinstance(rule, str) or not TOOL_RULE_RE.fullmatch(rule):
+        shown = replace_surrogates(str(rule))[:100]
+        raise InvalidRequest('tools: "%s" is no rule such as Read or Bash(git log:*)' % shown)
+    check_tool_name(rule.partition("(")[0])
+
+
 def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:
     """Return a level, or a tuple of Claude Code rules such as "Read" or "Bash(git log:*)"."""
     if value is None:
@@ -1083,10 +1152,9 @@ def validate_tools(value: Any) -> Union[str, Tuple[str, ...]]:
     if isinstance(value, str) and value in Tools.LEVELS:
         return value
     if isinstance(value, (list, tuple)) and 0 < len(value) <= TOOL_RULES:
-        if all(isinstance(rule, str) and TOOL_RULE_RE.fullmatch(rule) for rule in value):
-            for rule in value:
-                check_tool_name(rule.partition("(")[0])
-            return tuple(value)
+        for rule in value:
+            check_tool_rule(rule)
+        return tuple(value)
     raise InvalidRequest(
         'tools must be "none", "read", "web", "all" or a list of 1 to %d rules such as "Read" or'
         ' "Bash(git log:*)"' % TOOL_RULES)
@@ -1231,6 +1299,70 @@ class Command:
         return cls(**values), warnings
 
 
+# What a block of the Messages API calls them.
+ATTACHMENT_KINDS = {
+    "image/png": "image", "image/jpeg": "image", "image/gif": "image", "image/webp": "image",
+    "application/pdf": "document", "text/plain": "document"}
+MAX_ATTACHMENTS = 20
+ATTACHMENTS_ADVICE = (
+    'attachments must be a list of at most %d objects such as {"name": "photo.png", "mediaType":'
+    ' "image/png", "data": "iVBORw0..."}' % MAX_ATTACHMENTS)
+
+
+class Attachment(NamedTuple):
+    """A file of a message. data: base64, of a text the text itself."""
+    name: str
+    media_type: str
+    data: str
+
+    @property
+    def block(self) -> Dict[str, Any]:
+        """Return it as a block of the Messages API."""
+        kind = "text" if self.media_type == "text/plain" else "base64"
+        source = {"type": kind, "media_type": self.media_type, "data": self.data}
+        block = {"type": ATTACHMENT_KINDS[self.media_type], "source": source}
+        return {**block, "title": self.name} if block["type"] == "document" else block
+
+    @property
+    def summary(self) -> Dict[str, Any]:
+        """Return what lists show of it."""
+        size = len(self.data.encode())
+        if self.media_type != "text/plain":
+            size = len(base64.b64decode(self.data))
+        return {"name": self.name, "mediaType": self.media_type, "bytes": size}
+
+
+def read_attachment(value: Any) -> Attachment:
+    """Read an element of `attachments`. Raises InvalidRequest."""
+    entry = value if isinstance(value, dict) else {}
+    media_type, data = entry.get("mediaType"), entry.get("data")
+    name = validate_attachment_name(entry.get("name")) or "file"
+    if not isinstance(media_type, str) or not isinstance(data, str) or not data:
+        raise InvalidRequest(ATTACHMENTS_ADVICE)
+    if media_type not in ATTACHMENT_KINDS:
+        raise InvalidRequest(
+            "mediaType of an attachment must be one of: " + ", ".join(ATTACHMENT_KINDS))
+    try:
+        content = base64.b64decode(data, validate=True)
+        # A text is no base64 for the API.
+        data = content.decode() if media_type == "text/plain" else data
+    except ValueError:
+        text = "data of the attachment %s must be base64" % name
+        if media_type == "text/plain":
+            text += " of a text in UTF-8"
+        raise InvalidRequest(text) from None
+    if not content.strip():
+        raise InvalidRequest("the attachment %s is empty" % name)
+    return Attachment(name, media_type, data)
+
+
+def validate_attachments(value: Any) -> Tuple[Attachment, ...]:
+    """Return the files of a message, whose data is in base64."""
+    if not isinstance(value, (list, type(None))) or len(value or ()) > MAX_ATTACHMENTS:
+        raise InvalidRequest(ATTACHMENTS_ADVICE)
+    return tuple(map(read_attachment, value or ()))
+
+
 @dataclass(frozen=True)
 class Ask(Command):
     """A message for Claude."""
@@ -1260,6 +1392,11 @@ class Ask(Command):
     stream: bool = body_field(
         boolean("stream"), "boolean", "answer at once with Server-Sent Events; see Streaming", True,
         default=False)
+    attachments: Tuple[Attachment, ...] = body_field(
+        validate_attachments, "array",
+        "images (PNG, JPEG, GIF, WebP), PDFs and texts, each as base64; the whole body may have"
+        " 1 MiB",
+        [{"name": "photo.png", "mediaType": "image/png", "data": "iVBORw0KGgo..."}], default=())
     callback: Optional[str] = body_field(
         validate_callback, "string",
         "tokens with `callbacks`: where to send the result when it is there; see Callbacks",
@@ -1269,9 +1406,10 @@ class Ask(Command):
     def fingerprint(self) -> str:
         """Equal for requests that ask the same, however they want the answer delivered."""
         names = [row.name for row in fields(self) if row.name not in ("wait", "stream")]
-        if self.callback is None:
-            # As before there were callbacks.
-            names.remove("callback")
+        for name in ("callback", "attachments"):
+            if not getattr(self, name):
+                # As before there were any.
+                names.remove(name)
         return digest(as_json([getattr(self, name) for name in names]))
 
 
@@ -1431,7 +1569,7 @@ class StopInfo(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """A request and its result.
-    `structured` and `json_schema` are JSON texts.
+    `structured`, `json_schema` and `attachments` (what lists show of them) are JSON texts.
     generation: counts how often the text restarted; a reader's offset is valid within one only.
     api: the wire format of a request of /v1, else None."""
     id: str
@@ -1456,10 +1594,39 @@ class Job:
     generation: int = 0
     stop_info: Optional[StopInfo] = None
     api: Optional[str] = None
+    attachments: Optional[str] = None
 
     @property
     def is_finished(self) -> bool:
         return self.status in JobStatus.FINISHED
+
+
+class JobFilter(NamedTuple):
+    """Which jobs a list has. What is empty does not matter.
+    text: occurs in the request or its answer, in any case. model: a part of its name.
+    since: epoch seconds."""
+    token_id: Optional[str] = None
+    statuses: Tuple[str, ...] = ()
+    conversation: Optional[str] = None
+    text: str = ""
+    model: str = ""
+    error_code: str = ""
+    since: float = 0.0
+
+    @property
+    def needs_search(self) -> bool:
+        """Whether an index alone cannot find them."""
+        return bool(self.text or self.model or self.error_code or self.since or (
+            self.conversation and self.statuses))
+
+    def matches(self, job: Job) -> bool:
+        texts = (job.message, job.system_prompt, job.response, job.structured, job.error,
+                 job.error_code, job.model, job.conversation)
+        return ((not self.statuses or job.status in self.statuses)
+                and self.error_code in ("", job.error_code)
+                and self.model.casefold() in (job.model or "").casefold()
+                and (not self.text or self.text.casefold() in "\n".join(
+                    filter(None, texts)).casefold()))
 
 
 class Callback(NamedTuple):
@@ -1614,8 +1781,8 @@ CONVERSATIONS = 1_000
 # The names that the bridge uses in its data folder.
 DATA_NAMES = (
     "bridge.db", "bridge.db-wal", "bridge.db-shm", "bridge.db-journal", "bridge-original.db",
-    "bridge.lock", "ask-tokens.json", "cloudflared.yml", "claude-home", "bin", "work", "workspaces",
-    "transcripts")
+    "bridge.lock", "ask-tokens.json", "cloudflared.yml", "claude-home", "claude.json", "bin",
+    "work", "workspaces", "transcripts")
 
 # Version 0 is the database of the Node original, or an empty file: its tables are created if they
 # are missing, then both are brought to version 1. This list only grows; a step that has shipped
@@ -1742,6 +1909,17 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         " token_id = (SELECT token_id FROM jobs WHERE id = new.job_id) WHERE job_id = new.job_id;"
         " END",
     ),
+    (
+        # A table of its own, because a bridge of an older version may write to usage meanwhile.
+        "CREATE TABLE model_usage (day TEXT NOT NULL, token_id TEXT NOT NULL, model TEXT NOT NULL,"
+        " completed INTEGER NOT NULL DEFAULT 0, input_tokens INTEGER NOT NULL DEFAULT 0,"
+        " output_tokens INTEGER NOT NULL DEFAULT 0, cache_read_tokens INTEGER NOT NULL DEFAULT 0,"
+        " cache_creation_tokens INTEGER NOT NULL DEFAULT 0, cost_usd REAL NOT NULL DEFAULT 0,"
+        " PRIMARY KEY (day, token_id, model))",
+        # attachment_data: the blocks, until the request is finished.
+        "ALTER TABLE jobs ADD COLUMN attachments TEXT",
+        "ALTER TABLE jobs ADD COLUMN attachment_data TEXT",
+    ),
 )
 
 SQLITE_VERSION = sqlite3.sqlite_version
@@ -1758,6 +1936,8 @@ BLANKED_COLUMNS = {
 SUMMARY_COLUMNS = ", ".join(
     BLANKED_COLUMNS.get(name, COLUMN_OF.get(name, name)) for name in JOB_FIELDS)
 USAGE_COLUMNS = ", ".join(Usage._fields)
+USAGE_SUMS = ", ".join("sum(%s)" % name for name in Usage._fields)
+USAGE_ADDITIONS = ", ".join("%s = %s + ?" % (name, name) for name in Usage._fields)
 
 
 def placeholders(values: Sequence[Any]) -> str:
@@ -1810,8 +1990,11 @@ def private_directory(path: Path) -> Path:
             with contextlib.suppress(PermissionError):
                 path.chmod(0o700)
     except OSError as error:
+        hint = "make it writable, or choose another one with --data-dir"
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            hint = "a file is in its place: choose another folder with --data-dir"
         raise CannotStart("The folder %s cannot be used: %s." % (path, error.strerror or error),
-                          "make it writable, or choose another one with --data-dir") from None
+                          hint) from None
     return path
 
 
@@ -2688,11 +2871,26 @@ class UsageStore:
         counters = [int(counter == name) for name in ("requests", "completed", "errors")]
         db.execute(
             "UPDATE usage SET requests = requests + ?, completed = completed + ?,"
-            " errors = errors + ?, input_tokens = input_tokens + ?,"
-            " output_tokens = output_tokens + ?, cache_read_tokens = cache_read_tokens + ?,"
-            " cache_creation_tokens = cache_creation_tokens + ?, cost_usd = cost_usd + ?"
-            " WHERE day = ? AND token_id = ?",
+            " errors = errors + ?, %s WHERE day = ? AND token_id = ?" % USAGE_ADDITIONS,
             (*counters, *usage, day, token_id))
+
+    @staticmethod
+    def add_model(db: sqlite3.Connection, day: str, token_id: str, model: str,
+                  usage: Usage) -> None:
+        """Add an answer to the figures of its model."""
+        key = (day, token_id, model)
+        db.execute("INSERT OR IGNORE INTO model_usage (day, token_id, model) VALUES (?, ?, ?)", key)
+        db.execute("UPDATE model_usage SET completed = completed + 1, %s WHERE day = ? AND"
+                   " token_id = ? AND model = ?" % USAGE_ADDITIONS, (*usage, *key))
+
+    def by_model(self, since_day: str,
+                 token_id: Optional[str] = None) -> List[Tuple[str, int, Usage]]:
+        """Return the completed requests and the usage of each model."""
+        rows = self._database.read(
+            "SELECT model, sum(completed), %s FROM model_usage"
+            " WHERE day >= ? AND (token_id = ? OR ? IS NULL) GROUP BY model"
+            % USAGE_SUMS, since_day, token_id, token_id)
+        return [(model, completed, Usage._make(sums)) for model, completed, *sums in rows]
 
     def by_day(self, since_day: str, token_id: Optional[str] = None) -> List[DayUsage]:
         """Return the figures per day and token, oldest first. token_id: only this token's."""
@@ -2708,6 +2906,7 @@ class UsageStore:
         """Delete the figures older than USAGE_DAYS."""
         oldest = day_of(self._database.clock.now() - USAGE_DAYS * 86_400)
         db.execute("DELETE FROM usage WHERE day < ?", (oldest,))
+        db.execute("DELETE FROM model_usage WHERE day < ?", (oldest,))
 
     @runs_in_writer
     def save_plan_limits(self, db: sqlite3.Connection, windows: Sequence[RateLimitWindow]) -> None:
@@ -2855,6 +3054,25 @@ def next_model(database: Database, job: Job) -> Optional[str]:
     return database.cached(("model", job.token_id, job.conversation), load)
 
 
+def prompt_of(database: Database, job: Job) -> Content:
+    """Return the message of an unfinished job, with its attachments."""
+    rows = database.read("SELECT attachment_data FROM jobs WHERE id = ?", job.id)
+    blocks = json.loads(rows[0][0] or "[]") if rows else []
+    return [*blocks, {"type": "text", "text": job.message}] if blocks else job.message
+
+
+def positions_of(db: sqlite3.Connection, job: Job) -> Tuple[int, int]:
+    """Return what JobStore.queue_positions does."""
+    if job.is_finished:
+        return 0, 0
+    queued, unfinished = db.execute(
+        "SELECT coalesce(sum(status = 'queued'), 0), count(*) FROM jobs"
+        " WHERE status IN ('queued', 'processing') AND seq < ?",
+        (job.seq,)).fetchone()
+    is_queued = job.status == JobStatus.QUEUED
+    return (int(queued) + 1 if is_queued else 0), int(unfinished) + 1
+
+
 class JobStore:
     """The queue and the finished requests. Metrics count after the commit."""
 
@@ -2881,7 +3099,12 @@ class JobStore:
             "system_prompt": request.system_prompt, "json_schema": request.json_schema,
             "conversation": request.conversation, "effort": request.effort, "idempotency_key": key,
             "fingerprint": fingerprint, "chat": chat, "api": api}
-        callback = request.callback if isinstance(request, Ask) else None
+        callback = None
+        if isinstance(request, Ask):
+            callback = request.callback
+            if request.attachments:
+                values["attachments"] = as_json([file.summary for file in request.attachments])
+                values["attachment_data"] = as_json([file.block for file in request.attachments])
         result: EnqueueResult = self._insert(values, limit, callback)
         if result.is_new:
             self._metrics.inc("cab_requests_accepted_total")
@@ -2901,7 +3124,7 @@ class JobStore:
             if row[1] != values["fingerprint"]:
                 raise IdempotencyConflict()
             job = self._select(db, "id", row[0])
-            return EnqueueResult(job, self._positions(db, job)[1], is_new=False)
+            return EnqueueResult(job, positions_of(db, job)[1], is_new=False)
         check_token_limits(db, token_id, now)
         ahead = db.execute(
             "SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
@@ -2961,7 +3184,8 @@ class JobStore:
         now = self._database.clock.now()
         rows = db.execute(
             "UPDATE jobs SET status = 'completed', completed_at = ?, response = ?, structured = ?,"
-            " usage = ?, ending = ?, model = coalesce(?, model), restarts = ?, chat = NULL"
+            " usage = ?, ending = ?, model = coalesce(?, model), restarts = ?, chat = NULL,"
+            " attachment_data = NULL"
             " WHERE id = ? AND status = 'processing'",
             (now, replace_surrogates(answer.text),
              answer.structured and replace_surrogates(answer.structured), as_json(answer.usage),
@@ -2976,7 +3200,9 @@ class JobStore:
                 " WHERE token_id = ? AND name = (SELECT conversation FROM jobs WHERE id = ?)",
                 (answer.session_id, answer.spent_usd, now, size, job.token_id, job.id))
             db.execute("UPDATE callbacks SET next_at = ? WHERE job_id = ?", (now, job.id))
-            self._usage.add(db, day_of(job.created_at), job.token_id, "completed", answer.usage)
+            day, model = day_of(job.created_at), answer.model or job.model
+            self._usage.add(db, day, job.token_id, "completed", answer.usage)
+            self._usage.add_model(db, day, job.token_id, model or "", answer.usage)
         return rows
 
     def _count_finished(self, status: str, code: str, amount: int) -> None:
@@ -3019,7 +3245,7 @@ class JobStore:
         for job_id, token_id, created_at, conversation in rows:
             db.execute(
                 "UPDATE jobs SET status = 'error', completed_at = ?, error = ?, error_code = ?,"
-                " chat = NULL WHERE id = ?",
+                " chat = NULL, attachment_data = NULL WHERE id = ?",
                 (now, replace_surrogates(text), code, job_id))
             self._usage.add(db, day_of(created_at), token_id, "errors")
             db.execute("UPDATE callbacks SET next_at = ? WHERE job_id = ?", (now, job_id))
@@ -3104,34 +3330,26 @@ class JobStore:
             jobs queued and running before it + 1, or 0 if it is finished)."""
         def load() -> Tuple[int, int]:
             with self._database.reading() as db:
-                return self._positions(db, job)
+                return positions_of(db, job)
 
         return self._database.cached(("positions", job.id, job.status), load)
 
-    @staticmethod
-    def _positions(db: sqlite3.Connection, job: Job) -> Tuple[int, int]:
-        if job.is_finished:
-            return 0, 0
-        queued, unfinished = db.execute(
-            "SELECT coalesce(sum(status = 'queued'), 0), count(*) FROM jobs"
-            " WHERE status IN ('queued', 'processing') AND seq < ?",
-            (job.seq,)).fetchone()
-        is_queued = job.status == JobStatus.QUEUED
-        return (int(queued) + 1 if is_queued else 0), int(unfinished) + 1
-
-    def page(self, token_id: Optional[str], statuses: Sequence[str], before: Optional[int],
+    def page(self, where: JobFilter, before: Optional[int],
              limit: int) -> Tuple[List[Job], Optional[int]]:
-        """Return a page of jobs, newest first.
-        token_id: None for the jobs of all tokens. statuses: empty for all. before: where the last
-        page ended.
+        """Return a page of jobs, newest first, by token and status, or by token and conversation.
+        before: where the last page ended.
         -> (at most `limit` jobs, fewer if they are large; where the next page begins, or None)."""
-        # One part for each status, because an index serves one status only.
+        token_id, column, choices = where.token_id, "status", where.statuses
         owner = "token_id = ?" if token_id else "? IS NULL"
+        if where.conversation:
+            # An index serves one of them.
+            column, choices = "conversation", (where.conversation,)
         part = "SELECT seq FROM jobs WHERE %s%%s AND seq < ? ORDER BY seq DESC LIMIT ?" % owner
         end = (before or 1 << 62, limit + 1)
-        parts = ["SELECT * FROM (%s)" % part % " AND status = ?"] * len(statuses)
-        values: List[Any] = [value for status in statuses for value in (token_id, status, *end)]
-        if not statuses:
+        # One part for each status, because an index serves one status only.
+        parts = ["SELECT * FROM (%s)" % part % " AND %s = ?" % column] * len(choices)
+        values: List[Any] = [value for choice in choices for value in (token_id, choice, *end)]
+        if not choices:
             parts, values = [part % ""], [token_id, *end]
         sql = "SELECT %s FROM jobs WHERE seq IN (%s) ORDER BY seq DESC LIMIT ?" % (
             JOB_COLUMNS, " UNION ALL ".join(parts))
@@ -4083,8 +4301,11 @@ class LiveText:
     stop_sequences: the text ends at the first one; `stopped_by` is that one."""
 
     def __init__(self, generation: int = 0, on_change: Callable[[], None] = lambda: None,
-                 stop_sequences: Sequence[str] = ()) -> None:
+                 stop_sequences: Sequence[str] = (),
+                 monotonic: Callable[[], float] = lambda: 0.0) -> None:
         self._lock = threading.RLock()
+        self._monotonic = monotonic
+        self._first_text_at: Optional[float] = None
         self._on_change = on_change
         # UTF-32, so that an offset is a slice: 4 bytes a character.
         self._data = bytearray()
@@ -4127,10 +4348,16 @@ class LiveText:
 
     def _append(self, text: str) -> None:
         text = replace_surrogates(text)
+        if text and self._first_text_at is None:
+            self._first_text_at = self._monotonic()
         with self._lock:
             self._is_started = True
             self._data += text.encode("utf-32-le")
             self.size += len(text.encode())
+
+    def seconds_to_text(self, since: float) -> Optional[float]:
+        """Return how long it took until the first text came; None if none did."""
+        return None if self._first_text_at is None else self._first_text_at - since
 
     def restart(self) -> None:
         """Discard the text: it belonged to a tool call or to an aborted attempt."""
@@ -4474,10 +4701,9 @@ def reap_zombies(before: Set[int]) -> Set[int]:
 
 
 # --- the installed program ---
-def login_fingerprint(install: "ClaudeInstall") -> Any:
+def login_fingerprint(environ: Mapping[str, str]) -> Any:
     """Return what changes when the owner signs in again. The files are not read.
     Source: 2.1.197 and 2.1.332 on Linux; macOS keeps the login in a keychain."""
-    environ = install.environment
     # An empty value means the usual folder.
     folder = environ.get("CLAUDE_SECURESTORAGE_CONFIG_DIR", environ.get("CLAUDE_CONFIG_DIR"))
     home = home_folder(environ)
@@ -4488,34 +4714,122 @@ def login_fingerprint(install: "ClaudeInstall") -> Any:
 
 @dataclass(frozen=True)
 class ClaudeInstall:
-    """Which program runs, what it can do, and who pays. environment: of every process."""
+    """Which program runs, what it can do, and who pays. environment: of every process.
+    is_recalled: that is from the last search; the program was not asked yet."""
     command: Tuple[str, ...]
     features: Features
     environment: Dict[str, str]
     billing_account: str
     is_billed_per_token: bool = False
     notes: Tuple[str, ...] = ()
+    is_recalled: bool = False
+
+
+SHARED_NOTE = (
+    "This Claude Code keeps its login in its own settings folder, which the bridge therefore"
+    " shares.")
 
 
 def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
     """Find the `claude` of this machine and its login. Raises CannotStart if there is none, or if
     it is too old or not signed in."""
-    command = claude_command(config, environ)
-    # Each request would fail. Source: os.tmpdir() of Node.
+    search = ClaudeSearch(config, environ)
+    if config.demo:
+        version = "%d.%d.%d (demo)" % MINIMUM_CLI
+        features = Features(MINIMUM_CLI, version, NEEDED_FLAGS)
+        account = parse_login({"loggedIn": True, "authMethod": "demo"}).billing_account
+        return ClaudeInstall(search.command, features, search.own_environment, account)
+    return search.ask()
+
+
+def recall_claude(config: Config, environ: Mapping[str, str]) -> Optional[ClaudeInstall]:
+    """Return what the last search brought, if program, login and settings are still the same."""
+    return None if config.demo else ClaudeSearch(config, environ).recall()
+
+
+class ClaudeSearch:
+    """Where `claude` is, and what it is asked. Asking takes half a second, so that the result is
+    stored in the data folder, under what changes it. Raises CannotStart."""
+
+    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
+        self.command = claude_command(config, environ)
+        check_temporary_folder(environ)
+        # What it starts, such as node, often lies beside it.
+        folders = [environ.get("PATH", os.defpath), str(Path(self.command[0]).parent)]
+        environ = {**environ, "PATH": os.pathsep.join(folders)}
+        self._owner_environment = child_environment(environ, config.allow_api_key, None)
+        home = private_directory(config.data_dir / "claude-home")
+        write_account(home, environ)
+        self.own_environment = child_environment(environ, config.allow_api_key, str(home))
+        self._path = config.data_dir / "claude.json"
+
+    def _key(self) -> str:
+        """Return what is equal while the same program runs with the same login and settings."""
+        files = [file_fingerprint(word) for word in self.command]
+        names = {"HOME", "PATH", *PASSED_ENV, *API_KEYS, "CLAUDE_CONFIG_DIR"}
+        values = {name: self._owner_environment.get(name) for name in sorted(names)}
+        logins = [login_fingerprint(environment)
+                  for environment in (self.own_environment, self._owner_environment)]
+        # A digest, because a token may be among them.
+        return digest(as_json([__version__, self.command, files, values, logins]))
+
+    def recall(self) -> Optional[ClaudeInstall]:
+        """Return what the last `ask` stored; None if something has changed since."""
+        stored = read_json_object(self._path)
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if stored["key"] == self._key():
+                features = Features.read(stored["version"], " ".join(stored["flags"]))
+                install = self._install(features, stored["isShared"], Login(*stored["login"]))
+                return replace(install, is_recalled=True)
+        return None
+
+    def ask(self) -> ClaudeInstall:
+        """Ask the program for its version, its flags and its login, and store that."""
+        key = self._key()
+        # At the same time. Its own folder, because --version alone writes to the owner's.
+        commands = (("--version",), ("--help",), LOGIN_COMMAND)
+        probes = [start_probe(self.command + words, self.own_environment, words is LOGIN_COMMAND)
+                  for words in commands]
+        version_text, help_text = probes[0].result(), probes[1].result()
+        features = Features.read(version_text, help_text)
+        check_features(features, self.command[-1], version_text)
+        login, is_shared = parse_login(read_login(probes[2].result())), False
+        if not login.is_signed_in and owner_settings(self._owner_environment):
+            output = probe(self.command + LOGIN_COMMAND, self._owner_environment, may_fail=True)
+            login, is_shared = parse_login(read_login(output)), True
+        if not login.is_signed_in:
+            raise CannotStart(
+                "Claude Code is installed but not signed in.",
+                "run claude and sign in, or set CLAUDE_CODE_OAUTH_TOKEN (claude setup-token creates"
+                " one), or try: claude_api_bridge.py start --demo")
+        stored = {"key": key, "version": features.version_text, "flags": sorted(features.flags),
+                  "isShared": is_shared, "login": login}
+        with contextlib.suppress(OSError):
+            write_file_atomically(self._path, as_json(stored))
+        return self._install(features, is_shared, login)
+
+    def _install(self, features: Features, is_shared: bool, login: Login) -> ClaudeInstall:
+        environment = self._owner_environment if is_shared else self.own_environment
+        return ClaudeInstall(
+            self.command, features, environment, login.billing_account, login.is_billed_per_token,
+            (SHARED_NOTE,) if is_shared else ())
+
+
+def check_temporary_folder(environ: Mapping[str, str]) -> None:
+    """Raise CannotStart if Node has no folder for temporary files: each request would fail.
+    Source: os.tmpdir() of Node."""
     temporary = next(filter(None, map(environ.get, ("TMPDIR", "TMP", "TEMP"))), None)
     if temporary and not os.access(temporary, os.W_OK | os.X_OK):
         raise CannotStart("The folder for temporary files, %s, cannot be used." % temporary,
                           "create it, or set TMPDIR to another one")
-    # What it starts, such as node, often lies beside it.
-    folders = [environ.get("PATH", os.defpath), str(Path(command[0]).parent)]
-    environ = {**environ, "PATH": os.pathsep.join(folders)}
-    owner_environment = child_environment(environ, config.allow_api_key, None)
-    version = probe(command + ("--version",), owner_environment)
-    features = Features.read(version, probe(command + ("--help",), owner_environment))
+
+
+def check_features(features: Features, program: str, version_text: str) -> None:
+    """Raise CannotStart if the bridge cannot drive this version."""
     if not features.version:
         raise CannotStart(
             "%s does not answer like Claude Code (its --version prints %r)."
-            % (command[-1], version.strip()[:80]),
+            % (program, version_text.strip()[:80]),
             "name the right program with --claude PATH")
     missing = sorted(NEEDED_FLAGS - features.flags)
     if features.version < MINIMUM_CLI or missing:
@@ -4527,21 +4841,13 @@ def find_claude(config: Config, environ: Mapping[str, str]) -> ClaudeInstall:
             "%s %s." % (features.version_text, problem),
             "update it to %s or newer: claude update, or npm install -g"
             " @anthropic-ai/claude-code@latest" % minimum)
-    home = private_directory(config.data_dir / "claude-home")
-    write_account(home, environ)
-    own_environment = child_environment(environ, config.allow_api_key, str(home))
-    shared = (
-        "This Claude Code keeps its login in its own settings folder, which the bridge therefore"
-        " shares.",)
-    for environment, notes in ((own_environment, ()), (owner_environment, shared)):
-        login = parse_login(login_status(command, environment))
-        if login.is_signed_in:
-            return ClaudeInstall(command, features, environment, login.billing_account,
-                                 login.is_billed_per_token, notes)
-    raise CannotStart(
-        "Claude Code is installed but not signed in.",
-        "run claude and sign in, or set CLAUDE_CODE_OAUTH_TOKEN (claude setup-token creates one),"
-        " or try: claude_api_bridge.py start --demo")
+
+
+def owner_settings(environ: Mapping[str, str]) -> bool:
+    """Return whether the owner has used Claude Code here. If not, even a question for the login
+    would create its files."""
+    folder = Path(environ.get("CLAUDE_CONFIG_DIR") or home_folder(environ))
+    return any((folder / name).exists() for name in (".claude.json", ".claude", "settings.json"))
 
 
 def claude_command(config: Config, environ: Mapping[str, str]) -> Tuple[str, ...]:
@@ -4612,14 +4918,18 @@ def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = 
           advice: str = "name the right program with --claude PATH") -> str:
     """Return what a short command prints. Raises CannotStart if it cannot be run; with its last
     line on stderr if it fails without output, unless it `may_fail`."""
+    options: Dict[str, Any] = {"creationflags": NO_WINDOW}
+    if threading.current_thread() is not threading.main_thread():
+        # It ends with the thread. In the main thread Ctrl-C ends both.
+        options = group_options(signal.SIGKILL)
     try:
         result = subprocess.run(
             list(argv), env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=PROBE_SECONDS, creationflags=NO_WINDOW)
+            stderr=subprocess.PIPE, timeout=PROBE_SECONDS, **options)
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = getattr(error, "strerror", None) or "no answer within %d s" % PROBE_SECONDS
         raise CannotStart("%s cannot be run: %s." % (argv[0], reason), advice) from None
-    output = result.stdout.decode("utf-8", "replace")
+    output = str(result.stdout, "utf-8", "replace")
     if result.returncode and not output.strip() and not may_fail:
         lines = result.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
         reason = "exit status %d" % result.returncode
@@ -4635,10 +4945,28 @@ def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = 
     return output
 
 
-def login_status(command: Tuple[str, ...], environment: Mapping[str, str]) -> Mapping[str, Any]:
-    """Run `claude auth status` without the owner's settings, as in our runs. The settings may name
-    a helper that supplies keys."""
-    output = probe(command + ("--setting-sources=", "auth", "status"), environment, may_fail=True)
+def start_probe(argv: Sequence[str], environment: Mapping[str, str],
+                may_fail: bool) -> "Future[str]":
+    """Run `probe` in a thread of its own."""
+    future: "Future[str]" = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(probe(argv, environment, may_fail=may_fail))
+        except Exception as error:
+            future.set_exception(error)
+
+    # A daemon, unlike those of an executor: the bridge may end before the program answers.
+    threading.Thread(target=ask, name="probe", daemon=True).start()
+    return future
+
+
+# Without the owner's settings, as in our runs: they may name a helper that supplies keys.
+LOGIN_COMMAND = ("--setting-sources=", "auth", "status")
+
+
+def read_login(output: str) -> Mapping[str, Any]:
+    """Return what `claude auth status` prints; empty if it is no JSON."""
     try:
         # A wrapper may print a line of its own first.
         status = json.JSONDecoder().raw_decode(output, output.index("{"))[0]
@@ -4680,16 +5008,33 @@ class ClaudeProgram:
         self._failed_preparations = 0
         self._detect = detect
         self._fingerprint = file_fingerprint(install.command[-1])
+        # What `check` found, if it is news.
+        self._checked: Optional[ClaudeInstall] = None
+
+    def check(self) -> None:
+        """Ask the program whether what was recalled is still so; in any thread."""
+        assert self._detect is not None
+        try:
+            checked = self._detect()
+        except CannotStart as error:
+            logger.error("%s Hint: %s.", error, error.hint)
+            return
+        if checked != replace(self.install, is_recalled=False):
+            logger.warning("Claude Code has changed: %s. Billing: %s",
+                           checked.features.version_text, checked.billing_account)
+            self._checked = checked
 
     def is_replaced(self) -> bool:
-        """Return whether there is another program; False while there is none."""
+        """Return whether there is another program, or news of it; False while there is none."""
+        if self._checked:
+            return True
         current = file_fingerprint(self.install.command[-1])
         return self._detect is not None and current not in (self._fingerprint, None)
 
     def redetect(self) -> None:
         """Find out what the new program can do. Raises CannotStart."""
         assert self._detect is not None
-        self.install = self._detect()
+        self.install, self._checked = self._checked or self._detect(), None
         self.can_rewind = self.can_pipe = None
         self._failed_preparations = 0
         self._fingerprint = file_fingerprint(self.install.command[-1])
@@ -6635,7 +6980,8 @@ class Worker:
         self._metrics = metrics or Metrics()
         self._live: Dict[str, LiveText] = {}
         self.holds = QueueHolds(
-            stores.database, clock, lambda: login_fingerprint(self._pool.program.install))
+            stores.database, clock,
+            lambda: login_fingerprint(self._pool.program.install.environment))
         self._windows: Dict[str, RateLimitWindow] = {}
         # Job id -> generation of its text, after a run whose end could not be stored.
         self._restart_counts: Dict[str, int] = {}
@@ -6717,19 +7063,21 @@ class Worker:
         logger.info("Processing request %s...", job.id[:8])
         live = LiveText(max(job.generation, self._restart_counts.pop(job.id, 0)),
                         lambda: self._notifier.notify(Notifier.text_topic(job.id)),
-                        chat.stop_sequences if chat else ())
-        started = self._clock.monotonic()
+                        chat.stop_sequences if chat else (), self._clock.monotonic)
+        started, now = self._clock.monotonic(), self._clock.now()
+        waited = max(0.0, now - job.created_at)
         if job.attempts == 1:
-            waited = max(0.0, self._clock.now() - job.created_at)
             self._metrics.observe("cab_wait_seconds", waited)
         self._live[job.id] = live
-        self.running = (job.id, self._clock.now())
+        self.running = (job.id, now)
         self._maintain_at = started + REFILL_SECONDS
         self._notifier.notify(job.id)
         try:
             self._run(job, token, chat, live)
         finally:
             self.running = None
+            latency = Latency(now, job.token_id, waited, live.seconds_to_text(started))
+            self._metrics.record_latency(latency)
             # Refill the pool at once, because the run may have been too short for it.
             self._maintain_at = float("-inf")
             del self._live[job.id]
@@ -6797,16 +7145,17 @@ class Worker:
         """Return what a run of a native request needs."""
         session = SessionConfig(job.system_prompt or SYSTEM_PROMPT, job.model, job.json_schema,
                                 job.effort, token.tools, token.workspace)
+        single = RunRequest(prompt_of(self._stores.database, job), session, owner=job.token_id)
         if not job.conversation:
-            return RunRequest(job.message, session, owner=job.token_id)
+            return single
         stored = self._stores.conversations.open(job.token_id, job.conversation)
         current = self._stores.jobs.summary(job.id)
         if not current or not current.conversation:
             # Deleted since the job was claimed: the turn belongs to no conversation.
-            return RunRequest(job.message, session, owner=job.token_id)
-        return RunRequest(job.message, session, stored.key, stored.session_id, stored.spent_usd,
-                          lru_cache(maxsize=None)(lambda: self._stores.conversations.history(job)),
-                          job.token_id)
+            return single
+        history = lru_cache(maxsize=None)(lambda: self._stores.conversations.history(job))
+        return replace(single, conversation=stored.key, session_id=stored.session_id,
+                       spent_usd=stored.spent_usd, history=history)
 
     def _answer_seconds(self, chat: Optional[Chat]) -> float:
         """Return for how long the API may be silent before it begins to answer. A request that can
@@ -6925,6 +7274,8 @@ class Worker:
 # a connection.
 MAX_STREAMS_PER_TOKEN = 128
 MAX_STREAMS = 192
+# Of 100 requests, or a million characters.
+SEARCH_PAGES = 20
 # An authenticated caller.
 Caller = Token
 
@@ -6980,6 +7331,59 @@ def outage(pause: Optional[Pause]) -> Tuple[Optional[Pause], Optional[str]]:
     if pause and pause.reason in ("network", "login"):
         return pause, PAUSE_TEXTS[pause.reason]
     return None, None
+
+
+def find_token(tokens: Sequence[Token], text: str) -> Token:
+    """Return the token with this id, else with this name, else the one whose id or secret begins
+    so. Raises NotFound; InvalidRequest for several."""
+    # All secrets begin with "cab-".
+    is_long = len(text) >= 6
+    candidates = (
+        [token for token in tokens if token.id == text]
+        or [token for token in tokens if token.name == text]
+        or [token for token in tokens if is_long and (
+            token.id.startswith(text) or token.prefix.startswith(text[:12]))])
+    if not candidates:
+        raise NotFound("Token not found: there is no ID, name or prefix %r" % text[:100])
+    if len(candidates) > 1:
+        ids = ", ".join(token.id for token in candidates[:5])
+        raise InvalidRequest("%d tokens match %r; use one of their IDs: %s"
+                             % (len(candidates), text[:100], ids))
+    return candidates[0]
+
+
+class JobPage(NamedTuple):
+    """A part of a list of jobs.
+    next: where the next part begins; None at the end. searched_to: until when, in epoch seconds,
+    the jobs were read, if there are more."""
+    jobs: List[Job]
+    next: Optional[int] = None
+    searched_to: Optional[float] = None
+    views: Sequence[JobView] = ()
+
+
+def search_jobs(store: JobStore, where: JobFilter, before: Optional[int], limit: int) -> JobPage:
+    """Return a page of the jobs that match, newest first. A search reads SEARCH_PAGES of the store
+    at most, so that it takes no longer when there are more jobs; other calls run in between."""
+    if not where.needs_search:
+        jobs, before = store.page(where, before, limit)
+        return JobPage(jobs, before, jobs[-1].created_at if before else None)
+    matches: List[Job] = []
+    searched_to = None
+    for _ in range(SEARCH_PAGES):
+        jobs, before = store.page(where, before, PAGE_JOBS)
+        for job in jobs:
+            searched_to = job.created_at
+            if searched_to < where.since:
+                return JobPage(matches)
+            if where.matches(job):
+                matches.append(job)
+                size = sum(len(job.message) + len(job.response or "") for job in matches)
+                if len(matches) == limit or size > PAGE_CHARACTERS:
+                    return JobPage(matches, job.seq, searched_to)
+        if before is None:
+            return JobPage(matches)
+    return JobPage(matches, before, searched_to)
 
 
 class StreamSlots:
@@ -7222,13 +7626,17 @@ class Service:
         self._notifier.notify(job_id)
         return self._view(self._full_job(caller, job_id))
 
-    def jobs(self, caller: Caller, statuses: Sequence[str] = (), before: Optional[int] = None,
-             limit: int = 20) -> Tuple[List[JobView], Optional[int]]:
-        """Return a page of the caller's jobs, for an admin of all, newest first. -> (views, where
-        the next page begins)."""
-        token_id = None if caller.is_admin else caller.id
-        jobs, following = self.stores.jobs.page(token_id, statuses, before, limit)
-        return [self._view(job) for job in jobs], following
+    def jobs(self, caller: Caller, where: JobFilter = JobFilter(), before: Optional[int] = None,
+             limit: int = 20) -> JobPage:
+        """Return a page of the caller's jobs, for an admin of all, newest first."""
+        if not caller.is_admin or where.conversation and not where.token_id:
+            where = where._replace(token_id=caller.id)
+        page = search_jobs(self.stores.jobs, where, before, limit)
+        return page._replace(views=[self._view(job) for job in page.jobs])
+
+    def job(self, caller: Caller, job_id: str) -> JobView:
+        """Return a job with its prompt. Raises NotFound, also for another token's job."""
+        return self._view(self._full_job(caller, job_id))
 
     def _summary(self, caller: Caller, job_id: str) -> Job:
         return self._check_owner(caller, self.stores.jobs.summary(job_id))
@@ -7277,13 +7685,11 @@ class Service:
         """Create a token. -> (token, its secret, which is stored nowhere). A token with tools gets
         a workspace of its own, unless one is named. Raises TokenLimit."""
         secret = new_token()
-        own_workspace = None
-        if new.tools != Tools.NONE and workspace is None:
-            own_workspace = Path("workspaces", str(uuid.uuid4()))
-        path = workspace or own_workspace
+        is_own = new.tools != Tools.NONE and workspace is None
+        path = Path("workspaces", str(uuid.uuid4())) if is_own else workspace
         token = self.stores.tokens.add(new, secret, str(path) if path else None)
-        if own_workspace:
-            folder = private_directory(self._data_dir / own_workspace)
+        if is_own and path:
+            folder = private_directory(self._data_dir / path)
             token = replace(token, workspace=str(folder))
         return token, secret
 
@@ -7363,6 +7769,8 @@ class StatusSource(Protocol):
         """Raise Unavailable if the worker has ended."""
     def metrics(self) -> str:
         """Return the text of /metrics."""
+    def latency(self, owner: Optional[str]) -> Mapping[str, Any]:
+        """Return percentiles of the last hour. owner: only this token's requests."""
 
 
 class Context(NamedTuple):
@@ -7499,6 +7907,7 @@ def job_body(view: JobView) -> Dict[str, Any]:
     if job.status == JobStatus.ERROR:
         body["error"] = job.error or ""
         body["errorCode"] = job.error_code
+        body["advice"] = RUN_ADVICE.get(job.error_code or "")
     if job.is_finished:
         body["completedAt"] = iso_time(job.completed_at)
     body.update(model=job.model, conversation=job.conversation, createdAt=iso_time(job.created_at),
@@ -7516,11 +7925,14 @@ def job_body(view: JobView) -> Dict[str, Any]:
     return without_none(body)
 
 
-def prompt_body(job: Job) -> Dict[str, Any]:
-    """Return what was asked, for lists."""
+def listed_body(view: JobView) -> Dict[str, Any]:
+    """Return the poll body with what was asked."""
+    job = view.job
     return without_none({
+        **job_body(view),
         "message": job.message, "tokenId": job.token_id, "systemPrompt": job.system_prompt,
-        "effort": job.effort, "api": job.api, "jsonSchema": json.loads(job.json_schema or "null")})
+        "effort": job.effort, "api": job.api, "jsonSchema": json.loads(job.json_schema or "null"),
+        "attachments": json.loads(job.attachments or "null")})
 
 
 def token_body(token: Token, now: float) -> Dict[str, Any]:
@@ -7558,7 +7970,11 @@ def sums_body(rows: Sequence[DayUsage]) -> Dict[str, Any]:
     usage = reduce(Usage.plus, (row.usage for row in rows), Usage())
     counts = {name: sum(getattr(row, name) for row in rows)
               for name in ("requests", "completed", "errors")}
-    return {**counts, **record_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))}
+    return {**counts, **usage_body(usage)}
+
+
+def usage_body(usage: Usage) -> Dict[str, Any]:
+    return record_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))
 
 
 # --- requests ---
@@ -7615,14 +8031,27 @@ def handle_cancel(context: Context) -> Response:
 
 
 def handle_list_requests(context: Context) -> Response:
-    query = context.request.query
+    caller, query = context.require_caller(), context.request.query
     limit = integer("limit", 1, PAGE_JOBS)(query.get("limit")) or 20
     before = integer("before", 1, 999_999_999)(query.get("before"))
-    statuses = validate_statuses(query.get("status"))
-    views, following = context.service.jobs(context.require_caller(), statuses, before, limit)
-    bodies = [{**job_body(view), **prompt_body(view.job)} for view in views]
-    next_page = None if following is None else str(following)
-    return json_response(200, {"requests": bodies, "next": next_page})
+    token_id = None
+    if query.get("token"):
+        tokens = context.stores.tokens.list() if caller.is_admin else [caller]
+        token_id = find_token(tokens, query["token"]).id
+    where = JobFilter(
+        token_id, validate_statuses(query.get("status")), query.get("conversation") or None,
+        query.get("q", ""), query.get("model", ""), query.get("error", ""),
+        validate_since(query.get("since")))
+    page = context.service.jobs(caller, where, before, limit)
+    return json_response(200, {
+        "requests": list(map(listed_body, page.views)),
+        "next": None if page.next is None else str(page.next),
+        "searchedTo": iso_time(page.searched_to)})
+
+
+def handle_get_request(context: Context) -> Response:
+    view = context.service.job(context.require_caller(), context.path_params["requestId"])
+    return json_response(200, listed_body(view))
 
 
 def handle_list_conversations(context: Context) -> Response:
@@ -7640,7 +8069,8 @@ def handle_usage(context: Context) -> Response:
     caller, stores, now = context.require_caller(), context.stores, context.service.clock.now()
     days = integer("days", 1, USAGE_DAYS)(context.request.query.get("days")) or 30
     since = day_of(now - (days - 1) * 86_400)
-    rows = stores.usage.by_day(since, None if caller.is_admin else caller.id)
+    owner = None if caller.is_admin else caller.id
+    rows = stores.usage.by_day(since, owner)
     by_day: Dict[str, List[DayUsage]] = {}
     by_token: Dict[str, List[DayUsage]] = {}
     for row in rows:
@@ -7651,10 +8081,18 @@ def handle_usage(context: Context) -> Response:
     body = {
         "since": since, "total": sums_body(rows),
         "days": [{"day": day, **sums_body(part)} for day, part in sorted(by_day.items())],
-        "tokens": [{"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
-                   for token_id, part in sorted(by_token.items())],
-        "plan": plan}
+        "tokens": sorted(({"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
+                          for token_id, part in by_token.items()), key=usage_rank),
+        "models": sorted(({"model": model or None, "completed": completed, **usage_body(usage)}
+                          for model, completed, usage in stores.usage.by_model(since, owner)),
+                         key=usage_rank),
+        "latency": context.status.latency(owner), "plan": plan}
     return json_response(200, body)
+
+
+def usage_rank(body: Mapping[str, Any]) -> Tuple[float, int]:
+    """Sort the largest usage first."""
+    return -body["costUsd"], -body["inputTokens"] - body["outputTokens"]
 
 
 # --- tokens ---
@@ -8829,7 +9267,8 @@ PLAN_EXAMPLE = {
 JOB_EXAMPLE = {
     "status": "completed", "requestId": EXAMPLE_ID, "queuePosition?": 0,
     "response?": "Because air scatters blue light more.", "error?": "The request was cancelled.",
-    "errorCode?": "cancelled", "completedAt?": EXAMPLE_TIME, "model?": "haiku",
+    "errorCode?": "cancelled", "advice?": "ask for a shorter answer",
+    "completedAt?": EXAMPLE_TIME, "model?": "haiku",
     "conversation?": "trip-to-rome", "createdAt": EXAMPLE_TIME, "startedAt?": EXAMPLE_TIME,
     "attempts": 1, "durationMs?": 1840, "structured?": {}, "usage?": USAGE_EXAMPLE,
     "stopReason?": "max_tokens", "partial?": "Because", "waitingFor?": "usage_limit",
@@ -8837,7 +9276,8 @@ JOB_EXAMPLE = {
 LISTED_JOB_EXAMPLE = {
     **JOB_EXAMPLE, "message": "Why is the sky blue?", "tokenId": EXAMPLE_ID,
     "systemPrompt?": "Answer in one sentence.", "effort?": "low", "api?": "openai",
-    "jsonSchema?": {}}
+    "jsonSchema?": {},
+    "attachments?": [{"name": "photo.png", "mediaType": "image/png", "bytes": 20480}]}
 TOKEN_EXAMPLE = {
     "id": EXAMPLE_ID, "name": "my-app", "prefix": "cab-01234567", "sessionMode": "stateless",
     "expiresAt~": EXAMPLE_TIME, "createdAt": EXAMPLE_TIME, "lastUsedAt~": EXAMPLE_TIME,
@@ -8852,7 +9292,9 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "ok": True, "requestId": EXAMPLE_ID, "position": 1, "poll": "GET /api/ask/" + EXAMPLE_ID,
         "warnings?": WARNINGS},
     "Job": JOB_EXAMPLE, "Cancelled": {"ok": True, **JOB_EXAMPLE},
-    "Requests": {"requests": [LISTED_JOB_EXAMPLE], "next~": "41"},
+    "Requests": {
+        "requests": [LISTED_JOB_EXAMPLE], "next~": "41", "searchedTo~": EXAMPLE_TIME},
+    "ListedJob": LISTED_JOB_EXAMPLE,
     "Conversations": {
         "conversations": [{
             "name": "default", "turns": 3, "createdAt": EXAMPLE_TIME, "lastUsedAt": EXAMPLE_TIME}]},
@@ -8861,6 +9303,10 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "since": "2026-01-01", "total": SUMS_EXAMPLE,
         "days": [{"day": "2026-01-31", **SUMS_EXAMPLE}],
         "tokens": [{"tokenId": EXAMPLE_ID, "name~": "my-app", **SUMS_EXAMPLE}],
+        "models": [{"model~": "claude-haiku-4-5", "completed": 4, **USAGE_EXAMPLE}],
+        "latency": {
+            "requests": 5, "waitingMs": {"p50~": 3, "p95~": 1840},
+            "firstTokenMs": {"p50~": 640, "p95~": 900}},
         "plan": PLAN_EXAMPLE},
     "NewToken": {
         "ok": True, "tokenId": EXAMPLE_ID, "token": "cab-...", "prefix": "cab-01234567",
@@ -8923,6 +9369,11 @@ AFTER_QUERY = {
 PAGE_QUERY = {
     "status": (
         "string", "one or more of queued, processing, completed, error, separated by commas"),
+    "q": ("string", "a text that occurs in the request or its answer, in any case"),
+    "token": ("string", "admins: the ID, name or prefix of a token"),
+    "model": ("string", "a part of the model's name"), "error": ("string", "an `errorCode`"),
+    "conversation": ("string", "a conversation, of `token` or your own"),
+    "since": ("string", "a time such as 2026-01-31T12:00:00Z"),
     "limit": ("integer", "1 to 100, default 20"), "before": ("string", "the last page's `next`")}
 
 
@@ -8971,6 +9422,9 @@ ROUTES = (
           "Your requests, newest first (admins see everyone's)",
           responses={200: ("Requests", '{"requests":[...],"next":"41"}')},
           query=PAGE_QUERY),
+    Route("GET", "/api/requests/:requestId", AuthLevel.TOKEN, handle_get_request,
+          "One of them, with what was asked",
+          responses={200: ("ListedJob", '{"status":"completed","message":"...",...}')}),
     Route("GET", "/api/conversations", AuthLevel.TOKEN, handle_list_conversations,
           "The conversations of a stateful token",
           responses={200: ("Conversations", '{"conversations":[{"name":"default",...}]}')}),
@@ -8978,7 +9432,7 @@ ROUTES = (
           "Delete a conversation; the next request starts it again",
           responses={200: ("Done", '{"ok":true,"message":"Conversation deleted"}')}),
     Route("GET", "/api/usage", AuthLevel.TOKEN, handle_usage,
-          "Requests, tokens and estimated cost per day and token; the plan's limits",
+          "Requests, tokens and estimated cost per day, token and model; the plan's limits",
           responses={200: ("Usage", '{"total":{...},"days":[...],"tokens":[...],"plan":{...}}')},
           query={"days": ("integer", "1 to 400, default 30")}),
     Route("POST", "/v1/messages", AuthLevel.TOKEN, partial(handle_chat, format=MESSAGES),
@@ -12088,6 +12542,8 @@ def content_security_policy(nonce: str) -> str:
 
 
 LOCK_WAIT_SECONDS = 0.2
+# For the check of a recalled `claude`, when the bridge ends.
+CHECK_JOIN_SECONDS = 2.0
 
 
 class DirectoryLock:
@@ -12195,6 +12651,18 @@ class BridgeStatus:
     def metrics(self) -> str:
         return metrics_text({**self._metrics.values(), **self._gauges()})
 
+    def latency(self, owner: Optional[str]) -> Dict[str, Any]:
+        """Return percentiles of the last hour. owner: only this token's requests."""
+        latencies = self._metrics.latencies(self._clock.now() - 3_600, owner)
+
+        def percentiles(values: Sequence[Optional[float]]) -> Dict[str, Any]:
+            times = [round(value * 1000) for value in values if value is not None]
+            return {"p50": percentile(times, 0.5), "p95": percentile(times, 0.95)}
+
+        return {"requests": len(latencies),
+                "waitingMs": percentiles([latency.waiting for latency in latencies]),
+                "firstTokenMs": percentiles([latency.first_text for latency in latencies])}
+
     def _gauges(self) -> Dict[Tuple[str, Labels], float]:
         """Return the current gauges."""
         tunnel = self._tunnel_details()
@@ -12297,6 +12765,10 @@ class Bridge:
             on_exit(tunnel.request_stop)
         worker.start()
         callbacks.start()
+        if self._install.is_recalled:
+            check = threading.Thread(target=program.check, name="claude-check", daemon=True)
+            on_exit(check.join, CHECK_JOIN_SECONDS)
+            check.start()
 
     def _open_stores(self, path: Path, metrics: Metrics) -> Stores:
         """Open the database; move a corrupt one away and create a new one."""
@@ -12319,6 +12791,8 @@ class Bridge:
         stores.jobs.fail_chats(
             "interrupted", "The bridge stopped, and the connection that waited was lost.")
         requeued, lost = stores.jobs.recover()
+        if stores.database.get_state("paused"):
+            logger.warning("The queue is paused; the command resume lets it go on")
         if killed or requeued or lost:
             logger.warning(
                 "After an unclean end: %d processes killed, %d requests queued again, %d given up",
@@ -12577,10 +13051,9 @@ def command_start(config: Config, console: Console) -> int:
     logger.addHandler(ConsoleLogHandler(console))
     logger.propagate = False
     console.banner()
-    for check in check_variables(config, os.environ):
-        console.info("⚠️", ": ".join(filter(None, (check.text, check.advice))))
+    print_variables(config, console)
     data_directory(config.data_dir)
-    install = find_claude(config, os.environ)
+    install = recall_claude(config, os.environ) or find_claude(config, os.environ)
     print_billing(config, install, console)
     console.info("✅", "Data directory: %s" % config.data_dir)
     token = find_tunnel_token(config, os.environ)
@@ -12620,6 +13093,12 @@ def wait_in_thread(signals: ExitSignals, stack: contextlib.ExitStack, console: C
     except Exception:
         logger.exception("The bridge did not close properly")
         os._exit(1)
+
+
+def print_variables(config: Config, console: Console) -> None:
+    """Name the CAB_ variables that nothing reads."""
+    for check in check_variables(config, os.environ):
+        console.info("⚠️", ": ".join(filter(None, (check.text, check.advice))))
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
@@ -12719,6 +13198,14 @@ class NothingRuns(RunningJobs):
     """The RunningJobs of a process without a worker: its methods return None."""
 
 
+def require_database(config: Config) -> Path:
+    """Return the database of the data folder, which must exist. Raises CannotStart."""
+    path = config.data_dir / "bridge.db"
+    if not path.is_file():
+        raise CannotStart("There is no database %s." % path, "name its folder with --data-dir")
+    return path
+
+
 @contextlib.contextmanager
 def open_service(config: Config) -> Iterator[Service]:
     """Open the database of the data folder, whether the bridge runs or not. Raises CannotStart."""
@@ -12729,7 +13216,9 @@ def open_service(config: Config) -> Iterator[Service]:
 
 
 def command_token(arguments: argparse.Namespace, config: Config, console: Console) -> int:
-    """token create | list | revoke. -> 0."""
+    """token create | list | update | rotate | revoke. -> 0."""
+    if arguments.action != "create":
+        require_database(config)
     with open_service(config) as service:
         if arguments.action == "create":
             create_token(arguments, service, console)
@@ -12758,23 +13247,6 @@ def command_token(arguments: argparse.Namespace, config: Config, console: Consol
 
 def split_names(text: str) -> List[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def find_token(tokens: List[Token], text: str) -> Token:
-    """Return the token with this id, else with this name, else the one whose id or secret begins
-    so. Raises NotFound; InvalidRequest for several."""
-    # All secrets begin with "cab-".
-    is_long = len(text) >= 6
-    candidates = (
-        [token for token in tokens if token.id == text]
-        or [token for token in tokens if token.name == text]
-        or [token for token in tokens if is_long and (
-            token.id.startswith(text) or token.prefix.startswith(text[:12]))])
-    if not candidates:
-        raise NotFound("Token not found: there is no ID, name or prefix %r" % text[:100])
-    if len(candidates) > 1:
-        raise InvalidRequest("%d tokens match %r; use an ID" % (len(candidates), text[:100]))
-    return candidates[0]
 
 
 def token_changes(arguments: argparse.Namespace) -> Dict[str, Any]:
@@ -12841,27 +13313,26 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
     if arguments.json:
         console.data(json.dumps(bodies, ensure_ascii=False, indent=2))
         return
-    row = "%-36s  %-12s  %-9s  %-5s  %-7s  %-15s  %-10s  %-10s  %s"
-    console.data(row % ("ID", "PREFIX", "MODE", "ADMIN", "TOOLS", "LIMITS", "LAST USED", "EXPIRES",
-                        "NAME"))
+    rows = [("ID", "PREFIX", "MODE", "ADMIN", "TOOLS", "LIMITS", "LAST USED", "EXPIRES", "NAME")]
     for body in bodies:
         expires = "expired" if body["isExpired"] else (body["expiresAt"] or "never")[:10]
         is_admin = "yes" if body["isAdmin"] else "no"
         tools = body["tools"] if isinstance(body["tools"], str) else "%d rules" % len(body["tools"])
         limits = ["%d/%s" % (body[name], unit) for name, unit in (
             ("requestsPerMinute", "min"), ("requestsPerDay", "day")) if body[name]]
-        console.data(row % (
+        limits += [",".join(body["models"])] if body["models"] else []
+        rows.append((
             body["id"], body["prefix"], body["sessionMode"], is_admin, tools,
             " ".join(limits) or "-", (body["lastUsedAt"] or "never")[:10], expires,
             escape_controls(body["name"], keep="")))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        console.data("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 def command_backup(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """backup FILE. -> 0. Raises CannotStart."""
-    source = config.data_dir / "bridge.db"
-    if not source.is_file():
-        raise CannotStart("There is no database %s." % source, "name its folder with --data-dir")
-    backup_database(source, Path(arguments.file).expanduser().absolute())
+    backup_database(require_database(config), Path(arguments.file).expanduser().absolute())
     console.info("✅", "The database was copied to %s" % arguments.file)
     return 0
 
@@ -12869,6 +13340,7 @@ def command_backup(arguments: argparse.Namespace, config: Config, console: Conso
 def command_queue(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """pause | resume: hold the queue, whether the bridge runs or not. -> 0."""
     is_paused = arguments.command == "pause"
+    require_database(config)
     with open_service(config) as service:
         service.set_paused(is_paused)
     console.info("✅", "The queue is paused" if is_paused else "The queue goes on")
@@ -12946,10 +13418,12 @@ class AskClient:
 
 def command_ask(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Ask the running bridge. Only the answer goes to stdout. -> 0, or 1 for a failed request."""
-    message = " ".join(arguments.message)
-    if message == "-":
-        message = sys.stdin.buffer.read().decode("utf-8", "replace")
-    if not message:
+    words = arguments.message
+    message = " ".join(words)
+    if words[-1] == "-":
+        texts = [" ".join(words[:-1]), sys.stdin.buffer.read().decode("utf-8", "replace")]
+        message = "\n\n".join(filter(None, texts))
+    if not message.strip():
         raise WrongSetting("The message is empty; write it behind ask, or to its standard input.")
     url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
     client = AskClient(url)
@@ -12984,10 +13458,13 @@ def show_event(
     position = data.get("position")
     is_behind = isinstance(position, int) and position > 1
     if name == "queued" and (is_behind or "waitingFor" in data):
-        until = ""
-        if data.get("waitingFor") == "usage_limit":
-            until = ", for the plan until %s" % data.get("resumesAt")
-        console.info("·", "waits at position %s%s" % (position, until))
+        reason, until = data.get("waitingFor"), data.get("resumesAt")
+        text = "waits at position %s" % position
+        if reason == "usage_limit":
+            text += ", for the plan until %s" % until
+        elif reason in PAUSE_TEXTS:
+            text += ": " + PAUSE_TEXTS[reason]
+        console.info("·", text)
     elif name == "started" and arguments.shown:
         console.write("\n")
         arguments.shown = ""
@@ -13144,19 +13621,16 @@ def check_clock(config: Config, environ: Mapping[str, str]) -> List[Check]:
     return [Check("clock", False, text, "set the clock of this machine")]
 
 
-HOLD_ADVICE = {
-    "login": "sign claude in again: run claude, then /login",
-    "network": "check the network of this machine, its DNS and its proxy",
-    "paused": "let it go on: claude_api_bridge.py resume"}
-
-
 def check_queue(config: Config, environ: Mapping[str, str]) -> List[Check]:
     """Check whether the queue of the bridge waits for something."""
     reason, since = inspect_database(config.data_dir / "bridge.db").hold
     if not reason:
         return []
     text = "waits since %s: %s" % (iso_time(since), PAUSE_TEXTS[reason])
-    return [Check("queue", None if reason == "paused" else False, text, HOLD_ADVICE[reason])]
+    if reason == "paused":
+        return [Check("queue", None, text, "let it go on: claude_api_bridge.py resume")]
+    code = next(code for code, word in HOLD_REASONS.items() if word == reason)
+    return [Check("queue", False, text, RUN_ADVICE[code])]
 
 
 def check_orphans(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -13207,15 +13681,9 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return [*checks, Check("payer", True, account)]
     advice = ""
     if not config.allow_api_key:
-        advice = "sign claude in to the subscription, or allow the bill with --allow-api-key"
+        advice = RUN_ADVICE["billing_guard"]
     text = account + ", billed per token"
     return [*checks, Check("payer", config.allow_api_key, text, advice)]
-
-
-LIVE_ADVICE = {
-    "auth_required": HOLD_ADVICE["login"], "network": HOLD_ADVICE["network"],
-    "usage_limit": "wait for the reset of the plan",
-    "overloaded": "the service is overloaded; try again later"}
 
 
 def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -13236,7 +13704,7 @@ def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
         return []
     except RunFailed as failure:
         text = "%s: %s" % (failure.code, redact(str(failure)))
-        advice = LIVE_ADVICE.get(failure.code, "check whether it answers you: claude -p hello")
+        advice = RUN_ADVICE.get(failure.code, RUN_ADVICE["cli_error"])
         return [Check("live", False, text, advice)]
     seconds = clock.monotonic() - started
     text = "%s answered %r in %.1f s" % (answer.model, answer.text[:40], seconds)
@@ -13662,13 +14130,16 @@ class CommandParser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"argument (\S+): ignored explicit .*", r"\1 takes no value", message)
         choice = re.search(r"invalid choice: '(.*?)'.* \(choose from (.*)\)", message)
         choices = re.findall(r"[\w-]+", choice[2]) if choice else ()
         self._fail(message, choice[1] if choice else "", choices)
 
     def _fail(self, message: str, word: str, choices: Iterable[str]) -> NoReturn:
         self.print_usage(sys.stderr)
-        meant = closest(word.partition("=")[0], choices)
+        # The dashes of flags would make them alike.
+        plain = {choice.lstrip("-"): choice for choice in choices}
+        meant = plain.get(closest(word.partition("=")[0].lstrip("-"), plain, 0.75))
         prog = self.prog.replace(own_words(), OWN_NAME)
         hint = "did you mean %s?" % meant if meant else "see %s --help" % prog
         Console().fail(message, hint)
@@ -13738,7 +14209,8 @@ def add_ask(ask: argparse.ArgumentParser) -> None:
     """Add the arguments of `ask`."""
     ask.set_defaults(shown="")
     ask.add_argument(
-        "message", nargs="+", help="the question; - reads it from standard input")
+        "message", nargs="+",
+        help="the question; a last word - stands for standard input: ask 'Sum this up:' - < FILE")
     ask.add_argument("--model", metavar="NAME", help="alias or full name of a model")
     ask.add_argument("--system-prompt", metavar="TEXT", help="instructions for the model")
     ask.add_argument(
@@ -13793,7 +14265,7 @@ def add_token_actions(token: argparse.ArgumentParser) -> None:
 SHELL_SCRIPTS = {
     "bash": ("""\
 _claude_api_bridge() {{
-  local word path=
+  local word words path=
   for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
     case "$path/$word" in {paths}) path="$path/$word" ;; esac
   done
@@ -13855,13 +14327,18 @@ def command_completion(
     return 0
 
 
+FLAGS = {
+    "expiresInDays": "--expires", "requestsPerMinute": "--requests-per-minute",
+    "requestsPerDay": "--requests-per-day", "callbacks": "--callbacks", "models": "--models"}
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command. -> the exit status: 0 done, 1 failed, 2 wrong arguments."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["demo-claude"]:
         return DemoClaude(words[1:]).run()
     if words[:1] == ["help"]:
-        words = [*words[1:], "--help"]
+        words = [*(word for word in words if word != "help"), "--help"]
     parser = build_parser()
     arguments = parser.parse_args(words)
     if not arguments.command:
@@ -13876,9 +14353,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":
             return command_start(config, console)
+        if arguments.command != "doctor":
+            print_variables(config, console)
         return commands[arguments.command](arguments, config, console)
     except (WrongSetting, InvalidRequest) as error:
-        console.fail(str(error))
+        # The API's names of what a flag says.
+        pattern = r"\b(expiresInDays|requestsPerMinute|requestsPerDay|callbacks|models)\b"
+        console.fail(re.sub(pattern, lambda match: FLAGS[match.group()], str(error)))
         return 2
     except BridgeError as error:
         console.fail(str(error))

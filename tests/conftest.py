@@ -202,13 +202,17 @@ class FakeClaude:
         """Return every line that arrived on stdin."""
         return [entry["line"] for entry in self._log("lines.jsonl")]
 
-    def prompts(self) -> List[str]:
-        """Return the prompts that asked for an answer, in order."""
+    def messages(self) -> List[Dict[str, Any]]:
+        """Return the lines that asked for an answer, in order."""
         return [
-            fake_claude_program.text_of(line)
+            line
             for line in self.lines()
             if line["type"] == "user" and line.get("shouldQuery") is not False
         ]
+
+    def prompts(self) -> List[str]:
+        """Return the texts of these lines."""
+        return list(map(fake_claude_program.text_of, self.messages()))
 
 
 @pytest.fixture
@@ -620,9 +624,10 @@ def program(
 
 
 def run_cli(
-    *words: str, environ: Optional[Mapping[str, str]] = None, home: Optional[Path] = None
-) -> "subprocess.CompletedProcess[str]":
-    """Run a command of the bridge to its end."""
+    *words: str, environ: Optional[Mapping[str, str]] = None, home: Optional[Path] = None,
+    text: str = "",
+) -> "subprocess.CompletedProcess[str]":  # fmt: skip
+    """Run a command of the bridge to its end. text: what it reads from its standard input."""
     environment = {
         "PATH": os.environ["PATH"], "LANG": "C.UTF-8", **({"HOME": str(home)} if home else {}),
         **(environ or {}),
@@ -630,7 +635,7 @@ def run_cli(
     return subprocess.run(
         [*IMPORTED, *words],
         env=environment,
-        stdin=subprocess.DEVNULL,
+        input=text,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",

@@ -81,6 +81,7 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("GET", "/api/ask/:requestId/events"): Rule(HOLDERS, 200, ("owner", "admin")),
     ("POST", "/api/ask/:requestId/events"): Rule(HOLDERS, 200, ("owner", "admin")),
     ("GET", "/api/requests"): Rule(HOLDERS, 200),
+    ("GET", "/api/requests/:requestId"): Rule(HOLDERS, 200, ("owner", "admin")),
     ("GET", "/api/conversations"): Rule(HOLDERS, 200),
     ("DELETE", "/api/conversations/:name"): Rule(HOLDERS, 200, ("owner",)),
     ("GET", "/api/usage"): Rule(HOLDERS, 200),
@@ -679,7 +680,8 @@ def test_no_cursor_or_filter_shows_requests_of_another_token(bridge: Start) -> N
     cursor = owner.get("/api/requests?limit=1").json["next"]
     queries = ["?before=%d" % n for n in range(1, 9)] + [
         "?before=" + cursor, "?before=%s&limit=100" % cursor, "?status=completed,queued",
-        "?tokenId=x", "?token=owner", "?limit=100&admin=1",
+        "?tokenId=x", "?q=secret", "?q=plan&status=completed", "?token=other", "?since=2020-01-01",
+        "?model=model", "?limit=100&admin=1",
     ]
     seen = set()
     for query in queries:
@@ -687,6 +689,9 @@ def test_no_cursor_or_filter_shows_requests_of_another_token(bridge: Start) -> N
         assert b"secret plan" not in answer.data
         seen |= {row["requestId"] for row in answer.json["requests"]}
     assert seen == set(theirs)
+    ids = {token["name"]: token["id"] for token in running.admin.get("/api/tokens").json["tokens"]}
+    for name in ("owner", ids["owner"], "cab-"):
+        assert other.get("/api/requests?token=" + name).status == 404
 
 
 def test_two_tokens_may_use_the_same_conversation_name(bridge: Start) -> None:

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import (
     Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple,
@@ -324,7 +326,7 @@ def test_tools_are_a_level_or_a_list_of_rules(command: Command, text: str, store
     status, out, err = command("token", "create", "x", "--tools=" + text)
     if stored is None:
         assert (status, out) == (2, "")
-        assert re.fullmatch(r"error: tools must be [^\n]+\n", err)
+        assert re.fullmatch(r"error: tools(: | must be )[^\n]+\n", err)
         assert tokens(command) == {}
     else:
         assert status == 0
@@ -363,11 +365,11 @@ INVALID_NUMBERS = ("0", "-1", "1.5", "1e3", "0x1", "many", "", " 5", "5 ", "٣")
     [
         (
             "--requests-per-minute", [*INVALID_NUMBERS, "10001"],
-            "requestsPerMinute must be a whole number from 1 to 10000",
+            "--requests-per-minute must be a whole number from 1 to 10000",
         ),
         (
             "--requests-per-day", [*INVALID_NUMBERS, "1000001"],
-            "requestsPerDay must be a whole number from 1 to 1000000",
+            "--requests-per-day must be a whole number from 1 to 1000000",
         ),
         (
             "--models",
@@ -375,7 +377,7 @@ INVALID_NUMBERS = ("0", "-1", "1.5", "1e3", "0x1", "many", "", " 5", "5 ", "٣")
                 "", ",", "haiku,", ",haiku", "haiku,,opus", "a b", "-p", "m" * 129,
                 ",".join(["haiku"] * 21),
             ],
-            "models? must be [^\\n]+",
+            "(model|--models) must be [^\\n]+",
         ),
     ],
 )
@@ -408,6 +410,7 @@ def test_a_workspace_must_exist_and_have_a_use(
 
 
 def test_an_unknown_token_id_is_an_error(command: Command) -> None:
+    command("token", "create", "y")
     # The last one is how Python represents an argument that is not UTF-8.
     for token_id in ("x", "%", "\udcff"):
         status, out, err = command("token", "revoke", token_id)
@@ -491,6 +494,7 @@ def test_no_color_is_respected_at_a_terminal(tmp_path: Path) -> None:
             "LANG": "C.UTF-8",
             "PATH": os.environ["PATH"],
         }
+        run_cli("token", "create", "y", "--data-dir", str(tmp_path / "data"))
         subprocess.run(
             [*IMPORTED, "token", "revoke", "x", "--data-dir", str(tmp_path / "data")],
             stdin=subprocess.DEVNULL,
@@ -1069,6 +1073,14 @@ def test_a_typo_in_tools_is_refused_with_the_levels(
     assert tokens(command) == {}
 
 
+@pytest.mark.parametrize("tools, named", [
+    ("read,web", 'the level "read" stands alone'), ("Read,all", 'the level "all" stands alone'),
+    ("Read,Bash(ls", '"Bash(ls" is no rule'), ("Read,,Grep", '"" is no rule')])  # fmt: skip
+def test_a_faulty_rule_of_a_list_is_named(command: Command, tools: str, named: str) -> None:
+    status, _, err = command("token", "create", "x", "--tools", tools)
+    assert status == 2 and named in err and tokens(command) == {}
+
+
 @pytest.mark.parametrize("tools", ["Read", "SomeNewerTool", "mcp__server__tool", "Edit(src/**)"])
 def test_a_tool_that_may_exist_is_accepted(command: Command, tools: str) -> None:
     assert command("token", "create", "x", "--tools", tools).status == 0
@@ -1129,7 +1141,10 @@ def test_a_token_is_named_by_id_name_or_prefix(command: Command) -> None:
     command("token", "create", "twin")
     command("token", "create", "twin")
     status, _, err = command("token", "revoke", "twin")
-    assert status == 2 and err == "error: 2 tokens match 'twin'; use an ID\n"
+    twins = [token["id"] for token in json.loads(command("token", "list", "--json").out)
+             if token["name"] == "twin"]
+    assert status == 2 and err == (
+        "error: 2 tokens match 'twin'; use one of their IDs: %s, %s\n" % tuple(twins))
     # Too short to be meant.
     for text in ("cab-", "cab", tokens(command)["twin"]["id"][:3], ""):
         assert command("token", "revoke", text).status == 1
@@ -1160,6 +1175,15 @@ def test_a_wrong_word_gets_the_usage_of_its_command_and_a_hint(
     assert lines[-1].count("python3") <= 1
 
 
+def test_help_helps_and_a_switch_takes_no_value(command: Command) -> None:
+    for words in (["help"], ["help", "help"]):
+        assert command(*words)[0] == 0 and "COMMAND" in command(*words).out
+    status, _, err = command("start", "--demo=yes")
+    assert status == 2 and "error: --demo takes no value" in err
+    # What cannot be changed is no typo of --models.
+    assert "did you mean" not in command("token", "update", "x", "--tools", "all").err
+
+
 def test_help_explains_a_command(command: Command) -> None:
     for words in ((), ("start",), ("token", "create")):
         run = command("help", *words)
@@ -1187,6 +1211,78 @@ def test_unknown_variables_are_named(program: Programs) -> None:
     running = program(environ={"CAB_POTR": "9", "CAB_RATE_LIMIT": "100", "CAB_TOKEN": "x"})
     assert "CAB_POTR is not a setting: did you mean CAB_PORT?" in running.stderr
     assert running.stderr.count("is not a setting") == 1
+
+
+def test_every_command_names_unknown_variables(command: Command) -> None:
+    status, _, err = command("token", "create", "x", CAB_DATADIR="/x")
+    assert status == 0 and "CAB_DATADIR is not a setting: did you mean CAB_DATA_DIR?" in err
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--expires", "0"], "--expires must"), (["--models", "ä"], "model must"),
+    (["--requests-per-day", "x"], "--requests-per-day must"),
+    (["--requests-per-minute", "0"], "--requests-per-minute must")], ids=str)  # fmt: skip
+def test_an_error_names_the_flag(command: Command, words: List[str], named: str) -> None:
+    status, _, err = command("token", "create", "x", *words)
+    assert status == 2 and err.startswith("error: " + named)
+
+
+@pytest.mark.parametrize("words", [
+    ["token", "list"], ["token", "revoke", "x"], ["token", "update", "x", "--name", "y"],
+    ["token", "rotate", "x"], ["pause"], ["resume"], ["backup", "copy.db"]], ids=str)  # fmt: skip
+def test_a_wrong_folder_is_refused_and_not_made(
+    command: Command, tmp_path: Path, words: List[str]
+) -> None:
+    status, out, err = command(*words, "--data-dir", str(tmp_path / "typo"))
+    assert (status, out) == (1, "") and "There is no database" in err and "--data-dir" in err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_named(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/data"):
+        status, _, err = command("token", "create", "x", "--data-dir", str(tmp_path / folder))
+        assert status == 1 and "hint: a file is in its place" in err
+
+
+def test_the_list_shows_the_models_of_a_token_in_its_column(command: Command) -> None:
+    models = "claude-opus-4-8-20260101,claude-haiku-4-5-20251001"
+    command("token", "create", "x", "--models", models, "--requests-per-day", "5")
+    command("token", "create", "y")
+    head, first, second = command("token", "list").out.splitlines()
+    assert "5/day " + models in second
+    assert {row.index(name) for row, name in ((head, "NAME"), (first, " y"), (second, " x"))} <= {
+        head.index("NAME"), head.index("NAME") - 1,
+    }
+
+
+def test_ask_appends_its_standard_input(program: Programs, tmp_path: Path) -> None:
+    running = program()
+    options: Any = {"environ": {"CAB_DATA_DIR": str(tmp_path / "data")}, "home": tmp_path}
+    for words, text in ((["Sum", "up:", "-"], "long text"), (["-"], "alone"), (["-"], "")):
+        run = run_cli("ask", *words, text=text, **options)
+        assert run.returncode == (0 if text else 2), run.stderr
+    assert run_cli("ask", " ", **options).returncode == 2
+    rows = running.api.get("/api/requests").json["requests"]
+    assert [row["message"] for row in rows] == ["alone", "Sum up:\n\nlong text"]
+
+
+def test_ask_and_start_say_that_the_queue_is_paused(program: Programs, tmp_path: Path) -> None:
+    running = program()
+    environ = {"CAB_DATA_DIR": str(tmp_path / "data"), "PATH": os.environ["PATH"]}
+    run = partial(run_cli, environ=environ, home=tmp_path)
+    assert run("pause").returncode == 0
+    with ThreadPoolExecutor() as executor:
+        asked = executor.submit(run, "ask", "say hi")
+        wait_until(lambda: running.api.get("/api/status").json["queue"]["length"] == 1)
+        again = executor.submit(run, "ask", "say hi")
+        wait_until(lambda: running.api.get("/api/status").json["queue"]["length"] == 2)
+        assert run("resume").returncode == 0
+        assert "waits at position 2: The owner has paused the queue." in again.result().stderr
+        assert "The owner has paused the queue." in asked.result().stderr
+    run("pause")
+    assert running.end(signal.SIGTERM) == 0
+    assert "The queue is paused" in program().stderr and "The queue is paused" not in running.stderr
 
 
 def test_ask_needs_no_quotes_and_refuses_nothing(program: Programs, tmp_path: Path) -> None:

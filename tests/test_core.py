@@ -270,6 +270,7 @@ def fingerprint(body: Dict[str, Any]) -> str:
     return str(cab.Ask.parse(body)[0].fingerprint)
 
 
+PHOTO = {"name": "a.png", "mediaType": "image/png", "data": "aGk="}
 FULL_BODY = {
     "message": "hi",
     "model": "haiku",
@@ -320,6 +321,7 @@ def test_every_other_field_changes_the_fingerprint_and_no_two_bodies_share_one()
         "conversation": ["haiku", "Trip", None],
         "effort": ["high", None],
         "callback": ["https://example.com/hook"],
+        "attachments": [[PHOTO], [{**PHOTO, "name": "b.png"}], [PHOTO, PHOTO]],
     }
     assert {cab.camel_case(row.name) for row in fields_of(cab.Ask)} == {*changes, "wait", "stream"}
     bodies = [

@@ -31,7 +31,7 @@ StartProgram = Callable[..., "Program"]
 Row = Tuple[Any, ...]
 
 README = ROOT / "README.md"
-README_LINES = 600
+README_LINES = 640
 FRONT_PAGE_LINES = 150
 SNIPPET_LINES = 6
 PROSE_COLUMNS = 160

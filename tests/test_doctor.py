@@ -227,7 +227,10 @@ def test_a_claude_without_a_needed_flag_is_a_failure_that_names_the_flag(
     assert "update" in str(report.of("claude")[2])
 
 
-def test_a_shared_settings_folder_of_claude_is_a_note(doctor: Doctor, fake_claude: Fakes) -> None:
+def test_a_shared_settings_folder_of_claude_is_a_note(
+    doctor: Doctor, fake_claude: Fakes, tmp_path: Path
+) -> None:
+    (tmp_path / ".claude.json").touch()
     fake = fake_claude(version="2.1.330 (Claude Code)")
     # This CLI is not signed in with a settings folder of the bridge's own.
     condition = "import os, sys\nif 'auth' in sys.argv and 'CLAUDE_CONFIG_DIR' in os.environ:\n"

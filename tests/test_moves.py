@@ -7,22 +7,26 @@ import errno
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import stat
 import sys
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, List, Mapping, Optional
 
 import pytest
 
 import claude_api_bridge as cab
-from conftest import FakeClaude, RunningBridge, run_cli, wait_until
+from conftest import Api, FakeClaude, Program, RunningBridge, run_cli, wait_until
 
 Start = Callable[..., RunningBridge]
 Fakes = Callable[..., FakeClaude]
+Programs = Callable[..., Program]
+only_posix = pytest.mark.skipif(os.name != "posix", reason="shell scripts")
 
 
 # --- backups ---
@@ -249,7 +253,7 @@ def test_what_was_forgotten_is_deleted_at_once(bridge: Start, tmp_path: Path) ->
 # --- what cannot start ---
 
 
-def program(path: Path, text: str) -> Path:
+def executable(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
@@ -271,15 +275,15 @@ def test_what_keeps_claude_from_running_is_said(
     tmp_path: Path, text: str, error: str, hint: str
 ) -> None:
     with pytest.raises(cab.CannotStart) as refused:
-        cab.probe([str(program(tmp_path / "claude", text))], {"PATH": os.environ["PATH"]})
+        cab.probe([str(executable(tmp_path / "claude", text))], {"PATH": os.environ["PATH"]})
     assert error in str(refused.value) and hint in refused.value.hint
 
 
 def test_a_line_before_the_json_does_not_hide_the_login(tmp_path: Path) -> None:
     text = "#!/bin/sh\necho 'Now using node v20'\necho '{\"loggedIn\": true}'\n"
-    path = program(tmp_path / "claude", text)
+    path = executable(tmp_path / "claude", text)
     environ = {"PATH": os.environ["PATH"]}
-    assert cab.login_status((str(path),), environ) == {"loggedIn": True}
+    assert cab.read_login(cab.probe((str(path), *cab.LOGIN_COMMAND), environ)) == {"loggedIn": True}
 
 
 @pytest.mark.parametrize(
@@ -288,8 +292,8 @@ def test_a_line_before_the_json_does_not_hide_the_login(tmp_path: Path) -> None:
      ".local/share/pnpm", ".local/bin", ".claude/local"],
 )  # fmt: skip
 def test_claude_is_found_where_installers_put_it(tmp_path: Path, folder: str) -> None:
-    program(tmp_path / ".nvm/versions/node/v9.9.0/bin/node", "#!/bin/sh\n")
-    path = program(tmp_path / folder / "claude", "#!/bin/sh\n")
+    executable(tmp_path / ".nvm/versions/node/v9.9.0/bin/node", "#!/bin/sh\n")
+    path = executable(tmp_path / folder / "claude", "#!/bin/sh\n")
     environ = {"HOME": str(tmp_path), "PATH": "/nowhere"}
     assert cab.claude_command(cab.Config(data_dir=tmp_path), environ) == (str(path),)
 
@@ -300,7 +304,7 @@ def test_the_newest_node_of_nvm_comes_first_and_its_folder_joins_the_path(
     fake = fake_claude()
     for version in ("v9.9.0", "v22.1.0", "v20.19.5"):
         folder = tmp_path / "home/.nvm/versions/node" / version / "bin"
-        program(folder / "claude", fake.path.read_text())
+        executable(folder / "claude", fake.path.read_text())
     newest = tmp_path / "home/.nvm/versions/node/v22.1.0/bin"
     environ = {"HOME": str(tmp_path / "home"), "PATH": os.defpath}
     install = cab.find_claude(cab.Config(data_dir=tmp_path / "data"), environ)
@@ -328,6 +332,137 @@ def test_a_user_without_a_home_is_no_traceback(
     assert cab.find_claude(config, environ).features.version
     with pytest.raises(cab.CannotStart, match="not found"):
         cab.claude_command(cab.Config(data_dir=tmp_path), {"PATH": "/nowhere"})
+
+
+# --- what is remembered of claude ---
+
+QUESTIONS = """#!/bin/sh
+echo $1 >> %(folder)s/asked
+case $1 in
+--version) while [ -e %(folder)s/gate ]; do sleep 0.05; done; cat %(folder)s/version ;;
+--help) echo "%(flags)s" ;;
+*) cat %(folder)s/login ;;
+esac
+"""
+
+
+class Questions:
+    """A `claude` that answers the questions of a start, and notes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        text = QUESTIONS % {"folder": folder, "flags": " ".join(cab.NEEDED_FLAGS)}
+        self.path = executable(folder / "claude", text)
+        (folder / "version").write_text("2.1.330 (Claude Code)")
+        (folder / "login").write_text('{"loggedIn": true, "subscriptionType": "max"}')
+
+    @property
+    def gate(self) -> Path:
+        return self.folder / "gate"
+
+    def asked(self) -> List[str]:
+        """Return the questions since the last call."""
+        path = self.folder / "asked"
+        questions = path.read_text().split() if path.exists() else []
+        path.write_text("")
+        return sorted(questions)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Questions:
+    (tmp_path / "claude").mkdir()
+    return Questions(tmp_path / "claude")
+
+
+ALL_QUESTIONS = ["--help", "--setting-sources=", "--version"]
+
+
+@only_posix
+def test_what_was_asked_is_remembered_until_program_login_or_settings_change(
+    tmp_path: Path, questions: Questions
+) -> None:
+    config = cab.Config(data_dir=cab.data_directory(tmp_path / "data"), claude=str(questions.path))
+    environ = {"HOME": str(tmp_path), "PATH": os.defpath}
+    assert cab.recall_claude(config, environ) is None
+    install = cab.find_claude(config, environ)
+    assert questions.asked() == ALL_QUESTIONS
+    recalled = cab.recall_claude(config, environ)
+    assert recalled == replace(install, is_recalled=True)
+    assert recalled.billing_account == "Claude Max subscription" and questions.asked() == []
+    for key in ("CLAUDE_CODE_OAUTH_TOKEN", "ANTHROPIC_BASE_URL", "PATH"):
+        assert cab.recall_claude(config, {**environ, key: "/x"}) is None
+    keys = {"ANTHROPIC_API_KEY": "k"}
+    assert cab.recall_claude(config, {**environ, **keys}) == recalled
+    assert cab.recall_claude(replace(config, allow_api_key=True), {**environ, **keys}) is None
+    credentials = tmp_path / ".claude" / ".credentials.json"
+    credentials.parent.mkdir()
+    credentials.write_text("{}")
+    assert cab.recall_claude(config, environ) is None
+    cab.find_claude(config, environ)
+    questions.path.write_text(questions.path.read_text() + "\n")
+    assert cab.recall_claude(config, environ) is None
+    text = (config.data_dir / "claude.json").read_text()
+    for broken in ("", "[]", "{}", text.replace('"key"', '"kex"'), text.replace("[", "{", 1)):
+        (config.data_dir / "claude.json").write_text(broken)
+        assert cab.recall_claude(config, environ) is None
+
+
+@only_posix
+def test_a_token_is_not_in_what_is_remembered(tmp_path: Path, questions: Questions) -> None:
+    config = cab.Config(data_dir=cab.data_directory(tmp_path / "data"), claude=str(questions.path))
+    environ = {"HOME": str(tmp_path), "PATH": os.defpath, "CLAUDE_CODE_OAUTH_TOKEN": "hidden-word"}
+    cab.find_claude(config, environ)
+    assert cab.recall_claude(config, environ)
+    assert "hidden-word" not in (config.data_dir / "claude.json").read_text()
+
+
+@only_posix
+def test_a_user_who_never_ran_claude_gets_no_files_of_it(
+    tmp_path: Path, questions: Questions
+) -> None:
+    (questions.folder / "login").write_text('{"loggedIn": false}')
+    config = cab.Config(data_dir=tmp_path / "data", claude=str(questions.path))
+    environ = {"HOME": str(tmp_path / "home"), "PATH": os.defpath}
+    with pytest.raises(cab.CannotStart, match="not signed in"):
+        cab.find_claude(config, environ)
+    # Not in the settings of the owner, who has none.
+    assert questions.asked() == ALL_QUESTIONS
+    (tmp_path / "home/.claude").mkdir(parents=True)
+    with pytest.raises(cab.CannotStart, match="not signed in"):
+        cab.find_claude(config, environ)
+    assert questions.asked() == sorted([*ALL_QUESTIONS, "--setting-sources="])
+
+
+@only_posix
+def test_the_second_start_listens_before_it_asks_and_then_reports_what_changed(
+    program: Programs, questions: Questions
+) -> None:
+    program("--spare", "0", claude=questions.path).end(signal.SIGTERM)
+    questions.asked()
+    questions.gate.touch()
+    (questions.folder / "version").write_text("2.1.999 (Claude Code)")
+    running = program("--spare", "0", claude=questions.path)
+    assert "2.1.330" in running.stderr and "Claude Max" in running.stderr
+    assert Api(running.port).get("/health").status == 200
+    questions.gate.unlink()
+    wait_until(lambda: "has changed: 2.1.999 (Claude Code). Billing: Claude Max" in running.stderr)
+    running.end(signal.SIGTERM)
+    (questions.folder / "login").write_text('{"loggedIn": false}')
+    running = program("--spare", "0", claude=questions.path)
+    wait_until(lambda: "not signed in. Hint: run claude" in running.stderr)
+    assert Api(running.port).get("/health").status == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_a_bridge_that_ends_does_not_wait_for_a_claude_that_never_answers(
+    program: Programs, questions: Questions
+) -> None:
+    program("--spare", "0", claude=questions.path).end(signal.SIGTERM)
+    questions.asked()
+    questions.gate.touch()
+    running = program("--spare", "0", claude=questions.path)
+    wait_until(lambda: "--version" in (questions.folder / "asked").read_text())
+    assert running.end(signal.SIGTERM, 15) == 0
 
 
 # --- sleep, orphans ---

@@ -541,7 +541,7 @@ def test_a_request_that_ends_the_bridge_is_not_tried_for_ever_in_an_outage(
         assert jobs.claim() and jobs.recover()[1] == 0 or number >= cab.OUTAGE_CRASHES
         # The start afterwards, while nothing runs, is no crash.
         assert jobs.recover() == (0, 0)
-    assert [job.error_code for job in jobs.page(None, (), None, 9)[0]] == ["interrupted"]
+    assert [job.error_code for job in jobs.page(cab.JobFilter(), None, 9)[0]] == ["interrupted"]
 
 
 def test_too_few_processes_hold_all_models(new_queue: Make, clock: FakeClock) -> None:

@@ -1498,8 +1498,9 @@ def test_an_effort_as_a_flag_does_not_make_the_cli_keep_the_session(
 
 
 def test_a_login_in_the_owners_settings_is_used_with_a_note(
-    direct: Directs, fake_claude: Fakes
+    direct: Directs, fake_claude: Fakes, tmp_path: Path
 ) -> None:
+    (tmp_path / ".claude").mkdir()
     fake = twist(
         fake_claude(auth={"loggedIn": True, "subscriptionType": "pro"}),
         "import os\nif 'auth' in sys.argv and 'CLAUDE_CONFIG_DIR' in os.environ:\n    sys.exit(1)",

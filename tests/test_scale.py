@@ -168,7 +168,8 @@ def use_all(store: cab.Stores, clock: FakeClock) -> None:
     for statuses in every:
         for owner in (None, token.id):
             for before in (None, 5):
-                jobs.page(owner, statuses, before, 2)
+                jobs.page(cab.JobFilter(owner, statuses), before, 2)
+                jobs.page(cab.JobFilter(token.id, statuses, "trip"), before, 2)
     jobs.counts()
     session = store.conversations.open(token.id, "trip")
     store.conversations.exists(session.key)
@@ -340,7 +341,9 @@ def work_of_all(path: Path, clock: FakeClock, amount: int) -> Dict[str, int]:
         measure("key again", lambda: jobs.enqueue(token.id, cab.Ask("hi"), "key"))
         measure("has_queued", jobs.has_queued)
         measure("claim", jobs.claim)
-        running, queued = [jobs.page(None, (status,), None, 1)[0][0] for status in OPEN[::-1]]
+        running, queued = [
+            jobs.page(cab.JobFilter(None, (status,)), None, 1)[0][0] for status in OPEN[::-1]
+        ]
         for read in (jobs.get, jobs.summary, jobs.chat, jobs.status):
             measure(read.__name__, lambda: read(running.id))
         measure("response", lambda: jobs.response(running.id, 0, 5))
@@ -357,7 +360,7 @@ def work_of_all(path: Path, clock: FakeClock, amount: int) -> Dict[str, int]:
             for statuses in ((), ("completed",), ("error",), OPEN, ("completed", "queued")):
                 measure(
                     "page of %s, %s" % (bool(owner_id), statuses),
-                    lambda: jobs.page(owner_id, statuses, 60, 20),
+                    lambda: jobs.page(cab.JobFilter(owner_id, statuses), 60, 20),
                 )
         measure("counts", jobs.counts)
         measure("open", lambda: conversations.open(token.id, "new"))
@@ -567,7 +570,7 @@ class Model:
         number = self.random.randrange(len(self.tokens))
         token = self.tokens[number]
         unfinished = [
-            job.id for job in self.store.jobs.page(token.id, OPEN, None, 1000)[0]
+            job.id for job in self.store.jobs.page(cab.JobFilter(token.id, OPEN), None, 1000)[0]
         ]
         assert sorted(self.store.tokens.delete(token.id)) == sorted(unfinished)
         self.tokens[number] = add(self.store)

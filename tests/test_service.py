@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, cast
 
 import pytest
@@ -60,8 +61,9 @@ class Bench:
         """Return the body of GET /api/usage."""
         query = {} if days is None else {"days": str(days)}
         request = cab.Request("GET", "/api/usage", query, {}, "127.0.0.1", lambda: b"")
-        # The handler needs no status.
-        context = cab.Context(self.service, cast(Any, None), caller, request, {})
+        # The handler needs no more of the status.
+        status = cast(Any, SimpleNamespace(latency=lambda owner: {"requests": 0}))
+        context = cab.Context(self.service, status, caller, request, {})
         return dict(json.loads(cab.handle_usage(context).body))
 
     def run(self, answer: str = "ok") -> cab.Job:
@@ -596,16 +598,18 @@ def test_a_list_holds_the_jobs_of_the_caller_and_for_an_admin_all(bench: Bench) 
     bench.run()
     bench.store.jobs.claim()
 
-    def listed(caller: cab.Caller, *choices: Any) -> Tuple[List[int], Optional[int]]:
-        views, following = bench.service.jobs(caller, *choices)
-        return [jobs.index(view.job.id) for view in views], following
+    def listed(
+        caller: cab.Caller, statuses: Tuple[str, ...] = (), *page: Any
+    ) -> Tuple[List[int], Optional[int]]:
+        result = bench.service.jobs(caller, cab.JobFilter(None, statuses), *page)
+        return [jobs.index(view.job.id) for view in result.views], result.next
 
     assert [listed(caller)[0] for caller in (one, two, admin)] == [[4, 2, 0], [1], [4, 3, 2, 1, 0]]
     assert listed(admin, ("queued",)) == ([4, 3, 2], None)
     assert listed(admin, ("processing", "completed"))[0] == [1, 0]
     page, following = listed(admin, (), None, 2)
     assert page == [4, 3] and listed(admin, (), following, 2)[0] == [2, 1]
-    views = bench.service.jobs(admin)[0]
+    views = bench.service.jobs(admin).views
     assert [(view.queue_position, view.overall_position) for view in views] == [
         (3, 4), (2, 3), (1, 2), (0, 1), (0, 0),
     ]
@@ -627,7 +631,8 @@ def test_conversations_belong_to_their_token_and_a_deleted_one_restarts_empty(be
     bench.service.delete_conversation(caller, "a")
     assert [row.name for row in bench.store.conversations.list(caller.id)] == ["b"]
     job = bench.ask(caller, "fourth", conversation="a")
-    assert bench.store.conversations.history(job) == [] and len(bench.service.jobs(caller)[0]) == 4
+    assert bench.store.conversations.history(job) == []
+    assert len(bench.service.jobs(caller).views) == 4
 
 
 def test_usage_is_summed_by_day_and_token_and_shows_the_plan(bench: Bench) -> None:
@@ -702,8 +707,11 @@ def test_the_sums_of_usage_equal_the_rows_of_many_days_and_tokens(bench: Bench) 
                 "tokenId": token_id, "name": names.get(token_id),
                 **sums([row for row in selected if row.token_id == token_id]),
             }
-            for token_id in sorted({row.token_id for row in selected})
+            for token_id in [row["tokenId"] for row in body["tokens"]]
         ]
+        assert {row["tokenId"] for row in body["tokens"]} == {row.token_id for row in selected}
+        costs = [row["costUsd"] for row in body["tokens"]]
+        assert costs == sorted(costs, reverse=True)
     assert None in [row["name"] for row in bench.usage(admin, 60)["tokens"]]
 
 

@@ -281,7 +281,7 @@ def test_reads_do_not_wait_for_another_program_s_lock(store: cab.Stores, tmp_pat
         other.execute("BEGIN EXCLUSIVE")
         assert store.jobs.get(job.id) == job
         assert store.jobs.queue_positions(job) == (1, 1)
-        assert store.jobs.page(token.id, (), None, 5) == ([job], None)
+        assert store.jobs.page(cab.JobFilter(token.id), None, 5) == ([job], None)
         # Every authenticated request does this.
         store.tokens.touch(token)
         with pytest.raises(cab.Unavailable, match="locked"):
@@ -1815,7 +1815,8 @@ def walk(
     pages: List[List[str]] = []
     before: Optional[int] = None
     for _ in range(100):
-        jobs, before = store.jobs.page(token.id if token else None, statuses, before, limit)
+        where = cab.JobFilter(token.id if token else None, tuple(statuses))
+        jobs, before = store.jobs.page(where, before, limit)
         assert len(jobs) <= limit
         assert jobs or before is None
         assert [store.jobs.get(job.id) for job in jobs] == jobs
@@ -2062,7 +2063,7 @@ def test_requests_of_a_deleted_conversation_can_be_polled_until_they_are_purged(
     exchange(store, token, "hi", "ho", "trip")
     [[message]] = walk(store, token)
     store.conversations.delete(token.id, "trip")
-    job = store.jobs.page(token.id, (), None, 10)[0][0]
+    job = store.jobs.page(cab.JobFilter(token.id), None, 10)[0][0]
     assert (message, job.message, job.response, job.conversation) == ("hi", "hi", "ho", None)
     clock.advance(7 * DAY + 1)
     assert store.jobs.purge(7) == 1 and store.usage.by_day("")[0].completed == 1

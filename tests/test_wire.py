@@ -9,6 +9,7 @@ import http.client
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import threading
 import time
@@ -709,7 +710,7 @@ def test_a_list_shows_the_caller_s_own_requests_newest_first(bridge: Start, gate
     ids = {token["name"]: token["id"] for token in admin.get("/api/tokens").json["tokens"]}
     answer = user.get("/api/requests")
     assert (answer.status, list(answer.json), answer.json["next"]) == (
-        200, ["requests", "next"], None,
+        200, ["requests", "next", "searchedTo"], None,
     )
     assert [row["requestId"] for row in answer.json["requests"]] == [queued, running, failed, done]
     polls = {job_id: admin.poll(job_id) for job_id in (queued, running, failed, done, own)}
@@ -763,9 +764,154 @@ def test_a_cursor_reads_the_whole_list_also_while_it_grows(bridge: Start, gate: 
         listed += [row["requestId"] for row in page["requests"]]
         following = page["next"]
     assert listed == ids[2::-1]
-    assert user.get("/api/requests?limit=3&before=1").json == {"requests": [], "next": None}
+    assert user.get("/api/requests?limit=3&before=1").json == {
+        "requests": [], "next": None, "searchedTo": None,
+    }
     assert len(user.get("/api/requests?limit=100").json["requests"]) == 24
     assert user.get("/api/requests?limit=24").json["next"] is None
+
+
+def listed(api: Api, query: str) -> List[str]:
+    """Return the messages of a list."""
+    return [row["message"] for row in api.get("/api/requests?" + query).json["requests"]]
+
+
+def test_a_list_is_filtered_by_text_token_model_time_error_and_conversation(
+    bridge: Start, clock: FakeClock
+) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    user, memo = admin.new_token("user"), admin.new_token("memo", sessionMode="stateful")
+    began_at = str(cab.iso_time(clock.now()))
+    user.answer("say Straße")
+    admin.done(user.ask("die 3", model="haiku"))
+    clock.advance(60)
+    later = str(cab.iso_time(clock.now() - 1))
+    memo.answer("say one", conversation="trip")
+    memo.answer("say two", conversation="trip")
+    memo.answer("say three", conversation="work")
+    everything = ["say three", "say two", "say one", "die 3", "say Straße"]
+    for query, expected in {
+        "q=STRASSE": ["say Straße"], "q=two": ["say two"], "q=cli_error": ["die 3"],
+        "q=": everything, "q=nowhere": [], "token=user": ["die 3", "say Straße"],
+        "token=memo&q=one": ["say one"],
+        "model=HAIKU": ["die 3"], "error=cli_error": ["die 3"], "error=timeout": [],
+        "since=" + later: everything[:3], "since=" + began_at: everything,
+        "since=2027-01-15": everything, "since=2999-01-01T00:00": [],
+        "token=memo&conversation=trip": ["say two", "say one"], "conversation=trip": [],
+        "token=memo&conversation=trip&status=error": [], "status=error&q=3": ["die 3"],
+    }.items():  # fmt: skip
+        assert listed(admin, query) == expected, query
+    assert listed(memo, "conversation=trip") == ["say two", "say one"]
+    assert listed(user, "q=say") == ["say Straße"] and listed(user, "token=user") == everything[3:]
+    assert user.get("/api/requests?token=memo").status == 404
+    for since in ("yesterday", "1", "2027-13-01", "2027-01-01T00:00:00+99:00"):
+        answer = admin.get("/api/requests?since=" + since)
+        assert (answer.status, answer.json["field"]) == (400, "since")
+
+
+def test_a_search_reads_a_bounded_part_and_says_how_far_it_came(
+    bridge: Start, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cab, "SEARCH_PAGES", 2)
+    monkeypatch.setattr(cab, "PAGE_JOBS", 3)
+    api = bridge(spare=0, clock=clock).admin
+    for message in ("needle 1", *"abcdefg", "needle 2", "h"):
+        api.answer("say " + message)
+        clock.advance(1)
+    first = api.get("/api/requests?q=needle").json
+    assert [row["message"] for row in first["requests"]] == ["say needle 2"]
+    assert first["searchedTo"] == cab.iso_time(clock.now() - 6)
+    second = api.get("/api/requests?q=needle&before=" + first["next"]).json
+    assert [row["message"] for row in second["requests"]] == ["say needle 1"]
+    assert (second["next"], second["searchedTo"]) == (None, None)
+    one = api.get("/api/requests?q=say&limit=1").json
+    assert len(one["requests"]) == 1 and listed(api, "q=needle&before=" + one["next"]) == [
+        "say needle 2",
+    ]
+
+
+def test_a_request_alone_has_what_the_list_has(bridge: Start) -> None:
+    admin = bridge(spare=0).admin
+    user = admin.new_token()
+    done = user.done(user.ask("die 3", systemPrompt="Be brief."))
+    [row] = admin.get("/api/requests").json["requests"]
+    assert user.get("/api/requests/" + done["requestId"]).json == row
+    assert (row["message"], row["systemPrompt"]) == ("die 3", "Be brief.")
+    assert row["advice"] == done["advice"] == cab.RUN_ADVICE["cli_error"]
+    other = admin.new_token()
+    assert other.get("/api/requests/" + done["requestId"]).status == 404
+    assert admin.get("/api/requests/none").status == 404
+
+
+PNG = {"name": "a.png", "mediaType": "image/png", "data": "aGk="}
+
+
+def test_attachments_reach_claude_before_the_message_and_are_not_stored_for_long(
+    bridge: Start, fake_claude: Fakes, tmp_path: Path
+) -> None:
+    fake = fake_claude()
+    api = bridge(fake, spare=0).admin
+    pdf = {"name": "b.pdf", "mediaType": "application/pdf", "data": "aGk="}
+    text = {"mediaType": "text/plain", "data": "Z3LDvG4="}
+    done = api.done(api.ask("say hi", attachments=[PNG, pdf, text]))
+    assert done["response"] == "hi"
+    [prompt] = fake.messages()
+    assert prompt["message"]["content"] == [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}},
+        {
+            "type": "document", "title": "b.pdf",
+            "source": {"type": "base64", "media_type": "application/pdf", "data": "aGk="},
+        },
+        {
+            "type": "document", "title": "file",
+            "source": {"type": "text", "media_type": "text/plain", "data": "grün"},
+        },
+        {"type": "text", "text": "say hi"},
+    ]
+    failed = api.done(api.ask("die 3", attachments=[PNG]))
+    for job_id, names in ((done["requestId"], ["a.png", "b.pdf", "file"]), (
+        failed["requestId"], ["a.png"])):
+        row = api.get("/api/requests/" + job_id).json
+        assert [entry["name"] for entry in row["attachments"]] == names
+    assert row["attachments"] == [{"name": "a.png", "mediaType": "image/png", "bytes": 2}]
+    with sqlite3.connect(str(tmp_path / "data/bridge.db")) as db:
+        assert db.execute("SELECT DISTINCT attachment_data FROM jobs").fetchall() == [(None,)]
+    db.close()
+
+
+def test_attachments_wait_with_their_request_and_with_its_conversation(
+    bridge: Start, fake_claude: Fakes, gate: Path
+) -> None:
+    fake = fake_claude()
+    admin = bridge(fake, spare=0).admin
+    api = admin.new_token(sessionMode="stateful")
+    processing(admin, gate)
+    job_id = api.ask("say see", attachments=[PNG])
+    gate.touch()
+    assert api.done(job_id)["response"] == "see" and api.answer("turns")
+    contents = [message["message"]["content"] for message in fake.messages()]
+    assert [[block["type"] for block in content] for content in contents] == [
+        ["text"], ["image", "text"], ["text"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "attachments, error",
+    [
+        ("x", "list of at most 20"), ([PNG] * 21, "list of at most 20"), ([None], "list of"),
+        ([{**PNG, "data": ""}], "list of"), ([{**PNG, "data": 1}], "list of"),
+        ([{**PNG, "mediaType": "image/tiff"}], "one of: image/png, image/jpeg"),
+        ([{**PNG, "mediaType": ["image/png"]}], "list of"),
+        ([{**PNG, "data": "a b"}], "a.png must be base64"),
+        ([{**PNG, "data": "data:image/png;base64,aGk="}], "a.png must be base64"),
+        ([{"mediaType": "text/plain", "data": "/w=="}], "of a text in UTF-8"),
+        ([{**PNG, "data": "ICA="}], "a.png is empty"), ([{**PNG, "name": 1}], "must be a string"),
+    ],
+)  # fmt: skip
+def test_an_invalid_attachment_is_400(admin: Api, attachments: Any, error: str) -> None:
+    answer = admin.post("/api/ask", {"message": "hi", "attachments": attachments})
+    assert (answer.status, answer.json["field"]) == (400, "attachments")
+    assert error in answer.json["error"]
 
 
 def test_a_page_of_long_answers_ends_early_and_the_next_page_continues(
@@ -921,7 +1067,7 @@ def test_usage_is_listed_by_day_and_token(bridge: Start, clock: FakeClock) -> No
     ids = {token["name"]: token["id"] for token in admin.get("/api/tokens").json["tokens"]}
     admin.delete("/api/tokens/" + ids["gone"])
     body = admin.get("/api/usage").json
-    assert list(body) == ["since", "total", "days", "tokens", "plan"]
+    assert list(body) == ["since", "total", "days", "tokens", "models", "latency", "plan"]
     assert body["since"] == "2026-12-18"
     assert without_cost(body["total"]) == expected_usage(5, 4, 1)
     assert body["total"]["costUsd"] == 0.008
@@ -943,6 +1089,40 @@ def test_usage_is_listed_by_day_and_token(bridge: Start, clock: FakeClock) -> No
         **expected_usage(0, 0, 0),
         "costUsd": 0,
     }
+
+
+def test_usage_by_model_and_the_latency_of_the_last_hour(
+    bridge: Start, clock: FakeClock, gate: Path
+) -> None:
+    admin = bridge(spare=0, clock=clock).admin
+    user = admin.new_token("user")
+    nothing = {"p50": None, "p95": None}
+    assert user.get("/api/usage").json["latency"] == {
+        "requests": 0, "waitingMs": nothing, "firstTokenMs": nothing,
+    }
+    first = processing(admin, gate)
+    second = user.ask("one", model="haiku")
+    clock.advance(2)
+    gate.touch()
+    admin.done(first)
+    user.done(second)
+    user.answer("die 3")
+    body = admin.get("/api/usage").json
+    assert [(row["model"], row["completed"]) for row in body["models"]] == [
+        ("resolved-default-model", 1), ("resolved-haiku", 1),
+    ]
+    assert body["models"][1]["inputTokens"] == body["total"]["inputTokens"] / 2
+    assert body["latency"] == {
+        "requests": 3, "waitingMs": {"p50": 0, "p95": 2000},
+        "firstTokenMs": {"p50": 0, "p95": 0},
+    }
+    own = user.get("/api/usage").json
+    assert [row["model"] for row in own["models"]] == ["resolved-haiku"]
+    assert own["latency"]["requests"] == 2
+    clock.advance(3600)
+    assert admin.get("/api/usage").json["latency"]["requests"] == 0
+    clock.advance(DAY)
+    assert admin.get("/api/usage?days=1").json["models"] == []
 
 
 def test_an_invalid_number_of_days_is_400(admin: Api) -> None:

@@ -1041,9 +1041,9 @@ def validate_model(value: Any) -> Optional[str]:
 def validate_schema(value: Any) -> Optional[str]:
     if value is None:
         return None
-    if not isinstance(value, dict):
-        raise InvalidRequest("jsonSchema must be a JSON object (a JSON Schema)")
-    return replace_surrogates(as_json(value))
+    if not isinstance(value, dict) or value.get("type", "object") != "object":
+        raise InvalidRequest("jsonSchema must be a JSON Schema of an object")
+    return replace_surrogates(as_json({"type": "object", **value}))
 
 
 def validate_wait(value: Any) -> float:
@@ -3709,6 +3709,46 @@ def control_request(request_id: str, subtype: str, **fields: Any) -> Dict[str, A
     return {"type": "control_request", "request_id": request_id, "request": request}
 
 
+# What the validator of the CLI knows (Ajv, draft 07). For any other word, or a dialect that it does
+# not know, the CLI drops the whole schema without a word. Source: 2.1.197 and 2.1.332.
+SCHEMA_VALUES = frozenset(
+    "type required enum const $ref description title default examples minLength maxLength pattern"
+    " minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems uniqueItems"
+    " minProperties maxProperties readOnly writeOnly nullable $comment".split())
+SCHEMA_PARTS = frozenset(
+    "items additionalItems additionalProperties contains propertyNames not if then else allOf anyOf"
+    " oneOf".split())
+SCHEMA_MAPS = frozenset("properties patternProperties $defs definitions dependencies".split())
+# Named so since draft 2019-09.
+SCHEMA_ALIASES = {"dependentRequired": "dependencies", "dependentSchemas": "dependencies"}
+
+
+def cli_schema(schema: Any) -> Any:
+    """Return a JSON Schema without what the CLI does not know. A format becomes a description."""
+    if isinstance(schema, list):
+        return list(map(cli_schema, schema))
+    if not isinstance(schema, dict):
+        return schema
+    result: Dict[str, Any] = {}
+    for word, value in schema.items():
+        word = SCHEMA_ALIASES.get(word, word)
+        if word in SCHEMA_VALUES:
+            result[word] = value
+        elif word in SCHEMA_PARTS:
+            result[word] = cli_schema(value)
+        elif word in SCHEMA_MAPS and isinstance(value, dict):
+            parts = {name: cli_schema(part) for name, part in value.items()}
+            result[word] = {**result.get(word, {}), **parts}
+    if isinstance(schema.get("prefixItems"), list):
+        result["items"] = cli_schema(schema["prefixItems"])
+        if "items" in schema:
+            result["additionalItems"] = cli_schema(schema["items"])
+    if isinstance(schema.get("format"), str):
+        text = str(result.get("description") or "")
+        result["description"] = ("%s Format: %s" % (text, schema["format"])).lstrip()
+    return result
+
+
 def initialize_requests(session: SessionConfig, features: Features) -> List[Dict[str, Any]]:
     """Return the control requests that configure a fresh process; the first has the id "1"."""
     agent: Dict[str, Any] = {"description": "answers API requests", "prompt": session.system_prompt}
@@ -3720,7 +3760,7 @@ def initialize_requests(session: SessionConfig, features: Features) -> List[Dict
         "subtype": "initialize", "hooks": None, "title": "api",
         "systemPrompt": session.system_prompt, "agents": {"bridge": agent}}
     if session.json_schema:
-        initialize["jsonSchema"] = json.loads(session.json_schema)
+        initialize["jsonSchema"] = cli_schema(json.loads(session.json_schema))
     if session.client_tools:
         initialize["sdkMcpServers"] = [MCP_SERVER]
     requests = [initialize]
@@ -5383,6 +5423,13 @@ def check_client_tools(client_tools: Iterable[Mapping[str, Any]], tools: Any) ->
         raise RunFailed("cli_error", text)
 
 
+def check_schema_taken(tools: Any) -> None:
+    """Without the tool by which it takes a structured answer, the CLI has dropped the schema."""
+    if "StructuredOutput" not in (tools or ()):
+        text = "claude does not accept this JSON Schema: check its types, patterns and references."
+        raise RunFailed("invalid_request", text, is_answered=True)
+
+
 def check_output_size(size: int) -> None:
     if size > OUTPUT_BYTES:
         raise RunFailed("output_too_large", "The answer is larger than %d bytes." % OUTPUT_BYTES)
@@ -5810,6 +5857,8 @@ class Turn:
             self.prompt_accepted = True
             guard_billing(self.process, self._control.config, body.get("apiKeySource"))
             check_client_tools(self._session.client_tools, body.get("tools"))
+            if self._session.json_schema:
+                check_schema_taken(body.get("tools"))
             live.begin(body.get("model"))
         elif event.kind == "message_start":
             self.prompt_accepted = True

@@ -425,8 +425,8 @@ def test_a_failure_is_a_sentence_and_a_status(asks: Asks) -> None:
     assert "Invalid or expired token" in done.stderr
     assert "hint: check CAB_TOKEN" in done.stderr
     done = asks(" ")
-    assert done.returncode == 1
-    assert "must not be blank" in done.stderr
+    assert done.returncode == 2
+    assert "The message is empty" in done.stderr
     done = asks("hello", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "cannot be reached" in done.stderr

@@ -1466,6 +1466,8 @@ class NewToken(TokenUpdate):
 
 # --- a conversation of /v1 ---
 
+# Of one token of an answer, at most: English has 4 or 5, Chinese 2 or 3.
+TOKEN_BYTES = 5
 # A content block of the Messages API, such as {"type": "text", "text": "..."}.
 Block = Mapping[str, Any]
 Content = Union[str, Sequence[Block]]
@@ -1476,8 +1478,12 @@ class Chat:
     """A conversation received through /v1, in either format.
     turns: [{"role": "user", "content": [Block, ...]}, ...]; user and assistant alternate, the last
     turn is the user's.
-    client_tools: [{"name", "description", "inputSchema"}].
+    client_tools: [{"name", "description", "inputSchema"}]; "title": the client's own name, if the
+    API would not take it.
     forced_tool: the client's tool whose input is to be the answer.
+    max_tokens: of the answer. hosted_tools: of the server, that the client asked for.
+    custom_tools: the names of those whose input and output is a text. uses_functions: the client
+    knows functions, which preceded tools.
     include_usage: whether a stream ends with the figures.
     api: "anthropic" or "openai"."""
     turns: Tuple[Mapping[str, Any], ...]
@@ -1488,6 +1494,10 @@ class Chat:
     client_tools: Tuple[Mapping[str, Any], ...] = ()
     forced_tool: Optional[str] = None
     stop_sequences: Tuple[str, ...] = ()
+    max_tokens: Optional[int] = None
+    hosted_tools: Tuple[str, ...] = ()
+    custom_tools: Tuple[str, ...] = ()
+    uses_functions: bool = False
     stream: bool = False
     include_usage: bool = True
     api: str = "anthropic"
@@ -1501,18 +1511,24 @@ class Chat:
         texts = [block["text"] for block in content if block["type"] == "text"]
         return texts[-1] if texts else "(%s)" % content[-1]["type"]
 
+    @property
+    def max_bytes(self) -> Optional[int]:
+        """About max_tokens, as bytes of UTF-8: rather too many than too few."""
+        return None if self.max_tokens is None else self.max_tokens * TOKEN_BYTES
+
     def to_json(self) -> str:
         """Return what a Job has no columns for; stored beside it."""
         body = {
             "turns": self.turns, "functions": self.client_tools, "forced": self.forced_tool,
-            "stops": self.stop_sequences}
+            "stops": self.stop_sequences, "maxTokens": self.max_tokens}
         return replace_surrogates(as_json(body))
 
     @classmethod
     def from_json(cls, text: str) -> "Chat":
         body = json.loads(text)
         return cls(tuple(body["turns"]), client_tools=tuple(body["functions"]),
-                   forced_tool=body["forced"], stop_sequences=tuple(body["stops"]))
+                   forced_tool=body["forced"], stop_sequences=tuple(body["stops"]),
+                   max_tokens=body.get("maxTokens"))
 
 
 # --- records; times are epoch seconds ---
@@ -3948,12 +3964,13 @@ def content_digest(content: Content) -> bytes:
 
 
 def answer_digest(content: Content) -> bytes:
-    """Return the digest of an answer. Blanks around it, the division into blocks and the text
-    beside calls of tools do not count, because clients change them."""
+    """Return the digest of an answer. Blanks around it, the division into blocks, the text beside
+    calls of tools and their inputs do not count, because clients change them; ids are unique."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     text = "".join(block["text"] for block in content if block["type"] == "text").strip()
-    calls = [block for block in content if block["type"] == "tool_use"]
+    calls = [{"type": "tool_use", "id": block["id"]} for block in content
+             if block["type"] == "tool_use"]
     return content_digest(calls or text or NO_ANSWER)
 
 
@@ -4235,6 +4252,14 @@ def cut_at_stop(text: str, stop_sequences: Sequence[str]) -> Tuple[str, Optional
     return text[: end + negative_length], sequence
 
 
+def cut_at_limit(text: str, max_bytes: Optional[int]) -> Tuple[str, bool]:
+    """Cut a text to so many bytes of UTF-8. -> (the text, whether something was cut)."""
+    if max_bytes is None or len(text) * 4 <= max_bytes:
+        return text, False
+    encoded = replace_surrogates(text).encode()
+    return encoded[:max_bytes].decode("utf-8", "ignore"), len(encoded) > max_bytes
+
+
 def partial_stop_length(text: str, stop_sequences: Sequence[str]) -> int:
     """Return how many characters at the end of a text may begin a stop sequence."""
     lengths = [length
@@ -4354,6 +4379,10 @@ class LiveText:
         self._is_started = False
         self.stop_sequences = stop_sequences
         self.stopped_by: Optional[str] = None
+        # Bytes of UTF-8 that the text may have; is_cut: there would be more.
+        self.max_bytes: Optional[int] = None
+        self.is_cut = False
+        self._bytes = 0
         # Bytes of UTF-8 that arrived, in all attempts.
         self.size = 0
         self.generation = generation
@@ -4383,7 +4412,10 @@ class LiveText:
             whole = text[: len(text) - pending]
             pending += partial_stop_length(whole, self.stop_sequences)
         self._pending = text[len(text) - pending :]
-        self._append(text[: len(text) - pending])
+        text = text[: len(text) - pending]
+        if self.max_bytes is not None:
+            text, self.is_cut = cut_at_limit(text, max(0, self.max_bytes - self._bytes))
+        self._append(text)
         self._on_change()
 
     def _append(self, text: str) -> None:
@@ -4393,7 +4425,9 @@ class LiveText:
         with self._lock:
             self._is_started = True
             self._data += text.encode("utf-32-le")
-            self.size += len(text.encode())
+            length = len(text.encode())
+            self._bytes += length
+            self.size += length
 
     def seconds_to_text(self, since: float) -> Optional[float]:
         """Return how long it took until the first text came; None if none did."""
@@ -4405,6 +4439,7 @@ class LiveText:
             if self._data:
                 self.generation += 1
             self._data = bytearray()
+            self._bytes = 0
             self._pending = ""
 
     def reconcile(self, final_text: str) -> None:
@@ -5369,6 +5404,7 @@ class RunRequest:
     history: returns the earlier turns; called only when they must be replayed.
     owner: the token; only its own processes may continue its conversations.
     is_chat: the message ends a conversation that the client keeps, and may continue.
+    max_bytes: of the answer.
     answer_seconds: for how long the API may be silent before it begins to answer."""
     message: Content
     session: SessionConfig
@@ -5378,6 +5414,7 @@ class RunRequest:
     history: Callable[[], Sequence[HistoryTurn]] = tuple
     owner: str = ""
     is_chat: bool = False
+    max_bytes: Optional[int] = None
     answer_seconds: float = math.inf
 
     @cached_property
@@ -5844,7 +5881,7 @@ class Turn:
                 if not self._session.json_schema:
                     live.add(event.text)
                     check_output_size(live.size)
-                if live.stopped_by:
+                if live.stopped_by or live.is_cut:
                     return self._stop_early(live)
             else:
                 self._handle_event(event, live)
@@ -5890,11 +5927,12 @@ class Turn:
             check_control(body.get("response") or {})
 
     def _stop_early(self, live: LiveText) -> Answer:
-        """End the answer at a stop sequence, with an estimate of the output tokens."""
+        """End the answer at a stop sequence or its limit, with an estimate of the output tokens."""
         text = live.read()
         usage = self.messages.usage
         usage = usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4))
-        stop_info = StopInfo("stop_sequence", live.stopped_by)
+        reason = "stop_sequence" if live.stopped_by else "max_tokens"
+        stop_info = StopInfo(reason, live.stopped_by)
         return Answer(text, usage=usage, model=live.model, stop_info=stop_info)
 
     def _return_calls(self, model: Optional[str]) -> Answer:
@@ -5942,6 +5980,8 @@ class Turn:
         usage, self.process.spent_usd = turn_usage(body, spent_usd, self.process.counted_usage)
         self.process.counted_usage = Usage()
         text, stop_sequence = cut_at_stop(text, live.stop_sequences)
+        text, is_long = cut_at_limit(text, live.max_bytes)
+        is_cut = is_cut or is_long
         reason = "stop_sequence" if stop_sequence else str(body.get("stop_reason") or "end_turn")
         if reason == "tool_use":
             # Of the tool by which the CLI takes a structured answer.
@@ -6585,6 +6625,7 @@ class ClaudeRunner:
         """Run one turn. stop_reason, on_rate_limits: see RunControl. Raises RunFailed."""
         self.pool.redetect_if_replaced()
         self._check_billing()
+        live.max_bytes = request.max_bytes
         deadline = self._clock.monotonic() + self._config.run_seconds
         answer_seconds = min(request.answer_seconds, self._config.silence_seconds)
         control = RunControl(
@@ -6941,11 +6982,20 @@ def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
                             job.json_schema, job.effort, token.tools, token.workspace, client_tools)
     *earlier, last = map(prefix_tool_names, chat.turns)
     history = [HistoryTurn(*pair) for pair in zip(earlier[::2], earlier[1::2])]
-    return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True)
+    # A structured answer would be of no use when it is cut.
+    max_bytes = chat.max_bytes if not job.json_schema else None
+    return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True,
+                      max_bytes=max_bytes)
 
 
 def chat_answer(answer: Answer, chat: Chat, job_id: str) -> Answer:
-    """Return a structured answer as a text, or as the call of the tool whose input it is."""
+    """Return an answer with the client's names of its tools; a structured one as a text, or as the
+    call of the tool whose input it is."""
+    if not answer.structured:
+        names = {tool["name"]: tool.get("title") for tool in chat.client_tools}
+        calls = tuple(call._replace(name=names.get(call.name) or call.name)
+                      for call in answer.stop_info.calls)
+        return replace(answer, stop_info=answer.stop_info._replace(calls=calls))
     if not chat.forced_tool:
         return replace(answer, text=answer.structured or "")
     call_id = "toolu_" + job_id.replace("-", "")
@@ -7166,7 +7216,7 @@ class Worker:
                 # Both APIs report that as an answer.
                 answer = refused.answer
             self.holds.end(job.model or "", job.id)
-            if chat and answer.structured:
+            if chat:
                 answer = chat_answer(answer, chat, job.id)
             live.reconcile(replace_surrogates(answer.text))
             is_completed = self._retry_until_stored(
@@ -7401,6 +7451,13 @@ def find_token(tokens: Sequence[Token], text: str) -> Token:
     return candidates[0]
 
 
+def is_allowed_model(model: str, models: Sequence[str]) -> bool:
+    """Return whether a token may use a model: one of its models, or of their families. The family
+    haiku has claude-haiku-4-5, for example."""
+    return model in models or model.startswith("claude-") and any(
+        word in models for word in model.split("-")[1:] if word.isalpha())
+
+
 class JobPage(NamedTuple):
     """A part of a list of jobs.
     next: where the next part begins; None at the end. searched_to: until when, in epoch seconds,
@@ -7508,7 +7565,7 @@ class Service:
         if request.conversation and not is_stateful:
             raise InvalidRequest(
                 "conversation needs a token with sessionMode stateful", field="conversation")
-        if models and request.model and request.model not in models:
+        if models and request.model and not is_allowed_model(request.model, models):
             raise ModelNotAllowed(
                 "This token may not use the model %s. Use: %s" % (request.model, ", ".join(models)),
                 field="model")
@@ -8475,8 +8532,12 @@ class CallbackSender:
 MAX_CLIENT_TOOLS = 256
 STOP_SEQUENCES = 16
 BLOCKS = {"user": ("text", "image", "document", "tool_result"), "assistant": ("text", "tool_use")}
-# Blocks of an earlier answer by another server, which mean nothing here.
-IGNORED_BLOCKS = ("thinking", "redacted_thinking")
+# Blocks of an earlier answer by another server, which mean nothing here; and changes of the tools,
+# which are all offered from the beginning.
+IGNORED_BLOCKS = ("thinking", "redacted_thinking", "tool_addition", "tool_removal")
+SERVER_RESULTS = tuple(name + "_tool_result" for name in (
+    "web_search", "web_fetch", "code_execution", "bash_code_execution",
+    "text_editor_code_execution", "tool_search", "mcp", "advisor"))
 SOURCES = {"base64": ("media_type", "data"), "url": ("url",), "text": ("media_type", "data")}
 # Together with TOOL_PREFIX at most the 128 characters of the API.
 TOOL_NAME_CHARACTERS = 118
@@ -8561,32 +8622,65 @@ def read_content(content: Any, kinds: Sequence[str], path: str) -> List[Dict[str
     for number, block in enumerate(require_type(content, list, path)):
         if isinstance(block, dict) and block.get("type") in IGNORED_BLOCKS:
             continue
-        block = read_block(block, kinds, "%s.%d" % (path, number))
-        if block["type"] != "text" or block["text"].strip():
-            result.append(block)
+        for part in plain_blocks(block):
+            part = read_block(part, kinds, "%s.%d" % (path, number))
+            if part["type"] != "text" or part["text"].strip():
+                result.append(part)
     return result
 
 
+def plain_blocks(block: Any) -> List[Any]:
+    """Return a block that the CLI does not take as blocks that it does take."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    source = block.get("source") if kind in ("document", "search_result") else None
+    head: List[Any] = [text_block(str(block[key])) for key in ("title", "context")
+                       if source and block.get(key)]
+    if kind == "search_result":
+        content = optional(block.get("content"), list, "search_result.content")
+        return [*head, text_block("(%s)" % source), *content]
+    if isinstance(source, dict) and source.get("type") == "content":
+        content = source.get("content")
+        if isinstance(content, str):
+            content = [text_block(content)]
+        return [*head, *optional(content, list, "document.source.content")]
+    if kind == "tool_reference":
+        return [text_block("The tool %s can be used." % block.get("tool_name"))]
+    if kind == "server_tool_use" or kind in SERVER_RESULTS:
+        # What another server's tools did. What is encrypted means nothing here.
+        rest = {name: value for name, value in block.items()
+                if name not in ("type", "id", "tool_use_id", "cache_control")}
+        text = re.sub(r'"encrypted_\w+": ?"[^"]*",? ?', "", as_json(rest))
+        return [text_block("(%s: %s)" % (kind, text))]
+    return [block]
+
+
 def read_word(value: Any, longest: int, path: str) -> str:
-    """Return the name of a tool or the id of a call."""
-    if not re.fullmatch("[A-Za-z0-9_-]{1,%d}" % longest, require_type(value, str, path)):
-        text = "must be 1 to %d letters, digits, underscores or dashes"
-        raise invalid_value(path, text % longest)
-    return str(value)
+    """Return the name of a tool or the id of a call, as the API takes it: with other characters, or
+    longer, it is replaced by a word that is the same each time."""
+    word = require_type(value, str, path)
+    if re.fullmatch("[A-Za-z0-9_-]{1,%d}" % longest, word):
+        return str(word)
+    if not word.strip() or not word.isprintable() or len(word) > 1_000:
+        raise invalid_value(path, "must be 1 to 1000 printable characters")
+    return "%s_%s" % (re.sub("[^A-Za-z0-9_-]", "_", word)[: longest - 17], digest(word)[:16])
 
 
 def text_block(text: str) -> Dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def read_turns(messages: Iterable[Tuple[str, str, Any]]) -> Tuple[Mapping[str, Any], ...]:
+def read_turns(messages: Iterable[Tuple[str, str, Any]],
+               blank: str = "") -> Tuple[Mapping[str, Any], ...]:
     """Return turns of user and assistant in alternation; the last one is the user's. messages:
-    (path, role, content) of each message."""
+    (path, role, content) of each message. blank: stands for a user's empty message, which is
+    refused without it."""
     turns: List[Dict[str, Any]] = []
     for path, role, content in messages:
         blocks = read_content(content, BLOCKS[role], path + ".content")
         if not blocks and role == "user":
-            raise invalid_value(path + ".content", "must not be blank")
+            if not blank:
+                raise invalid_value(path + ".content", "must not be blank")
+            blocks = [text_block(blank)]
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += blocks
             continue
@@ -8629,29 +8723,44 @@ def read_client_tools(tools: Iterable[Tuple[str, Any, Any, Any]]) -> Tuple[Mappi
     """Return Chat.client_tools. tools: (path, name, description, schema) of each."""
     result: Dict[str, Dict[str, Any]] = {}
     for path, name, description, schema in tools:
+        own_name = name
         name = read_word(name, TOOL_NAME_CHARACTERS, path + ".name")
         if name in result:
             raise invalid_value(path + ".name", "is duplicated")
-        schema = {"type": "object", **optional(schema, dict, path + " schema")}
-        if not is_object_schema(schema):
-            raise invalid_value(
-                path,
-                "the schema of its input must be that of an object, with an object for each"
-                " property")
+        schema = object_schema({} if schema is None or schema is True else schema)
+        if not schema:
+            raise invalid_value(path, "the schema of its input must be that of an object")
         result[name] = {
             "name": name, "description": optional(description, str, path + ".description"),
-            "inputSchema": schema}
+            "inputSchema": schema, **({"title": own_name} if name != own_name else {})}
     if len(result) > MAX_CLIENT_TOOLS:
         raise invalid_value("tools", "at most %d are possible" % MAX_CLIENT_TOOLS)
     return tuple(result.values())
 
 
-def is_object_schema(schema: Mapping[str, Any]) -> bool:
-    properties, required = schema.get("properties", {}), schema.get("required", [])
-    return (schema["type"] == "object"
-            and isinstance(properties, dict) and isinstance(required, list)
-            and all(isinstance(value, dict) for value in properties.values())
-            and all(isinstance(name, str) for name in required))
+def object_schema(schema: Any) -> Dict[str, Any]:
+    """Return a schema of an object in the form that MCP takes; empty if it is none. There, the
+    type is a word, and each property has an object."""
+    kinds = schema.get("type") or "object" if isinstance(schema, dict) else None
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        return {}
+    result = {"type": "object", **schema}
+    if isinstance(kinds, list) or not schema.get("type"):
+        result["type"] = "object"
+    # null stands for a part that is not given.
+    parts = {name: result.pop(name, None) for name in ("properties", "required")}
+    properties, required = ({} if parts["properties"] is None else parts["properties"],
+                            [] if parts["required"] is None else parts["required"])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return {}
+    booleans: Dict[bool, Any] = {True: {}, False: {"not": {}}}
+    properties = {name: booleans[value] if isinstance(value, bool) else value
+                  for name, value in properties.items()}
+    if not all(isinstance(value, dict) for value in properties.values()):
+        return {}
+    required = [name for name in required if isinstance(name, str)]
+    return {**result, **({"properties": properties} if properties else {}),
+            **({"required": required} if required else {})}
 
 
 def read_stop_sequences(value: Any, path: str) -> Tuple[str, ...]:
@@ -8670,7 +8779,21 @@ def read_schema(value: Any, path: str) -> Optional[str]:
     if require_type(value, dict, path).get("type") != "json_schema":
         raise invalid_value(path + ".type", "must be json_schema")
     schema = require_type(value.get("schema"), dict, path + ".schema")
-    return replace_surrogates(as_json(schema))
+    return read_object_schema(schema, path + ".schema")
+
+
+def read_object_schema(value: Any, path: str) -> str:
+    """Return a JSON Schema of an object as JSON."""
+    return str(with_path(validate_schema, value, path))
+
+
+def read_max_tokens(value: Any, path: str) -> Optional[int]:
+    """Return how long an answer may be; None for no limit."""
+    if value is None or value == 0:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise invalid_value(path, "must be a whole number")
+    return value
 
 
 def read_effort(value: Any, efforts: Sequence[str], path: str) -> Optional[str]:
@@ -8680,21 +8803,34 @@ def read_effort(value: Any, efforts: Sequence[str], path: str) -> Optional[str]:
 
 
 class ToolChoice(NamedTuple):
-    """Which tools are called. kind: auto, any, none, or tool (the named one)."""
+    """Which tools are called. kind: auto, any, none, or tool (the named one). allowed: the names
+    of those that are offered; None for all."""
     kind: str
     name: Optional[str] = None
     is_single: bool = False
+    allowed: Optional[Sequence[str]] = None
+
+
+def own_name_of(tool: Mapping[str, Any]) -> str:
+    """Return the client's name of its tool."""
+    return str(tool.get("title", tool["name"]))
 
 
 def with_choice(chat: Chat, choice: ToolChoice) -> Chat:
     """Apply a choice of tools, as far as the CLI can be made to follow it.
     If one tool must be called, its input is the answer, which the CLI enforces. Any other choice
     becomes an instruction to the model."""
+    if choice.allowed is not None:
+        missing = set(choice.allowed) - set(map(own_name_of, chat.client_tools))
+        if missing:
+            raise invalid_value("tool_choice", "there is no tool %s" % min(missing))
+        tools_left = [tool for tool in chat.client_tools if own_name_of(tool) in choice.allowed]
+        chat = replace(chat, client_tools=tuple(tools_left))
     if choice.kind == "none" or not chat.client_tools:
         if choice.kind in ("any", "tool"):
             raise invalid_value("tool_choice", "needs tools")
         return replace(chat, client_tools=())
-    tools = {tool["name"]: tool for tool in chat.client_tools}
+    tools = {own_name_of(tool): tool for tool in chat.client_tools}
     forced: Optional[Mapping[str, Any]] = None
     if choice.kind == "tool":
         if not isinstance(choice.name, str) or choice.name not in tools:
@@ -8707,7 +8843,7 @@ def with_choice(chat: Chat, choice: ToolChoice) -> Chat:
     if forced:
         instruction = "Answer with the input for the tool %s. %s"
         return replace(
-            chat, client_tools=(), forced_tool=forced["name"],
+            chat, client_tools=(), forced_tool=own_name_of(forced),
             json_schema=replace_surrogates(as_json(forced["inputSchema"])),
             system_prompt="%s\n\n%s"
             % (prompt, instruction % (forced["name"], forced["description"])))
@@ -8722,27 +8858,93 @@ def with_choice(chat: Chat, choice: ToolChoice) -> Chat:
 
 
 # --- reading: the Anthropic Messages API ---
+def added_tools(content: Any) -> List[Any]:
+    """Return the tools that blocks of a system message define."""
+    blocks = content if isinstance(content, list) else []
+    changes = [block.get("tool") for block in blocks
+               if isinstance(block, dict) and block.get("type") == "tool_addition"]
+    return [change["definition"] for change in changes
+            if isinstance(change, dict) and isinstance(change.get("definition"), dict)]
+
+
+def commands_schema(commands: str, words: str, numbers: str = "") -> Dict[str, Any]:
+    """Return the schema of a tool with several commands, whose parameters are texts or numbers."""
+    properties: Dict[str, Any] = {"command": {"type": "string", "enum": commands.split()}}
+    properties.update({name: {"type": "string"} for name in words.split()})
+    properties.update({name: {"type": "integer"} for name in numbers.split()})
+    lines = {"type": "array", "items": {"type": "integer"}, "description": "first and last line"}
+    return {"type": "object", "properties": {**properties, "view_range": lines},
+            "required": ["command"]}
+
+
+# Tools that the client runs, of which it sends only the type. Source: the Messages API.
+TYPED_TOOLS = {
+    "bash": (
+        "Runs a command in a shell that stays open, or starts the shell again.",
+        {"type": "object", "properties": {
+            "command": {"type": "string"}, "restart": {"type": "boolean"}}}),
+    "text_editor": (
+        "Shows and changes text files. view: path, view_range; create: path, file_text;"
+        " str_replace: path, old_str (occurs once), new_str; insert: path, insert_line (after it),"
+        " insert_text.",
+        commands_schema("view create str_replace insert",
+                        "path file_text old_str new_str insert_text", "insert_line")),
+    "memory": (
+        "Keeps notes for later conversations in files below /memories. view: path, view_range;"
+        " create: path, file_text; str_replace: path, old_str, new_str; insert: path, insert_line,"
+        " insert_text; delete: path; rename: old_path, new_path. View /memories first.",
+        commands_schema("view create str_replace insert delete rename",
+                        "path file_text old_str new_str insert_text old_path new_path",
+                        "insert_line"))}
+
+
+def read_message_tools(
+        tools: Sequence[Any]) -> Tuple[Tuple[Mapping[str, Any], ...], Tuple[str, ...]]:
+    """Return Chat.client_tools and Chat.hosted_tools."""
+    own, hosted = [], []
+    for number, tool in enumerate(tools):
+        path = "tools.%d" % number
+        kind = require_type(tool, dict, path).get("type")
+        kind = "custom" if kind is None else require_type(kind, str, path + ".type")
+        name, _, version = kind.rpartition("_")
+        if kind == "custom":
+            own.append((path, tool.get("name"), tool.get("description"), tool.get("input_schema")))
+        elif name in TYPED_TOOLS and version.isdigit():
+            own.append((path, tool.get("name"), *TYPED_TOOLS[name]))
+        elif name in ("web_search", "web_fetch"):
+            hosted.append(name)
+        # No tool is deferred, so that there is nothing to search.
+        elif not name.startswith("tool_search_tool"):
+            raise invalid_value(path + ".type", "the tool %s would have to run on the server: only"
+                                " tools that the client runs are possible here" % kind[:64])
+    return read_client_tools(own), tuple(hosted)
+
+
 def read_messages_request(body: Any) -> Chat:
     """Return the Chat of a request of the Messages API. Raises InvalidRequest."""
     body = require_type(body, dict, "body")
+    if body.get("thread") is not None:
+        # With this code the SDK sends the whole conversation instead.
+        # Source: anthropic 2.14.0, @anthropic-ai/sdk 1.14.0.
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        raise InvalidRequest("thread: no conversation is stored here; send all of its messages",
+                             field="thread", details=details)
     system = read_content(body.get("system") or "", ("text",), "system")
     messages = []
+    tools: List[Any] = list(optional(body.get("tools"), list, "tools"))
     for number, message in enumerate(require_type(body.get("messages"), list, "messages")):
         path = "messages.%d" % number
         role = require_type(message, dict, path).get("role")
         if role == "system":
             system += read_content(message.get("content"), ("text",), path + ".content")
+            names = [tool.get("name") for tool in tools if isinstance(tool, dict)]
+            tools += [tool for tool in added_tools(message.get("content"))
+                      if tool.get("name") not in names]
         elif role in ("user", "assistant"):
             messages.append((path, role, message.get("content")))
         else:
             raise invalid_value(path + ".role", "must be user or assistant")
-    tools = []
-    for number, tool in enumerate(optional(body.get("tools"), list, "tools")):
-        path = "tools.%d" % number
-        if require_type(tool, dict, path).get("type") not in (None, "custom"):
-            text = "only tools of the client with an input_schema are possible here"
-            raise invalid_value(path + ".type", text)
-        tools.append((path, tool.get("name"), tool.get("description"), tool.get("input_schema")))
+    client_tools, hosted_tools = read_message_tools(tools)
     if body.get("mcp_servers"):
         raise invalid_value("mcp_servers", "is not supported; pass their tools in `tools`")
     choice = require_type(body.get("tool_choice") or {"type": "auto"}, dict, "tool_choice")
@@ -8755,7 +8957,8 @@ def read_messages_request(body: Any) -> Chat:
                 model=with_path(validate_model, body.get("model"), "model"),
                 json_schema=read_schema(schema, "output_config.format"),
                 effort=read_effort(output.get("effort"), EFFORTS, "output_config.effort"),
-                client_tools=read_client_tools(tools),
+                client_tools=client_tools, hosted_tools=hosted_tools,
+                max_tokens=read_max_tokens(body.get("max_tokens"), "max_tokens"),
                 stop_sequences=read_stop_sequences(body.get("stop_sequences"), "stop_sequences"),
                 stream=optional(body.get("stream"), bool, "stream"))
     is_single = choice.get("disable_parallel_tool_use") is True
@@ -8764,18 +8967,19 @@ def read_messages_request(body: Any) -> Chat:
 
 # --- reading: the OpenAI Chat Completions API ---
 
-UNSUPPORTED_FIELDS = {
-    "functions": "use `tools`", "function_call": "use `tool_choice`",
-    "audio": "there is no sound here", "web_search_options": "use a token with the tools `web`"}
+# Stands for an empty message of a user, which OpenAI's API takes and Anthropic's does not.
+EMPTY_MESSAGE = "(empty message)"
+# The API requires an object, and a custom tool's input is a text.
+CUSTOM_SCHEMA: Mapping[str, Any] = {
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 REASONING_EFFORTS = {"none": "low", "minimal": "low", **{effort: effort for effort in EFFORTS}}
 
 
 def read_completion_request(body: Any) -> Chat:
     """Return the Chat of a request of the Chat Completions API. Raises InvalidRequest."""
     body = require_type(body, dict, "body")
-    for name, advice in UNSUPPORTED_FIELDS.items():
-        if body.get(name):
-            raise invalid_value(name, "is not supported; " + advice)
+    if body.get("audio"):
+        raise invalid_value("audio", "is not supported; there is no sound here")
     if body.get("n") not in (None, 1):
         raise invalid_value("n", "only one choice is possible; send more requests instead")
     system: List[str] = []
@@ -8790,32 +8994,91 @@ def read_completion_request(body: Any) -> Chat:
         elif role in COMPLETION_ROLES:
             messages.append((path, *COMPLETION_ROLES[role](message, path)))
         else:
-            text = "must be system, developer, user, assistant or tool"
+            text = "must be system, developer, user, assistant, tool or function"
             raise invalid_value(path + ".role", text)
-    tools = []
-    for number, tool in enumerate(optional(body.get("tools"), list, "tools")):
-        path = "tools.%d.function" % number
-        if require_type(tool, dict, path).get("type") != "function":
-            raise invalid_value("tools.%d.type" % number, "must be function")
-        function = require_type(tool.get("function"), dict, path)
-        description, schema = function.get("description"), function.get("parameters")
-        tools.append((path, function.get("name"), description, schema))
+    if system and not messages:
+        messages, system = [("messages", "user", "\n\n".join(system))], []
+    tools, custom_tools = read_completion_tools(body)
     model = body.get("model")
     if isinstance(model, str) and FOREIGN_MODEL_RE.fullmatch(model):
         model = None
     efforts = tuple(REASONING_EFFORTS)
     effort = read_effort(body.get("reasoning_effort"), efforts, "reasoning_effort")
     options = optional(body.get("stream_options"), dict, "stream_options")
+    max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     chat = Chat(
-        turns=read_turns(messages), system_prompt="\n\n".join(system) or None,
+        turns=read_turns(messages, EMPTY_MESSAGE), system_prompt="\n\n".join(system) or None,
         model=with_path(validate_model, model, "model"),
         json_schema=read_response_format(body.get("response_format")),
-        effort=REASONING_EFFORTS[effort] if effort else None, client_tools=read_client_tools(tools),
+        effort=REASONING_EFFORTS[effort] if effort else None, client_tools=tools,
+        custom_tools=custom_tools, uses_functions=bool(body.get("functions")),
+        hosted_tools=() if body.get("web_search_options") is None else ("web_search",),
+        max_tokens=read_max_tokens(max_tokens, "max_tokens"),
         stop_sequences=read_stop_sequences(body.get("stop"), "stop"),
         stream=optional(body.get("stream"), bool, "stream"),
         include_usage=options.get("include_usage") is True, api="openai")
-    is_single = body.get("parallel_tool_calls") is False
-    return with_choice(chat, read_completion_choice(body.get("tool_choice"), is_single))
+    is_single = body.get("parallel_tool_calls") is False or chat.uses_functions
+    choice = body.get("tool_choice")
+    if chat.uses_functions:
+        choice = body.get("function_call")
+        if isinstance(choice, dict):
+            choice = {"type": "function", "function": choice}
+    return with_choice(chat, read_completion_choice(choice, is_single))
+
+
+def read_completion_tools(
+        body: Mapping[str, Any]) -> Tuple[Tuple[Mapping[str, Any], ...], Tuple[str, ...]]:
+    """Return Chat.client_tools and Chat.custom_tools."""
+    entries: List[Any] = [{"type": "function", "function": function}
+                          for function in optional(body.get("functions"), list, "functions")]
+    tools, custom = [], []
+    for number, tool in enumerate(entries or optional(body.get("tools"), list, "tools")):
+        path = "tools.%d" % number
+        kind = require_type(tool, dict, path).get("type")
+        if not isinstance(kind, str) or kind not in ("function", "custom"):
+            raise invalid_value(path + ".type", "must be function or custom")
+        path += "." + kind
+        entry = require_type(tool.get(kind), dict, path)
+        description, schema = entry.get("description"), entry.get("parameters")
+        if kind == "custom":
+            custom.append(str(entry.get("name")))
+            description, schema = custom_description(entry), CUSTOM_SCHEMA
+        tools.append((path, entry.get("name"), description, schema))
+    return read_client_tools(tools), tuple(custom)
+
+
+def custom_description(tool: Mapping[str, Any]) -> str:
+    """Return the description of a custom tool, with the grammar of its input, if any."""
+    texts = [tool.get("description")]
+    if isinstance(tool.get("format"), dict) and tool["format"].get("type") == "grammar":
+        texts.append("Format of the input: " + as_json(tool["format"]))
+    return "\n\n".join(text for text in texts if isinstance(text, str))
+
+
+def call_input(text: str) -> Dict[str, Any]:
+    """Return the arguments of an earlier call. What is no JSON of an object, such as those of a cut
+    stream, stays a text."""
+    with contextlib.suppress(InvalidJson):
+        value = parse_json(text.encode("utf-8", "replace"))
+        if isinstance(value, dict):
+            return value
+    return {"arguments": text}
+
+
+def read_prompt_request(body: Any) -> Chat:
+    """Return the Chat of a request of the older Completions API, whose prompt is a text."""
+    body = require_type(body, dict, "body")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise invalid_value("prompt", "must be one text")
+    for name in ("suffix", "echo", "logprobs"):
+        if body.get(name):
+            raise invalid_value(name, "is not supported")
+    fields = {name: value for name, value in body.items()
+              if name in ("model", "max_tokens", "n", "stop", "stream", "stream_options")}
+    return read_completion_request({**fields, "messages": [{"role": "user", "content": prompt}]})
 
 
 def read_response_format(value: Any) -> Optional[str]:
@@ -8831,7 +9094,7 @@ def read_response_format(value: Any) -> Optional[str]:
         path += ".json_schema"
         wrapper = require_type(value.get("json_schema"), dict, path)
         schema = optional(wrapper.get("schema"), dict, path + ".schema")
-    return replace_surrogates(as_json({"type": "object", **schema}))
+    return read_object_schema(schema, path)
 
 
 def read_completion_choice(choice: Any, is_single: bool) -> ToolChoice:
@@ -8841,14 +9104,24 @@ def read_completion_choice(choice: Any, is_single: bool) -> ToolChoice:
         return ToolChoice("auto", None, is_single)
     if isinstance(choice, str) and choice in kinds:
         return ToolChoice(kinds[choice], None, is_single)
-    function = None
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        function = choice.get("function")
-    if not isinstance(function, dict):
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    is_named = isinstance(kind, str) and kind in ("function", "custom", "allowed_tools")
+    chosen = choice.get(kind) if is_named else None
+    if not isinstance(chosen, dict):
         raise invalid_value(
             "tool_choice",
-            'must be auto, none, required or {"type": "function", "function": {"name": ...}}')
-    return ToolChoice("tool", function.get("name"), is_single)
+            'must be auto, none, required, {"type": "function", "function": {"name": ...}} or the'
+            ' same with custom or allowed_tools')
+    if kind != "allowed_tools":
+        return ToolChoice("tool", chosen.get("name"), is_single)
+    if not isinstance(chosen.get("mode"), str) or chosen["mode"] not in ("auto", "required"):
+        raise invalid_value("tool_choice.allowed_tools.mode", "must be auto or required")
+    names = []
+    for tool in optional(chosen.get("tools"), list, "tool_choice.allowed_tools.tools"):
+        tool = require_type(tool, dict, "tool_choice.allowed_tools.tools")
+        entry = tool.get(str(tool.get("type")))
+        names.append(str(entry.get("name") if isinstance(entry, dict) else tool.get("name")))
+    return ToolChoice(kinds[chosen["mode"]], None, is_single, names)
 
 
 def read_user_message(message: Mapping[str, Any], path: str) -> Tuple[str, Any]:
@@ -8895,18 +9168,23 @@ def read_assistant_message(message: Mapping[str, Any], path: str) -> Tuple[str, 
         if isinstance(part, dict) and part.get("type") == "refusal":
             part = {"type": "text", "text": part.get("refusal")}
         parts.append(part)
-    calls = optional(message.get("tool_calls"), list, path + ".tool_calls")
+    calls = [*optional(message.get("tool_calls"), list, path + ".tool_calls")]
+    if message.get("function_call"):
+        function = require_type(message["function_call"], dict, path + ".function_call")
+        call_id = "function_%s" % function.get("name")
+        calls.append({"id": call_id, "type": "function", "function": function})
     for number, call in enumerate(calls):
         call_path = "%s.tool_calls.%d" % (path, number)
-        call = require_type(call, dict, call_path)
-        function = require_type(call.get("function"), dict, call_path + ".function")
-        arguments_path = call_path + ".function.arguments"
-        arguments = require_type(function.get("arguments") or "{}", str, arguments_path)
-        try:
-            arguments = parse_json(arguments.encode())
-        except InvalidJson:
-            raise invalid_value(arguments_path, "must be JSON") from None
-        tool_use = {"type": "tool_use", "id": call.get("id"), "name": function.get("name")}
+        kind = require_type(call, dict, call_path).get("type") or "function"
+        kind = "custom" if kind == "custom" else "function"
+        entry = require_type(call.get(kind), dict, "%s.%s" % (call_path, kind))
+        if kind == "custom":
+            arguments = {"input": str(entry.get("input") or "")}
+        else:
+            arguments_path = call_path + ".function.arguments"
+            arguments = call_input(require_type(entry.get("arguments") or "{}", str,
+                                                arguments_path))
+        tool_use = {"type": "tool_use", "id": call.get("id"), "name": entry.get("name")}
         parts.append({**tool_use, "input": arguments})
     return "assistant", parts
 
@@ -8917,8 +9195,15 @@ def read_tool_message(message: Mapping[str, Any], path: str) -> Tuple[str, Any]:
     return "user", [{**block, "content": message.get("content")}]
 
 
+def read_function_message(message: Mapping[str, Any], path: str) -> Tuple[str, Any]:
+    """Return the same for a function, whose last call has its name."""
+    call_id = "function_%s" % message.get("name")
+    return read_tool_message({**message, "tool_call_id": call_id}, path)
+
+
 COMPLETION_ROLES = {
-    "user": read_user_message, "assistant": read_assistant_message, "tool": read_tool_message}
+    "user": read_user_message, "assistant": read_assistant_message, "tool": read_tool_message,
+    "function": read_function_message}
 
 
 # --- the answer as it arrives ---
@@ -9021,7 +9306,7 @@ class RestartableText:
 class Format(NamedTuple):
     """One wire format: how to read a request and write an answer, a stream and an error."""
     read: Callable[[Any], Chat]
-    body: Callable[[Job], Dict[str, Any]]
+    body: Callable[[Chat, Job], Dict[str, Any]]
     stream: Callable[[Chat, Job, ChatStep, ChatSteps], BodyIterator]
     error: Callable[[BridgeError], Dict[str, Any]]
 
@@ -9031,6 +9316,7 @@ def handle_chat(context: Context, format: Format) -> Response:
     A failure before the first word has a status of its own. An answer that takes so long that a
     proxy would cut the silence starts with blanks, which JSON allows."""
     chat = format.read(context.json())
+    check_hosted_tools(chat, context.require_caller())
     job = context.service.ask(context.require_caller(), chat).job
     ids = (("request-id", job.id), ("x-request-id", job.id))
     steps = chat_steps(context, job)
@@ -9046,15 +9332,24 @@ def handle_chat(context: Context, format: Format) -> Response:
         stack.enter_context(contextlib.closing(steps))
         for step in steps:
             if step.job:
-                return json_response(200, format.body(step.job), ids)
+                return json_response(200, format.body(chat, step.job), ids)
             if context.service.clock.monotonic() - started >= WAIT_SECONDS - HEARTBEAT_SECONDS:
                 stack.pop_all()
-                body = heartbeat_then_body(context, format, steps)
+                body = heartbeat_then_body(context, format, chat, steps)
                 return Response(200, stream=body, headers=ids)
     raise AssertionError("unreachable")
 
 
-def heartbeat_then_body(context: Context, format: Format, steps: ChatSteps) -> BodyIterator:
+def check_hosted_tools(chat: Chat, caller: Caller) -> None:
+    """Raise InvalidRequest for tools of the server that this token has not. With the right one
+    Claude uses its own."""
+    if chat.hosted_tools and caller.tools not in (Tools.WEB, Tools.ALL):
+        raise InvalidRequest("%s needs a token with the tools web, which lets Claude search the web"
+                             " by itself" % chat.hosted_tools[0], field="tools")
+
+
+def heartbeat_then_body(
+        context: Context, format: Format, chat: Chat, steps: ChatSteps) -> BodyIterator:
     """Yield blanks, then the body: of the answer, or of an error under the status 200."""
     clock = context.service.clock
     last_sent_at = clock.monotonic()
@@ -9063,7 +9358,7 @@ def heartbeat_then_body(context: Context, format: Format, steps: ChatSteps) -> B
         try:
             for step in steps:
                 if step.job:
-                    yield as_json(format.body(step.job)).encode("utf-8", "replace")
+                    yield as_json(format.body(chat, step.job)).encode("utf-8", "replace")
                 elif step.kind == "heartbeat" or (
                         clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
                     last_sent_at = clock.monotonic()
@@ -9085,7 +9380,7 @@ def message_usage(job: Job) -> Dict[str, int]:
         "cache_read_input_tokens": usage.cache_read_tokens, "output_tokens": usage.output_tokens}
 
 
-def message_body(job: Job) -> Dict[str, Any]:
+def message_body(chat: Chat, job: Job) -> Dict[str, Any]:
     """Return the answer of the Messages API."""
     stop_info = stop_info_of(job)
     content: List[Dict[str, Any]] = []
@@ -9106,7 +9401,7 @@ def message_event(kind: str, **data: Any) -> bytes:
 
 def message_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
     """Yield the answer as Server-Sent Events."""
-    empty = message_body(replace(job, model=first.model, usage=None))
+    empty = message_body(chat, replace(job, model=first.model, usage=None))
     empty.update(content=[], stop_reason=None)
     yield message_event("message_start", message=empty) + message_event("ping")
     index = 0
@@ -9160,7 +9455,8 @@ MESSAGE_ERROR_TYPES = {
 def message_error(error: BridgeError) -> Dict[str, Any]:
     usual = "invalid_request_error" if error.status < 500 else "api_error"
     kind = MESSAGE_ERROR_TYPES.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    body = {"type": kind, "message": str(error), "details": error.extra.get("details")}
+    return {"type": "error", "error": without_none(body)}
 
 
 # --- writing: the OpenAI Chat Completions API ---
@@ -9182,29 +9478,36 @@ def completion_usage(job: Job) -> Dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens}}
 
 
-def completion_calls(job: Job) -> List[Dict[str, Any]]:
-    return [{
-        "id": call.id, "type": "function",
-        "function": {"name": call.name, "arguments": as_json(call.arguments)}}
-            for call in stop_info_of(job).calls]
+def completion_calls(chat: Chat, job: Job) -> List[Dict[str, Any]]:
+    result: List[Dict[str, Any]] = []
+    for call in stop_info_of(job).calls:
+        entry: Dict[str, Any] = {"name": call.name, "arguments": as_json(call.arguments)}
+        kind = "function"
+        if call.name in chat.custom_tools:
+            kind, entry = "custom", {"name": call.name, "input": call.arguments.get("input", "")}
+        result.append({"id": call.id, "type": kind, kind: entry})
+    return result
 
 
-def finish_reason(job: Job) -> str:
-    return FINISH_REASONS.get(stop_info_of(job).reason, "stop")
+def finish_reason(chat: Chat, job: Job) -> str:
+    reason = FINISH_REASONS.get(stop_info_of(job).reason, "stop")
+    return "function_call" if chat.uses_functions and reason == "tool_calls" else reason
 
 
-def completion_body(job: Job) -> Dict[str, Any]:
+def completion_body(chat: Chat, job: Job) -> Dict[str, Any]:
     """Return the answer of the Chat Completions API."""
-    calls = completion_calls(job)
+    calls = completion_calls(chat, job)
     message: Dict[str, Any] = {
         "role": "assistant", "content": job.response or (None if calls else ""), "refusal": None}
-    if calls:
+    if calls and chat.uses_functions:
+        message["function_call"] = calls[0]["function"]
+    elif calls:
         message["tool_calls"] = calls
     choice = {"index": 0, "message": message, "logprobs": None}
     return {
         "id": "chatcmpl-" + job.id.replace("-", ""), "object": "chat.completion",
         "created": int(job.created_at), "model": job.model or "default",
-        "choices": [{**choice, "finish_reason": finish_reason(job)}],
+        "choices": [{**choice, "finish_reason": finish_reason(chat, job)}],
         "usage": completion_usage(job)}
 
 
@@ -9234,13 +9537,47 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
                     yield delta_chunk(step, {"content": "\n\n"})
                 elif step.job:
                     end = b""
-                    calls = completion_calls(step.job)
-                    if calls:
+                    calls = completion_calls(chat, step.job)
+                    if calls and chat.uses_functions:
+                        end += delta_chunk(step, {"function_call": calls[0]["function"]})
+                    elif calls:
                         numbered = [{"index": n, **call} for n, call in enumerate(calls)]
                         end += delta_chunk(step, {"tool_calls": numbered})
-                    end += delta_chunk(step, {}, finish_reason(step.job))
+                    end += delta_chunk(step, {}, finish_reason(chat, step.job))
                     if chat.include_usage:
                         end += chunk(step.model, [], usage=completion_usage(step.job))
+                    yield end + b"data: [DONE]\n\n"
+        except BridgeError as error:
+            yield sse_event("", None, completion_error(error))
+
+
+def prompt_body(chat: Chat, job: Job) -> Dict[str, Any]:
+    """Return the answer of the older Completions API."""
+    body = completion_body(chat, job)
+    choice = {"index": 0, "text": job.response or "", "logprobs": None}
+    return {**body, "id": "cmpl-" + job.id.replace("-", ""), "object": "text_completion",
+            "choices": [{**choice, "finish_reason": finish_reason(chat, job)}]}
+
+
+def prompt_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
+    """Yield the same as Server-Sent Events."""
+    def chunk(step: ChatStep, text: str, reason: Optional[str] = None, **more: Any) -> bytes:
+        body = prompt_body(chat, replace(job, model=step.model, response=text))
+        del body["usage"]
+        body["choices"][0]["finish_reason"] = reason
+        return sse_event("", None, {**body, **more})
+
+    with contextlib.closing(steps):
+        try:
+            for step in chain((first,), steps):
+                if step.kind == "heartbeat":
+                    yield HEARTBEAT
+                elif step.kind in ("text", "restart"):
+                    yield chunk(step, step.text or "\n\n")
+                elif step.job:
+                    end = chunk(step, "", finish_reason(chat, step.job))
+                    if chat.include_usage:
+                        end += chunk(step, "", choices=[], usage=completion_usage(step.job))
                     yield end + b"data: [DONE]\n\n"
         except BridgeError as error:
             yield sse_event("", None, completion_error(error))
@@ -9260,11 +9597,24 @@ def completion_error(error: BridgeError) -> Dict[str, Any]:
 
 MESSAGES = Format(read_messages_request, message_body, message_stream, message_error)
 COMPLETIONS = Format(read_completion_request, completion_body, completion_stream, completion_error)
+PROMPTS = Format(read_prompt_request, prompt_body, prompt_stream, completion_error)
+
+
+# With /v1 twice, or not at all: a client that adds it, or does not, to the base URL.
+WIRE_PATH_RE = re.compile(
+    r"/(?:v1/)*(?=(?:messages|chat/completions|completions|responses|models)(?:/|$))",
+    re.IGNORECASE)
+
+
+def wire_path(path: str) -> str:
+    """Return the path below /v1 that is meant."""
+    match = WIRE_PATH_RE.match(path)
+    return "/v1/" + path[match.end() :] if match else path
 
 
 def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
     """Return the wire format of the answers at a path; None for the native one."""
-    path = unquote(path)
+    path = wire_path(unquote(path))
     if not re.match(r"/v1(/|$)", path, re.IGNORECASE):
         return None
     if re.match("/v1/messages", path, re.IGNORECASE) or "anthropic-version" in headers:
@@ -9290,10 +9640,15 @@ def handle_list_models(context: Context) -> Response:
 
 
 def handle_get_model(context: Context) -> Response:
-    model_id = context.path_params["id"]
-    for model in context.service.models(context.require_caller()):
+    model_id, caller = context.path_params["id"], context.require_caller()
+    for model in context.service.models(caller):
         if model.id == model_id:
             return json_response(200, model_body(model))
+    # The list has not all versions; another name would be unknown to the CLI as well.
+    is_version = re.fullmatch(r"claude-[a-z0-9.-]{1,100}", model_id) and (
+        not caller.models or is_allowed_model(model_id, caller.models))
+    if is_version or FOREIGN_MODEL_RE.fullmatch(model_id):
+        return json_response(200, model_body(Model(model_id, model_id)))
     shown = replace_surrogates(model_id)[:128]
     raise NotFound("There is no model %s here. GET /v1/models lists them" % shown)
 
@@ -9403,6 +9758,13 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "usage": {
             "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
             "prompt_tokens_details": {"cached_tokens": 0}}},
+    "TextCompletion": {
+        "id": "cmpl-1", "object": "text_completion", "created": 1769860800,
+        "model": "claude-sonnet-5",
+        "choices": [{"index": 0, "text": "Rhine", "logprobs~": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
+            "prompt_tokens_details": {"cached_tokens": 0}}},
     "Error": {
         "error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
         "resetsAt?": EXAMPLE_TIME},
@@ -9497,6 +9859,12 @@ ROUTES = (
               200: ("Completion", '{"object":"chat.completion","choices":[...],...}'),
               400: (None, '{"error":{"message":"...","type":"...",...}}')},
           error_statuses=(403, 504, 529)),
+    Route("POST", "/v1/completions", AuthLevel.TOKEN, partial(handle_chat, format=PROMPTS),
+          "The older OpenAI format: a text in, a text out",
+          responses={
+              200: ("TextCompletion", '{"object":"text_completion","choices":[...],...}'),
+              400: (None, '{"error":{"message":"...","type":"...",...}}')},
+          error_statuses=(403, 504, 529)),
     Route("GET", "/v1/models", AuthLevel.TOKEN, handle_list_models,
           "The models of `claude`, for both formats",
           responses={200: ("Models", '{"object":"list","data":[{"id":"sonnet",...}],...}')}),
@@ -9551,6 +9919,18 @@ ROUTES = (
 
 
 @lru_cache(maxsize=256)
+def unknown_path_text(path: str) -> str:
+    """Return what a client reads of a path that does not exist; below /v1, what does."""
+    if not path.lower().startswith("/v1/"):
+        return ""
+    offered = ", ".join("%s %s" % (route.method, route.path) for route in ROUTES
+                        if route.path.startswith("/v1/"))
+    return ("There is no %s here: what Claude Code has not, such as embeddings, files, batches,"
+            " images and audio, is not offered. The base URL is the address of the bridge, for"
+            " OpenAI's clients with /v1. Offered: %s"
+            % (escape_controls(replace_surrogates(path[:100]), keep=""), offered))
+
+
 def resolve_route(method: str, path: str) -> Tuple[Route, Mapping[str, str]]:
     """Return the route of a request and the named parts of its path.
     Letters match in any case; one slash may follow. Raises NotFound; MethodNotAllowed with Allow;
@@ -9559,6 +9939,7 @@ def resolve_route(method: str, path: str) -> Tuple[Route, Mapping[str, str]]:
         raise InvalidRequest("The path holds a bad percent escape")
     if re.search("[^/]/$", path):
         path = path[:-1]
+    path = wire_path(path)
     parts = [unquote(part) for part in path.split("/")]
     methods = set()
     for route in ROUTES:
@@ -9569,7 +9950,7 @@ def resolve_route(method: str, path: str) -> Tuple[Route, Mapping[str, str]]:
         if route.method == ("GET" if method == "HEAD" else method):
             return route, params
     if not methods:
-        raise NotFound()
+        raise NotFound(unknown_path_text(path))
     if "GET" in methods:
         methods.add("HEAD")
     allow = ", ".join(sorted(methods | {"OPTIONS"}))
@@ -9778,9 +10159,9 @@ STANDARD_HEADERS = (
     ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Expose-Headers",
      "Allow, Idempotent-Replayed, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining,"
-     " RateLimit-Reset, Retry-After"))
+     " RateLimit-Reset, Request-Id, Retry-After, X-Request-Id"))
 PREFLIGHT_HEADERS = (
-    ("Access-Control-Allow-Methods", "GET,POST,DELETE"),
+    ("Access-Control-Allow-Methods", "GET,POST,PATCH,DELETE"),
     ("Access-Control-Allow-Headers",
      "Content-Type,Authorization,X-Api-Key,Idempotency-Key,Last-Event-ID,*"),
     ("Access-Control-Max-Age", "600"))
@@ -14480,8 +14861,9 @@ class DemoClaude:
     def _answer(self, message: str) -> None:
         turn = " (turn %d)" % self._turns if self._turns > 1 else ""
         text = "This is a demo, Claude was not asked. You said%s: %s" % (turn, message)
+        tools = [*self._tools, *["StructuredOutput"] * self._has_schema]
         self._send(type="system", subtype="init", apiKeySource="none", model="demo",
-                   session_id=self._session_id, tools=self._tools)
+                   session_id=self._session_id, tools=tools)
         self._send(type="stream_event", event={"type": "message_start"})
         pieces = re.findall(r"\s*\S+\s*$|\s*\S+", text) or [text]
         for piece in pieces:

@@ -236,13 +236,17 @@ class Fake:
     def begin(self, source: str = "none") -> None:
         """Print the lines before the first delta. source: of the API key."""
         model = self.setup.get("agents", {}).get("bridge", {}).get("model") or "default-model"
+        tools = ["mcp__api__" + tool["name"] for tool in self.client_tools]
+        # A schema that its validator does not take is dropped.
+        if "jsonSchema" in self.setup and "(" not in patterns_of(self.setup["jsonSchema"]):
+            tools.append("StructuredOutput")
         self.say(
             type="system",
             subtype="init",
             session_id=self.session,
             apiKeySource=source,
             model="resolved-" + model,
-            tools=["mcp__api__" + tool["name"] for tool in self.client_tools],
+            tools=tools,
         )
         self.say(type="system", subtype="status", status="requesting")
         self.event(type="message_start", message={"id": "msg_1", "usage": usage(1)})
@@ -554,6 +558,15 @@ MODELS = [
     },
     {"value": "haiku", "resolvedModel": "claude-haiku-4-5", "displayName": "Haiku"},
 ]
+
+
+def patterns_of(schema: Any) -> List[Any]:
+    """Return the patterns in a schema."""
+    if isinstance(schema, list):
+        return [pattern for part in schema for pattern in patterns_of(part)]
+    if not isinstance(schema, dict):
+        return []
+    return [schema.get("pattern"), *patterns_of(list(schema.values()))]
 
 
 def text_of(line: Mapping[str, Any]) -> str:

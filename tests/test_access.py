@@ -87,6 +87,7 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("GET", "/api/usage"): Rule(HOLDERS, 200),
     ("POST", "/v1/messages"): Rule(HOLDERS, 400),
     ("POST", "/v1/chat/completions"): Rule(HOLDERS, 400),
+    ("POST", "/v1/completions"): Rule(HOLDERS, 400),
     ("GET", "/v1/models"): Rule(HOLDERS, 200),
     ("GET", "/v1/models/:id"): Rule(HOLDERS, 200),
     ("POST", "/api/tokens"): Rule(ADMINS, 400),
@@ -138,7 +139,9 @@ def expected_format(path: str, is_anthropic: bool) -> str:
     return "anthropic" if is_anthropic or path == "/v1/messages" else "openai"
 
 
-def expected_refusal(status: int, code: str, form: str) -> Dict[str, Any]:
+def expected_refusal(
+    status: int, code: str, form: str, field: str = "messages"
+) -> Dict[str, Any]:
     """Return the body that an error must have, without its sentence."""
     if form == "anthropic":
         return {"type": "error", "error": {"type": ANTHROPIC_TYPES[status], "message": "..."}}
@@ -147,7 +150,7 @@ def expected_refusal(status: int, code: str, form: str) -> Dict[str, Any]:
             "error": {
                 "message": "...",
                 "type": "invalid_request_error",
-                "param": "messages" if status == 400 else None,
+                "param": field if status == 400 else None,
                 "code": "invalid_api_key" if status == 401 else code,
             }
         }
@@ -275,9 +278,10 @@ def test_every_route_answers_every_kind_of_caller_as_its_rule_says(cast: Cast) -
                         actual = outcome(cast, connection, method, path, kind, is_anthropic)
                         status, code = expected(method, path, kind)
                         form = expected_format(path, is_anthropic)
+                        field = "prompt" if path == "/v1/completions" else "messages"
                         required = (
                             status,
-                            expected_refusal(status, code, form)
+                            expected_refusal(status, code, form, field)
                             if code and method != "HEAD"
                             else None,
                             "Bearer" if status == 401 else None,
@@ -612,7 +616,6 @@ ACTS: Tuple[Tuple[str, str, Optional[Dict[str, Any]]], ...] = (
     ("DELETE", "/api/tokens/ID", None),
     ("PATCH", "/api/tokens/ID", {"name": "mine"}),
     ("POST", "/api/tokens/ID/rotate", None),
-    ("GET", "/v1/models/ID", None),
 )
 
 

@@ -124,7 +124,7 @@ def test_lone_surrogates_become_the_replacement_character_and_pairs_a_letter() -
         {"message": "a\ud800b\ud83d\ude00", "systemPrompt": "\udfff", "jsonSchema": {"\ud800": 1}}
     )
     assert (ask.message, ask.system_prompt, ask.json_schema) == (
-        "a\ufffdb😀", "\ufffd", '{"\ufffd":1}',
+        "a\ufffdb😀", "\ufffd", '{"type":"object","\ufffd":1}',
     )
 
 
@@ -317,7 +317,7 @@ def test_every_other_field_changes_the_fingerprint_and_no_two_bodies_share_one()
         "message": ["hi ", "Hi", "HI"],
         "model": ["sonnet", "low", None],
         "systemPrompt": ["trip", "", "be brief."],
-        "jsonSchema": [{}, {"type": "array"}, None],
+        "jsonSchema": [{"properties": {}}, {"type": "object", "minProperties": 1}, None],
         "conversation": ["haiku", "Trip", None],
         "effort": ["high", None],
         "callback": ["https://example.com/hook"],

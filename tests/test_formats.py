@@ -255,7 +255,8 @@ def test_a_request_of_the_messages_api_becomes_a_chat(body: Any, chat: cab.Chat)
                     block = {**block, "content": [text(block["content"])]}
             blocks.append(block)
         turns.append({**message, "content": blocks})
-    assert cab.read_messages_request(body) == cab.replace(chat, turns=tuple(turns))
+    expected = cab.replace(chat, turns=tuple(turns), max_tokens=body.get("max_tokens"))
+    assert cab.read_messages_request(body) == expected
     assert body == before
 
 
@@ -442,7 +443,8 @@ def openai(**fields: Any) -> cab.Chat:
 )
 def test_a_request_of_the_chat_completions_api_becomes_a_chat(body: Any, chat: cab.Chat) -> None:
     before = copy.deepcopy(body)
-    assert cab.read_completion_request(body) == chat
+    limit = body.get("max_tokens")
+    assert cab.read_completion_request(body) == cab.replace(chat, max_tokens=limit)
     assert body == before
 
 
@@ -471,9 +473,8 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
             ({"messages": {}}, "messages"), ({"messages": []}, "messages"),
             ({"messages": ["x"]}, "messages.0"), ({"messages": [{}]}, "messages.0.role"),
             ({"messages": [{"role": ["user"], "content": "x"}]}, "messages.0.role"),
-            ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
-            (talk(""), "messages.0.content"), (talk(" \n"), "messages.0.content"),
-            (talk([]), "messages.0.content"), (talk(None), "messages.0.content"),
+            ({"messages": [{"role": "functions", "content": "x"}]}, "messages.0.role"),
+            (talk(None), "messages.0.content"),
             (talk(5), "messages.0.content"), (talk("a", "b"), "messages"),
             (talk([text("x"), 5]), "messages.0.content.1"),
             (talk([{"type": "text", "text": 5}]), "messages.0.content.0.text"),
@@ -483,18 +484,17 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
             (talk("hi", model=5), "model"), (talk("hi", model="a b"), "model"),
             (talk("hi", model="--flag"), "model"), (talk("hi", model=["sonnet"]), "model"),
             (talk("hi", tools="x"), "tools"), (talk("hi", tools={"a": 1}), "tools"),
-            (talk("hi", tools=["x"]), "tools.0" if api == "anthropic" else "tools.0.function"),
+            (talk("hi", tools=["x"]), "tools.0"),
             (
                 talk("hi", tools=tools(api, "a", "a")),
                 "tools.1.name" if api == "anthropic" else "tools.1.function.name",
             ),
-            (
-                talk("hi", tools=tools(api, "a b")),
-                "tools.0.name" if api == "anthropic" else "tools.0.function.name",
-            ),
-            (
-                talk("hi", tools=tools(api, "a" * 119)),
-                "tools.0.name" if api == "anthropic" else "tools.0.function.name",
+            *(
+                (
+                    talk("hi", tools=tools(api, name)),
+                    "tools.0.name" if api == "anthropic" else "tools.0.function.name",
+                )
+                for name in (" ", "a\nb", "a" * 1001)
             ),
             *(
                 (
@@ -502,8 +502,8 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
                     "tools.0" if api == "anthropic" else "tools.0.function",
                 )
                 for schema in (
-                    {"type": "array"}, {"type": None}, {"properties": []}, {"properties": {"a": 5}},
-                    {"required": "a"}, {"required": [5]}, {"properties": None},
+                    {"type": "array"}, {"type": ["string", "null"]}, {"properties": []},
+                    {"properties": {"a": 5}}, {"required": "a"}, False, "object",
                 )
             ),
             (
@@ -538,8 +538,10 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
             ),
             (talk([tool_use()]), "messages.0.content.0.type"),
             (talk("a", [tool_result()], "c"), "messages.1.content.0.type"),
+            (talk(""), "messages.0.content"), (talk(" \n"), "messages.0.content"),
+            (talk([]), "messages.0.content"),
             (
-                talk("a", [tool_use(call_id="a b")], [tool_result(call_id="a b")]),
+                talk("a", [tool_use(call_id="a\0")], [tool_result(call_id="a\0")]),
                 "messages.1.content.0.id",
             ),
             (talk("a", [{**tool_use(), "id": 5}], [tool_result()]), "messages.1.content.0.id"),
@@ -547,7 +549,7 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
                 talk("a", [{**tool_use(), "input": "x"}], [tool_result()]),
                 "messages.1.content.0.input",
             ),
-            (talk("a", [tool_use("a b")], [tool_result()]), "messages.1.content.0.name"),
+            (talk("a", [tool_use("")], [tool_result()]), "messages.1.content.0.name"),
             (
                 talk("a", [tool_use()], [tool_result([tool_result()])]),
                 "messages.2.content.0.content.0.type",
@@ -559,9 +561,13 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
             (talk("a", [tool_use()], [tool_result(), tool_result()]), "messages"),
             (talk("a", [tool_use()], [tool_result(), tool_result(call_id="other")]), "messages"),
             (
-                talk("hi", tools=[{"type": "web_search_20250305", "name": "web_search"}]),
+                talk("hi", tools=[{"type": "code_execution_20250825", "name": "code_execution"}]),
                 "tools.0.type",
             ),
+            (talk("hi", thread={"type": "create"}), "thread"),
+            (talk("hi", max_tokens="many"), "max_tokens"),
+            (talk("hi", max_tokens=-1), "max_tokens"),
+            (talk("hi", max_tokens=True), "max_tokens"),
             (talk("hi", tools=[{"type": [], "name": "a"}]), "tools.0.type"),
             (talk("hi", mcp_servers=[{"url": "x"}]), "mcp_servers"),
             (talk("hi", tool_choice={"type": "any"}), "tool_choice"),
@@ -588,7 +594,7 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
     *(
         ("openai", body, field)
         for body, field in (
-            *((talk("hi", **{name: [1]}), name) for name in cab.UNSUPPORTED_FIELDS),
+            (talk("hi", audio=[1]), "audio"),
             (talk("hi", n=2), "n"),
             (talk("hi", n="1"), "n"),
             (talk("hi", n=[]), "n"),
@@ -619,15 +625,35 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
             ),
             ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "messages.0.tool_calls.0"),
             (chat_with_call(function=5), "messages.1.tool_calls.0.function"),
-            (chat_with_call("{"), "messages.1.tool_calls.0.function.arguments"),
             (chat_with_call({"a": 1}), "messages.1.tool_calls.0.function.arguments"),
-            *(
-                (chat_with_call(given), "messages.1.tool_calls.0.function.arguments")
-                for given in ('{"a":NaN}', '{"a":-Infinity}', '{"a":1e999}', DEEP, "[" * 100_000)
-            ),
+            ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "messages"),
             ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.content.0.tool_use_id"),
             ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, "messages"),
-            (talk("hi", tools=[{"type": "custom"}]), "tools.0.type"),
+            (talk("hi", tools=[{"type": "custom"}]), "tools.0.custom"),
+            (talk("hi", tools=[{"type": "web_search"}]), "tools.0.type"),
+            (talk("hi", functions={"a": 1}), "functions"),
+            (talk("hi", functions=[5]), "tools.0.function"),
+            *(
+                (
+                    talk(
+                        "hi", tools=tools("openai"),
+                        tool_choice={"type": "allowed_tools", "allowed_tools": allowed},
+                    ),
+                    field,
+                )
+                for allowed, field in (
+                    (5, "tool_choice"), ({}, "tool_choice.allowed_tools.mode"),
+                    ({"mode": []}, "tool_choice.allowed_tools.mode"),
+                    ({"mode": "auto", "tools": [5]}, "tool_choice.allowed_tools.tools"),
+                    (
+                        {
+                            "mode": "auto",
+                            "tools": [{"type": "function", "function": {"name": "other"}}],
+                        },
+                        "tool_choice",
+                    ),
+                )
+            ),
             (talk("hi", tools=[{"type": "function"}]), "tools.0.function"),
             (talk("hi", tool_choice="required"), "tool_choice"),
             (talk("hi", tool_choice="any"), "tool_choice"),
@@ -1077,7 +1103,8 @@ CALL_JOB = cab.replace(
     ],
 )
 def test_the_bodies_of_answers(job: cab.Job, message: Any, completion: Any) -> None:
-    assert cab.message_body(job) == {
+    chat = cab.Chat(HI)
+    assert cab.message_body(chat, job) == {
         "id": "msg_01", "type": "message", "role": "assistant", "model": "m",
         "content": [text("hello")], "stop_reason": "end_turn", "stop_sequence": None,
         "usage": {
@@ -1101,7 +1128,7 @@ def test_the_bodies_of_answers(job: cab.Job, message: Any, completion: Any) -> N
         "logprobs": None,
         "finish_reason": completion.pop("finish_reason", "stop"),
     }
-    assert cab.completion_body(job) == {
+    assert cab.completion_body(chat, job) == {
         "id": "chatcmpl-01",
         "object": "chat.completion",
         "created": 1_800_000_000,
@@ -1903,17 +1930,28 @@ def test_a_different_conversation_is_replayed_to_a_process_of_its_own(
     assert len(pids(fake)) == n + 1
 
 
-def test_a_call_that_the_client_changed_is_replayed(bridge: Start, fake: FakeClaude) -> None:
-    """The pending call of the process has another input."""
+def test_a_result_belongs_to_its_call_by_the_id_whatever_the_client_made_of_the_input(
+    bridge: Start, fake: FakeClaude
+) -> None:
+    """Claude Code sends an input back with the defaults of what it left out."""
     admin = bridge(fake).admin
     body = chat_that_calls("anthropic")
     more = continue_chat(body, post(admin, "anthropic", body), "blue")
-    more["messages"][-2]["content"][-1]["input"] = {"at": "sea"}
+    more["messages"][-2]["content"][-1]["input"] = {"at": "sky", "replace_all": False}
+    assert json.loads(words(post(admin, "anthropic", more))) == BLUE and len(pids(fake)) == 1
+
+
+def test_a_call_of_another_id_is_replayed(bridge: Start, fake: FakeClaude) -> None:
+    admin = bridge(fake).admin
+    body = chat_that_calls("anthropic")
+    more = continue_chat(body, post(admin, "anthropic", body), "blue")
+    more["messages"][-2]["content"][-1].update(id="toolu_9", input={"at": "sea"})
+    more["messages"][-1]["content"][0]["tool_use_id"] = "toolu_9"
     assert words(post(admin, "anthropic", more)) == REPLAYED and len(pids(fake)) == 2
     content = [line for line in fake.lines() if line["type"] == "assistant"][-1]["message"][
         "content"
     ]
-    assert content[-1] == tool_use("mcp__api__look", "toolu_0", at="sea")
+    assert content[-1] == tool_use("mcp__api__look", "toolu_9", at="sea")
 
 
 def test_a_result_with_a_remote_image_is_replayed(bridge: Start, fake: FakeClaude) -> None:
@@ -2163,7 +2201,7 @@ def test_refusals_have_the_body_of_the_format(bridge: Start) -> None:
             (404, "not_found_error"),
         ),
         (admin, "POST", "/v1/complete", {}, VERSION, "anthropic", (404, "not_found_error")),
-        (admin, "POST", "/v1/completions", {}, {}, "openai", (404, "not_found")),
+        (admin, "POST", "/v1/embeddings", {}, {}, "openai", (404, "not_found")),
         (admin, "POST", "/v1/responses", {}, {}, "openai", (404, "not_found")),
         (admin, "POST", "/v1/embeddings", {}, {}, "openai", (404, "not_found")),
         (admin, "GET", "/v1", None, {}, "openai", (404, "not_found")),

@@ -1,0 +1,402 @@
+"""What clients send that the wire formats of the bridge once refused.
+
+Each case was recorded from a program in its newest version.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Callable, Dict, List
+
+import pytest
+
+import claude_api_bridge as cab
+from conftest import FakeClaude, RunningBridge
+from test_formats import (
+    calls_in, continue_chat, events, initialize_requests, post, streamed, talk,
+    text, tool_result, tool_use, tools, words,
+)
+
+Start = Callable[..., RunningBridge]
+
+
+@pytest.fixture
+def fake(fake_claude: Callable[..., FakeClaude]) -> FakeClaude:
+    return fake_claude()
+
+
+def messages(*turns: Any, **more: Any) -> cab.Chat:
+    return cab.read_messages_request(talk(*turns, **more))
+
+
+def completion(*messages: Dict[str, Any], **more: Any) -> cab.Chat:
+    return cab.read_completion_request({"messages": list(messages), **more})
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+def contents(chat: cab.Chat) -> List[Any]:
+    return [turn["content"] for turn in chat.turns]
+
+
+# --- Anthropic ---
+
+
+def test_a_thread_is_refused_with_the_code_on_which_the_sdk_sends_everything(bridge: Start) -> None:
+    admin = bridge().admin
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        answer = post(admin, "anthropic", talk("hi", thread=thread))
+        assert answer.status == 400 and answer.json["error"]["details"] == {
+            "error_code": "thread_unsupported_request", "unsupported": ["thread"],
+        }
+    assert post(admin, "anthropic", talk("hi", thread=None)).status == 200
+
+
+def test_blocks_that_the_cli_does_not_take_become_texts() -> None:
+    search = {
+        "type": "search_result", "title": "Sky", "source": "https://example.com",
+        "content": [text("It is blue.")], "citations": {"enabled": True},
+    }
+    document = {"type": "document", "title": "T", "source": {"type": "content", "content": "D"}}
+    parts = {"type": "document", "source": {"type": "content", "content": [text("a"), text("b")]}}
+    assert contents(messages([search, document, parts]))[0] == [
+        text("Sky"), text("(https://example.com)"), text("It is blue."), text("T"), text("D"),
+        text("a"), text("b"),
+    ]
+    reference = {"type": "tool_reference", "tool_name": "WebFetch"}
+    chat = messages("a", [tool_use()], [tool_result([reference, search])])
+    assert contents(chat)[2][0]["content"][0] == text("The tool WebFetch can be used.")
+
+
+def test_what_tools_of_a_server_did_earlier_is_told_as_text() -> None:
+    use = {
+        "type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search",
+        "input": {"query": "sky"},
+    }
+    result = {
+        "type": "web_search_tool_result", "tool_use_id": "srvtoolu_1",
+        "content": [
+            {"type": "web_search_result", "title": "Sky", "encrypted_content": "x" * 5000},
+        ],
+    }
+    answer = contents(messages("a", [use, result, text("Blue.")], "b"))[1]
+    assert answer == [
+        text('(server_tool_use: {"name":"web_search","input":{"query":"sky"}})'), answer[1],
+        text("Blue."),
+    ]
+    assert "Sky" in answer[1]["text"] and "xxx" not in answer[1]["text"]
+
+
+def test_tools_that_the_client_runs_need_no_schema_and_added_ones_are_offered() -> None:
+    typed = [
+        {"type": "bash_20250124", "name": "bash"},
+        {"type": "text_editor_20250728", "name": "str_replace_based_edit_tool"},
+        {"type": "memory_20250818", "name": "memory"},
+        {"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"},
+        {"name": "later", "defer_loading": True, "input_schema": {"type": "object"}},
+    ]
+    added = {"type": "tool_addition", "tool": {
+        "type": "tool_definition", "definition": {"name": "new", "input_schema": {}}}}
+    repeated = {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "later"}}
+    body = talk("hi", tools=typed)
+    body["messages"].insert(0, {"role": "system", "content": [added, repeated]})
+    chat = cab.read_messages_request(body)
+    assert [tool["name"] for tool in chat.client_tools] == [
+        "bash", "str_replace_based_edit_tool", "memory", "later", "new",
+    ]
+    commands = [tool["inputSchema"]["properties"]["command"] for tool in chat.client_tools[:3]]
+    assert [command.get("enum") for command in commands] == [
+        None, ["view", "create", "str_replace", "insert"],
+        ["view", "create", "str_replace", "insert", "delete", "rename"],
+    ]
+
+
+def test_a_search_on_the_server_needs_a_token_that_may_search(
+    bridge: Start, fake: FakeClaude
+) -> None:
+    admin = bridge(fake).admin
+    web = admin.new_token(tools="web")
+    for api, body in (
+        ("anthropic", talk("hi", tools=[{"type": "web_search_20250305", "name": "web_search"}])),
+        ("openai", talk("hi", web_search_options={})),
+    ):
+        answer = post(admin, api, body)
+        assert answer.status == 400 and "token with the tools web" in answer.data.decode()
+        assert words(post(web, api, body)) == "Echo: hi"
+    assert post(admin, "openai", talk("hi", web_search_options=None)).status == 200
+
+
+# --- names, ids and schemas ---
+
+
+@pytest.mark.parametrize("name", ["files.read", "a" * 128, "ключ", "a b"])
+@pytest.mark.parametrize("api", ["anthropic", "openai"])
+def test_any_name_of_a_tool_comes_back(
+    bridge: Start, fake: FakeClaude, api: str, name: str
+) -> None:
+    admin = bridge(fake).admin
+    inner = cab.read_word(name, cab.TOOL_NAME_CHARACTERS, "name")
+    body = talk("call " + json.dumps([[inner, {"at": "sky"}]]), tools=tools(api, name, "b.c"))
+    answer = post(admin, api, body)
+    assert [call[1] for call in calls_in(answer)] == [name]
+    end = post(admin, api, continue_chat(body, answer, "blue"))
+    assert "blue" in words(end) and len(fake.children()) == 1
+    kind = {"type": "tool", "name": name} if api == "anthropic" else {
+        "type": "function", "function": {"name": name},
+    }
+    forced = post(admin, api, talk('{"answer": "x"}', tools=tools(api, name, "b.c"),
+                                   tool_choice=kind))
+    assert [call[1] for call in calls_in(forced)] == [name]
+
+
+def test_any_id_of_a_call_belongs_to_its_result() -> None:
+    for call_id in ("call|1:2", "a b", "ü" * 300):
+        chat = messages("a", [tool_use(call_id=call_id)], [tool_result(call_id=call_id)])
+        use, result = contents(chat)[1][0], contents(chat)[2][0]
+        assert use["id"] == result["tool_use_id"] and cab.re.fullmatch(r"[\w-]{1,128}", use["id"])
+    two = messages("a", [tool_use(call_id="a:b"), tool_use(call_id="a.b")],
+                   [tool_result(call_id="a:b"), tool_result(call_id="a.b")])
+    assert len({block["id"] for block in contents(two)[1]}) == 2
+
+
+@pytest.mark.parametrize("given, read", [
+    (None, {"type": "object"}), (True, {"type": "object"}),
+    ({"type": ["object", "null"]}, {"type": "object"}),
+    ({"type": None, "properties": None, "required": None}, {"type": "object"}),
+    ({"properties": {"a": True, "b": False, "c": {}}},
+     {"type": "object", "properties": {"a": {}, "b": {"not": {}}, "c": {}}}),
+    ({"required": ["a", 5]}, {"type": "object", "required": ["a"]}),
+    ({"$defs": {"A": {}}, "anyOf": [{}]}, {"type": "object", "$defs": {"A": {}}, "anyOf": [{}]}),
+], ids=str)  # fmt: skip
+def test_any_json_schema_of_an_object_describes_an_input(given: Any, read: Any) -> None:
+    function = {"name": "f", "parameters": given}
+    chat = completion(USER, tools=[{"type": "function", "function": function}])
+    assert chat.client_tools[0]["inputSchema"] == read
+
+
+@pytest.mark.parametrize("given, taken", [
+    ({"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "x", "$anchor": "y",
+      "x-order": 1, "discriminator": {"propertyName": "k"}, "unevaluatedProperties": False},
+     {"type": "object"}),
+    ({"properties": {"format": {"type": "string", "format": "uri", "description": "Where."},
+                     "when": {"format": "date"}}},
+     {"type": "object", "properties": {
+         "format": {"type": "string", "description": "Where. Format: uri"},
+         "when": {"description": "Format: date"}}}),
+    ({"properties": {"a": {"prefixItems": [{"$anchor": "z"}], "items": False}}},
+     {"type": "object", "properties": {"a": {"items": [{}], "additionalItems": False}}}),
+    ({"$defs": {"A": {"const": {"$id": 1}}}, "dependentRequired": {"a": ["b"]}},
+     {"type": "object", "$defs": {"A": {"const": {"$id": 1}}}, "dependencies": {"a": ["b"]}}),
+    ({"anyOf": [{"type": "object", "strict": True}], "additionalProperties": {"format": "x"}},
+     {"type": "object", "anyOf": [{"type": "object"}],
+      "additionalProperties": {"description": "Format: x"}}),
+])  # fmt: skip
+def test_a_schema_reaches_claude_without_what_its_validator_does_not_know(
+    bridge: Start, fake: FakeClaude, given: Any, taken: Any
+) -> None:
+    admin = bridge(fake).admin
+    body = talk("hi", response_format={"type": "json_schema", "json_schema": {"schema": given}})
+    assert post(admin, "openai", body).status == 200
+    assert initialize_requests(fake)[-1]["jsonSchema"] == taken
+
+
+def test_a_schema_that_claude_drops_is_named(bridge: Start) -> None:
+    """As the real one does for an invalid pattern: its tool for the answer is missing."""
+    admin = bridge().admin
+    schema = {"type": "object", "properties": {"a": {"pattern": "("}}}
+    body = talk("hi", response_format={"type": "json_schema", "json_schema": {"schema": schema}})
+    answer = post(admin, "openai", body)
+    assert answer.status == 400 and "does not accept this JSON Schema" in answer.data.decode()
+    done = admin.answer("hi", jsonSchema=schema)
+    assert done["errorCode"] == "invalid_request" and "JSON Schema" in done["error"]
+
+
+def test_a_schema_must_be_of_an_object(bridge: Start) -> None:
+    admin = bridge().admin
+    for schema in ({"type": "array"}, {"type": "string"}, {"type": ["object", "null"]}):
+        answer = admin.post("/api/ask", {"message": "hi", "jsonSchema": schema})
+        assert (answer.status, answer.json["field"]) == (400, "jsonSchema")
+
+
+# --- Chat Completions ---
+
+
+def test_a_conversation_of_instructions_alone_and_an_empty_message_are_answered() -> None:
+    chat = completion({"role": "system", "content": "say hello"})
+    assert (contents(chat), chat.system_prompt) == ([[text("say hello")]], None)
+    for empty in ("", " ", []):
+        assert contents(completion({"role": "user", "content": empty})) == [
+            [text(cab.EMPTY_MESSAGE)],
+        ]
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", '{"a":NaN}', "x", "[" * 100_000])
+def test_broken_arguments_of_an_earlier_call_stay_a_text(arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    chat = completion(
+        USER, {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "r"},
+    )
+    assert contents(chat)[1][0]["input"] == {"arguments": arguments}
+
+
+def test_only_allowed_tools_are_offered(bridge: Start, fake: FakeClaude) -> None:
+    allowed = [{"type": "function", "function": {"name": "taste"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": allowed}}
+    admin = bridge(fake).admin
+    body = talk("hi", tools=tools("openai"), tool_choice=choice)
+    assert post(admin, "openai", body).status == 200
+    assert initialize_requests(fake)[-1]["agents"]["bridge"]["tools"] == ["mcp__api__taste"]
+    choice["allowed_tools"]["mode"] = "required"
+    chat = cab.read_completion_request(talk("hi", tools=tools("openai"), tool_choice=choice))
+    assert chat.forced_tool == "taste"
+
+
+def test_a_custom_tool_takes_a_text(bridge: Start, fake: FakeClaude) -> None:
+    admin = bridge(fake).admin
+    grammar = {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[a-z]+"}}
+    custom = {"type": "custom", "custom": {"name": "patch", "format": grammar}}
+    body = talk('call [["patch", {"input": "*** Begin"}]]', tools=[custom])
+    answer = post(admin, "openai", body).json["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    [call] = answer["message"]["tool_calls"]
+    assert call == {
+        "id": "toolu_0", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"},
+    }
+    body["messages"] += [
+        {**answer["message"]}, {"role": "tool", "tool_call_id": call["id"], "content": "done"},
+    ]
+    assert "done" in words(post(admin, "openai", body)) and len(fake.children()) == 1
+    listed = [line["response"]["response"]["mcp_response"]["result"] for line in fake.lines()
+              if line["type"] == "control_response"]
+    [offered] = next(result["tools"] for result in listed if "tools" in result)
+    assert offered["inputSchema"]["required"] == ["input"] and "[a-z]+" in offered["description"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_functions_are_called_and_answered_as_before_there_were_tools(
+    bridge: Start, fake: FakeClaude, stream: bool
+) -> None:
+    admin = bridge(fake).admin
+    functions = [{"name": "look", "parameters": {"type": "object"}}]
+    body = talk('call [["look", {"at": "sky"}]]', functions=functions, stream=stream)
+    answer = post(admin, "openai", body)
+    call = {"name": "look", "arguments": '{"at":"sky"}'}
+    if stream:
+        deltas = [data["choices"][0] for _, data in events(answer.data)[:-1]]
+        assert {"function_call": call} in [choice["delta"] for choice in deltas]
+        assert deltas[-1]["finish_reason"] == "function_call"
+        return
+    choice = answer.json["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["function_call"]) == ("function_call", call)
+    body["messages"] += [
+        choice["message"], {"role": "function", "name": "look", "content": "blue"},
+    ]
+    assert post(admin, "openai", body).status == 200
+    none = cab.read_completion_request({**body, "function_call": "none"})
+    assert none.client_tools == ()
+    named = cab.read_completion_request({**body, "function_call": {"name": "look"}})
+    assert named.forced_tool == "look"
+
+
+# --- the length of an answer ---
+
+
+@pytest.mark.parametrize("api, field, reason", [
+    ("anthropic", "max_tokens", "max_tokens"), ("openai", "max_tokens", "length"),
+    ("openai", "max_completion_tokens", "length")])  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_near_its_most_tokens(
+    bridge: Start, fake: FakeClaude, api: str, field: str, reason: str, stream: bool
+) -> None:
+    admin = bridge(fake).admin
+    whole = "word " * 200
+    body = {**talk("say " + whole, stream=stream), "max_tokens": None, field: 10}
+    answer = post(admin, api, body)
+    expected = whole[: 10 * cab.TOKEN_BYTES]
+    assert (streamed(answer.data) if stream else words(answer)) == expected
+    assert '"%s"' % reason in answer.data.decode()
+    enough = {**talk("say " + whole), "max_tokens": None, field: 1000}
+    assert words(post(admin, api, enough)) == whole.strip() or words(
+        post(admin, api, enough)) == whole
+
+
+def test_a_limit_counts_bytes_and_cuts_no_character() -> None:
+    live = cab.LiveText()
+    live.max_bytes = 7
+    for piece in ("äö", "ü", "ß"):
+        live.add(piece)
+    assert (live.read(), live.is_cut) == ("äöü", True)
+    assert cab.cut_at_limit("ab", 2) == ("ab", False) and cab.cut_at_limit("abc", 0) == ("", True)
+
+
+# --- paths and models ---
+
+
+def test_a_base_url_with_v1_too_much_or_too_little_works(bridge: Start) -> None:
+    admin = bridge().admin
+    for path in ("/messages", "/v1/v1/messages", "/v1/messages"):
+        assert words(admin.post(path, talk("hi"))) == "Echo: hi"
+    for path in ("/chat/completions", "/V1/v1/chat/completions"):
+        assert words(admin.post(path, talk("hi"))) == "Echo: hi"
+    assert admin.get("/models").status == admin.get("/v1/v1/models/sonnet").status == 200
+    refused = admin.with_token("cab-x").post("/messages", talk("hi"))
+    assert (refused.status, refused.json["type"]) == (401, "error")
+
+
+def test_a_path_that_is_not_offered_says_what_is(bridge: Start) -> None:
+    admin = bridge().admin
+    for path in ("/v1/embeddings", "/v1/files", "/v1/nothing"):
+        text = admin.post(path, {}).json["error"]["message"]
+        assert path in text and "embeddings" in text and "POST /v1/messages" in text
+    assert admin.post("/nothing", {}).json["error"] == "Not found"
+
+
+def test_every_model_that_is_answered_can_be_looked_up(bridge: Start) -> None:
+    admin = bridge().admin
+    for name in ("sonnet", "gpt-5.2", "claude-haiku-9-20300101", "o3"):
+        answer = admin.get("/v1/models/" + name)
+        assert (answer.status, answer.json["id"]) == (200, name)
+    assert admin.get("/v1/models/a%20b").status == 404
+    haiku = admin.new_token(models=["haiku"])
+    assert haiku.get("/v1/models/claude-haiku-4-5").status == 200
+    assert haiku.get("/v1/models/claude-opus-5").status == 404
+
+
+def test_a_token_of_a_family_takes_its_full_names(bridge: Start) -> None:
+    api = bridge().admin.new_token(models=["haiku"])
+    for name, status in (
+        ("claude-haiku-4-5-20251001", 200), ("haiku", 200), ("claude-opus-4-8", 403),
+        ("haiku-claude", 403), ("claude-haikuish-1", 403),
+    ):
+        assert post(api, "anthropic", talk("hi", model=name)).status == status, name
+
+
+def test_a_page_may_read_the_id_of_a_request(bridge: Start) -> None:
+    headers = post(bridge().admin, "openai", talk("hi")).headers
+    exposed = headers["access-control-expose-headers"].lower()
+    assert "request-id" in exposed and "x-request-id" in exposed
+
+
+# --- the older completions ---
+
+
+def test_a_prompt_is_completed(bridge: Start) -> None:
+    admin = bridge().admin
+    body: Dict[str, Any] = {"model": "gpt-3.5-turbo-instruct", "prompt": ["say hello"]}
+    answer = admin.post("/v1/completions", body).json
+    assert (answer["object"], answer["choices"]) == ("text_completion", [
+        {"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"},
+    ])
+    assert answer["id"].startswith("cmpl-") and answer["usage"]["completion_tokens"] > 0
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = events(admin.post("/v1/completions", {**body, **options}).data)
+    texts = [data["choices"][0]["text"] for _, data in chunks[:-2]]
+    assert "".join(texts) == "hello" and chunks[-1][1] == "[DONE]"
+    assert chunks[-3][1]["choices"][0]["finish_reason"] == "stop"
+    assert chunks[-2][1]["choices"] == [] and chunks[-2][1]["usage"]["total_tokens"] > 0
+    for prompt in (None, [1, 2], ["a", "b"], 5):
+        refused = admin.post("/v1/completions", {"prompt": prompt})
+        assert (refused.status, refused.json["error"]["param"]) == (400, "prompt")
+    assert admin.post("/v1/completions", {"prompt": "x", "echo": True}).status == 400

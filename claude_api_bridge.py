@@ -54,6 +54,7 @@ to change how Claude Code is driven, in 6 and 7.
 # callback                  CallbackSender     a socket, 15 s                 end of its work
 # writer                    Database           its queue                      None in the queue
 # check                     IntegrityCheck     the disk                       an interrupt
+# claude-check, probe       ClaudeSearch       a short command, 20 s          end of the process
 # stdin-, stdout-, stderr-  ClaudeProcess      a pipe                         the end of the process
 # tunnel                    Tunnel             stop event, 0.1 to 0.5 s       stop event
 # cloudflared-log           Cloudflared        a pipe                         the end of the process
@@ -73,6 +74,7 @@ to change how Claude Code is driven, in 6 and 7.
 # StreamSlots._lock             open streams by token
 # RateLimiters._lock            buckets by key
 # BridgeServer._lock            connections and reserved memory
+# BridgeServer.large_bodies     places for large bodies on the disk (a semaphore)
 #
 # Without a lock, by a single writer: Worker (its thread), Tunnel (its thread), ConnectionState (the
 # connection's thread), Database's caches (replaced as a whole by the writer; a reader keeps the
@@ -137,8 +139,8 @@ from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from subprocess import list2cmdline
 from typing import (
-    Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union)
+    IO, Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+    NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union)
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 logger = logging.getLogger("claude_api_bridge")
@@ -247,6 +249,8 @@ class Config:
         24, "number",
         "how long requests wait for a lost network, a refused login or an overloaded service",
         minimum=1, maximum=8_760)
+    body_mb: int = setting(
+        32, "number", "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
     keep_days: int = setting(
         7, "number",
         "days after which finished requests are deleted (of a conversation those that are no longer"
@@ -664,12 +668,34 @@ def _finite_float(word: str) -> float:
     return number
 
 
-def parse_json(data: bytes) -> Any:
+class SpooledBody:
+    """A large body on the disk, until it is read."""
+
+    def __init__(self, file: IO[bytes], on_close: Callable[[], Any]) -> None:
+        self._file = file
+        self._on_close = on_close
+
+    def read(self) -> bytes:
+        """Return it, and delete the file; call this once."""
+        try:
+            self._file.seek(0)
+            return self._file.read()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._file.close()
+        self._on_close()
+
+
+def parse_json(body: Union[bytes, SpooledBody]) -> Any:
     """Return the value in a body. Raises InvalidJson with the position of the error."""
-    is_large = len(data) > 1 << 16
+    is_large = isinstance(body, SpooledBody) or len(body) > 1 << 16
     try:
         with _LARGE_VALUE_LOCK if is_large else contextlib.nullcontext():
-            text = data.decode("utf-8-sig")
+            # The bytes are dropped before the text is read.
+            data = [body.read() if isinstance(body, SpooledBody) else body]
+            text = data.pop().decode("utf-8-sig")
             if nests_too_deeply(text):
                 raise RecursionError
             return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
@@ -684,6 +710,8 @@ def parse_json(data: bytes) -> Any:
 
 def replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which UTF-8 and SQLite cannot hold, by U+FFFD, as the CLI does."""
+    if text.isascii():
+        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -7849,7 +7877,7 @@ class Request(NamedTuple):
     query: Mapping[str, str]
     headers: Mapping[str, str]
     address: str
-    body: Callable[[], bytes]
+    body: Callable[[], Union[bytes, SpooledBody]]
     client_disconnected: Callable[[], bool] = lambda: False
 
 
@@ -7891,11 +7919,16 @@ class Context(NamedTuple):
     def stores(self) -> Stores:
         return self.service.stores
 
-    def body(self) -> bytes:
+    def body(self) -> Union[bytes, SpooledBody]:
         """Return the whole body. Raises InvalidToken if the token was revoked while it arrived."""
         data = self.request.body()
-        if self.caller:
-            self.service.check_token(self.caller)
+        try:
+            if self.caller:
+                self.service.check_token(self.caller)
+        except BridgeError:
+            if isinstance(data, SpooledBody):
+                data.close()
+            raise
         return data
 
     def json(self) -> Any:
@@ -9318,6 +9351,8 @@ def handle_chat(context: Context, format: Format) -> Response:
     chat = format.read(context.json())
     check_hosted_tools(chat, context.require_caller())
     job = context.service.ask(context.require_caller(), chat).job
+    # They are stored, and may be large.
+    chat = replace(chat, turns=())
     ids = (("request-id", job.id), ("x-request-id", job.id))
     steps = chat_steps(context, job)
     started = context.service.clock.monotonic()
@@ -10124,6 +10159,8 @@ DRAIN_BYTES = 8 << 20
 DRAIN_SECONDS = 2.0
 # Large bodies and answers in memory, of all connections.
 LARGE_PAYLOAD_BUDGET_BYTES = 32 << 20
+# Bodies over 1 MiB that arrive, or are read, at the same time.
+LARGE_BODIES = 8
 SEND_PIECE_BYTES = 1 << 18
 CONNECTIONS = 256
 HEAD_SECONDS = 10.0
@@ -10631,31 +10668,64 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             self.close_connection = len(body) < self._body_remaining
 
     # --- the body ---
-    def _body(self) -> bytes:
+    def _body(self) -> Union[bytes, SpooledBody]:
         """Return the whole body. Raises BodyTooLarge, UnsupportedEncoding, RequestTimeout,
-        MalformedRequest."""
+        MalformedRequest, Unavailable."""
         if self._head.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedEncoding()
-        size = self._body_remaining
-        if size is not None and size > BODY_BYTES:
-            raise BodyTooLarge()
+        size, limit = self._body_remaining, self.server.body_limit(self._head.path)
+        if size is not None and size > limit:
+            raise BodyTooLarge("Body exceeds %d byte limit" % limit)
         if self._expects_continue and size != 0:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._expects_continue = False
         self._state.set_phase(Phase.BODY)
         try:
             with contextlib.ExitStack() as reservation:
+                body: Union[bytes, SpooledBody]
                 if size is None:
-                    data = self._read_chunks(reservation)
+                    body = self._read_chunks(reservation, limit)
                 else:
-                    reservation.enter_context(self.server.reserve_memory(self.connection, size))
-                    data = self._read_exactly(size)
-        except (MalformedRequest, RequestTimeout, BodyTooLarge):
+                    memory = self.server.reserve_memory(self.connection, min(size, BODY_BYTES))
+                    reservation.enter_context(memory)
+                    if size <= BODY_BYTES:
+                        body = self._read_exactly(size)
+                    else:
+                        body = self._read_large(size)
+        except (MalformedRequest, RequestTimeout, BodyTooLarge, Unavailable):
             self._body_remaining = None
             raise
         self._state.set_phase(Phase.BUSY)
         self._body_remaining = 0
-        return data
+        return body
+
+    def _read_large(self, size: int) -> SpooledBody:
+        """Read a body into a file. Each MiB of it has the time of a whole small one."""
+        with contextlib.ExitStack() as stack:
+            file = self._open_spool(stack)
+            while size:
+                self._state.set_phase(Phase.BODY)
+                piece = self._read_exactly(min(size, BODY_BYTES))
+                self._write_spool(file, piece)
+                size -= len(piece)
+            return SpooledBody(file, stack.pop_all().close)
+
+    def _open_spool(self, stack: contextlib.ExitStack) -> IO[bytes]:
+        """Return a file for a large body. Raises Unavailable if too many are there."""
+        if not self.server.large_bodies.acquire(timeout=BODY_SECONDS / 2):
+            raise retry_later(Unavailable, "Too many large requests arrive at once.", 5)
+        stack.callback(self.server.large_bodies.release)
+        try:
+            return stack.enter_context(tempfile.TemporaryFile())
+        except OSError as error:
+            raise Unavailable("A large body cannot be stored: %s." % error.strerror) from None
+
+    @staticmethod
+    def _write_spool(file: IO[bytes], data: Union[bytes, bytearray]) -> None:
+        try:
+            file.write(data)
+        except OSError as error:
+            raise Unavailable("A large body cannot be stored: %s." % error.strerror) from None
 
     def _read_exactly(self, size: int) -> bytes:
         data = self.rfile.read(size)
@@ -10663,11 +10733,14 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             raise self._incomplete("The body is incomplete")
         return data
 
-    def _read_chunks(self, reservation: contextlib.ExitStack) -> bytes:
+    def _read_chunks(self, reservation: contextlib.ExitStack,
+                     limit: int) -> Union[bytes, SpooledBody]:
         """Read a chunked body strictly: sizes in plain hex, short extensions, trailers dropped."""
         # Not a list of chunks, which may have one byte each.
         data = bytearray()
         total = 0
+        spool = reservation.enter_context(contextlib.ExitStack())
+        file: Optional[IO[bytes]] = None
         while True:
             line = self.rfile.readline(1026)
             match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line)
@@ -10675,18 +10748,27 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 raise self._incomplete("Malformed chunk")
             size = int(match.group(1), 16)
             total += size
-            if total > BODY_BYTES:
-                raise BodyTooLarge()
+            if total > limit:
+                raise BodyTooLarge("Body exceeds %d byte limit" % limit)
             if not size:
                 break
             if total - size < LARGE_BYTES <= total:
                 reserved = self.server.reserve_memory(self.connection, BODY_BYTES)
                 reservation.enter_context(reserved)
-            data += self._read_exactly(size)
+            for start in range(0, size, BODY_BYTES):
+                data += self._read_exactly(min(size - start, BODY_BYTES))
+                if len(data) > BODY_BYTES:
+                    self._state.set_phase(Phase.BODY)
+                    file = file or self._open_spool(spool)
+                    self._write_spool(file, data)
+                    data.clear()
             if self._read_exactly(2) != b"\r\n":
                 raise MalformedRequest("Malformed chunk")
         for _ in range(64):
             line = self.rfile.readline(HEAD_BYTES)
+            if line == b"\r\n" and file:
+                self._write_spool(file, data)
+                return SpooledBody(file, spool.pop_all().close)
             if line == b"\r\n":
                 return bytes(data)
             if not line.endswith(b"\r\n") or not HEADER_LINE_RE.fullmatch(line[:-2]):
@@ -10779,7 +10861,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 class BridgeServer(ThreadingHTTPServer):
     """Owns the listening socket, the thread "http" and one thread per connection.
     dispatcher: set before `start`. The port is bound first, because everything else may change the
-    data. Raises OSError."""
+    data. wire_body_bytes: the largest body below /v1. Raises OSError."""
     request_queue_size = 128
     daemon_threads = True
     dispatcher: Dispatcher
@@ -10791,6 +10873,9 @@ class BridgeServer(ThreadingHTTPServer):
         self._connections: Dict[socket.socket, ConnectionState] = {}
         # Bytes of large payloads in memory, the oldest first.
         self._reserved: Dict[socket.socket, int] = {}
+        self.wire_body_bytes = BODY_BYTES
+        # Places for bodies on the disk.
+        self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self._checked_at = 0.0
         self._thread = threading.Thread(
             target=self.serve_forever, args=(0.2,), name="http", daemon=True)
@@ -10808,6 +10893,9 @@ class BridgeServer(ThreadingHTTPServer):
 
     def start(self) -> None:
         self._thread.start()
+
+    def body_limit(self, path: str) -> int:
+        return self.wire_body_bytes if format_of(path, {}) else BODY_BYTES
 
     def stop_accepting(self) -> None:
         if self._thread.ident:
@@ -13246,7 +13334,9 @@ class Bridge:
     def _listen(self) -> BridgeServer:
         host, port = self.config.listen_host, self.config.port
         try:
-            return BridgeServer(host, port, self._clock)
+            server = BridgeServer(host, port, self._clock)
+            server.wire_body_bytes = self.config.body_mb << 20
+            return server
         except (OSError, OverflowError, TypeError, ValueError) as error:
             hint = "check --host and --port"
             if getattr(error, "errno", None) == errno.EADDRINUSE:

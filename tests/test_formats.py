@@ -2242,7 +2242,7 @@ def test_refusals_have_the_body_of_the_format(bridge: Start) -> None:
                 (b"\xff", {}, ((400, "invalid_request_error"), (400, "invalid_json"))),
                 (None, {}, ((400, "invalid_request_error"), (400, "invalid_request"))),
                 (b"[]", {}, ((400, "invalid_request_error"), (400, "invalid_request"))),
-                (talk(""), {}, ((400, "invalid_request_error"), (400, "invalid_request"))),
+                (talk(5), {}, ((400, "invalid_request_error"), (400, "invalid_request"))),
                 (
                     talk("hi"),
                     {"Host": "evil.example"},

@@ -5,13 +5,19 @@ Each case was recorded from a program in its newest version.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import http.client
 import json
+import os
+import socket
+from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import pytest
 
 import claude_api_bridge as cab
-from conftest import FakeClaude, RunningBridge
+from conftest import FakeClaude, RunningBridge, wait_until
 from test_formats import (
     calls_in, continue_chat, events, initialize_requests, post, streamed, talk,
     text, tool_result, tool_use, tools, words,
@@ -340,7 +346,7 @@ def test_a_base_url_with_v1_too_much_or_too_little_works(bridge: Start) -> None:
         assert words(admin.post(path, talk("hi"))) == "Echo: hi"
     for path in ("/chat/completions", "/V1/v1/chat/completions"):
         assert words(admin.post(path, talk("hi"))) == "Echo: hi"
-    assert admin.get("/models").status == admin.get("/v1/v1/models/sonnet").status == 200
+    assert admin.get("/models").status == admin.get("/v1/v1/models/haiku").status == 200
     refused = admin.with_token("cab-x").post("/messages", talk("hi"))
     assert (refused.status, refused.json["type"]) == (401, "error")
 
@@ -355,7 +361,7 @@ def test_a_path_that_is_not_offered_says_what_is(bridge: Start) -> None:
 
 def test_every_model_that_is_answered_can_be_looked_up(bridge: Start) -> None:
     admin = bridge().admin
-    for name in ("sonnet", "gpt-5.2", "claude-haiku-9-20300101", "o3"):
+    for name in ("haiku", "gpt-5.2", "claude-haiku-9-20300101", "o3"):
         answer = admin.get("/v1/models/" + name)
         assert (answer.status, answer.json["id"]) == (200, name)
     assert admin.get("/v1/models/a%20b").status == 404
@@ -400,3 +406,90 @@ def test_a_prompt_is_completed(bridge: Start) -> None:
         refused = admin.post("/v1/completions", {"prompt": prompt})
         assert (refused.status, refused.json["error"]["param"]) == (400, "prompt")
     assert admin.post("/v1/completions", {"prompt": "x", "echo": True}).status == 400
+
+
+# --- large bodies ---
+
+PHOTO: Dict[str, Any] = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "iVBO" * 400_000},
+}
+
+
+def photo(**more: Any) -> Dict[str, Any]:
+    return talk([PHOTO, text("say seen")], **more)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_photo_of_more_than_a_mebibyte_reaches_claude(
+    bridge: Start, fake: FakeClaude, is_chunked: bool
+) -> None:
+    running = bridge(fake)
+    body = json.dumps(photo()).encode()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port)) as connection:
+        headers = {"Authorization": "Bearer %s" % running.admin.token}
+        pieces = (body[start : start + 700_001] for start in range(0, len(body), 700_001))
+        connection.request("POST", "/v1/messages", pieces if is_chunked else body, headers,
+                           encode_chunked=is_chunked)
+        # Of one connection: the body was read to its end.
+        for _ in range(2):
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            answer.read()
+            connection.request("GET", "/v1/models", None, headers)
+        connection.getresponse().read()
+    [prompt] = fake.messages()
+    assert prompt["message"]["content"][0] == PHOTO
+
+
+def test_the_limit_of_v1_is_a_setting_and_that_of_the_native_api_stays(bridge: Start) -> None:
+    admin = bridge(body_mb=2).admin
+    assert words(post(admin, "anthropic", photo())) == "seen"
+    two = [{**PHOTO, "source": {**PHOTO["source"], "data": "iVBO" * 600_000}}]
+    refused = post(admin, "anthropic", talk(two))
+    assert refused.status == 413 and "2097152 byte limit" in refused.json["error"]["message"]
+    native = admin.post("/api/ask", {"message": "x" * (1 << 20)})
+    assert native.status == 413 and "1048576 byte limit" in native.json["error"]
+    strange = post(admin.with_token("cab-x"), "anthropic", photo())
+    assert strange.status == 401
+
+
+def test_a_large_body_that_is_broken_off_or_of_a_revoked_token_leaves_no_file(
+    bridge: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: List[Any] = []
+
+    def note(*_: Any, **__: Any) -> Any:
+        files.append(open(tmp_path / "spool", "w+b"))
+        return files[-1]
+
+    monkeypatch.setattr(cab.tempfile, "TemporaryFile", note)
+    running = bridge(body_mb=4)
+    user = running.admin.new_token("user")
+    head = ("POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n"
+            "Content-Length: 2000000\r\n\r\n" % user.token)
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(head.encode() + b"[" + b" " * 1_500_000)
+        client.shutdown(socket.SHUT_WR)
+        assert b"400 Bad Request" in client.recv(1000)
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(head.encode() + b"[" + b" " * 1_500_000)
+        wait_until(lambda: len(files) == 2)
+        token_id = running.admin.get("/api/tokens").json["tokens"][0]["id"]
+        assert running.admin.delete("/api/tokens/" + token_id).status == 200
+        client.sendall(b" " * 499_998 + b"]")
+        assert b"401 Unauthorized" in client.recv(1000)
+    wait_until(lambda: all(file.closed for file in files))
+    limit = running.bridge._server.large_bodies
+    assert [limit.acquire(blocking=False) for _ in range(cab.LARGE_BODIES)] == [True] * 8
+
+
+def test_a_full_disk_refuses_a_large_body(
+    bridge: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cab.tempfile, "TemporaryFile", refuse)
+    answer = post(bridge().admin, "openai", talk("x" * 2_000_000))
+    assert answer.status == 503 and "No space left" in answer.json["error"]["message"]

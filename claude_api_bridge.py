@@ -643,6 +643,29 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def large_json(value: Any, dump: Callable[[Any], str]) -> str:
+    """Return the JSON of a value. The data of files, such as 20 MB in base64, needs no escapes and
+    is put in as it is: while `dump` looks at each character, all other threads wait."""
+    texts: List[str] = []
+    # Nobody can guess what stands for a text.
+    mark = uuid.uuid4().hex
+
+    def replace_plain(part: Any) -> Any:
+        if isinstance(part, str):
+            is_plain = (len(part) > LARGE_BYTES and part.isascii() and part.isprintable()
+                        and '"' not in part and "\\" not in part)
+            if not is_plain:
+                return part
+            texts.append(part)
+            return "%s-%d-" % (mark, len(texts) - 1)
+        if isinstance(part, dict):
+            return {name: replace_plain(item) for name, item in part.items()}
+        return list(map(replace_plain, part)) if isinstance(part, (list, tuple)) else part
+
+    text = dump(replace_plain(value))
+    return re.sub(mark + r"-(\d+)-", lambda match: texts[int(match[1])], text) if texts else text
+
+
 def without_none(body: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
@@ -1549,7 +1572,7 @@ class Chat:
         body = {
             "turns": self.turns, "functions": self.client_tools, "forced": self.forced_tool,
             "stops": self.stop_sequences, "maxTokens": self.max_tokens}
-        return replace_surrogates(as_json(body))
+        return replace_surrogates(large_json(body, as_json))
 
     @classmethod
     def from_json(cls, text: str) -> "Chat":
@@ -3098,6 +3121,22 @@ def next_model(database: Database, job: Job) -> Optional[str]:
     return database.cached(("model", job.token_id, job.conversation), load)
 
 
+def insert_job(db: sqlite3.Connection, values: Mapping[str, Any]) -> Any:
+    """Insert a row. -> its seq. A statement keeps a copy of its last values: a large chat has one
+    of its own, which is executed again."""
+    chat = values["chat"]
+    is_large = chat is not None and len(chat) > BODY_BYTES
+    values = {**values, "chat": None if is_large else chat}
+    columns = ", ".join(values)
+    seq = db.execute("INSERT INTO jobs (%s) VALUES (%s)" % (columns, placeholders([*values])),
+                     tuple(values.values())).lastrowid
+    if is_large:
+        sql = "UPDATE jobs SET chat = ? WHERE seq = ?"
+        db.execute(sql, (chat, seq)).close()
+        db.execute(sql, (None, -1)).close()
+    return seq
+
+
 def prompt_of(database: Database, job: Job) -> Content:
     """Return the message of an unfinished job, with its attachments."""
     rows = database.read("SELECT attachment_data FROM jobs WHERE id = ?", job.id)
@@ -3152,6 +3191,9 @@ class JobStore:
         result: EnqueueResult = self._insert(values, limit, callback)
         if result.is_new:
             self._metrics.inc("cab_requests_accepted_total")
+        if chat and len(chat) > BODY_BYTES:
+            # The cache has its pages.
+            self._database.write_later(lambda db: db.execute("PRAGMA shrink_memory").fetchall())
         return result
 
     @runs_in_writer
@@ -3174,10 +3216,7 @@ class JobStore:
             "SELECT count(*) FROM jobs WHERE status IN ('queued', 'processing')").fetchone()[0]
         if ahead >= limit:
             raise retry_later(QueueFull, "", 10)
-        values = {**values, "created_at": now}
-        columns = ", ".join(values)
-        seq = db.execute("INSERT INTO jobs (%s) VALUES (%s)" % (columns, placeholders([*values])),
-                         tuple(values.values())).lastrowid
+        seq = insert_job(db, {**values, "created_at": now})
         if values["conversation"]:
             touch_conversation(db, token_id, values["conversation"], now)
         if callback:
@@ -3815,7 +3854,8 @@ def initialize_requests(session: SessionConfig, features: Features) -> List[Dict
 
 
 def cli_line(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+    # The end of the line costs no copy so.
+    return large_json(message, lambda value: json.dumps(value) + "\n").encode()
 
 
 def cli_message(role: str, content: Content) -> Dict[str, Any]:
@@ -3988,7 +4028,8 @@ def content_digest(content: Content) -> bytes:
     text = single_text(content)
     if text is not None:
         return hashlib.sha256(b"text:" + text.encode("utf-8", "surrogatepass")).digest()
-    return hashlib.sha256(b"blocks:" + json.dumps(content, sort_keys=True).encode()).digest()
+    text = large_json(content, partial(json.dumps, sort_keys=True))
+    return hashlib.sha256(b"blocks:" + text.encode()).digest()
 
 
 def answer_digest(content: Content) -> bytes:
@@ -5288,6 +5329,8 @@ class ClaudeProcess:
                 view = memoryview(data)
                 while view:
                     view = view[pipe.write(view) :]
+                # Otherwise the last message, of 20 MB perhaps, would stay in memory.
+                del data, view
 
     def _read_stdout(self) -> None:
         pipe = self.process.stdout

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -493,3 +494,11 @@ def test_a_full_disk_refuses_a_large_body(
     monkeypatch.setattr(cab.tempfile, "TemporaryFile", refuse)
     answer = post(bridge().admin, "openai", talk("x" * 2_000_000))
     assert answer.status == 503 and "No space left" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("odd", ["", '"', "\\", "ä", "\n", "\x7f", "\ud800", "-0-"])
+def test_the_json_of_large_texts_is_the_usual_one(odd: str) -> None:
+    large = "QUJD" * 100_000 + odd
+    value = {"a": [large, {"b": large, "c": (1, "x" + odd)}], "d": None, "e": "y" * 300_000}
+    for dump in (json.dumps, cab.as_json, partial(json.dumps, sort_keys=True)):
+        assert cab.large_json(value, dump) == dump(value)

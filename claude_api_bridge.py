@@ -4458,8 +4458,9 @@ class LiveText:
         self.model: Optional[str] = None
         # Why nothing arrives for a while.
         self.current_pause: Optional[Pause] = None
-        # Whether the API answers.
+        # Whether the API answers, and the usage of its message until now.
         self.is_answering = False
+        self.usage: Optional[Usage] = None
 
     def begin(self, model: Optional[str]) -> None:
         """Record that Claude accepted the prompt."""
@@ -5977,7 +5978,7 @@ class Turn:
                 if self.messages.earlier_text:
                     live.add(self.messages.earlier_text)
             live.current_pause = None
-            live.is_answering = True
+            live.is_answering, live.usage = True, self.messages.usage
             self._retry_code = None
         elif event.kind == "message_delta":
             self.messages.end(body["event"])
@@ -7675,7 +7676,7 @@ class Service:
         job = self._summary(caller, job_id)
         if wait and not job.is_finished:
             job = self._wait_until_finished(caller, job_id, wait, client_disconnected)
-        live = self._live_of(job)
+        live = self.live_of(job)
         view = self._view(self._full_job(caller, job_id) if job.is_finished else job)
         return view._replace(partial=live.read() if live else None)
 
@@ -7695,7 +7696,7 @@ class Service:
                 event.wait(min(seconds, RECHECK_SECONDS))
                 self.check_token(caller)
 
-    def _live_of(self, job: Job) -> Optional[LiveText]:
+    def live_of(self, job: Job) -> Optional[LiveText]:
         """Return the text of a running job. A run that has just put its job back or ended it still
         has its text for a moment."""
         return self._running.live(job.id) if job.status == JobStatus.PROCESSING else None
@@ -7706,7 +7707,7 @@ class Service:
             model = next_model(self.stores.database, job) if job.conversation else job.model
             pause = self._running.current_pause(model)
         else:
-            live = self._live_of(job)
+            live = self.live_of(job)
             pause = live.current_pause if live else None
         queue_position, overall_position = self.stores.jobs.queue_positions(job)
         return JobView(job, queue_position, overall_position, pause)
@@ -7741,7 +7742,7 @@ class Service:
                 if view.job.is_finished:
                     yield from self._follow_end(caller, view.job, cursor)
                     return
-                live = self._live_of(view.job)
+                live = self.live_of(view.job)
                 events: List[JobEvent] = []
                 state = (view.overall_position, view.pause)
                 if view.job.status == JobStatus.QUEUED and state != reported:
@@ -9287,11 +9288,12 @@ class ChatStep(NamedTuple):
     """One step of an answer.
     kind: text (a piece of it), restart (the text before was aborted; what follows stands alone),
     heartbeat, or end (job: the finished one).
-    model: the one that answers, once it is known."""
+    model: the one that answers, once it is known. usage: what the API has reported until now."""
     kind: str
     text: str = ""
     model: Optional[str] = None
     job: Optional[Job] = None
+    usage: Optional[Usage] = None
 
 
 ChatSteps = Generator[ChatStep, None, None]
@@ -9313,8 +9315,9 @@ def chat_steps(context: Context, job: Job) -> ChatSteps:
         with contextlib.closing(events):
             for event, view in events:
                 if event.kind == "delta":
+                    live = service.live_of(replace(job, status=JobStatus.PROCESSING))
                     for kind, piece in text.add(event.text):
-                        yield ChatStep(kind, piece, model)
+                        yield ChatStep(kind, piece, model, usage=live.usage if live else None)
                 elif event.kind == "started":
                     text.restart()
                     model = event.model or model
@@ -9325,7 +9328,8 @@ def chat_steps(context: Context, job: Job) -> ChatSteps:
                         raise failure
                     for kind, piece in text.finish(view.job.response or ""):
                         yield ChatStep(kind, piece, model)
-                    yield ChatStep("end", model=view.job.model or model, job=view.job)
+                    yield ChatStep("end", model=view.job.model or model, job=view.job,
+                                   usage=view.job.usage)
                     return
                 elif event.kind == "heartbeat" or (
                         clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
@@ -9479,7 +9483,7 @@ def message_event(kind: str, **data: Any) -> bytes:
 
 def message_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
     """Yield the answer as Server-Sent Events."""
-    empty = message_body(chat, replace(job, model=first.model, usage=None))
+    empty = message_body(chat, replace(job, model=first.model, usage=first.usage))
     empty.update(content=[], stop_reason=None)
     yield message_event("message_start", message=empty) + message_event("ping")
     index = 0

@@ -1423,8 +1423,8 @@ def test_a_message_streamed(bridge: Start) -> None:
         "event: message_start\n"
         'data: {"type":"message_start","message":{"id":"msg_%s","type":"message",'
         '"role":"assistant","model":"resolved-default-model","content":[],"stop_reason":null,'
-        '"stop_sequence":null,"usage":{"input_tokens":0,"cache_creation_input_tokens":0,'
-        '"cache_read_input_tokens":0,"output_tokens":0}}}\n\n'
+        '"stop_sequence":null,"usage":{"input_tokens":10,"cache_creation_input_tokens":3,'
+        '"cache_read_input_tokens":5,"output_tokens":1}}}\n\n'
         "event: ping\n"
         'data: {"type":"ping"}\n\n'
         "event: content_block_start\n"
@@ -2169,7 +2169,7 @@ LARGE = b'{"messages": "' + b"x" * cab.BODY_BYTES + b'"}'
 
 
 def test_refusals_have_the_body_of_the_format(bridge: Start) -> None:
-    admin = bridge().admin
+    admin = bridge(body_mb=1).admin
     anonymous, unknown = admin.with_token(None), admin.with_token("cab-" + "0" * 64)
     limited = admin.new_token("limited", models=["haiku"])
     table: Sequence[Tuple[Api, str, str, Any, Mapping[str, str], Optional[str], Any]] = (

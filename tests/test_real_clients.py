@@ -502,3 +502,12 @@ def test_the_json_of_large_texts_is_the_usual_one(odd: str) -> None:
     value = {"a": [large, {"b": large, "c": (1, "x" + odd)}], "d": None, "e": "y" * 300_000}
     for dump in (json.dumps, cab.as_json, partial(json.dumps, sort_keys=True)):
         assert cab.large_json(value, dump) == dump(value)
+
+
+def test_a_stream_begins_with_the_figures_of_the_input(bridge: Start) -> None:
+    """LangChain takes the tokens of the input from the first event alone."""
+    admin = bridge().admin
+    stream = events(post(admin, "anthropic", talk("say hello", stream=True)).data)
+    usage = stream[0][1]["message"]["usage"]
+    assert usage["input_tokens"] > 0 and usage["cache_read_input_tokens"] > 0
+    assert usage["input_tokens"] == stream[-2][1]["usage"]["input_tokens"]

@@ -11838,7 +11838,7 @@ code, pre { font: .86em/1.6 ui-monospace, Menlo, Consolas, monospace }
 label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem }
 .figure { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums }
 .good { color: var(--good) }
-.bad, .badge { color: var(--bad) }
+.bad, .badge:not(.faint) { color: var(--bad) }
 .warm { color: var(--accent) }
 .badge { border: 1px solid; border-radius: .3rem; padding: 0 .35rem; font-size: .8rem }
 .ellipsis { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
@@ -11915,7 +11915,7 @@ summary:hover { background: var(--tint) }
 .text blockquote { margin: .5rem 0; padding-left: .9rem; border-left: 3px solid var(--edge) }
 .text :is(th, td) { text-align: left; white-space: pre-wrap; vertical-align: top }
 .text td:first-child { padding-left: 0 }
-.text a { color: var(--accent) }
+main a { color: var(--accent) }
 .text :not(pre) > code, .code { background: var(--tint); border-radius: .3rem }
 .text :not(pre) > code { padding: 0 .25rem }
 .code { margin: .75rem 0; padding: .5rem .75rem }
@@ -11927,7 +11927,13 @@ progress::-webkit-progress-bar { background: var(--line) }
 progress::-webkit-progress-value { background: var(--accent) }
 progress::-moz-progress-bar { background: var(--accent) }
 svg { display: block; width: 100%; height: 11rem; margin: 1.5rem 0 .25rem;
-  border-bottom: 1px solid var(--line); fill: var(--accent) }
+  border-bottom: 1px solid var(--line) }
+.in { fill: var(--accent); color: var(--accent) }
+.out { fill: var(--ink); color: var(--ink) }
+.cache { fill: var(--edge); color: var(--edge) }
+#legend span { forced-color-adjust: none }
+@media (forced-colors: active) { .in { fill: Highlight; color: Highlight }
+  .out { fill: CanvasText; color: CanvasText } .cache { fill: GrayText; color: GrayText } }
 svg .day { fill: transparent }
 svg g:hover .day { fill: var(--tint) }
 table { border-collapse: collapse; width: 100%; font-size: .875rem;
@@ -11938,7 +11944,7 @@ th:first-child, #endpoints td { text-align: left }
 th:first-child { padding-left: 0 }
 td, thead th { white-space: nowrap }
 #endpoints td { white-space: normal }
-@media print { nav, button, form, #toast, #filters, #search { display: none } }
+@media print { nav, button, form, #toast { display: none } }
 """
 
 DASHBOARD_HTML = r"""<!doctype html>
@@ -11973,7 +11979,10 @@ STYLE</style>
   <p id="sign-in-hint" class="faint"><code>start</code> printed the admin token once. To create
     another token: <code>claude_api_bridge.py token create NAME</code>, with <code>--admin</code>
     to manage the bridge. This tab forgets the token when you close it.</p></form>
-<div data-roles="user admin">
+<section id="linked" hidden><p><a href="#/requests">All requests</a></p> <h2>Request</h2>
+  <p id="linked-error" class="bad" role="alert"></p>
+  <ul class="list" id="linked-list"></ul></section>
+<div id="overview" data-roles="user admin">
   <p id="plan-notice" class="notice" role="status" hidden></p>
   <section id="first-run" class="notice" hidden><h2>First steps</h2>
     <ol><li>Make a token for your program.
@@ -11991,19 +12000,30 @@ STYLE</style>
     <p class="row"><button type="button" id="show-waiting" hidden></button>
       <button type="button" id="pause-queue" data-roles="admin">Pause the queue</button></p>
   </section>
+  <section id="errors-section" hidden><h2>Errors of the last 24 hours</h2>
+    <ul class="list" id="errors"></ul></section>
   <section><h2>Recent</h2>
-    <div class="row"><div class="row" id="filters" role="group" aria-label="Status"></div>
-      <input id="search" class="grow" type="search" placeholder="Search loaded requests"
-        aria-label="Search loaded requests"></div>
+    <form id="filters" class="row" role="search" aria-label="Recent requests">
+      <input name="q" id="search" class="grow" type="search" placeholder="Search"
+        aria-label="Search">
+      <select name="outcome" aria-label="Outcome"><option value="">Any outcome
+        <option value="completed">Completed<option value="error">Failed
+        <option value="cancelled">Cancelled</select>
+      <select name="token" aria-label="Token" data-roles="admin">
+        <option value="">All tokens</select>
+      <input name="model" list="models" size="10" placeholder="Any model" aria-label="Model">
+      <select name="hours" aria-label="Time"><option value="">Any time<option value="1">Last hour
+        <option value="24">Last 24 hours<option value="168">Last 7 days</select>
+      <button type="button" id="clear-filters" hidden>Clear</button></form>
     <p id="match-count" class="faint" role="status"></p>
-    <ul class="list" id="recent"></ul> <p class="if-empty faint">No requests to show.</p>
+    <ul class="list" id="recent"></ul> <p class="if-empty faint" id="no-recent">No requests yet.</p>
     <p><button id="load-more" hidden>Load more</button></p></section>
   <section id="conversations-section" hidden><h2>Conversations</h2>
     <ul class="list" id="conversations"></ul></section>
   <section data-roles="admin"><h2>Bridge</h2> <dl id="bridge-facts"></dl></section>
 </div>
-<p class="faint" data-roles="user">The figures count the requests of all tokens.</p>
-<dl class="grid" id="counters"></dl></section>
+<dl class="grid" id="counters"></dl>
+<p class="faint" id="counters-note"></p></section>
 
 <section data-view="#/playground" hidden><h2 tabindex="-1">Playground</h2>
 <form id="ask-form">
@@ -12029,17 +12049,25 @@ STYLE</style>
 <pre id="code" class="text box" tabindex="0" role="region" aria-label="Code"></pre>
 </section>
 
-<section data-view="#/usage" hidden><h2 tabindex="-1">Last 30 days</h2>
+<section data-view="#/usage" hidden><h2 tabindex="-1">Last hour</h2>
+<p id="no-latency" class="faint">No request in the last hour.</p>
+<dl class="grid" id="latency" hidden></dl>
+<h2 id="usage-title">Last 30 days</h2>
+<div class="row" id="usage-days" role="group" aria-label="Time"></div>
 <dl class="grid" id="totals"></dl>
-<svg id="chart" role="img" viewBox="0 0 30 100" preserveAspectRatio="none"
+<svg id="chart" role="img" preserveAspectRatio="none"
   aria-label="Tokens per day; the numbers are under Day by day"></svg>
 <p class="faint space-between"><span id="chart-start"></span><span id="chart-maximum"></span>
   <span>today</span></p>
+<div class="row" id="legend" role="group" aria-label="Parts of the chart"></div>
 <p class="faint">Days are in UTC. Costs are estimates by Claude Code at API prices, not what your
   plan charges.</p>
 <details><summary>Day by day</summary>
   <table><thead><tr><th>Day<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-day"></table>
 </details>
+<p><a id="download-csv">Download CSV</a></p>
+<h2>By model</h2>
+<table><thead><tr><th>Model<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-model"></table>
 <section data-roles="admin"><h2>By token</h2>
   <table><thead><tr><th>Token<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-token"></table>
 </section></section>
@@ -12084,6 +12112,8 @@ const FINISHED = ["completed", "error"];
 const DAY_MS = 86400000;
 const LIMIT_NAMES = { five_hour: "5-hour limit", seven_day: "Weekly limit" };
 const requestKey = (job) => job.requestId;
+const nonEmpty = (fields) =>
+  Object.fromEntries(Object.entries(fields).filter(([, value]) => value));
 const joinNonEmpty = (...parts) => parts.flat().filter(Boolean).join(" · ");
 const truncate = (text, size = 300) => text.length > size ? text.slice(0, size) + "…" : text;
 const codeToText = (code) => code.replaceAll("_", " ");
@@ -12154,15 +12184,44 @@ const rightsWarning = (tools, isAdmin) =>
   [tools === "all" && RIGHTS.all, isAdmin && RIGHTS.admin].filter(Boolean).join(" ");
 const waitingText = (reason) => HOLD_TEXTS[reason] || "Waiting (" + codeToText(reason) + ") until ";
 // Put the newest page before the older requests; drop these if there may be a gap between them.
+// A search that read its share of requests has no gap: the older ones were searched before.
 function mergeRecent(loaded, newest) {
   const newestKeys = new Set(newest.requests.map(requestKey));
   const last = loaded.requests.findLastIndex((job) => newestKeys.has(requestKey(job)));
-  if (last < 0) return { requests: newest.requests, next: newest.next };
-  return { requests: newest.requests.concat(loaded.requests.slice(last + 1)), next: loaded.next };
+  if (last < 0 && !(newest.searchedTo && loaded.next !== undefined)) return newest;
+  return { ...loaded, requests: newest.requests.concat(loaded.requests.slice(last + 1)) };
 }
-const matchesSearch = (job, tokenName, query) =>
-  [job.message, job.response, job.error, job.errorCode, job.model, tokenName]
-    .join("\n").toLowerCase().includes(query.toLowerCase());
+// The query of GET /api/requests. outcome: a status, or the code of an error.
+function requestQuery({ outcome, hours, ...filters }, now) {
+  const isStatus = !outcome || FINISHED.includes(outcome);
+  return new URLSearchParams(nonEmpty({ ...filters,
+    status: isStatus && outcome || FINISHED.join(), error: !isStatus && outcome,
+    since: hours > 0 && new Date(now - hours * 3600000).toISOString() })).toString();
+}
+const matchText = ({ requests, next, searchedTo }) =>
+  (requests.length ? plural(requests.length, "request") : "No match") + (next ? " so far" : "") +
+  (searchedTo ? ", searched back to " + formatTime(new Date(searchedTo)) : "");
+// The failures of the last day by their code, the most frequent first. jobs: newest first.
+function groupErrors(jobs, now) {
+  const groups = {};
+  for (const { errorCode, createdAt, completedAt, advice } of jobs) {
+    if (errorCode === "cancelled" || Date.parse(createdAt) < now - DAY_MS) continue;
+    groups[errorCode] ||= { code: errorCode, count: 0, lastAt: completedAt || createdAt, advice };
+    groups[errorCode].count++;
+  }
+  return Object.values(groups).sort((first, second) => second.count - first.count);
+}
+const USAGE_COLUMNS = ["requests", "completed", "errors", "inputTokens", "outputTokens",
+  "cacheReadTokens", "cacheCreationTokens", "costUsd"];
+const usageCsv = (days) => [["day", ...USAGE_COLUMNS], ...days.map((usage) =>
+  [usage.day, ...USAGE_COLUMNS.map((name) => usage[name])])].join("\r\n") + "\r\n";
+// What to know of a token at a glance: [text, whether it is dangerous].
+function tokenBadges({ isAdmin, tools, lastUsedAt, createdAt }, now) {
+  const hasBash = Array.isArray(tools) && tools.some((rule) => rule.startsWith("Bash"));
+  const isUnused = Date.parse(lastUsedAt || createdAt) < now - 30 * DAY_MS;
+  return [[isAdmin && "admin", true], [tools === "all" && "all tools", true],
+    [hasBash && "Bash", true], [isUnused && "unused for 30 days", false]].filter(([text]) => text);
+}
 // Parse one Server-Sent Event. A heartbeat is a comment and gives null.
 function parseEvent(block) {
   const lines = block.split("\n").map((line) => line.split(/: (.*)/s, 2));
@@ -12377,7 +12436,7 @@ function reconcileList(id, items, build, keyOf = JSON.stringify) {
 }
 
 // === Toasts and buttons ===
-let toastTimer;
+let toastTimer, filterTimer, linkedStatus;
 function toast(text) {
   setText("toast", text);
   clearTimeout(toastTimer);
@@ -12405,13 +12464,14 @@ function confirmButton(label, question, action, accessibleName) {
   return container;
 }
 // A row of buttons of which one is pressed. labels: { value: label }.
-function toggleGroup(id, labels, onChoose) {
-  const press = (pressed) => {
-    for (const element of $(id).children) element.setAttribute("aria-pressed", element === pressed);
+function toggleGroup(id, labels, onChoose, initial) {
+  const press = (value) => {
+    for (const element of $(id).children)
+      element.setAttribute("aria-pressed", element.textContent === labels[value]);
   };
   $(id).append(...Object.entries(labels).map(([value, label]) =>
-    button(label, (event) => { press(event.currentTarget); onChoose(value) })));
-  press($(id).firstChild);
+    button(label, () => { press(value); return onChoose(value) })));
+  press(initial);
 }
 async function copyText(text) {
   const problem = "The browser allows copying only on HTTPS pages. Select the text instead.";
@@ -12520,6 +12580,8 @@ async function signIn(newToken) {
     await getJson("/api/requests?limit=1");
     isAdmin = "worker" in await getJson("/api/status");
     isSignedIn = true;
+    // These are the figures of all tokens.
+    if (!isAdmin) $("counters").replaceChildren();
     sessionStorage.setItem("token", token);
     $("sign-in").reset();
     setText("signed-in-as", token.slice(0, 12) + "…" + (isAdmin ? " (admin)" : ""));
@@ -12541,8 +12603,12 @@ function showView() {
   const userRole = isAdmin ? "admin" : "user";
   const role = isSignedIn ? userRole : "anonymous";
   for (const element of $$("[data-roles]")) element.hidden = !element.dataset.roles.includes(role);
+  setVisible("linked", isSignedIn && linkedId());
+  if (linkedId()) setVisible("overview", false);
+  setVisible("counters", !isSignedIn || !linkedId());
   const links = $$("nav a:not([hidden])");
-  const current = links.find((link) => link.hash === location.hash) || links[0];
+  const [hash] = location.hash.match(/^#\/[a-z]*/) || [];
+  const current = links.find((link) => link.hash === hash) || links[0];
   for (const link of links) link.removeAttribute("aria-current");
   current.setAttribute("aria-current", "page");
   for (const view of $$("[data-view]")) view.hidden = view.dataset.view !== current.hash;
@@ -12586,7 +12652,7 @@ async function refresh() {
     ["Queued", stats.queuedRequests], ["Processing", queue.length - stats.queuedRequests],
     ["Completed", stats.completedRequests], ["Failed", stats.errorRequests],
     ["Requests", stats.totalRequests], ["Tokens", stats.totalTokens]];
-  showFigures("counters", counters, formatCount);
+  if (isAdmin || !isSignedIn) showFigures("counters", counters, formatCount);
   setText("version", "v" + version);
   queueReason = queue.waitingFor;
   showState(stateText(queue), queueReason ? "warm" : "good");
@@ -12596,34 +12662,50 @@ async function refresh() {
   const json = JSON.stringify(counters);
   const elapsed = Date.now() - lastFetch.at;
   if (elapsed > 30000 || elapsed > 3000 && json !== lastFetch.counters) {
-    await refreshLists(stats.totalTokens);
+    await refreshLists(stats);
     lastFetch.counters = json;
   }
   return queue.length > 0 || json !== lastFetch.counters;
 }
 // Updates run one after the other, so that an older response never overwrites a newer one.
-async function refreshLists(tokenCount) {
+async function refreshLists({ totalTokens: tokenCount, errorRequests }) {
   const at = Date.now();
   const isAll = at - lastFetch.allAt > 15000 || lastFetch.tokenCount !== tokenCount;
   Object.assign(lastFetch, { at, tokenCount }, isAll && { allAt: at });
-  const update = () => Promise.all([refreshRequests(isAll && isAdmin), isAll && refreshOverview()]);
+  const update = () => Promise.all([refreshRequests(isAll && isAdmin),
+    isAll && refreshOverview(), isAll && refreshErrors(errorRequests)]);
   listUpdate = listUpdate.then(update, update);
   await listUpdate;
+  if (!isAdmin) showOwnCounters();
 }
 async function refreshRequests(includeTokens) {
-  const { filter } = recent;
-  const [tokenList, active, newest] = await Promise.all([includeTokens && getJson("/api/tokens"),
-    getJson("/api/requests?limit=100&status=queued,processing"),
-    getJson("/api/requests?limit=20&status=" + filter)]);
+  const [tokenList, active] = await Promise.all([includeTokens && getJson("/api/tokens"),
+    getJson("/api/requests?limit=100&status=queued,processing")]);
   // The tokens come first because the rows below show their names.
   if (tokenList) showTokens(tokenList.tokens);
   showActive(active.requests);
-  // If the filter changed meanwhile, the next update fetches the matching requests.
-  if (filter !== recent.filter) return;
-  Object.assign(recent, mergeRecent(recent, newest));
-  showRecent();
-  const hasRequests = recent.requests.length + active.requests.length > 0;
+  await Promise.all([loadRecent(), FINISHED.includes(linkedStatus) || showLinked()]);
+  const hasRequests = recent.key || recent.requests.length + active.requests.length > 0;
   setVisible("first-run", isAdmin && !hasRequests && (firstSecret || tokenNames.size === 1));
+}
+// The failures that were fetched, when, and how many the bridge had counted then.
+const failures = { count: -1, at: 0, requests: [], next: null };
+async function refreshErrors(count) {
+  if (count !== failures.count && Date.now() - failures.at > 30000) {
+    const query = requestQuery({ outcome: "error", hours: 24 }, Date.now());
+    const page = await getJson("/api/requests?limit=100&" + query);
+    Object.assign(failures, page, { count, at: Date.now() });
+  }
+  const groups = groupErrors(failures.requests, Date.now());
+  for (const { code } of groups) optionOf($("filters").elements.outcome, code);
+  setVisible("errors-section", groups.length);
+  reconcileList("errors", groups, errorRow);
+}
+function errorRow({ code, count, lastAt, advice }) {
+  const label = code + " × " + count + (failures.next ? "+" : "");
+  return el("li", row(button(label, () => showMatching({ outcome: code, hours: 24 }),
+    label + ": show these requests"), meta("last at ", timeElement(lastAt))),
+  advice && el("p.faint", advice));
 }
 // The token that the card of first steps created.
 let firstSecret = "";
@@ -12639,32 +12721,39 @@ async function createFirst() {
   $("copy-first").focus();
 }
 async function refreshOverview() {
-  const [usage, { conversations }, status] = await Promise.all([getJson("/api/usage"),
+  const [{ plan }, { conversations }, status] = await Promise.all([loadUsage(),
     getJson("/api/conversations"), isAdmin && getJson("/api/status")]);
   if (status) showBridge(status);
-  showUsage(usage);
-  showPlan(usage.plan);
+  showPlan(plan);
   setVisible("conversations-section", conversations.length);
   reconcileList("conversations", conversations, conversationRow);
 }
 // figures: [label, number, format]; the tooltip has the exact number.
 function showFigures(listId, figures, defaultFormat) {
   reconcileList(listId, figures, ([label, number, format = defaultFormat]) => {
-    const id = listId + "-" + label.toLowerCase().replaceAll(/[^a-z]+/g, "-");
+    const id = listId + "-" + label.toLowerCase().replaceAll(/[^a-z0-9]+/g, "-");
     const filter = listId === "counters" && isSignedIn && COUNTER_FILTERS[label];
-    return el("div", el("dt", filter ? button(label, () => {
-      [...$("filters").children].find((child) => child.textContent === filter).click();
-      $("filters").scrollIntoView();
-    }, label + ": show these requests") : label),
+    return el("div", el("dt", filter ? button(label, () => showMatching(filter),
+      label + ": show these requests") : label),
     el("dd.figure", { id, title: number }, format(number)));
   }, (figure) => isSignedIn + JSON.stringify(figure));
 }
-const COUNTER_FILTERS = { Completed: "Completed", Failed: "Failed", Requests: "All" };
+const COUNTER_FILTERS = {
+  Completed: { outcome: "completed" }, Failed: { outcome: "error" }, Requests: {} };
+// A token that is no admin sees the figures of its own requests.
+function showOwnCounters() {
+  const { requests, completed, errors } = shownUsage.total;
+  showFigures("counters", [["Queued", $("waiting").children.length],
+    ["Processing", $("running").children.length], ["Completed", completed], ["Failed", errors],
+    ["Requests", requests]], formatCount);
+  setText("counters-note", "Your requests; what is done counts for " + usageDays + " days.");
+}
 
 // === Requests ===
 // The names of all tokens by their id; empty unless an admin is signed in.
 const tokenNames = new Map();
-const recent = { filter: "completed,error", requests: [], next: null };
+// The loaded requests that match the filters. key: the filters as they stand in the address.
+const recent = { filters: {}, key: "", requests: [] };
 const tokenNameOf = (job) => truncate(tokenNames.get(job.tokenId) || "", 32);
 const messagePreview = (job) => el("span.ellipsis", truncate(job.message));
 const cancelButton = (job) => button("Cancel",
@@ -12733,18 +12822,81 @@ function waitingRow(job) {
   return Object.assign(element, { update });
 }
 function showRecent() {
-  const query = $("search").value;
-  const matches = recent.requests.filter((job) => matchesSearch(job, tokenNameOf(job), query));
-  reconcileList("recent", matches, recentRow, requestKey);
-  const loaded = plural(recent.requests.length, "loaded request");
-  setText("match-count", query && (matches.length ? matches.length + " of " + loaded
-    : "No match among " + loaded));
+  reconcileList("recent", recent.requests, recentRow, requestKey);
+  setText("match-count", recent.key && matchText(recent));
+  setText("no-recent", recent.key ? "" : "No requests yet.");
+  setText("load-more", recent.searchedTo ? "Search further" : "Load more");
   setVisible("load-more", recent.next);
 }
+// before: where the last page ended, null for the newest page. An answer that is late is dropped.
+async function loadRecent(before = null) {
+  const { key, filters } = recent;
+  const query = requestQuery({ ...filters, before }, Date.now());
+  const page = { searchedTo: null, ...await getJson("/api/requests?limit=20&" + query) };
+  if (key !== recent.key || before && before !== recent.next) return;
+  const older = { ...page, requests: recent.requests.concat(page.requests) };
+  Object.assign(recent, before ? older : mergeRecent(recent, page));
+  showRecent();
+}
+const optionOf = (select, value) => [...select.options].find((option) => option.value === value) ||
+  select.appendChild(el("option", { value }, value));
+const formFields = (id) => nonEmpty(Object.fromEntries(new FormData($(id))));
+const writeFilters = () =>
+  history.replaceState(null, "", "#/requests" + (recent.key && "?" + recent.key));
+async function applyFilters() {
+  clearTimeout(filterTimer);
+  const filters = formFields("filters");
+  const key = new URLSearchParams(filters).toString();
+  setVisible("clear-filters", key);
+  if (key === recent.key) return;
+  Object.assign(recent, { filters, key, requests: [], next: undefined, searchedTo: null });
+  writeFilters();
+  setText("match-count", "Searching…");
+  if (isSignedIn) await loadRecent();
+}
+function setFilters(filters) {
+  $("filters").reset();
+  for (const [name, value] of Object.entries(filters)) {
+    const field = $("filters").elements.namedItem(name);
+    if (field?.options) optionOf(field, String(value));
+    if (field) field.value = value;
+  }
+  return applyFilters();
+}
+function showMatching(filters) {
+  $("filters").scrollIntoView();
+  return setFilters(filters);
+}
+// The address may hold filters, #/requests?q=text, or a request, #/requests/ID.
+function readFilters() {
+  const query = location.hash.match(/^#\/requests\?(.*)/)?.[1];
+  return query && setFilters(Object.fromEntries(new URLSearchParams(query)));
+}
+const linkedId = () => location.hash.match(/^#\/requests\/([\w-]+)$/)?.[1];
+async function showLinked() {
+  const id = linkedId();
+  if (!id || !isSignedIn) return;
+  let [jobs, problem] = [[], ""];
+  try {
+    jobs = [await getJson("/api/requests/" + id)];
+  } catch (error) {
+    const text = "There is no request with this ID that this token may see.";
+    problem = error.status === 404 ? text : error.message;
+  }
+  if (id !== linkedId()) return;
+  linkedStatus = jobs[0]?.status;
+  setText("linked-error", problem);
+  reconcileList("linked-list", jobs, (job) => {
+    const item = recentRow(job);
+    item.firstChild.open = true;
+    return item;
+  });
+}
+const OUTCOMES = { completed: ["good", "✓", "completed"], error: ["bad", "✕", "failed"],
+  cancelled: ["faint", "–", "cancelled"], queued: ["faint", "…", "waiting"],
+  processing: ["warm", "…", "running"] };
 function recentRow(job) {
-  const outcome = !job.errorCode ? ["good", "✓", "completed"]
-    : job.errorCode === "cancelled" ? ["faint", "–", "cancelled"] : ["bad", "✕", "failed"];
-  const [color, mark, word] = outcome;
+  const [color, mark, word] = OUTCOMES[job.errorCode] || OUTCOMES[job.status];
   const facts = joinNonEmpty(job.errorCode, tokenNameOf(job), job.api && "/v1", job.model,
     formatElapsed(job.startedAt, job.completedAt));
   const details = el("details", el("summary.row",
@@ -12758,31 +12910,28 @@ function requestDetails(job) {
   const answer = structured === undefined ? job.response : JSON.stringify(structured, null, 2);
   const texts = Object.entries({ "Prompt": job.message, "System prompt": job.systemPrompt,
     "Schema": job.jsonSchema && JSON.stringify(job.jsonSchema), "Answer": answer,
-    ["Error: " + job.errorCode]: job.error }).filter(([, text]) => text);
+    ["Error: " + job.errorCode]: job.error, "What to do": job.advice }).filter(([, text]) => text);
   const facts = joinNonEmpty(startedAt && "waited " + formatElapsed(createdAt, startedAt),
-    startedAt && "ran " + formatElapsed(startedAt, completedAt),
+    startedAt && completedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
     job.effort && "effort " + job.effort, job.conversation && "conversation " + job.conversation);
+  const address = "#/requests/" + job.requestId;
   const region = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
   const raw = structured === undefined && answer && rawButton(region, () => answer);
   if (raw) raw.show();
   return [...texts.flatMap(([label, text]) => [el("h3", label),
     raw && label === "Answer" ? region : textRegion(label, text)]),
-    el("p", meta(facts)), row(answer && button("Copy answer", () => copyText(answer)), raw,
-      !job.api && button("Ask again", () => askAgain(job)))];
+    el("p", meta(facts && facts + " · ", el("a", { href: address }, job.requestId))),
+    row(answer && button("Copy answer", () => copyText(answer)), raw,
+      button("Copy link", () => copyText(location.origin + location.pathname + address)),
+      !FINISHED.includes(job.status) ? cancelButton(job)
+        : !job.api && button("Ask again", () => askAgain(job)))];
 }
 async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conversation }) {
   const body = { message, model, systemPrompt, effort, jsonSchema, conversation };
   await fetchJson("POST", "/api/ask", body);
   toast("Asked again.");
   refreshNow();
-}
-async function loadMore() {
-  const { filter, next } = recent;
-  const page = await getJson("/api/requests?limit=20&status=" + filter + "&before=" + next);
-  if (filter !== recent.filter) return;
-  Object.assign(recent, { requests: recent.requests.concat(page.requests), next: page.next });
-  showRecent();
 }
 const conversationRow = ({ name, turns, lastUsedAt }) => el("li.row", el("span.ellipsis", name),
   meta(plural(turns, "turn") + " · ", timeElement(lastUsedAt)),
@@ -12824,50 +12973,97 @@ function planLimitRow({ type, status, utilization, resetsAt }) {
     meta(resetsAt && ["resets ", timeElement(resetsAt)]),
     forecast && el("p.warm", "At this pace used up at ", timeElement(forecast.toISOString())));
 }
-function showUsage({ since, total, days, tokens }) {
+let usageDays = 30, shownUsage = { total: {}, days: [] };
+// Return the usage of the chosen days. Show it, unless other days were chosen meanwhile.
+async function loadUsage() {
+  const days = usageDays;
+  const usage = await getJson("/api/usage?days=" + days);
+  if (days === usageDays) showUsage(usage);
+  return usage;
+}
+function showLatency({ requests, waitingMs, firstTokenMs }) {
+  setVisible("no-latency", !requests);
+  setVisible("latency", requests);
+  showFigures("latency", [["Waiting, p50", waitingMs.p50], ["Waiting, p95", waitingMs.p95],
+    ["First token, p50", firstTokenMs.p50], ["First token, p95", firstTokenMs.p95]],
+  (duration) => duration === null ? "–" : formatExact(duration));
+}
+function showUsage(usage) {
+  const { total, days, models, tokens } = shownUsage = usage;
+  showLatency(usage.latency);
+  setText("usage-title", "Last " + usageDays + " days");
   showFigures("totals", [["Requests", total.requests], ["Failed", total.errors],
     ["Tokens in", total.inputTokens], ["Tokens out", total.outputTokens],
     ["Cache read", total.cacheReadTokens], ["Cache write", total.cacheCreationTokens],
     ["Est. cost", total.costUsd, formatDollars]], formatCompact);
   reconcileList("usage-by-day", days.slice().reverse(), (usage) => usageRow(usage.day, usage));
+  reconcileList("usage-by-model", models, (usage) => usageRow(usage.model ?? "unknown", usage));
   reconcileList("usage-by-token", tokens, (usage) =>
     usageRow(usage.name ?? "revoked: " + usage.tokenId.slice(0, 8), usage));
-  drawChart(Date.parse(since), days);
+  append($("download-csv"), { download: "usage-" + usageDays + "-days.csv",
+    href: "data:text/csv;charset=utf-8," + encodeURIComponent(usageCsv(days)) });
+  reconcileList("legend", Object.keys(SERIES), legendButton);
+  drawChart();
 }
 const usageRow = (name, usage) => el("tr", el("th", { scope: "row" }, name),
-  el("td", formatCount(usage.requests)), el("td", formatCount(totalTokens(usage))),
-  el("td", formatDollars(usage.costUsd)));
-// One bar for each of 30 days. The transparent rectangle behind a bar takes the mouse pointer.
-function drawChart(firstDay, days) {
+  el("td", formatCount(usage.requests)), el("td", { title: formatCount(totalTokens(usage)) },
+    formatCompact(totalTokens(usage))), el("td", formatDollars(usage.costUsd)));
+const SERIES = { in: (usage) => usage.inputTokens, out: (usage) => usage.outputTokens,
+  cache: (usage) => usage.cacheReadTokens + usage.cacheCreationTokens };
+const hiddenSeries = new Set();
+// A button that shows or hides a part of the chart. Its text is the legend.
+function legendButton(name) {
+  const element = button(name, () => {
+    if (!hiddenSeries.delete(name)) hiddenSeries.add(name);
+    drawChart();
+  });
+  element.removeAttribute("aria-label");
+  return Object.assign(element, { update: () => element.replaceChildren(el("span." + name, "■ "),
+    formatCompact(SERIES[name](shownUsage.total)) + " " + name) });
+}
+// One bar for each day. The transparent rectangle behind a bar takes the mouse pointer.
+function drawChart() {
   const svg = $("chart");
-  const maximum = Math.max(1, ...days.map(totalTokens));
-  const isoDay = (index) => new Date(firstDay + index * DAY_MS).toISOString().slice(0, 10);
   const node = (tag, ...parts) => append(document.createElementNS(svg.namespaceURI, tag), ...parts);
-  const bars = Array.from({ length: 30 }, (_, index) => {
-    const day = isoDay(index);
-    const usage = days.find((entry) => entry.day === day);
-    const height = usage ? 1 + 95 * totalTokens(usage) / maximum : 0;
+  const series = Object.keys(SERIES).filter((name) => !hiddenSeries.has(name));
+  const sumOf = (usage) => series.reduce((sum, name) => sum + SERIES[name](usage), 0);
+  const [highest] = shownUsage.days.slice().sort((first, second) => sumOf(second) - sumOf(first));
+  const days = new Map(shownUsage.days.map((usage) => [usage.day, usage]));
+  const bars = Array.from({ length: usageDays }, (_, x) => {
+    const day = new Date(Date.parse(shownUsage.since) + x * DAY_MS).toISOString().slice(0, 10);
+    const usage = days.get(day);
     const title = joinNonEmpty(day, usage && [plural(totalTokens(usage), "token"),
       plural(usage.requests, "request"), "est. " + formatDollars(usage.costUsd)]);
+    let y = 100;
+    const parts = usage ? series.map((name) => {
+      const height = 96 * SERIES[name](usage) / Math.max(1, sumOf(highest));
+      y -= height;
+      return node("rect", { class: name, x, y, height, width: usageDays > 90 ? 1 : 0.75 });
+    }) : [];
     return node("g", node("title", title),
-      node("rect", { class: "day", x: index, width: 1, height: 100 }),
-      node("rect", { x: index + 0.15, y: 100 - height, width: 0.7, height }));
+      node("rect", { class: "day", x, width: 1, height: 100 }), parts);
   });
+  svg.setAttribute("viewBox", "0 0 " + usageDays + " 100");
   svg.replaceChildren(...bars);
-  setText("chart-start", isoDay(0));
-  setText("chart-maximum", days.length ? "highest: " + plural(maximum, "token") : "no usage yet");
+  for (const element of $("legend").children)
+    element.setAttribute("aria-pressed", !hiddenSeries.has(element.dataset.key));
+  setText("chart-start", shownUsage.since);
+  setText("chart-maximum", highest ? "highest: " + highest.day + ", " +
+    plural(sumOf(highest), "token") : "no usage yet");
 }
 
 // === Tokens ===
 function showTokens(tokens) {
-  for (const { id, name } of tokens) tokenNames.set(id, name);
+  for (const { id, name } of tokens) {
+    tokenNames.set(id, name);
+    optionOf($("filters").elements.token, id).textContent = truncate(name, 32);
+  }
   // The rest is updated within the row.
   reconcileList("tokens", tokens, tokenRow, ({ lastUsedAt, expiresAt, isExpired, ...entry }) =>
     JSON.stringify(entry));
 }
 function tokenRow(entry) {
   const { id, name, tools, requestsPerMinute, requestsPerDay } = entry;
-  const badges = [entry.isAdmin && "admin", tools === "all" && "all tools"].filter(Boolean);
   const facts = joinNonEmpty(entry.prefix + "…", entry.sessionMode,
     tools !== "none" && tools !== "all" && "tools: " + [tools].flat().join(", "),
     requestsPerMinute && requestsPerMinute + " per minute",
@@ -12880,10 +13076,13 @@ function tokenRow(entry) {
   const rotateButton = confirmButton("Rotate", "The present secret stops working. Rotate?",
     async () => showCreated(await fetchJson("POST", "/api/tokens/" + id + "/rotate"), name),
     "Rotate " + name);
-  const times = meta();
-  const element = el("li", row(el("b", name), badges.map((text) => el("span.badge", text)),
+  const [times, badges] = [meta(), el("span.row")];
+  const element = el("li", row(el("b", name), badges,
     el("div.row end", editButton(entry), rotateButton, revokeButton)), meta(facts + " · "), times);
-  const update = ({ lastUsedAt, expiresAt, isExpired }) => {
+  const update = (current) => {
+    const { lastUsedAt, expiresAt, isExpired } = current;
+    badges.replaceChildren(...tokenBadges(current, Date.now()).map(([text, isDangerous]) =>
+      el(isDangerous ? "span.badge" : "span.badge faint", text)));
     times.replaceChildren(...lastUsedAt ? ["last used ", timeElement(lastUsedAt)] : ["never used"]);
     const verb = isExpired ? " · expired " : " · expires ";
     if (expiresAt) times.append(verb, timeElement(expiresAt));
@@ -12950,8 +13149,7 @@ function showAnswer(text) {
 }
 let language = "curl";
 function askFields() {
-  const filled = [...new FormData($("ask-form"))].filter(([, value]) => value);
-  const { jsonSchema, ...fields } = Object.fromEntries(filled);
+  const { jsonSchema, ...fields } = formFields("ask-form");
   return jsonSchema ? { ...fields, jsonSchema: JSON.parse(jsonSchema) } : fields;
 }
 
@@ -13024,13 +13222,21 @@ async function showEndpoints() {
 const listen = (id, event, action) => $(id).addEventListener(event, action);
 listen("sign-in", "submit", withErrorToast(() => signIn($("token-field").value.trim())));
 listen("sign-out", "click", () => signOut("Signed out."));
-listen("search", "input", showRecent);
+listen("filters", "input", () => {
+  clearTimeout(filterTimer);
+  filterTimer = setTimeout(() => applyFilters().catch(toastError), 300);
+});
+listen("filters", "submit", withErrorToast(applyFilters));
+listen("clear-filters", "click", withErrorToast(() => {
+  $("search").focus();
+  return setFilters({});
+}));
 listen("pause-queue", "click", withErrorToast(async () => {
   const isPaused = $("pause-queue").textContent.startsWith("Resume");
   await fetchJson("POST", "/api/queue/" + (isPaused ? "resume" : "pause"));
   await refreshOverview();
 }));
-listen("load-more", "click", withErrorToast(loadMore));
+listen("load-more", "click", withErrorToast(() => loadRecent(recent.next)));
 listen("token-form", "submit", withErrorToast(createToken));
 listen("token-form", "input", () => setText("rights-warning",
   rightsWarning($("token-form").elements.tools.value,
@@ -13052,20 +13258,22 @@ listen("copy-first", "click", withErrorToast(() => copyText($("first-code").text
 listen("copy-answer", "click", withErrorToast(() => copyText(answerText)));
 listen("copy-code", "click", withErrorToast(() => copyText($("code").textContent)));
 
-toggleGroup("filters", { "completed,error": "All", completed: "Completed", error: "Failed" },
-  (filter) => {
-    Object.assign(recent, { filter, requests: [], next: null });
-    refreshNow();
-  });
+const DAYS = { 7: "7 days", 30: "30 days", 90: "90 days", 365: "365 days" };
+toggleGroup("usage-days", DAYS, (days) => {
+  usageDays = Number(days);
+  return loadUsage();
+}, "30");
 toggleGroup("languages", { curl: "curl", Python: "Python", JavaScript: "JavaScript" }, (name) => {
   language = name;
   showCode();
-});
+}, "curl");
 
-addEventListener("hashchange", () => {
+addEventListener("hashchange", withErrorToast(() => {
   showView();
   visibleHeading().focus();
-});
+  if (location.hash === "#/requests") writeFilters();
+  return Promise.all([readFilters(), showLinked()]);
+}));
 document.addEventListener("visibilitychange", () =>
   document.hidden ? followRunning(null) : refreshNow());
 setInterval(() => {
@@ -13083,6 +13291,7 @@ pollOnce();
 // The link that `start` prints; the token does not stay in the address.
 const linkedToken = new URLSearchParams(location.hash.slice(1)).get("token");
 if (linkedToken) history.replaceState(null, "", location.pathname);
+readFilters();
 const firstToken = linkedToken || sessionStorage.getItem("token");
 if (firstToken) signIn(firstToken);
 """

@@ -45,9 +45,10 @@ FOCUS_BY_NAME = """(() => {
 
 CHOOSE_OPTION = """(() => {
     const select = document.activeElement;
-    select.value = %s;
+    const value = %s;
+    select.value = [...select.options].find((option) => option.text === value)?.value ?? value;
     select.dispatchEvent(new Event('input', { bubbles: true }));
-    return select.value;
+    return [select.value, select.selectedOptions[0]?.text].includes(value) && value;
 })()"""
 
 
@@ -265,7 +266,7 @@ class Page:
 
     def choose(self, label: str, value: str) -> None:
         """Choose an option of the visible select element with this label."""
-        self._focus("select", "element.labels[0]?.innerText", label)
+        self._focus("select", "element.ariaLabel || element.labels[0]?.innerText", label)
         assert self.js(CHOOSE_OPTION % json.dumps(value)) == value
 
     def screenshot(self, path: Path, is_whole: bool = True) -> None:

@@ -12,9 +12,9 @@ const page = new Function(`"use strict";
 ${section}
 return {
   CODE_EXAMPLES, formatCompact, formatCount, formatDollars, formatDuration, formatElapsed,
-  exhaustedAt, formatExact, queueDuration, rightsWarning, stateText, formatTime, joinNonEmpty, limitName, matchesSearch, mergeRecent, newTokenBody, parseBlocks, parseEvent,
-  parseInline, plural,
-  totalTokens, truncate, usageParts, waitingText,
+  exhaustedAt, formatExact, formatTime, groupErrors, joinNonEmpty, limitName, matchText, mergeRecent,
+  newTokenBody, parseBlocks, parseEvent, parseInline, plural, queueDuration, requestQuery,
+  rightsWarning, stateText, tokenBadges, totalTokens, truncate, usageCsv, usageParts, waitingText,
 };`)();
 
 const SECOND = 1000;
@@ -200,12 +200,82 @@ test("mergeRecent drops the older requests if there may be a gap", () => {
   assert.deepStrictEqual(first, { requests: [], next: null });
 });
 
-test("matchesSearch ignores case and looks at texts, model, error and token name", () => {
-  const job = { message: "Name Rivers", response: "Rhine", errorCode: "cli_error", model: "haiku" };
-  for (const query of ["", "name r", "RHINE", "cli_e", "haiku", "my-APP"]) {
-    assert.ok(page.matchesSearch(job, "my-app", query), query);
+test("mergeRecent keeps what an earlier search brought, which a page of it does not reach", () => {
+  const loaded = { requests: requests("b", "a"), next: "7", searchedTo: "T1" };
+  const newest = { requests: [], next: "90", searchedTo: "T2" };
+  assert.deepStrictEqual(page.mergeRecent(loaded, newest), loaded);
+  const merged = page.mergeRecent(loaded, { ...newest, requests: requests("z") });
+  assert.deepStrictEqual(merged, { ...loaded, requests: requests("z", "b", "a") });
+  // The first page of a search.
+  assert.deepStrictEqual(page.mergeRecent({ requests: [] }, newest), newest);
+  // All was searched, so nothing else is left.
+  const all = { requests: [], next: null, searchedTo: null };
+  assert.deepStrictEqual(page.mergeRecent(loaded, all), all);
+});
+
+test("requestQuery has the filters that are set, and the outcome as a status or an error", () => {
+  const now = Date.parse("2026-01-02T12:00:00Z");
+  const rows = [
+    [{}, "status=completed,error"],
+    [{ q: "a&b", token: "t1" }, "q=a&b&token=t1&status=completed,error"],
+    [{ outcome: "completed", model: "haiku", before: "7" },
+      "model=haiku&before=7&status=completed"],
+    [{ outcome: "error", hours: "24" }, "status=error&since=2026-01-01T12:00:00.000Z"],
+    [{ outcome: "timeout", hours: "x" }, "status=completed,error&error=timeout"],
+  ];
+  for (const [filters, expected] of rows) {
+    const query = page.requestQuery(filters, now);
+    assert.strictEqual(decodeURIComponent(query), expected);
   }
-  assert.ok(!page.matchesSearch(job, "my-app", "undefined"));
+  assert.strictEqual(new URLSearchParams(page.requestQuery({ q: "a&b" }, now)).get("q"), "a&b");
+});
+
+test("matchText says how much is known and how far the search went", () => {
+  const searchedTo = new Date(2020, 0, 31, 9, 5).toISOString();
+  const time = page.formatTime(new Date(searchedTo));
+  checkTable("matchText", [
+    [{ requests: [], next: null }, "No match"],
+    [{ requests: requests("a"), next: null }, "1 request"],
+    [{ requests: requests("a", "b"), next: "7" }, "2 requests so far"],
+    [{ requests: [], next: "7", searchedTo }, "No match so far, searched back to " + time],
+  ]);
+});
+
+test("groupErrors counts the failures of a day, and a cancelled request is none", () => {
+  const now = Date.parse("2026-01-02T12:00:00Z");
+  const failure = (errorCode, createdAt, advice) => ({ errorCode, createdAt, advice });
+  const jobs = [
+    failure("network", "2026-01-02T11:00:00Z"),
+    failure("cancelled", "2026-01-02T10:59:00Z"),
+    failure("timeout", "2026-01-02T10:00:00Z", "Ask for less."),
+    failure("timeout", "2026-01-01T13:00:00Z", "Old advice."),
+    failure("timeout", "2026-01-01T11:00:00Z"),
+  ];
+  assert.deepStrictEqual(page.groupErrors(jobs, now), [
+    { code: "timeout", count: 2, lastAt: "2026-01-02T10:00:00Z", advice: "Ask for less." },
+    { code: "network", count: 1, lastAt: "2026-01-02T11:00:00Z", advice: undefined },
+  ]);
+});
+
+test("usageCsv has a line for each day, with exact numbers", () => {
+  const day = { day: "2026-01-02", requests: 3, completed: 2, errors: 1, ...USAGE };
+  assert.strictEqual(page.usageCsv([day]), "day,requests,completed,errors,inputTokens," +
+    "outputTokens,cacheReadTokens,cacheCreationTokens,costUsd\r\n" +
+    "2026-01-02,3,2,1,1000,20,3,4,0.5\r\n");
+});
+
+test("tokenBadges show dangerous rights and tokens that nobody uses", () => {
+  const now = Date.parse("2026-03-01T00:00:00Z");
+  const textsOf = (entry) =>
+    page.tokenBadges({ createdAt: "2026-02-20T00:00:00Z", ...entry }, now).map(([text]) => text);
+  assert.deepStrictEqual(textsOf({ tools: "none" }), []);
+  assert.deepStrictEqual(textsOf({ tools: "all", isAdmin: true }), ["admin", "all tools"]);
+  assert.deepStrictEqual(textsOf({ tools: ["Read", "Bash(git log:*)"] }), ["Bash"]);
+  assert.deepStrictEqual(textsOf({ tools: ["Read", "WebSearch"] }), []);
+  const old = "2026-01-01T00:00:00Z";
+  assert.deepStrictEqual(textsOf({ createdAt: old }), ["unused for 30 days"]);
+  assert.deepStrictEqual(textsOf({ createdAt: old, lastUsedAt: "2026-02-27T00:00:00Z" }), []);
+  assert.deepStrictEqual(textsOf({ lastUsedAt: old }), ["unused for 30 days"]);
 });
 
 test("parseEvent reads an event and skips a heartbeat", () => {

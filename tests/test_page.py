@@ -211,6 +211,28 @@ def test_a_user_sees_only_the_requests_of_its_own_token(visit: Visitor, bridge: 
     assert "other" not in page.text() and "Bridge" not in page.text()
 
 
+def test_a_user_sees_its_own_figures(visit: Visitor, bridge: Start, gate: Path) -> None:
+    running = bridge()
+    user, other = running.admin.new_token("user"), running.admin.new_token("other")
+    for message in ("say one", "say two", "die 3 no"):
+        other.answer(message)
+    user.answer("say mine")
+    other.ask("hold %s" % gate)
+    user.ask("hi")
+    page = visit(running, user.token)
+    page.wait_for_text("A request of another token is running.")
+    page.until("document.querySelectorAll('#counters dd').length === 5")
+    figures = page.js(
+        "[...document.querySelectorAll('#counters div')].map((element) =>"
+        " [element.querySelector('dt').innerText, element.querySelector('dd').innerText])"
+    )
+    assert dict(figures) == {
+        "Queued": "1", "Processing": "0", "Completed": "1", "Failed": "0", "Requests": "2"}
+    page.wait_for_text("Your requests", "#counters-note")
+    page = visit(running, running.admin.token)
+    assert page.text("#counters-failed") == "1" and page.text("#counters-note") == ""
+
+
 # --- Requests ---
 
 
@@ -335,14 +357,149 @@ def test_recent_requests_are_filtered_searched_and_more_are_loaded(
     page.until(row_count + " === 24")
     page.write("Search", "NUMBER 0")
     page.until(row_count + " === 10")
-    page.wait_for_text("10 of 24 loaded", "[role=status]")
-    page.write("Search", "")
-    page.press("Failed")
+    page.wait_for_text("10 requests", "#match-count")
+    # A reload keeps the filters, which stand in the address.
+    assert page.js("location.hash") == "#/requests?q=NUMBER+0"
+    page.js("isOld = true; location.reload(); 1")
+    page.until("!('isOld' in window) && document.querySelector('#search').value === 'NUMBER 0'")
+    page.until(row_count + " === 10")
+    page.press("Clear", "#filters")
+    page.until(row_count + " === 20")
+    page.choose("Outcome", "Failed")
     page.until(row_count + " === 1")
     page.press("✕ failed", "#recent")
     page.wait_for_text("Error: cli_error", "#recent")
-    page.press("All")
+    page.choose("Outcome", "Any outcome")
     page.until(row_count + " === 20")
+    page.write("Search", "no such text")
+    page.wait_for_text("No match", "#match-count")
+    assert page.js(row_count) == 0 and "No requests yet." not in page.text()
+
+
+def test_requests_are_filtered_by_token_model_and_time(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    first, second = running.admin.new_token("first"), running.admin.new_token("second")
+    first.answer("say of the first", model="haiku")
+    second.answer("say of the second", model="opus")
+    page = visit(running, running.admin.token)
+    page.wait_for_text("of the second", "#recent")
+    page.choose("Token", "first")
+    page.wait_for_no_text("of the second", "#recent")
+    page.wait_for_text("of the first", "#recent")
+    page.choose("Token", "All tokens")
+    page.write("Model", "opus")
+    page.wait_for_no_text("of the first", "#recent")
+    page.wait_for_text("of the second", "#recent")
+    page.write("Model", "")
+    page.js("sent = []; realFetch = fetch; 1")
+    page.js("fetch = (path, options) => { sent.push(path); return realFetch(path, options) }; 1")
+    page.choose("Time", "Last hour")
+    page.wait_for_text("of the first", "#recent")
+    query = page.until("sent.find((path) => path.includes('since='))")
+    since = page.js("Date.parse(new URLSearchParams(%s).get('since'))" % json.dumps(query))
+    assert abs(page.js("Date.now()") - since - 3600_000) < 60_000
+
+
+def test_the_filters_of_another_token_than_an_admin_name_no_token(
+    visit: Visitor, bridge: Start
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.new_token("user").token)
+    assert page.js("document.querySelector('[name=outcome]').checkVisibility()")
+    assert not page.js("document.querySelector('[name=token]').checkVisibility()")
+
+
+def test_a_search_says_how_far_it_looked_and_goes_on(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    running.admin.answer("say old treasure")
+    for number in range(3):
+        running.admin.answer("say number %d" % number)
+    page = visit(running, running.admin.token)
+    # The bridge reads many thousand requests before it answers with less than a page.
+    page.js("""realFetch = fetch; fetch = (path, options) => path.includes('before=7777')
+        ? realFetch(path.replace('before=7777', ''), options)
+        : !path.includes('q=treasure') ? realFetch(path, options)
+        : Promise.resolve(Response.json({
+            requests: [], next: '7777', searchedTo: '2020-01-31T09:05:00Z' })); 1""")
+    page.write("Search", "treasure")
+    page.wait_for_text("No match so far, searched back to Jan 31", "#match-count")
+    page.press("Search further")
+    page.wait_for_text("old treasure", "#recent")
+    page.wait_for_text("1 request", "#match-count")
+    page.wait_for_no_text("Search further")
+    # A poll, whose page holds nothing, does not drop it.
+    page.js("refreshNow().then(() => 1)")
+    assert "old treasure" in page.text("#recent")
+
+
+def test_a_request_has_an_address_of_its_own(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    user = running.admin.new_token("user")
+    request_id = user.ask("say very old")
+    user.done(request_id)
+    for number in range(21):
+        running.admin.answer("say number %d" % number)
+    page = visit(running)
+    address = "http://127.0.0.1:%d/dashboard#/requests/" % running.port
+    page.navigate("http://127.0.0.1:%d/health" % running.port)
+    page.navigate(address + request_id)
+    page.sign_in(running.admin.token)
+    page.wait_for_text("Prompt", "#linked-list")
+    page.wait_for_text("very old", "#linked-list .text")
+    page.wait_for_text("user", "#linked-list summary")
+    assert "Running now" not in page.text()
+    page.js("copied = []; navigator.clipboard.writeText = async (text) => { copied.push(text) }; 1")
+    page.press("Copy link")
+    page.until("copied.length")
+    assert page.js("copied") == [address + request_id]
+    page.press("All requests")
+    page.wait_for_text("Running now")
+    assert page.js("location.hash") == "#/requests" and page.text("#linked") == ""
+    page.js("location.hash = '#/requests/00000000-0000-4000-8000-000000000000'; 1")
+    page.wait_for_text("There is no request with this ID", "[role=alert]")
+    page = visit(running)
+    page.navigate("http://127.0.0.1:%d/health" % running.port)
+    page.navigate(address + request_id)
+    page.sign_in(running.admin.new_token("other").token)
+    page.wait_for_text("There is no request with this ID", "[role=alert]")
+    assert "very old" not in page.js("document.documentElement.outerHTML")
+
+
+def test_a_linked_request_that_runs_shows_its_end(
+    visit: Visitor, bridge: Start, gate: Path
+) -> None:
+    running = bridge()
+    request_id = running.admin.ask(script({"wait": str(gate)}, {"delta": "the end"}))
+    page = visit(running, running.admin.token)
+    page.speed_up()
+    page.js("location.hash = '#/requests/%s'; 1" % request_id)
+    page.wait_for_text("running", "#linked-list")
+    page.wait_for_text("Cancel", "#linked-list")
+    gate.touch()
+    page.wait_for_text("the end", "#linked-list [aria-label=Answer]")
+
+
+def test_errors_of_a_day_are_grouped_and_a_click_filters(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    running.admin.post("/api/queue/pause")
+    running.admin.delete("/api/ask/" + running.admin.ask("cancel me"))
+    running.admin.post("/api/queue/resume")
+    page = visit(running, running.admin.token)
+    page.wait_for_text("cancelled", "#recent")
+    assert page.text("#errors-section") == ""
+    for number in range(2):
+        running.admin.answer("die 3 broke %d" % number)
+    running.admin.answer("say fine")
+    page = visit(running, running.admin.token)
+    page.wait_for_text("cli_error × 2", "#errors")
+    page.wait_for_text("last at ", "#errors")
+    page.press("cli_error × 2", "#errors")
+    page.until("document.querySelectorAll('#recent li').length === 2")
+    assert page.js("document.querySelector('[name=outcome]').value") == "cli_error"
+    page.press("✕ failed", "#recent")
+    advice = running.admin.get("/api/requests?status=error&limit=1").json["requests"][0]["advice"]
+    page.wait_for_text(advice, "#errors")
+    page.wait_for_text(advice, "#recent")
 
 
 def test_ask_again_sends_all_fields_and_a_conversation_is_deleted(
@@ -412,6 +569,64 @@ def test_an_admin_sees_the_bridge_its_plan_and_the_usage(visit: Visitor, bridge:
     page.press("Day by day")
     page.wait_for_text("$0.0010", "#usage-by-day")
     page.wait_for_text("admin", "#usage-by-token")
+    page.wait_for_text("resolved-default-model", "#usage-by-model")
+    for label in ("Waiting, p50", "Waiting, p95", "First token, p50", "First token, p95"):
+        page.wait_for_text(label, "#latency")
+
+
+def test_the_chart_is_stacked_and_shows_the_chosen_days(
+    visit: Visitor, bridge: Start, tmp_path: Path
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.open_view("Usage")
+    page.wait_for_text("No request in the last hour.")
+    running.admin.answer("hi")
+    page.refresh()
+    page.wait_for_no_text("No request in the last hour.")
+    page.until("document.querySelectorAll('#chart g').length === 30")
+    heights = (
+        "[...document.querySelectorAll('#chart g:last-child rect:not(.day)')]"
+        ".map((part) => [part.getAttribute('class'), +part.getAttribute('height')])"
+    )
+    parts = dict(page.js(heights))
+    # 10 in, 7 out, 5 and 3 of the cache: all together are 96 % of the height.
+    assert {name: round(height * 25 / 96) for name, height in parts.items()} == {
+        "in": 10, "out": 7, "cache": 8}
+    assert page.text("#legend").split() == ["■", "10", "in", "■", "7", "out", "■", "8", "cache"]
+    today = page.js("document.querySelector('#chart g:last-child').textContent")[:10]
+    page.wait_for_text("highest: %s, 25 tokens" % today)
+    page.press("■ 8 cache", "#legend")
+    page.wait_for_text("highest: %s, 17 tokens" % today)
+    assert set(dict(page.js(heights))) == {"in", "out"}
+    page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    for days in (7, 90, 365):
+        page.press("%d days" % days, "#usage-days")
+        page.wait_for_text("Last %d days" % days, "h2")
+        page.until("document.querySelectorAll('#chart g').length === %d" % days)
+        assert page.js("[...document.querySelectorAll('#usage-days [aria-pressed=true]')]"
+                       ".map((element) => element.innerText)") == ["%d days" % days]
+    page.press("Download CSV")
+    file = tmp_path / "usage-365-days.csv"
+    wait_until(lambda: file.exists() and file.stat().st_size)
+    head, line = file.read_text().splitlines()
+    assert head.startswith("day,requests,") and line.startswith(today + ",1,1,0,10,7,5,3,")
+
+
+def test_the_usage_of_days_that_are_no_longer_chosen_is_not_shown(
+    visit: Visitor, bridge: Start
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.open_view("Usage")
+    page.until("document.querySelectorAll('#chart g').length === 30")
+    page.js(HOLD_FIRST % "days=30")
+    page.until("Boolean(release)")
+    page.press("7 days", "#usage-days")
+    page.until("document.querySelectorAll('#chart g').length === 7")
+    page.js("release(); first.then(() => 1)")
+    assert page.js("document.querySelectorAll('#chart g').length") == 7
+    assert page.text("#usage-title") == "Last 7 days"
 
 
 def test_a_reached_plan_limit_is_shown_with_its_reset(visit: Visitor, bridge: Start) -> None:
@@ -514,12 +729,14 @@ def test_dangerous_rights_are_shown_and_warned_of(visit: Visitor, bridge: Start)
     running = bridge()
     running.admin.new_token("shell", tools="all")
     running.admin.new_token("plain")
+    running.admin.new_token("git", tools=["Read", "Bash(git log:*)"])
     page = visit(running, running.admin.token)
     page.open_view("Tokens")
     page.wait_for_text("plain", "#tokens")
     badges = "[...document.querySelectorAll('#tokens li')].map((li) =>"\
         " [li.querySelector('b').innerText, li.querySelector('.badge')?.innerText || null])"
-    assert dict(page.js(badges)) == {"shell": "all tools", "plain": None, "admin": "admin"}
+    assert dict(page.js(badges)) == {
+        "shell": "all tools", "plain": None, "admin": "admin", "git": "Bash"}
     assert page.text("#rights-warning") == ""
     page.choose("Tools", "all")
     page.wait_for_text("can run any command", "#rights-warning")
@@ -739,14 +956,18 @@ def test_a_narrow_screen_needs_no_horizontal_scrolling(
         assert page.js(fits), view
 
 
-def test_numbers_in_tables_never_break_on_a_narrow_screen(visit: Visitor, bridge: Start) -> None:
+@pytest.mark.parametrize("width", [320, 390])
+def test_numbers_in_tables_never_break_on_a_narrow_screen(
+    visit: Visitor, bridge: Start, width: int
+) -> None:
     """Beside a long token name a column of numbers would get the width of one digit."""
     running = bridge()
     user = running.admin.new_token("W" * 100)
     user.answer("hi")
-    page = visit(running, running.admin.token, width=390)
+    page = visit(running, running.admin.token, width=width)
     page.open_view("Usage")
     page.wait_for_text("WWW", "#usage-by-token")
+    page.js("document.documentElement.scrollWidth <= innerWidth && innerWidth") == width
     line_counts = page.js(
         "[...document.querySelectorAll('[data-view=\"#/usage\"] :is(td, thead th)')]"
         ".filter((cell) => cell.checkVisibility()).map((cell) => {"
@@ -856,10 +1077,10 @@ def test_a_response_for_the_previous_filter_is_not_shown(visit: Visitor, bridge:
     page = visit(running, running.admin.token)
     page.js(HOLD_FIRST % "limit=20&")
     page.until("Boolean(release)")
-    page.press("Failed")
-    page.js("new Promise((resolve) => setTimeout(resolve, 200)).then(() => 1)")
-    page.js("release(); first.then(() => 1)")
+    page.choose("Outcome", "Failed")
     page.until("document.querySelectorAll('#recent li').length === 1")
+    page.js("release(); first.then(() => 1)")
+    assert page.js("document.querySelectorAll('#recent li').length") == 1
 
 
 def test_a_first_run_shows_how_to_begin_until_a_request_arrives(
@@ -887,7 +1108,7 @@ def test_who_has_tokens_or_requests_sees_no_first_steps(visit: Visitor, bridge: 
     user = running.admin.new_token("app")
     for token in (running.admin.token, user.token):
         page = visit(running, token)
-        page.wait_for_text("No requests to show.")
+        page.wait_for_text("No requests yet.")
         assert not page.js("document.querySelector('#first-run').checkVisibility()")
 
 
@@ -1040,6 +1261,7 @@ def test_axe_finds_nothing_in_any_state(
     running.admin.delete("/api/ask/" + running.admin.ask("cancel me"))
     page.refresh()
     page.wait_for_text("question 4", "#waiting")
+    page.wait_for_text("cancel me", "#recent")
     page.js("for (const summary of document.querySelectorAll('#recent summary')) summary.click()")
     page.until("Boolean(document.querySelector('#recent h4'))")
     check(page, "busy")

@@ -11836,7 +11836,7 @@ h3 { font-size: .8rem; color: var(--faint); margin: 1.25rem 0 .35rem }
 p, pre { margin: .5rem 0 }
 code, pre { font: .86em/1.6 ui-monospace, Menlo, Consolas, monospace }
 label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem }
-.figure { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums }
+.figure { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap }
 .good { color: var(--good) }
 .bad, .badge:not(.faint) { color: var(--bad) }
 .warm { color: var(--accent) }
@@ -11855,10 +11855,14 @@ dl.grid { --column: 6rem; min-height: 4rem }
 dl.grid div { display: flex; flex-direction: column-reverse }
 form .grid { margin: .75rem 0 }
 #counters { margin-top: 2.5rem; align-items: end }
+#counters dt, #counters button { line-height: 1.5rem }
+#filters > * { flex: 1 1 7rem; min-width: 0 }
+#filters > #search { flex: 4 1 14rem }
+#usage-days, #legend { margin: .75rem 0 1rem }
 .end { margin-left: auto }
-#bridge-facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
+.facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
   align-items: baseline }
-#bridge-facts div { display: contents }
+.facts div { display: contents }
 /* Header and navigation. */
 header p { margin: 0; font-size: .875rem }
 #version { margin-right: auto }
@@ -11880,7 +11884,7 @@ button:hover, [aria-pressed=true] { background: var(--tint) }
 button.primary { background: var(--accent); border-color: var(--accent); color: var(--paper);
   font-weight: 600 }
 #sign-out, dt button { border: 0; padding: 0; min-height: 1.5rem; text-decoration: underline }
-dt button { color: inherit; font-size: inherit; line-height: 1 }
+dt button { color: inherit; font-size: inherit }
 label > * { display: block; width: 100%; margin-top: .2rem }
 label > [type=checkbox] { display: inline; width: 1.1rem; min-height: 1.1rem;
   accent-color: var(--accent); vertical-align: -.25rem }
@@ -11898,6 +11902,13 @@ summary.row { gap: 0 .75rem; font-size: 1rem; color: var(--ink) }
 summary.row::before { content: "▸"; color: var(--faint) }
 [open] > summary.row::before { content: "▾" }
 summary:hover { background: var(--tint) }
+#conversations > li { align-items: start }
+#conversations details[open] { flex-basis: 100% }
+.prompt { margin: .35rem 0; padding: .5rem .9rem; border-radius: .5rem; background: var(--tint) }
+footer { margin-top: 2.5rem }
+dialog { margin: auto; padding: 0 1.5rem 1rem; border: 1px solid var(--edge);
+  border-radius: .5rem; background: var(--card); color: var(--ink) }
+dialog h2 { margin-top: 1rem }
 #waiting:not(.all) > :nth-child(n+6) { display: none }
 #recent > li { padding: .35rem 0 }
 #plan-limits li { border: 0 }
@@ -11944,7 +11955,7 @@ th:first-child, #endpoints td { text-align: left }
 th:first-child { padding-left: 0 }
 td, thead th { white-space: nowrap }
 #endpoints td { white-space: normal }
-@media print { nav, button, form, #toast { display: none } }
+@media print { nav, button, form, footer, #toast { display: none } }
 """
 
 DASHBOARD_HTML = r"""<!doctype html>
@@ -12011,16 +12022,17 @@ STYLE</style>
         <option value="cancelled">Cancelled</select>
       <select name="token" aria-label="Token" data-roles="admin">
         <option value="">All tokens</select>
-      <input name="model" list="models" size="10" placeholder="Any model" aria-label="Model">
+      <input name="model" list="models" placeholder="Any model" aria-label="Model">
       <select name="hours" aria-label="Time"><option value="">Any time<option value="1">Last hour
         <option value="24">Last 24 hours<option value="168">Last 7 days</select>
-      <button type="button" id="clear-filters" hidden>Clear</button></form>
-    <p id="match-count" class="faint" role="status"></p>
+      </form>
+    <div class="row"><p id="match-count" class="faint" role="status"></p>
+      <button type="button" id="clear-filters" hidden>Clear filters</button></div>
     <ul class="list" id="recent"></ul> <p class="if-empty faint" id="no-recent">No requests yet.</p>
     <p><button id="load-more" hidden>Load more</button></p></section>
   <section id="conversations-section" hidden><h2>Conversations</h2>
     <ul class="list" id="conversations"></ul></section>
-  <section data-roles="admin"><h2>Bridge</h2> <dl id="bridge-facts"></dl></section>
+  <section data-roles="admin"><h2>Bridge</h2> <dl class="facts" id="bridge-facts"></dl></section>
 </div>
 <dl class="grid" id="counters"></dl>
 <p class="faint" id="counters-note"></p></section>
@@ -12036,6 +12048,10 @@ STYLE</style>
     <label>Conversation<input name="conversation" placeholder="of a stateful token"></label></div>
   <label>System prompt<textarea name="systemPrompt" rows="2"></textarea></label>
   <label>JSON Schema of the answer<textarea name="jsonSchema" rows="2"></textarea></label>
+  <p class="row"><button type="button" id="add-images">Add images</button>
+    <span class="faint">or drop or paste them here</span></p>
+  <input type="file" id="image-files" accept="image/*" multiple hidden>
+  <ul class="list" id="images"></ul>
   <p class="row"><button class="primary" id="ask">Ask</button>
     <button type="button" id="stop" hidden>Stop</button>
     <span id="ask-status" class="faint" role="status"></span></p></form>
@@ -12047,6 +12063,7 @@ STYLE</style>
 <div class="row"><div class="row" id="languages" role="group" aria-label="Language"></div>
   <button id="copy-code">Copy code</button></div>
 <pre id="code" class="text box" tabindex="0" role="region" aria-label="Code"></pre>
+<p id="code-note" class="faint" hidden>Put the file's content, in base64, where BASE64 stands.</p>
 </section>
 
 <section data-view="#/usage" hidden><h2 tabindex="-1">Last hour</h2>
@@ -12057,8 +12074,8 @@ STYLE</style>
 <dl class="grid" id="totals"></dl>
 <svg id="chart" role="img" preserveAspectRatio="none"
   aria-label="Tokens per day; the numbers are under Day by day"></svg>
-<p class="faint space-between"><span id="chart-start"></span><span id="chart-maximum"></span>
-  <span>today</span></p>
+<p class="faint space-between"><span id="chart-start"></span> <span>today</span></p>
+<p class="faint" id="chart-maximum"></p>
 <div class="row" id="legend" role="group" aria-label="Parts of the chart"></div>
 <p class="faint">Days are in UTC. Costs are estimates by Claude Code at API prices, not what your
   plan charges.</p>
@@ -12097,6 +12114,16 @@ STYLE</style>
   bodies are JSON.</p>
 <table><tbody id="endpoints"></table></section>
 </main>
+<footer><button type="button" id="show-shortcuts">Keyboard shortcuts</button></footer>
+<dialog id="shortcuts" aria-labelledby="shortcuts-title">
+<h2 id="shortcuts-title">Keyboard shortcuts</h2>
+<dl class="facts"><div><dt><kbd>/</kbd><dd>Search</div>
+  <div><dt><kbd>j</kbd> <kbd>k</kbd><dd>Next and previous request</div>
+  <div><dt><kbd>Enter</kbd><dd>Open or close it</div>
+  <div><dt><kbd>1</kbd> to <kbd>5</kbd><dd>The views, from left to right</div>
+  <div><dt><kbd>?</kbd><dd>This list</div> <div><dt><kbd>Esc</kbd><dd>Close this list</div></dl>
+<p><label><input type="checkbox" id="use-shortcuts" checked> Use these keys</label></p>
+<p><button type="button" id="close-shortcuts">Close</button></p></dialog>
 <p id="toast" role="status"></p>
 <script nonce="NONCE">
 SCRIPT</script>
@@ -12119,6 +12146,8 @@ const truncate = (text, size = 300) => text.length > size ? text.slice(0, size) 
 const codeToText = (code) => code.replaceAll("_", " ");
 const formatCount = (number) => Number(number || 0).toLocaleString();
 const formatDollars = (amount) => "$" + amount.toFixed(amount && amount < 0.1 ? 4 : 2);
+const formatBytes = (bytes) => bytes < 1e6 ? Math.ceil(bytes / 1000) + " kB"
+  : (bytes / 1e6).toFixed(1) + " MB";
 const plural = (number, noun) => formatCount(number) + " " + noun + (number === 1 ? "" : "s");
 const formatCompact = (number) => number.toLocaleString(
   [], { notation: "compact", maximumFractionDigits: number < 100 ? 2 : 1 });
@@ -12503,7 +12532,7 @@ async function deleteAndRefresh(path, word) {
   toast(word);
   await refreshNow();
   await listUpdate;
-  if (!list || item.isConnected) return;
+  if (!list || item.isConnected || document.activeElement !== document.body) return;
   const next = list.children[Math.min(index, list.children.length - 1)];
   (next?.querySelector("button, summary") || visibleHeading()).focus();
 }
@@ -12684,7 +12713,7 @@ async function refreshRequests(includeTokens) {
   // The tokens come first because the rows below show their names.
   if (tokenList) showTokens(tokenList.tokens);
   showActive(active.requests);
-  await Promise.all([loadRecent(), FINISHED.includes(linkedStatus) || showLinked()]);
+  await Promise.all([loadPage(recent), FINISHED.includes(linkedStatus) || showLinked()]);
   const hasRequests = recent.key || recent.requests.length + active.requests.length > 0;
   setVisible("first-run", isAdmin && !hasRequests && (firstSecret || tokenNames.size === 1));
 }
@@ -12704,8 +12733,8 @@ async function refreshErrors(count) {
 function errorRow({ code, count, lastAt, advice }) {
   const label = code + " × " + count + (failures.next ? "+" : "");
   return el("li", row(button(label, () => showMatching({ outcome: code, hours: 24 }),
-    label + ": show these requests"), meta("last at ", timeElement(lastAt))),
-  advice && el("p.faint", advice));
+    label + ": show these requests"), meta("last at ", timeElement(lastAt)),
+  advice && el("span.grow faint", advice)));
 }
 // The token that the card of first steps created.
 let firstSecret = "";
@@ -12726,7 +12755,7 @@ async function refreshOverview() {
   if (status) showBridge(status);
   showPlan(plan);
   setVisible("conversations-section", conversations.length);
-  reconcileList("conversations", conversations, conversationRow);
+  reconcileList("conversations", conversations, conversationRow, ({ name }) => name);
 }
 // figures: [label, number, format]; the tooltip has the exact number.
 function showFigures(listId, figures, defaultFormat) {
@@ -12746,14 +12775,14 @@ function showOwnCounters() {
   showFigures("counters", [["Queued", $("waiting").children.length],
     ["Processing", $("running").children.length], ["Completed", completed], ["Failed", errors],
     ["Requests", requests]], formatCount);
-  setText("counters-note", "Your requests; what is done counts for " + usageDays + " days.");
+  setText("counters-note", "Your own requests of the last " + usageDays + " days.");
 }
 
 // === Requests ===
 // The names of all tokens by their id; empty unless an admin is signed in.
 const tokenNames = new Map();
 // The loaded requests that match the filters. key: the filters as they stand in the address.
-const recent = { filters: {}, key: "", requests: [] };
+const recent = { filters: {}, key: "", requests: [], show: () => showRecent() };
 const tokenNameOf = (job) => truncate(tokenNames.get(job.tokenId) || "", 32);
 const messagePreview = (job) => el("span.ellipsis", truncate(job.message));
 const cancelButton = (job) => button("Cancel",
@@ -12826,17 +12855,22 @@ function showRecent() {
   setText("match-count", recent.key && matchText(recent));
   setText("no-recent", recent.key ? "" : "No requests yet.");
   setText("load-more", recent.searchedTo ? "Search further" : "Load more");
-  setVisible("load-more", recent.next);
+  showButton($("load-more"), recent.next, $("recent").lastChild?.querySelector("summary"));
 }
-// before: where the last page ended, null for the newest page. An answer that is late is dropped.
-async function loadRecent(before = null) {
-  const { key, filters } = recent;
+// A button that disappears leaves its focus to another element.
+function showButton(element, isVisible, nextFocus) {
+  if (!isVisible && element === document.activeElement) nextFocus?.focus();
+  element.hidden = !isVisible;
+}
+// Fetch a page into a list: the newest, or the one before `before`. Drop an answer that is late.
+async function loadPage(list, before = null) {
+  const { key, filters } = list;
   const query = requestQuery({ ...filters, before }, Date.now());
   const page = { searchedTo: null, ...await getJson("/api/requests?limit=20&" + query) };
-  if (key !== recent.key || before && before !== recent.next) return;
-  const older = { ...page, requests: recent.requests.concat(page.requests) };
-  Object.assign(recent, before ? older : mergeRecent(recent, page));
-  showRecent();
+  if (key !== list.key || before && before !== list.next) return;
+  const older = { ...page, requests: list.requests.concat(page.requests) };
+  Object.assign(list, before ? older : mergeRecent(list, page));
+  list.show();
 }
 const optionOf = (select, value) => [...select.options].find((option) => option.value === value) ||
   select.appendChild(el("option", { value }, value));
@@ -12852,7 +12886,7 @@ async function applyFilters() {
   Object.assign(recent, { filters, key, requests: [], next: undefined, searchedTo: null });
   writeFilters();
   setText("match-count", "Searching…");
-  if (isSignedIn) await loadRecent();
+  if (isSignedIn) await loadPage(recent);
 }
 function setFilters(filters) {
   $("filters").reset();
@@ -12914,6 +12948,8 @@ function requestDetails(job) {
   const facts = joinNonEmpty(startedAt && "waited " + formatElapsed(createdAt, startedAt),
     startedAt && completedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
+    job.attachments?.map(({ name, mediaType, bytes }) =>
+      (name || mediaType) + " (" + formatBytes(bytes) + ")"),
     job.effort && "effort " + job.effort, job.conversation && "conversation " + job.conversation);
   const address = "#/requests/" + job.requestId;
   const region = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
@@ -12925,7 +12961,7 @@ function requestDetails(job) {
     row(answer && button("Copy answer", () => copyText(answer)), raw,
       button("Copy link", () => copyText(location.origin + location.pathname + address)),
       !FINISHED.includes(job.status) ? cancelButton(job)
-        : !job.api && button("Ask again", () => askAgain(job)))];
+        : !job.api && !job.attachments && button("Ask again", () => askAgain(job)))];
 }
 async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conversation }) {
   const body = { message, model, systemPrompt, effort, jsonSchema, conversation };
@@ -12933,12 +12969,39 @@ async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conv
   toast("Asked again.");
   refreshNow();
 }
-const conversationRow = ({ name, turns, lastUsedAt }) => el("li.row", el("span.ellipsis", name),
-  meta(plural(turns, "turn") + " · ", timeElement(lastUsedAt)),
-  button("Continue", () => continueConversation(name), "Continue " + name),
-  confirmButton("Delete", "Delete this conversation?",
-    () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted."),
-    "Delete " + name));
+// A conversation opens into its turns, the oldest first.
+function conversationRow({ name }) {
+  const [facts, turns] = [meta(), el("ol.list", { id: "turns-" + name })];
+  const earlier = button("Earlier turns", () => loadPage(thread, thread.next));
+  const summary = el("summary.row", el("span.ellipsis", name), facts);
+  const details = el("details.grow", summary, earlier, turns);
+  const show = () => {
+    showButton(earlier, thread.next, summary);
+    reconcileList(turns.id, thread.requests.slice().reverse(), turnRow, requestKey);
+  };
+  const thread = { filters: { conversation: name }, requests: [], show };
+  const load = () => details.open && loadPage(thread).catch(toastError);
+  earlier.hidden = true;
+  details.addEventListener("toggle", load);
+  const element = el("li.row", details,
+    button("Continue", () => continueConversation(name), "Continue " + name),
+    confirmButton("Delete", "Delete this conversation?",
+      () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted."),
+      "Delete " + name));
+  const update = (entry) => {
+    facts.replaceChildren(plural(entry.turns, "turn") + " · ", timeElement(entry.lastUsedAt));
+    if (thread.turns !== entry.turns) load();
+    thread.turns = entry.turns;
+  };
+  return Object.assign(element, { update });
+}
+function turnRow(job) {
+  const answer = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
+  renderAnswer(answer, job.response ?? job.error);
+  const prompt = append(textRegion("Prompt", job.message), { class: "text prompt" });
+  return el("li", prompt, answer, meta(el("a", { href: "#/requests/" + job.requestId },
+    timeElement(job.createdAt))));
+}
 
 // === Bridge, plan and usage ===
 function showBridge({ tunnel, claude, worker }) {
@@ -12995,7 +13058,8 @@ function showUsage(usage) {
   showFigures("totals", [["Requests", total.requests], ["Failed", total.errors],
     ["Tokens in", total.inputTokens], ["Tokens out", total.outputTokens],
     ["Cache read", total.cacheReadTokens], ["Cache write", total.cacheCreationTokens],
-    ["Est. cost", total.costUsd, formatDollars]], formatCompact);
+    ["Est. cost", total.costUsd, (amount) => amount < 1000 ? formatDollars(amount)
+      : "$" + formatCompact(amount)]], formatCompact);
   reconcileList("usage-by-day", days.slice().reverse(), (usage) => usageRow(usage.day, usage));
   reconcileList("usage-by-model", models, (usage) => usageRow(usage.model ?? "unknown", usage));
   reconcileList("usage-by-token", tokens, (usage) =>
@@ -13150,7 +13214,9 @@ function showAnswer(text) {
 let language = "curl";
 function askFields() {
   const { jsonSchema, ...fields } = formFields("ask-form");
-  return jsonSchema ? { ...fields, jsonSchema: JSON.parse(jsonSchema) } : fields;
+  const attachments = images.map(({ key, ...image }) => image);
+  return nonEmpty({ ...fields, jsonSchema: jsonSchema && JSON.parse(jsonSchema),
+    attachments: attachments.length && attachments });
 }
 
 function checkedFields() {
@@ -13163,11 +13229,68 @@ function checkedFields() {
 const exampleCode = (name, fields) => CODE_EXAMPLES[name](location.origin + "/api/ask",
   { message: "Why is the sky blue?", ...fields, wait: 60 });
 function showCode() {
+  setVisible("code-note", images.length);
   try {
-    setText("code", exampleCode(language, askFields()));
+    const fields = askFields();
+    for (const image of fields.attachments || []) image.data = "BASE64";
+    setText("code", exampleCode(language, fields));
   } catch {
     // While the schema is being written.
   }
+}
+// The images to send. A body may have 1 MiB; this is for the base64 of all of them.
+let images = [], imageCount = 0;
+const IMAGE_CHARACTERS = 900000;
+const IMAGE_TYPES = ["image/png", "image/jpeg", "image/gif", "image/webp"];
+async function addImages(files) {
+  for (const file of [...files]) {
+    const room = images.reduce((rest, { data }) => rest - data.length, IMAGE_CHARACTERS);
+    const url = await imageUrl(file, room);
+    if (url.length > room) throw new Error(file.name + " is too large: all images together may " +
+      "have " + formatBytes(IMAGE_CHARACTERS * 0.75) + ". Remove one, or take a smaller one.");
+    const [head, data] = url.split(",");
+    images.push({ key: ++imageCount, name: file.name, mediaType: head.slice(5, -7), data });
+    showImages();
+  }
+}
+// The image as a data: URL. It becomes a smaller JPEG if it is large.
+async function imageUrl(file, room) {
+  const bitmap = await createImageBitmap(file).catch(() => {
+    throw new Error(file.name + " is not an image that this browser can read.");
+  });
+  const longest = Math.max(bitmap.width, bitmap.height);
+  if (longest <= 1568 && file.size < 200000 && IMAGE_TYPES.includes(file.type)) {
+    const bytes = new Uint8Array(await file.arrayBuffer());
+    const text = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+    return "data:" + file.type + ";base64," + btoa(text);
+  }
+  const urls = [1568, 1024, 640].map((edge) => drawJpeg(bitmap, Math.min(1, edge / longest)));
+  return urls.find((url) => url.length <= room) || urls.at(-1);
+}
+function drawJpeg(bitmap, scale) {
+  const [width, height] = [Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale)];
+  const canvas = el("canvas", { width, height });
+  const context = canvas.getContext("2d");
+  // A JPEG has no transparent parts; these would become black.
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0, width, height);
+  return canvas.toDataURL("image/jpeg", 0.8);
+}
+function showImages() {
+  reconcileList("images", images, (image) => el("li.row", el("span.ellipsis", image.name),
+    meta(formatBytes(image.data.length * 0.75)), button("Remove", () => {
+      images = images.filter((other) => other !== image);
+      showImages();
+      $("add-images").focus();
+    }, "Remove " + image.name)), ({ key }) => String(key));
+  showCode();
+}
+// Take the files of a paste or a drop. Without files, it goes on as usual.
+function takeFiles(event, { files }) {
+  if (!files.length) return;
+  event.preventDefault();
+  addImages(files).catch(toastError);
 }
 // Open the playground in a conversation.
 function continueConversation(name) {
@@ -13198,7 +13321,7 @@ async function ask() {
   setText("ask-status", "sent");
   try {
     const job = await followRequest(null, body, handlers, run.aborter.signal);
-    showAnswer(job.error || job.response);
+    showAnswer(job.error ? [job.error, job.advice].filter(Boolean).join("\n\n") : job.response);
     setText("ask-status", job.error ? "failed: " + (job.errorCode || job.code)
       : "done in " + formatExact(Date.now() - startedAt));
     setText("answer-usage", joinNonEmpty(job.model, usageParts(job.usage)));
@@ -13216,6 +13339,36 @@ async function showEndpoints() {
   const { endpoints } = await fetchJson("GET", "/", null, { isPublic: true });
   reconcileList("endpoints", Object.entries(endpoints), ([name, summary]) => el("tr",
     el("th", { scope: "row" }, el("code", name)), el("td", summary.replaceAll("`", ""))));
+}
+
+// === Keyboard shortcuts ===
+// Not with a modifier, nor while something is written. The list of the keys can turn them off.
+const SHORTCUTS = { "?": () => $("shortcuts").showModal(), "/": focusSearch,
+  j: () => focusRecent(1), k: () => focusRecent(-1) };
+function focusSearch() {
+  if ($("search").offsetParent || !isSignedIn) return $("search").focus();
+  addEventListener("hashchange", () => $("search").focus(), { once: true });
+  location.hash = "#/requests";
+}
+function focusRecent(step) {
+  const rows = [...$("recent").children];
+  const index = rows.indexOf(document.activeElement.closest("#recent > li")) + step;
+  rows[Math.min(Math.max(index, 0), rows.length - 1)]?.querySelector("summary").focus();
+}
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target.closest("input, select, textarea, dialog");
+  const hasModifier = event.ctrlKey || event.metaKey || event.altKey;
+  if (isTyping || hasModifier || !$("use-shortcuts").checked) return;
+  const link = $$("nav a:not([hidden])")[event.key - 1];
+  const action = link ? () => link.click() : SHORTCUTS[event.key];
+  if (!action) return;
+  event.preventDefault();
+  action();
+});
+try {
+  $("use-shortcuts").checked = localStorage.getItem("shortcuts") !== "off";
+} catch {
+  // The browser stores nothing: the keys are on.
 }
 
 // === Event listeners and start ===
@@ -13236,7 +13389,7 @@ listen("pause-queue", "click", withErrorToast(async () => {
   await fetchJson("POST", "/api/queue/" + (isPaused ? "resume" : "pause"));
   await refreshOverview();
 }));
-listen("load-more", "click", withErrorToast(() => loadRecent(recent.next)));
+listen("load-more", "click", withErrorToast(() => loadPage(recent, recent.next)));
 listen("token-form", "submit", withErrorToast(createToken));
 listen("token-form", "input", () => setText("rights-warning",
   rightsWarning($("token-form").elements.tools.value,
@@ -13253,6 +13406,20 @@ listen("ask-form", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
 listen("stop", "click", withErrorToast(stopAsking));
+listen("add-images", "click", () => $("image-files").click());
+listen("image-files", "change", () => {
+  addImages($("image-files").files).catch(toastError);
+  $("image-files").value = "";
+});
+listen("ask-form", "paste", (event) => takeFiles(event, event.clipboardData));
+listen("ask-form", "drop", (event) => takeFiles(event, event.dataTransfer));
+listen("ask-form", "dragover", (event) => {
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+});
+listen("show-shortcuts", "click", SHORTCUTS["?"]);
+listen("close-shortcuts", "click", () => $("shortcuts").close());
+listen("use-shortcuts", "change", withErrorToast(() =>
+  localStorage.setItem("shortcuts", $("use-shortcuts").checked ? "on" : "off")));
 listen("create-first", "click", withErrorToast(createFirst));
 listen("copy-first", "click", withErrorToast(() => copyText($("first-code").textContent)));
 listen("copy-answer", "click", withErrorToast(() => copyText(answerText)));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -228,7 +229,7 @@ def test_a_user_sees_its_own_figures(visit: Visitor, bridge: Start, gate: Path) 
     )
     assert dict(figures) == {
         "Queued": "1", "Processing": "0", "Completed": "1", "Failed": "0", "Requests": "2"}
-    page.wait_for_text("Your requests", "#counters-note")
+    page.wait_for_text("Your own requests", "#counters-note")
     page = visit(running, running.admin.token)
     assert page.text("#counters-failed") == "1" and page.text("#counters-note") == ""
 
@@ -363,7 +364,7 @@ def test_recent_requests_are_filtered_searched_and_more_are_loaded(
     page.js("isOld = true; location.reload(); 1")
     page.until("!('isOld' in window) && document.querySelector('#search').value === 'NUMBER 0'")
     page.until(row_count + " === 10")
-    page.press("Clear", "#filters")
+    page.press("Clear filters")
     page.until(row_count + " === 20")
     page.choose("Outcome", "Failed")
     page.until(row_count + " === 1")
@@ -1208,6 +1209,168 @@ def test_the_playground_sends_a_schema_and_refuses_what_is_not_json(
     assert newest["jsonSchema"] == schema and newest["structured"]
 
 
+def test_a_conversation_opens_into_its_turns(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    user = running.admin.new_token("user", sessionMode="stateful")
+    for number in range(23):
+        user.answer("say number %02d" % number, conversation="talk")
+    user.answer("say of another", conversation="other")
+    page = visit(running, user.token)
+    page.press("talk", "#conversations")
+    prompts = (
+        "[...document.querySelectorAll('#turns-talk [aria-label=Prompt]')]"
+        ".map((element) => element.innerText.slice(-2))"
+    )
+    numbers = ["%02d" % number for number in range(24)]
+    page.until("%s.length === 20" % prompts)
+    assert page.js(prompts) == numbers[3:23]
+    page.press("Earlier turns", "#conversations")
+    page.until("%s.length === 23" % prompts)
+    assert page.js(prompts) == numbers[:23]
+    # The button is gone, and the focus is at the conversation.
+    assert "Earlier turns" not in page.text("#conversations")
+    assert page.js("document.activeElement.innerText").startswith("talk")
+    # A new turn appears at the end, and what was open stays open.
+    user.answer("say **number** 23", conversation="talk")
+    page.refresh()
+    page.until("%s.length === 24" % prompts)
+    assert page.js(prompts) == numbers
+    last = "document.querySelector('#turns-talk > :last-child [aria-label=Answer]')"
+    assert page.js(last + ".querySelector('strong').textContent") == "number"
+    assert "of another" not in page.text("#turns-talk")
+
+
+# Make files as a browser gives them to a page: PNG images of one colour, and one that is noise.
+MAKE_FILES = """makeFile = async (name, width, height, isNoise) => {
+    const canvas = new OffscreenCanvas(width, height);
+    const context = canvas.getContext('2d');
+    context.fillStyle = 'teal';
+    context.fillRect(0, 0, width, height);
+    if (isNoise) {
+        const image = context.createImageData(width, height);
+        for (let at = 0; at < image.data.length; at++) image.data[at] = Math.random() * 256;
+        context.putImageData(image, 0, 0);
+    }
+    return new File([await canvas.convertToBlob()], name, { type: 'image/png' });
+};
+send = (event, name, files) => {
+    const data = new DataTransfer();
+    for (const file of files) data.items.add(file);
+    document.querySelector('[name=message]').dispatchEvent(new event(
+        name, { [name === 'paste' ? 'clipboardData' : 'dataTransfer']: data, bubbles: true }));
+}; 1"""
+
+
+def decoded_images(body: Dict[str, Any]) -> List[Any]:
+    """Return (name, mediaType, first bytes) of each attachment."""
+    return [
+        (image["name"], image["mediaType"], base64.b64decode(image["data"])[:4])
+        for image in body["attachments"]
+    ]
+
+
+def test_images_are_dropped_pasted_and_removed(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.open_view("Playground")
+    page.js(MAKE_FILES)
+    page.js("makeFile('small.png', 60, 40).then((file) => send(DragEvent, 'drop', [file]))")
+    page.wait_for_text("small.png", "#images")
+    page.wait_for_text("1 kB", "#images")
+    page.js("Promise.all([makeFile('huge.png', 3000, 900), makeFile('gone.png', 9, 9)])"
+            ".then((files) => send(ClipboardEvent, 'paste', files))")
+    page.wait_for_text("gone.png", "#images")
+    page.press("Remove gone.png", "#images")
+    page.wait_for_no_text("gone.png", "#images")
+    assert page.js("document.activeElement.id") == "add-images"
+    # The code shows where the data goes.
+    page.write("Message", "what is this?")
+    page.wait_for_text("in base64, where BASE64 stands")
+    words = shlex.split(page.text("#code"))
+    shown = json.loads(words[words.index("-d") + 1])["attachments"]
+    assert [image["data"] for image in shown] == ["BASE64", "BASE64"]
+    page.js("bodies = []; realFetch = fetch; fetch = (path, options) => {"
+            " if (options.body) bodies.push(options.body); return realFetch(path, options) }; 1")
+    page.press("Ask", "#ask-form")
+    page.wait_for_text("done in", "#ask-status")
+    body = json.loads(page.js("bodies[0]"))
+    assert decoded_images(body) == [
+        ("small.png", "image/png", b"\x89PNG"), ("huge.png", "image/jpeg", b"\xff\xd8\xff\xe0")]
+    size = page.js("createImageBitmap(new Blob([Uint8Array.from(atob(%s), (letter) =>"
+                   " letter.charCodeAt())])).then(({ width, height }) => [width, height])"
+                   % json.dumps(body["attachments"][1]["data"]))
+    assert size == [1568, 471]
+
+
+def test_images_that_do_not_fit_are_made_smaller_or_refused(
+    visit: Visitor, bridge: Start, tmp_path: Path
+) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.open_view("Playground")
+    page.js(MAKE_FILES)
+    page.js("makeFile('noise.png', 1500, 1500, true).then((file) =>"
+            " send(DragEvent, 'drop', [file, file, file, file, file, file, file]))")
+    page.wait_for_text("is too large: all images together may have 675 kB", "#toast")
+    size = page.js("images.reduce((sum, { data }) => sum + data.length, 0)")
+    assert 0 < size <= 900_000 and "noise.png" in page.text("#images")
+    (tmp_path / "text.png").write_text("no image")
+    document = page.call("DOM.getDocument")["root"]["nodeId"]
+    field = page.call("DOM.querySelector", nodeId=document, selector="#image-files")["nodeId"]
+    page.call("DOM.setFileInputFiles", nodeId=field, files=[str(tmp_path / "text.png")])
+    page.wait_for_text("text.png is not an image that this browser can read", "#toast")
+    assert "text.png" not in page.text("#images")
+
+
+def test_keys_move_the_focus_and_switch_the_views(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    for number in range(3):
+        running.admin.answer("say number %d" % number)
+    page = visit(running, running.admin.token)
+    focused = "document.activeElement.innerText"
+    for key, number in (("j", 2), ("j", 1), ("j", 0), ("j", 0), ("k", 1)):
+        page.key(key, 0, key)
+        assert "number %d" % number in page.js(focused)
+    page.key("3", 0, "3")
+    page.wait_for_text("Last 30 days", "h2")
+    page.key("/", 0, "/")
+    page.until("document.activeElement.id === 'search'")
+    # While something is written, and with a modifier, a key is only a letter.
+    for letter in "j3?":
+        page.key(letter, 0, letter)
+    page.until("document.querySelector('#search').value === 'j3?'")
+    assert page.js("location.hash").startswith("#/requests")
+    page.js("document.activeElement.blur(); 1")
+    page.js("document.body.dispatchEvent(new KeyboardEvent("
+            "'keydown', { key: '3', ctrlKey: true, bubbles: true })); 1")
+    assert page.js("location.hash").startswith("#/requests")
+    page.key("?", 0, "?")
+    page.wait_for_text("Next and previous request", "dialog")
+    page.key("3", 0, "3")
+    page.key("Escape", 27)
+    page.wait_for_no_text("Next and previous request", "dialog")
+    assert page.js("location.hash").startswith("#/requests")
+
+
+def test_the_shortcuts_can_be_turned_off(visit: Visitor, bridge: Start) -> None:
+    running = bridge()
+    page = visit(running, running.admin.token)
+    page.press("Keyboard shortcuts")
+    page.js("document.querySelector('#use-shortcuts').click(); 1")
+    page.press("Close", "dialog")
+    page.js("isOld = true; location.reload(); 1")
+    page.until("!('isOld' in window)")
+    page.wait_for_text("Running now")
+    try:
+        assert page.js("document.querySelector('#use-shortcuts').checked") is False
+        page.key("3", 0, "3")
+        page.key("?", 0, "?")
+        assert page.js("location.hash") in ("", "#/requests")
+        assert not page.js("document.querySelector('dialog').open")
+    finally:
+        page.js("localStorage.clear(); 1")
+
+
 # --- Accessibility ---
 
 AXE_RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
@@ -1269,6 +1432,10 @@ def test_axe_finds_nothing_in_any_state(
         page.open_view(view)
         if view == "API":
             page.wait_for_text("/api/ask", "#endpoints")
+        if view == "Playground":
+            page.js(MAKE_FILES)
+            page.js("makeFile('a.png', 9, 9).then((file) => send(DragEvent, 'drop', [file]))")
+            page.wait_for_text("a.png", "#images")
         if view == "Tokens":
             page.wait_for_text("shell", "#tokens")
             page.choose("Tools", "all")
@@ -1278,11 +1445,26 @@ def test_axe_finds_nothing_in_any_state(
             page.until("Boolean(document.querySelector('#created-token code'))")
         check(page, view)
     page.open_view("Requests")
+    page.choose("Outcome", "Failed")
+    page.wait_for_text("2 requests", "#match-count")
+    page.press("Keyboard shortcuts")
+    check(page, "filters and shortcuts")
+    page.press("Close", "dialog")
+    request_id = running.admin.get("/api/requests?status=completed").json["requests"][0]["requestId"]
+    page.js("location.hash = '#/requests/%s'; 1" % request_id)
+    page.wait_for_text("Copy link", "#linked")
+    check(page, "one request")
+    page.js("location.hash = '#/requests/none'; 1")
+    page.wait_for_text("There is no request", "#linked")
+    check(page, "no request")
+    page.press("All requests")
     running.admin.post("/api/queue/pause")
     page.refresh()
     page.wait_for_text("paused", "#state")
     check(page, "paused")
     page = opened(user.token)
+    page.press("talk", "#conversations")
+    page.wait_for_text("Echo: hello", "#turns-talk")
     check(page, "user")
     page.js("fetch = () => Promise.reject(new Error('gone')); refreshNow(); 1")
     page.wait_for_text("not reachable", "#state")

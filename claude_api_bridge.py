@@ -12084,7 +12084,7 @@ STYLE</style>
 </details>
 <p><a id="download-csv">Download CSV</a></p>
 <h2>By model</h2>
-<table><thead><tr><th>Model<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-model"></table>
+<table><thead><tr><th>Model<th>Completed<th>Tokens<th>Est. cost<tbody id="usage-by-model"></table>
 <section data-roles="admin"><h2>By token</h2>
   <table><thead><tr><th>Token<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-token"></table>
 </section></section>
@@ -12142,6 +12142,7 @@ const requestKey = (job) => job.requestId;
 const nonEmpty = (fields) =>
   Object.fromEntries(Object.entries(fields).filter(([, value]) => value));
 const joinNonEmpty = (...parts) => parts.flat().filter(Boolean).join(" · ");
+const sentence = (text) => text && text.charAt(0).toUpperCase() + text.slice(1) + ".";
 const truncate = (text, size = 300) => text.length > size ? text.slice(0, size) + "…" : text;
 const codeToText = (code) => code.replaceAll("_", " ");
 const formatCount = (number) => Number(number || 0).toLocaleString();
@@ -12213,23 +12214,26 @@ const rightsWarning = (tools, isAdmin) =>
   [tools === "all" && RIGHTS.all, isAdmin && RIGHTS.admin].filter(Boolean).join(" ");
 const waitingText = (reason) => HOLD_TEXTS[reason] || "Waiting (" + codeToText(reason) + ") until ";
 // Put the newest page before the older requests; drop these if there may be a gap between them.
-// A search that read its share of requests has no gap: the older ones were searched before.
+// A search that brought nothing has no gap: what is older was searched before.
 function mergeRecent(loaded, newest) {
   const newestKeys = new Set(newest.requests.map(requestKey));
   const last = loaded.requests.findLastIndex((job) => newestKeys.has(requestKey(job)));
-  if (last < 0 && !(newest.searchedTo && loaded.next !== undefined)) return newest;
+  const isEmptySearch = newest.next && !newest.requests.length && loaded.next !== undefined;
+  if (last < 0 && !isEmptySearch) return newest;
   return { ...loaded, requests: newest.requests.concat(loaded.requests.slice(last + 1)) };
 }
 // The query of GET /api/requests. outcome: a status, or the code of an error.
 function requestQuery({ outcome, hours, ...filters }, now) {
   const isStatus = !outcome || FINISHED.includes(outcome);
   return new URLSearchParams(nonEmpty({ ...filters,
-    status: isStatus && outcome || FINISHED.join(), error: !isStatus && outcome,
+    // The turns of a conversation have an index of their own, which knows no status.
+    status: isStatus && outcome || !filters.conversation && FINISHED.join(),
+    error: !isStatus && outcome,
     since: hours > 0 && new Date(now - hours * 3600000).toISOString() })).toString();
 }
 const matchText = ({ requests, next, searchedTo }) =>
   (requests.length ? plural(requests.length, "request") : "No match") + (next ? " so far" : "") +
-  (searchedTo ? ", searched back to " + formatTime(new Date(searchedTo)) : "");
+  (next && searchedTo ? ", searched back to " + formatTime(new Date(searchedTo)) : "");
 // The failures of the last day by their code, the most frequent first. jobs: newest first.
 function groupErrors(jobs, now) {
   const groups = {};
@@ -12734,7 +12738,7 @@ function errorRow({ code, count, lastAt, advice }) {
   const label = code + " × " + count + (failures.next ? "+" : "");
   return el("li", row(button(label, () => showMatching({ outcome: code, hours: 24 }),
     label + ": show these requests"), meta("last at ", timeElement(lastAt)),
-  advice && el("span.grow faint", advice)));
+  advice && el("span.grow faint", sentence(advice))));
 }
 // The token that the card of first steps created.
 let firstSecret = "";
@@ -12854,7 +12858,7 @@ function showRecent() {
   reconcileList("recent", recent.requests, recentRow, requestKey);
   setText("match-count", recent.key && matchText(recent));
   setText("no-recent", recent.key ? "" : "No requests yet.");
-  setText("load-more", recent.searchedTo ? "Search further" : "Load more");
+  setText("load-more", recent.key && recent.searchedTo ? "Search further" : "Load more");
   showButton($("load-more"), recent.next, $("recent").lastChild?.querySelector("summary"));
 }
 // A button that disappears leaves its focus to another element.
@@ -12866,7 +12870,9 @@ function showButton(element, isVisible, nextFocus) {
 async function loadPage(list, before = null) {
   const { key, filters } = list;
   const query = requestQuery({ ...filters, before }, Date.now());
-  const page = { searchedTo: null, ...await getJson("/api/requests?limit=20&" + query) };
+  const page = await getJson("/api/requests?limit=20&" + query);
+  // A full page says enough by itself.
+  if (page.requests.length === 20) page.searchedTo = null;
   if (key !== list.key || before && before !== list.next) return;
   const older = { ...page, requests: list.requests.concat(page.requests) };
   Object.assign(list, before ? older : mergeRecent(list, page));
@@ -12944,7 +12950,8 @@ function requestDetails(job) {
   const answer = structured === undefined ? job.response : JSON.stringify(structured, null, 2);
   const texts = Object.entries({ "Prompt": job.message, "System prompt": job.systemPrompt,
     "Schema": job.jsonSchema && JSON.stringify(job.jsonSchema), "Answer": answer,
-    ["Error: " + job.errorCode]: job.error, "What to do": job.advice }).filter(([, text]) => text);
+    ["Error: " + job.errorCode]: job.error,
+    "What to do": sentence(job.advice) }).filter(([, text]) => text);
   const facts = joinNonEmpty(startedAt && "waited " + formatElapsed(createdAt, startedAt),
     startedAt && completedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
@@ -12977,7 +12984,8 @@ function conversationRow({ name }) {
   const details = el("details.grow", summary, earlier, turns);
   const show = () => {
     showButton(earlier, thread.next, summary);
-    reconcileList(turns.id, thread.requests.slice().reverse(), turnRow, requestKey);
+    const finished = thread.requests.filter((job) => FINISHED.includes(job.status));
+    reconcileList(turns.id, finished.reverse(), turnRow, requestKey);
   };
   const thread = { filters: { conversation: name }, requests: [], show };
   const load = () => details.open && loadPage(thread).catch(toastError);
@@ -13061,7 +13069,8 @@ function showUsage(usage) {
     ["Est. cost", total.costUsd, (amount) => amount < 1000 ? formatDollars(amount)
       : "$" + formatCompact(amount)]], formatCompact);
   reconcileList("usage-by-day", days.slice().reverse(), (usage) => usageRow(usage.day, usage));
-  reconcileList("usage-by-model", models, (usage) => usageRow(usage.model ?? "unknown", usage));
+  reconcileList("usage-by-model", models, (usage) =>
+    usageRow(usage.model ?? "unknown", { ...usage, requests: usage.completed }));
   reconcileList("usage-by-token", tokens, (usage) =>
     usageRow(usage.name ?? "revoked: " + usage.tokenId.slice(0, 8), usage));
   append($("download-csv"), { download: "usage-" + usageDays + "-days.csv",
@@ -13321,7 +13330,8 @@ async function ask() {
   setText("ask-status", "sent");
   try {
     const job = await followRequest(null, body, handlers, run.aborter.signal);
-    showAnswer(job.error ? [job.error, job.advice].filter(Boolean).join("\n\n") : job.response);
+    const failure = [job.error, sentence(job.advice)].filter(Boolean).join("\n\n");
+    showAnswer(failure || job.response);
     setText("ask-status", job.error ? "failed: " + (job.errorCode || job.code)
       : "done in " + formatExact(Date.now() - startedAt));
     setText("answer-usage", joinNonEmpty(job.model, usageParts(job.usage)));

@@ -204,8 +204,6 @@ test("mergeRecent keeps what an earlier search brought, which a page of it does 
   const loaded = { requests: requests("b", "a"), next: "7", searchedTo: "T1" };
   const newest = { requests: [], next: "90", searchedTo: "T2" };
   assert.deepStrictEqual(page.mergeRecent(loaded, newest), loaded);
-  const merged = page.mergeRecent(loaded, { ...newest, requests: requests("z") });
-  assert.deepStrictEqual(merged, { ...loaded, requests: requests("z", "b", "a") });
   // The first page of a search.
   assert.deepStrictEqual(page.mergeRecent({ requests: [] }, newest), newest);
   // All was searched, so nothing else is left.
@@ -217,6 +215,7 @@ test("requestQuery has the filters that are set, and the outcome as a status or 
   const now = Date.parse("2026-01-02T12:00:00Z");
   const rows = [
     [{}, "status=completed,error"],
+    [{ conversation: "talk" }, "conversation=talk"],
     [{ q: "a&b", token: "t1" }, "q=a&b&token=t1&status=completed,error"],
     [{ outcome: "completed", model: "haiku", before: "7" },
       "model=haiku&before=7&status=completed"],
@@ -235,7 +234,7 @@ test("matchText says how much is known and how far the search went", () => {
   const time = page.formatTime(new Date(searchedTo));
   checkTable("matchText", [
     [{ requests: [], next: null }, "No match"],
-    [{ requests: requests("a"), next: null }, "1 request"],
+    [{ requests: requests("a"), next: null, searchedTo }, "1 request"],
     [{ requests: requests("a", "b"), next: "7" }, "2 requests so far"],
     [{ requests: [], next: "7", searchedTo }, "No match so far, searched back to " + time],
   ]);

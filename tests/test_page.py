@@ -499,8 +499,8 @@ def test_errors_of_a_day_are_grouped_and_a_click_filters(visit: Visitor, bridge:
     assert page.js("document.querySelector('[name=outcome]').value") == "cli_error"
     page.press("✕ failed", "#recent")
     advice = running.admin.get("/api/requests?status=error&limit=1").json["requests"][0]["advice"]
-    page.wait_for_text(advice, "#errors")
-    page.wait_for_text(advice, "#recent")
+    for part in ("#errors", "#recent"):
+        page.wait_for_text(advice[0].upper() + advice[1:] + ".", part)
 
 
 def test_ask_again_sends_all_fields_and_a_conversation_is_deleted(

@@ -11857,7 +11857,7 @@ form .grid { margin: .75rem 0 }
 #counters { margin-top: 2.5rem; align-items: end }
 #counters dt, #counters button { line-height: 1.5rem }
 #filters > * { flex: 1 1 7rem; min-width: 0 }
-#filters > #search { flex: 4 1 14rem }
+#filters > #search { flex: 4 1 16rem }
 #usage-days, #legend { margin: .75rem 0 1rem }
 .end { margin-left: auto }
 .facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
@@ -11917,7 +11917,7 @@ dialog h2 { margin-top: 1rem }
 #toast { position: fixed; bottom: 1rem; left: 50%; transform: translateX(-50%); width: max-content;
   max-width: calc(100% - 2rem); background: var(--ink); color: var(--paper); padding: .5rem 1rem;
   border-radius: .5rem }
-#toast:empty { display: none }
+#toast:empty, #last-update:empty { display: none }
 /* Answers. */
 .text :is(ul, ol) { padding-left: 1.5rem }
 .text li > p { margin: .2rem 0 }
@@ -11942,8 +11942,9 @@ svg { display: block; width: 100%; height: 11rem; margin: 1.5rem 0 .25rem;
 .in { fill: var(--accent); color: var(--accent) }
 .out { fill: var(--ink); color: var(--ink) }
 .cache { fill: var(--edge); color: var(--edge) }
-#legend span { forced-color-adjust: none }
-@media (forced-colors: active) { .in { fill: Highlight; color: Highlight }
+#legend span, progress { forced-color-adjust: none }
+@media (forced-colors: active) { [aria-pressed=true] { border-width: 3px }
+  .in { fill: Highlight; color: Highlight }
   .out { fill: CanvasText; color: CanvasText } .cache { fill: GrayText; color: GrayText } }
 svg .day { fill: transparent }
 svg g:hover .day { fill: var(--tint) }
@@ -11955,7 +11956,7 @@ th:first-child, #endpoints td { text-align: left }
 th:first-child { padding-left: 0 }
 td, thead th { white-space: nowrap }
 #endpoints td { white-space: normal }
-@media print { nav, button, form, footer, #toast { display: none } }
+@media print { nav, button:not(#legend *), form, footer, #toast { display: none } }
 """
 
 DASHBOARD_HTML = r"""<!doctype html>
@@ -12017,7 +12018,7 @@ STYLE</style>
     <form id="filters" class="row" role="search" aria-label="Recent requests">
       <input name="q" id="search" class="grow" type="search" placeholder="Search"
         aria-label="Search">
-      <select name="outcome" aria-label="Outcome"><option value="">Any outcome
+      <select name="status" aria-label="Status"><option value="">Any status
         <option value="completed">Completed<option value="error">Failed
         <option value="cancelled">Cancelled</select>
       <select name="token" aria-label="Token" data-roles="admin">
@@ -12034,8 +12035,8 @@ STYLE</style>
     <ul class="list" id="conversations"></ul></section>
   <section data-roles="admin"><h2>Bridge</h2> <dl class="facts" id="bridge-facts"></dl></section>
 </div>
-<dl class="grid" id="counters"></dl>
-<p class="faint" id="counters-note"></p></section>
+<div id="figures"><dl class="grid" id="counters"></dl>
+  <p class="faint" id="counters-note"></p></div></section>
 
 <section data-view="#/playground" hidden><h2 tabindex="-1">Playground</h2>
 <form id="ask-form">
@@ -12123,7 +12124,7 @@ STYLE</style>
   <div><dt><kbd>1</kbd> to <kbd>5</kbd><dd>The views, from left to right</div>
   <div><dt><kbd>?</kbd><dd>This list</div> <div><dt><kbd>Esc</kbd><dd>Close this list</div></dl>
 <p><label><input type="checkbox" id="use-shortcuts" checked> Use these keys</label></p>
-<p><button type="button" id="close-shortcuts">Close</button></p></dialog>
+<p><button type="button" id="close-shortcuts" autofocus>Close</button></p></dialog>
 <p id="toast" role="status"></p>
 <script nonce="NONCE">
 SCRIPT</script>
@@ -12147,8 +12148,7 @@ const truncate = (text, size = 300) => text.length > size ? text.slice(0, size) 
 const codeToText = (code) => code.replaceAll("_", " ");
 const formatCount = (number) => Number(number || 0).toLocaleString();
 const formatDollars = (amount) => "$" + amount.toFixed(amount && amount < 0.1 ? 4 : 2);
-const formatBytes = (bytes) => bytes < 1e6 ? Math.ceil(bytes / 1000) + " kB"
-  : (bytes / 1e6).toFixed(1) + " MB";
+const formatBytes = (bytes) => Math.ceil(bytes / 1000) + " kB";
 const plural = (number, noun) => formatCount(number) + " " + noun + (number === 1 ? "" : "s");
 const formatCompact = (number) => number.toLocaleString(
   [], { notation: "compact", maximumFractionDigits: number < 100 ? 2 : 1 });
@@ -12161,6 +12161,8 @@ function formatDuration(milliseconds) {
 // The same with a decimal below 10 s.
 const formatExact = (milliseconds) => milliseconds >= 50 && milliseconds < 9950
   ? (milliseconds / 1000).toFixed(1) + " s" : formatDuration(milliseconds);
+const formatLatency = (milliseconds) => milliseconds === null ? "–"
+  : milliseconds < 1000 ? milliseconds + " ms" : formatExact(milliseconds);
 // The duration between two ISO times; empty if one of them is missing.
 const formatElapsed = (from, to) => from && to && formatExact(Date.parse(to) - Date.parse(from));
 const formatAge = (iso) => formatDuration(Date.now() - Date.parse(iso));
@@ -12222,13 +12224,13 @@ function mergeRecent(loaded, newest) {
   if (last < 0 && !isEmptySearch) return newest;
   return { ...loaded, requests: newest.requests.concat(loaded.requests.slice(last + 1)) };
 }
-// The query of GET /api/requests. outcome: a status, or the code of an error.
-function requestQuery({ outcome, hours, ...filters }, now) {
-  const isStatus = !outcome || FINISHED.includes(outcome);
+// The query of GET /api/requests. status: completed, error, or the code of an error.
+function requestQuery({ status, hours, ...filters }, now) {
+  const isStatus = !status || FINISHED.includes(status);
   return new URLSearchParams(nonEmpty({ ...filters,
     // The turns of a conversation have an index of their own, which knows no status.
-    status: isStatus && outcome || !filters.conversation && FINISHED.join(),
-    error: !isStatus && outcome,
+    status: isStatus && status || !filters.conversation && FINISHED.join(),
+    error: !isStatus && status,
     since: hours > 0 && new Date(now - hours * 3600000).toISOString() })).toString();
 }
 const matchText = ({ requests, next, searchedTo }) =>
@@ -12638,7 +12640,7 @@ function showView() {
   for (const element of $$("[data-roles]")) element.hidden = !element.dataset.roles.includes(role);
   setVisible("linked", isSignedIn && linkedId());
   if (linkedId()) setVisible("overview", false);
-  setVisible("counters", !isSignedIn || !linkedId());
+  setVisible("figures", !isSignedIn || !linkedId());
   const links = $$("nav a:not([hidden])");
   const [hash] = location.hash.match(/^#\/[a-z]*/) || [];
   const current = links.find((link) => link.hash === hash) || links[0];
@@ -12717,7 +12719,7 @@ async function refreshRequests(includeTokens) {
   // The tokens come first because the rows below show their names.
   if (tokenList) showTokens(tokenList.tokens);
   showActive(active.requests);
-  await Promise.all([loadPage(recent), FINISHED.includes(linkedStatus) || showLinked()]);
+  await Promise.all([loadRecent(), FINISHED.includes(linkedStatus) || showLinked()]);
   const hasRequests = recent.key || recent.requests.length + active.requests.length > 0;
   setVisible("first-run", isAdmin && !hasRequests && (firstSecret || tokenNames.size === 1));
 }
@@ -12725,18 +12727,18 @@ async function refreshRequests(includeTokens) {
 const failures = { count: -1, at: 0, requests: [], next: null };
 async function refreshErrors(count) {
   if (count !== failures.count && Date.now() - failures.at > 30000) {
-    const query = requestQuery({ outcome: "error", hours: 24 }, Date.now());
+    const query = requestQuery({ status: "error", hours: 24 }, Date.now());
     const page = await getJson("/api/requests?limit=100&" + query);
     Object.assign(failures, page, { count, at: Date.now() });
   }
   const groups = groupErrors(failures.requests, Date.now());
-  for (const { code } of groups) optionOf($("filters").elements.outcome, code);
+  for (const { code } of groups) optionOf($("filters").elements.status, code);
   setVisible("errors-section", groups.length);
   reconcileList("errors", groups, errorRow);
 }
 function errorRow({ code, count, lastAt, advice }) {
   const label = code + " × " + count + (failures.next ? "+" : "");
-  return el("li", row(button(label, () => showMatching({ outcome: code, hours: 24 }),
+  return el("li", row(button(label, () => showMatching({ status: code, hours: 24 }),
     label + ": show these requests"), meta("last at ", timeElement(lastAt)),
   advice && el("span.grow faint", sentence(advice))));
 }
@@ -12772,7 +12774,7 @@ function showFigures(listId, figures, defaultFormat) {
   }, (figure) => isSignedIn + JSON.stringify(figure));
 }
 const COUNTER_FILTERS = {
-  Completed: { outcome: "completed" }, Failed: { outcome: "error" }, Requests: {} };
+  Completed: { status: "completed" }, Failed: { status: "error" }, Requests: {} };
 // A token that is no admin sees the figures of its own requests.
 function showOwnCounters() {
   const { requests, completed, errors } = shownUsage.total;
@@ -12878,10 +12880,20 @@ async function loadPage(list, before = null) {
   Object.assign(list, before ? older : mergeRecent(list, page));
   list.show();
 }
+// The filters of an address may be wrong; this is no reason to stop the updates of the page.
+async function loadRecent() {
+  try {
+    await loadPage(recent);
+  } catch (error) {
+    if (![400, 404].includes(error.status)) throw error;
+    recent.show();
+    setText("match-count", error.message);
+  }
+}
 const optionOf = (select, value) => [...select.options].find((option) => option.value === value) ||
   select.appendChild(el("option", { value }, value));
 const formFields = (id) => nonEmpty(Object.fromEntries(new FormData($(id))));
-const writeFilters = () =>
+const writeFilters = () => /^(#\/requests)?(\?.*)?$/.test(location.hash) &&
   history.replaceState(null, "", "#/requests" + (recent.key && "?" + recent.key));
 async function applyFilters() {
   clearTimeout(filterTimer);
@@ -12892,13 +12904,13 @@ async function applyFilters() {
   Object.assign(recent, { filters, key, requests: [], next: undefined, searchedTo: null });
   writeFilters();
   setText("match-count", "Searching…");
-  if (isSignedIn) await loadPage(recent);
+  if (isSignedIn) await loadRecent();
 }
 function setFilters(filters) {
   $("filters").reset();
   for (const [name, value] of Object.entries(filters)) {
     const field = $("filters").elements.namedItem(name);
-    if (field?.options) optionOf(field, String(value));
+    if (["status", "token"].includes(name)) optionOf(field, value);
     if (field) field.value = value;
   }
   return applyFilters();
@@ -13057,7 +13069,7 @@ function showLatency({ requests, waitingMs, firstTokenMs }) {
   setVisible("latency", requests);
   showFigures("latency", [["Waiting, p50", waitingMs.p50], ["Waiting, p95", waitingMs.p95],
     ["First token, p50", firstTokenMs.p50], ["First token, p95", firstTokenMs.p95]],
-  (duration) => duration === null ? "–" : formatExact(duration));
+  formatLatency);
 }
 function showUsage(usage) {
   const { total, days, models, tokens } = shownUsage = usage;
@@ -13273,8 +13285,12 @@ async function imageUrl(file, room) {
     const text = Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
     return "data:" + file.type + ";base64," + btoa(text);
   }
-  const urls = [1568, 1024, 640].map((edge) => drawJpeg(bitmap, Math.min(1, edge / longest)));
-  return urls.find((url) => url.length <= room) || urls.at(-1);
+  let url = "";
+  for (const edge of [1568, 1024, 640]) {
+    url = drawJpeg(bitmap, Math.min(1, edge / longest));
+    if (url.length <= room) break;
+  }
+  return url;
 }
 function drawJpeg(bitmap, scale) {
   const [width, height] = [Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale)];

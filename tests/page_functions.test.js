@@ -12,8 +12,8 @@ const page = new Function(`"use strict";
 ${section}
 return {
   CODE_EXAMPLES, formatCompact, formatCount, formatDollars, formatDuration, formatElapsed,
-  exhaustedAt, formatExact, formatTime, groupErrors, joinNonEmpty, limitName, matchText, mergeRecent,
-  newTokenBody, parseBlocks, parseEvent, parseInline, plural, queueDuration, requestQuery,
+  exhaustedAt, formatExact, formatLatency, formatTime, groupErrors, joinNonEmpty, limitName,
+  matchText, mergeRecent, newTokenBody, parseBlocks, parseEvent, parseInline, plural, queueDuration, requestQuery,
   rightsWarning, stateText, tokenBadges, totalTokens, truncate, usageCsv, usageParts, waitingText,
 };`)();
 
@@ -48,6 +48,10 @@ test("formatExact has a decimal below 10 seconds", () => {
     [0, "0 s"], [77, "0.1 s"], [340, "0.3 s"], [9.94 * SECOND, "9.9 s"], [9.96 * SECOND, "10 s"],
     [90 * SECOND, "1 min 30 s"],
   ]);
+});
+
+test("formatLatency shows milliseconds below a second, and a dash for no value", () => {
+  checkTable("formatLatency", [[null, "–"], [0, "0 ms"], [340, "340 ms"], [1840, "1.8 s"]]);
 });
 
 test("stateText says what the queue does or waits for", () => {
@@ -211,16 +215,16 @@ test("mergeRecent keeps what an earlier search brought, which a page of it does 
   assert.deepStrictEqual(page.mergeRecent(loaded, all), all);
 });
 
-test("requestQuery has the filters that are set, and the outcome as a status or an error", () => {
+test("requestQuery has the filters that are set, and the status or the error", () => {
   const now = Date.parse("2026-01-02T12:00:00Z");
   const rows = [
     [{}, "status=completed,error"],
     [{ conversation: "talk" }, "conversation=talk"],
     [{ q: "a&b", token: "t1" }, "q=a&b&token=t1&status=completed,error"],
-    [{ outcome: "completed", model: "haiku", before: "7" },
+    [{ status: "completed", model: "haiku", before: "7" },
       "model=haiku&before=7&status=completed"],
-    [{ outcome: "error", hours: "24" }, "status=error&since=2026-01-01T12:00:00.000Z"],
-    [{ outcome: "timeout", hours: "x" }, "status=completed,error&error=timeout"],
+    [{ status: "error", hours: "24" }, "status=error&since=2026-01-01T12:00:00.000Z"],
+    [{ status: "timeout", hours: "x" }, "status=completed,error&error=timeout"],
   ];
   for (const [filters, expected] of rows) {
     const query = page.requestQuery(filters, now);

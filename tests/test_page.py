@@ -366,11 +366,11 @@ def test_recent_requests_are_filtered_searched_and_more_are_loaded(
     page.until(row_count + " === 10")
     page.press("Clear filters")
     page.until(row_count + " === 20")
-    page.choose("Outcome", "Failed")
+    page.choose("Status", "Failed")
     page.until(row_count + " === 1")
     page.press("✕ failed", "#recent")
     page.wait_for_text("Error: cli_error", "#recent")
-    page.choose("Outcome", "Any outcome")
+    page.choose("Status", "Any status")
     page.until(row_count + " === 20")
     page.write("Search", "no such text")
     page.wait_for_text("No match", "#match-count")
@@ -401,12 +401,28 @@ def test_requests_are_filtered_by_token_model_and_time(visit: Visitor, bridge: S
     assert abs(page.js("Date.now()") - since - 3600_000) < 60_000
 
 
+def test_wrong_filters_of_an_address_are_named_and_the_page_goes_on(
+    visit: Visitor, bridge: Start
+) -> None:
+    running = bridge()
+    running.admin.answer("say one")
+    page = visit(running, running.admin.token)
+    page.wait_for_text("say one", "#recent")
+    page.js("location.hash = '#/requests?token=nobody&hours=1e300&length=7&toString=1'; 1")
+    page.wait_for_text("Token not found", "#match-count")
+    assert page.text("#recent") == ""
+    page.js("refreshNow().then(() => 1)")
+    assert page.text("#state") == "idle"
+    page.press("Clear filters")
+    page.wait_for_text("say one", "#recent")
+
+
 def test_the_filters_of_another_token_than_an_admin_name_no_token(
     visit: Visitor, bridge: Start
 ) -> None:
     running = bridge()
     page = visit(running, running.admin.new_token("user").token)
-    assert page.js("document.querySelector('[name=outcome]').checkVisibility()")
+    assert page.js("document.querySelector('[name=status]').checkVisibility()")
     assert not page.js("document.querySelector('[name=token]').checkVisibility()")
 
 
@@ -496,7 +512,7 @@ def test_errors_of_a_day_are_grouped_and_a_click_filters(visit: Visitor, bridge:
     page.wait_for_text("last at ", "#errors")
     page.press("cli_error × 2", "#errors")
     page.until("document.querySelectorAll('#recent li').length === 2")
-    assert page.js("document.querySelector('[name=outcome]').value") == "cli_error"
+    assert page.js("document.querySelector('[name=status]').value") == "cli_error"
     page.press("✕ failed", "#recent")
     advice = running.admin.get("/api/requests?status=error&limit=1").json["requests"][0]["advice"]
     for part in ("#errors", "#recent"):
@@ -1078,7 +1094,7 @@ def test_a_response_for_the_previous_filter_is_not_shown(visit: Visitor, bridge:
     page = visit(running, running.admin.token)
     page.js(HOLD_FIRST % "limit=20&")
     page.until("Boolean(release)")
-    page.choose("Outcome", "Failed")
+    page.choose("Status", "Failed")
     page.until("document.querySelectorAll('#recent li').length === 1")
     page.js("release(); first.then(() => 1)")
     assert page.js("document.querySelectorAll('#recent li').length") == 1
@@ -1445,12 +1461,13 @@ def test_axe_finds_nothing_in_any_state(
             page.until("Boolean(document.querySelector('#created-token code'))")
         check(page, view)
     page.open_view("Requests")
-    page.choose("Outcome", "Failed")
+    page.choose("Status", "Failed")
     page.wait_for_text("2 requests", "#match-count")
     page.press("Keyboard shortcuts")
     check(page, "filters and shortcuts")
     page.press("Close", "dialog")
-    request_id = running.admin.get("/api/requests?status=completed").json["requests"][0]["requestId"]
+    completed = running.admin.get("/api/requests?status=completed").json["requests"]
+    request_id = completed[0]["requestId"]
     page.js("location.hash = '#/requests/%s'; 1" % request_id)
     page.wait_for_text("Copy link", "#linked")
     check(page, "one request")

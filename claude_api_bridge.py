@@ -11859,6 +11859,7 @@ form .grid { margin: .75rem 0 }
 #filters > * { flex: 1 1 7rem; min-width: 0 }
 #filters > #search { flex: 4 1 16rem }
 #usage-days, #legend { margin: .75rem 0 1rem }
+#latency { --column: 8rem }
 .end { margin-left: auto }
 .facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
   align-items: baseline }
@@ -11956,6 +11957,8 @@ th:first-child, #endpoints td { text-align: left }
 th:first-child { padding-left: 0 }
 td, thead th { white-space: nowrap }
 #endpoints td { white-space: normal }
+@media (max-width: 30rem) { #endpoints :is(th, td) { display: block; padding-left: 0 }
+  #endpoints th { border: 0; padding-bottom: 0 } }
 @media print { nav, button:not(#legend *), form, footer, #toast { display: none } }
 """
 
@@ -12073,6 +12076,8 @@ STYLE</style>
 <h2 id="usage-title">Last 30 days</h2>
 <div class="row" id="usage-days" role="group" aria-label="Time"></div>
 <dl class="grid" id="totals"></dl>
+<p id="no-usage" class="faint">No usage yet.</p>
+<div id="usage-parts" hidden>
 <svg id="chart" role="img" preserveAspectRatio="none"
   aria-label="Tokens per day; the numbers are under Day by day"></svg>
 <p class="faint space-between"><span id="chart-start"></span> <span>today</span></p>
@@ -12088,7 +12093,7 @@ STYLE</style>
 <table><thead><tr><th>Model<th>Completed<th>Tokens<th>Est. cost<tbody id="usage-by-model"></table>
 <section data-roles="admin"><h2>By token</h2>
   <table><thead><tr><th>Token<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-token"></table>
-</section></section>
+</section></div></section>
 
 <section data-view="#/tokens" hidden><h2 tabindex="-1" id="token-form-title">New token</h2>
 <form id="token-form">
@@ -13074,6 +13079,8 @@ function showLatency({ requests, waitingMs, firstTokenMs }) {
 function showUsage(usage) {
   const { total, days, models, tokens } = shownUsage = usage;
   showLatency(usage.latency);
+  setVisible("no-usage", !days.length);
+  setVisible("usage-parts", days.length);
   setText("usage-title", "Last " + usageDays + " days");
   showFigures("totals", [["Requests", total.requests], ["Failed", total.errors],
     ["Tokens in", total.inputTokens], ["Tokens out", total.outputTokens],
@@ -13134,7 +13141,7 @@ function drawChart() {
     element.setAttribute("aria-pressed", !hiddenSeries.has(element.dataset.key));
   setText("chart-start", shownUsage.since);
   setText("chart-maximum", highest ? "highest: " + highest.day + ", " +
-    plural(sumOf(highest), "token") : "no usage yet");
+    plural(sumOf(highest), "token") : "");
 }
 
 // === Tokens ===

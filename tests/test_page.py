@@ -600,6 +600,7 @@ def test_the_chart_is_stacked_and_shows_the_chosen_days(
     page = visit(running, running.admin.token)
     page.open_view("Usage")
     page.wait_for_text("No request in the last hour.")
+    assert page.text("#no-usage") == "No usage yet." and page.text("#usage-parts") == ""
     running.admin.answer("hi")
     page.refresh()
     page.wait_for_no_text("No request in the last hour.")
@@ -638,6 +639,7 @@ def test_the_usage_of_days_that_are_no_longer_chosen_is_not_shown(
     visit: Visitor, bridge: Start
 ) -> None:
     running = bridge()
+    running.admin.answer("hi")
     page = visit(running, running.admin.token)
     page.open_view("Usage")
     page.until("document.querySelectorAll('#chart g').length === 30")

@@ -12743,7 +12743,7 @@ async function refreshErrors(count) {
 }
 function errorRow({ code, count, lastAt, advice }) {
   const label = code + " × " + count + (failures.next ? "+" : "");
-  return el("li", row(button(label, () => showMatching({ status: code, hours: 24 }),
+  return el("li", row(button(label, () => setFilters({ status: code, hours: 24 }),
     label + ": show these requests"), meta("last at ", timeElement(lastAt)),
   advice && el("span.grow faint", sentence(advice))));
 }
@@ -12773,7 +12773,7 @@ function showFigures(listId, figures, defaultFormat) {
   reconcileList(listId, figures, ([label, number, format = defaultFormat]) => {
     const id = listId + "-" + label.toLowerCase().replaceAll(/[^a-z0-9]+/g, "-");
     const filter = listId === "counters" && isSignedIn && COUNTER_FILTERS[label];
-    return el("div", el("dt", filter ? button(label, () => showMatching(filter),
+    return el("div", el("dt", filter ? button(label, () => setFilters(filter),
       label + ": show these requests") : label),
     el("dd.figure", { id, title: number }, format(number)));
   }, (figure) => isSignedIn + JSON.stringify(figure));
@@ -12918,11 +12918,8 @@ function setFilters(filters) {
     if (["status", "token"].includes(name)) optionOf(field, value);
     if (field) field.value = value;
   }
-  return applyFilters();
-}
-function showMatching(filters) {
   $("filters").scrollIntoView();
-  return setFilters(filters);
+  return applyFilters();
 }
 // The address may hold filters, #/requests?q=text, or a request, #/requests/ID.
 function readFilters() {

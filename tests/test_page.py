@@ -364,7 +364,7 @@ def test_recent_requests_are_filtered_searched_and_more_are_loaded(
     # A reload keeps the filters, which stand in the address.
     assert page.js("location.hash") == "#/requests?q=NUMBER+0"
     page.js("isOld = true; location.reload(); 1")
-    page.until("!('isOld' in window) && document.querySelector('#search').value === 'NUMBER 0'")
+    page.until("!('isOld' in window) && document.querySelector('#search')?.value === 'NUMBER 0'")
     page.until(row_count + " === 10")
     page.press("Clear filters")
     page.until(row_count + " === 20")

@@ -87,6 +87,10 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("GET", "/api/usage"): Rule(HOLDERS, 200),
     ("POST", "/v1/messages"): Rule(HOLDERS, 400),
     ("POST", "/v1/chat/completions"): Rule(HOLDERS, 400),
+    ("POST", "/v1/responses"): Rule(HOLDERS, 400),
+    ("POST", "/v1/responses/input_tokens"): Rule(HOLDERS, 400),
+    ("GET", "/v1/responses/:id"): Rule(HOLDERS, 200, ("owner", "admin")),
+    ("DELETE", "/v1/responses/:id"): Rule(HOLDERS, 200, ("owner", "admin")),
     ("GET", "/v1/models"): Rule(HOLDERS, 200),
     ("GET", "/v1/models/:id"): Rule(HOLDERS, 200),
     ("POST", "/api/tokens"): Rule(ADMINS, 400),
@@ -138,7 +142,9 @@ def expected_format(path: str, is_anthropic: bool) -> str:
     return "anthropic" if is_anthropic or path == "/v1/messages" else "openai"
 
 
-def expected_refusal(status: int, code: str, form: str) -> Dict[str, Any]:
+def expected_refusal(
+    status: int, code: str, form: str, param: str = "messages"
+) -> Dict[str, Any]:
     """Return the body that an error must have, without its sentence."""
     if form == "anthropic":
         return {"type": "error", "error": {"type": ANTHROPIC_TYPES[status], "message": "..."}}
@@ -147,7 +153,7 @@ def expected_refusal(status: int, code: str, form: str) -> Dict[str, Any]:
             "error": {
                 "message": "...",
                 "type": "invalid_request_error",
-                "param": "messages" if status == 400 else None,
+                "param": param if status == 400 else None,
                 "code": "invalid_api_key" if status == 401 else code,
             }
         }
@@ -226,6 +232,14 @@ class Cast:
                 self.apis["admin"].new_token("victim")
                 return self.path(path)
             return path.replace(":id", str(victim[0]))
+        if path.startswith("/v1/responses/:id"):
+            owner = self.apis["owner"]
+            requests = owner.get("/api/requests?q=stored").json["requests"]
+            stored = ["resp_" + row["requestId"].replace("-", "") for row in requests[:1]]
+            if not stored or owner.get("/v1/responses/" + stored[0]).status == 404:
+                owner.post("/v1/responses", {"input": "stored"})
+                return self.path(path)
+            return path.replace(":id", stored[0])
         return (
             path.replace(":requestId", self.request_id)
             .replace(":name", "default")
@@ -277,7 +291,9 @@ def test_every_route_answers_every_kind_of_caller_as_its_rule_says(cast: Cast) -
                         form = expected_format(path, is_anthropic)
                         required = (
                             status,
-                            expected_refusal(status, code, form)
+                            expected_refusal(
+                                status, code, form, "input" if "/resp" in path else "messages"
+                            )
                             if code and method != "HEAD"
                             else None,
                             "Bearer" if status == 401 else None,

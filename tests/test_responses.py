@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -18,6 +19,14 @@ from test_formats import (  # noqa: F401 (fixtures)
     ANY_TOOL, BLUE, LOOK, PNG, REMOTE_IMAGE, SCHEMA, OpenRequest, Start, close_open_requests,
     events, fake, function, initialize_requests, kind_of, mutated, nothing_runs, pids, quick, rows,
     service_of, text, tool_result, tool_use, turn,
+)
+from messages_api import (
+    Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts,
+)
+from sdk_client import MODEL, RESULTS, SYSTEM
+from test_real import Site, version  # noqa: F401 (a fixture)
+from test_sdks import (  # noqa: F401 (fixtures)
+    MODEL_CALLS, RunScenario, run_scenario, running_site, sdk_python, site,
 )
 from test_stream import Skipped, once, refused_once, script
 
@@ -1059,3 +1068,63 @@ def test_old_stored_responses_are_deleted_with_their_requests(
     response_id = post(running.admin, body_of("say one")).json["id"]
     clock.ahead += 3 * 86_400
     wait_until(lambda: running.admin.get(PATH + "/" + response_id).status == 404)
+
+
+# --- the package `openai` as client, over the real `claude` ---
+
+
+def with_sdk(test: Any) -> Any:
+    """Mark a test that runs a scenario of sdk_client.py."""
+    is_linux = sys.platform == "linux"
+    test = pytest.mark.skipif(not is_linux, reason="looks into /proc")(test)
+    return pytest.mark.real(pytest.mark.parametrize("sdk", ["openai"])(test))
+
+
+@with_sdk
+def test_responses_of_the_sdk(site: Site, run_scenario: RunScenario) -> None:
+    result = run_scenario("responses")
+    first, second = result["first"], result["second"]
+    assert first["text"] == "Echo: hello" and second["text"] == "Echo: again"
+    assert first["wire"]["model"] == MODEL and first["wire"]["metadata"] == {"a": "b"}
+    assert first["wire"]["usage"] == USAGE
+    assert second["wire"]["previous_response_id"] == first["wire"]["id"]
+    assert turn_texts(site.calls()[1].body) == [
+        ("user", "hello"), ("assistant", "Echo: hello"), ("user", "again"),
+    ]
+    assert SYSTEM in system_text(site.calls()[0].body)
+    assert SYSTEM not in system_text(site.calls()[1].body)
+    assert result["pictured"]["text"] == "Echo: see" and result["counted"] == 10
+    for streamed in (result["low"], result["high"]):
+        assert streamed["text"] == "Echo: hello" and streamed["stop"] == "completed"
+        assert streamed["kinds"][-1] == "response.completed"
+    for name, code in (("gone", "not_found"), ("lost", "previous_response_not_found")):
+        assert (result[name]["class"], result[name]["body"]["code"]) == ("NotFoundError", code)
+    assert result["hosted"]["class"] == "BadRequestError"
+
+
+@with_sdk
+def test_schemas_of_the_sdk(site: Site, run_scenario: RunScenario) -> None:
+    def reply(body: Dict[str, Any]) -> Reply:
+        by_tool = any(tool["name"] == "StructuredOutput" for tool in body.get("tools", []))
+        return echo(body) if by_tool else Reply(json.dumps({"answer": last_text(body)}))
+
+    site.messages.reply = reply
+    result = run_scenario("responses_schema")
+    assert result["parsed"] == ["forty-two"] * 2
+    assert [json.loads(text) for text in result["texts"]] == [{"answer": "forty-two"}] * 2
+
+
+@with_sdk
+def test_tools_of_the_sdk(site: Site, run_scenario: RunScenario) -> None:
+    site.messages.reply = calls_tools(*MODEL_CALLS)
+    result = run_scenario("responses_tools")
+    for name in ("called", "low", "streamed"):
+        assert result[name]["calls"] == [["add", {"a": 2, "b": 3}], ["look_up", {"word": "cab"}]]
+        assert len(set(result[name]["ids"])) == 2
+    for name in ("ended", "continued"):
+        assert result[name]["text"] == "done" and result[name]["stop"] == "completed"
+    assert tool_results(site.calls()[1].body) == [
+        (False, RESULTS["add"]), (False, RESULTS["look_up"]),
+    ]
+    wire = result["custom"]["wire"]["output"]
+    assert [item["type"] for item in wire] == ["custom_tool_call", "function_call"]

@@ -1483,7 +1483,8 @@ CONVERSATION_CHARACTERS = 4 << 20
 class ResponseRequest(NamedTuple):
     """What a request of /v1/responses has beyond its Chat.
     settings: what the answer repeats of it, such as `tools` and `metadata`.
-    messages: its own input: (role, content); role is user, assistant or system.
+    messages: its own input: (role, content); the role is user, assistant, system, or tools, whose
+    content is a list of them.
     previous: the id of the job that it continues, or "". is_stored: whether it can be continued."""
     settings: Mapping[str, Any]
     messages: Sequence[Tuple[str, Content]]
@@ -8974,6 +8975,10 @@ RESPONSES_UNSUPPORTED = {
 IGNORED_ITEMS = ("reasoning", "web_search_call", "file_search_call", "code_interpreter_call")
 CALL_FIELDS = {"function_call": "arguments", "custom_tool_call": "input"}
 CALL_OUTPUTS = tuple(kind + "_output" for kind in CALL_FIELDS)
+HOSTED_TOOL = "the tool %s runs on OpenAI's servers, not here. %s"
+SEARCH_ADVICE = (
+    'Leave it out (in Codex: web_search = "disabled"), or use a token with the tools `web`: with'
+    " that, Claude searches by itself")
 CUSTOM_SCHEMA = {
     "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
@@ -8996,11 +9001,16 @@ def read_responses_request(
         earlier = conversation(previous)
         messages = [("previous_response_id", *message) for message in earlier] + messages
     system = [settings["instructions"] or ""]
+    tools = settings["tools"]
     for path, role, content in messages:
         if role == "system":
             system += [part["text"] for part in read_content(content, ("text",), path)]
+        elif role == "tools":
+            tools = tools + content
+    # A client may offer them again with each request.
+    settings["tools"] = list({as_json(tool): tool for tool in tools}.values())
     try:
-        turns = read_turns(message for message in messages if message[1] != "system")
+        turns = read_turns(message for message in messages if message[1] in BLOCKS)
     except InvalidRequest as error:
         if error.extra.get("field") != "messages":
             raise
@@ -9090,6 +9100,8 @@ def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str
         content = read_parts(item.get("output"), path + ".output")
         result = {"type": "tool_result", "tool_use_id": item.get("call_id"), "content": content}
         return "user", [result]
+    if kind == "additional_tools":
+        return "tools", require_type(item.get("tools"), list, path + ".tools")
     if kind in IGNORED_ITEMS:
         return None
     text = "must be message, %s" % ", ".join((*CALL_FIELDS, *CALL_OUTPUTS))
@@ -9174,14 +9186,12 @@ def read_response_tools(tools: Sequence[Any], can_search: bool, place: str = "to
             yield path, name, description, schema
         elif str(kind).startswith("web_search"):
             if not can_search:
-                raise invalid_value(
-                    path + ".type", "%s runs on OpenAI's servers. Leave it out (in Codex:"
-                    ' web_search = "disabled"), or use a token with the tools `web`, with which'
-                    " Claude searches by itself" % kind)
+                raise invalid_value(path + ".type", HOSTED_TOOL % (shorten(kind), SEARCH_ADVICE))
         else:
-            raise invalid_value(
-                path + ".type", "the tool %s would have to run on the server. Offer a tool of the"
-                " type function or custom, which your program runs" % shorten(kind))
+            advice = "Offer a tool of the type function or custom, which your program runs"
+            if kind == "tool_search":
+                advice = 'Offer all tools at once (in Codex: model = "sonnet")'
+            raise invalid_value(path + ".type", HOSTED_TOOL % (shorten(kind), advice))
 
 
 def read_response_choice(chat: Chat, choice: Any) -> Chat:

@@ -242,6 +242,18 @@ def pinned(words: str) -> cab.Chat:
                 ),
             ),
         ),
+        (
+            # Newer clients offer their tools as an item of the input.
+            body_of(
+                [
+                    {"type": "additional_tools", "role": "developer", "tools": [TOOLS[1]]},
+                    {"role": "user", "content": "hi"},
+                    {"type": "additional_tools", "role": "developer", "tools": TOOLS},
+                ],
+                tools=[TOOLS[0]],
+            ),
+            cab.Chat(HI, client_tools=LOOK),
+        ),
         (body_of(tools=TOOLS, tool_choice="none"), cab.Chat(HI)),
         (
             body_of(tools=TOOLS, tool_choice="required"),
@@ -353,11 +365,12 @@ def test_openais_search_is_left_out_where_claude_has_its_own() -> None:
             for kind in (
                 "file_search", "computer", "computer_use_preview", "code_interpreter", "mcp",
                 "image_generation", "local_shell", "shell", "apply_patch", "tool_search",
+                "programmatic_tool_calling",
             )
         ),
         (body_of(tools=[{"name": "look"}]), "tools.0.type", "custom"),
         (body_of(tools=[{"type": "function"}]), "tools.0.name", "a string"),
-        (body_of(tools=[TOOLS[0], TOOLS[0]]), "tools.1.name", "duplicated"),
+        (body_of(tools=[TOOLS[0], {**TOOLS[0], "x": 1}]), "tools.1.name", "duplicated"),
         (
             body_of(tools=[{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]),
             "tools.0.tools.0.type", "mcp",
@@ -749,6 +762,18 @@ def test_a_custom_tool_gets_free_text(bridge: Start, fake: FakeClaude) -> None:
         "patched", "blue",
     ]
     assert len(pids(fake)) == 2
+
+
+def test_tools_in_the_input_stay_in_the_conversation(bridge: Start, fake: FakeClaude) -> None:
+    admin = bridge(fake, warm_seconds=0).admin
+    agents = {"type": "namespace", "name": "agents", "description": "", "tools": [PATCH]}
+    offer = {"type": "additional_tools", "role": "developer", "tools": [agents]}
+    first = post(admin, body_of([offer, {"role": "user", "content": "say one"}])).json
+    prompt = "call " + json.dumps([["agents__patch", {"input": "*** X"}]])
+    for value in (prompt, [offer, {"role": "user", "content": prompt}]):
+        reply = post(admin, body_of(value, previous_response_id=first["id"])).json
+        assert calls_in(reply) == [("toolu_0", "patch", "*** X")]
+        assert reply["output"][1]["namespace"] == "agents" and reply["tools"] == [agents]
 
 
 def test_a_tool_that_must_be_called(bridge: Start) -> None:

@@ -8975,6 +8975,9 @@ RESPONSES_UNSUPPORTED = {
 IGNORED_ITEMS = ("reasoning", "web_search_call", "file_search_call", "code_interpreter_call")
 CALL_FIELDS = {"function_call": "arguments", "custom_tool_call": "input"}
 CALL_OUTPUTS = tuple(kind + "_output" for kind in CALL_FIELDS)
+CONVERSATION_TOO_LONG = (
+    "the stored conversation is longer than %d MiB. Begin another one, with a summary of it"
+    % (CONVERSATION_CHARACTERS >> 20))
 HOSTED_TOOL = "the tool %s runs on OpenAI's servers, not here. %s"
 SEARCH_ADVICE = (
     'Leave it out (in Codex: web_search = "disabled"), or use a token with the tools `web`: with'
@@ -9106,8 +9109,8 @@ def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str
         return None
     text = "must be message, %s" % ", ".join((*CALL_FIELDS, *CALL_OUTPUTS))
     if kind == "item_reference":
-        text = ("single items are not stored here: send the item itself, or continue the whole"
-                " response with `previous_response_id`")
+        text = ("%s is not an item of a stored response of this token; send the item itself"
+                % shorten(item.get("id")))
     raise invalid_value(path + ".type", text)
 
 
@@ -9188,10 +9191,11 @@ def read_response_tools(tools: Sequence[Any], can_search: bool, place: str = "to
             if not can_search:
                 raise invalid_value(path + ".type", HOSTED_TOOL % (shorten(kind), SEARCH_ADVICE))
         else:
-            advice = "Offer a tool of the type function or custom, which your program runs"
+            text = HOSTED_TOOL % (
+                shorten(kind), "Offer one of the type function or custom, which your program runs")
             if kind == "tool_search":
-                advice = 'Offer all tools at once (in Codex: model = "sonnet")'
-            raise invalid_value(path + ".type", HOSTED_TOOL % (shorten(kind), advice))
+                text = 'tool_search is not supported; offer all tools (in Codex: model = "sonnet")'
+            raise invalid_value(path + ".type", text)
 
 
 def read_response_choice(chat: Chat, choice: Any) -> Chat:
@@ -9244,9 +9248,7 @@ def earlier_messages(context: Context, response_id: str) -> List[Tuple[str, Any]
             raise invalid_value(path, "that response has no output (%s)" % stored.status)
         size += len(stored.input_json or "") + len(stored.text)
         if size > CONVERSATION_CHARACTERS or not stored.input_json:
-            raise invalid_value(
-                path, "the conversation is longer than %d MiB. Begin another one, with a summary"
-                % (CONVERSATION_CHARACTERS >> 20))
+            raise invalid_value(path, CONVERSATION_TOO_LONG)
         body = json.loads(stored.input_json)
         content: List[Any] = [text_block(stored.text)]
         content += [
@@ -9823,7 +9825,36 @@ def read_response_chat(context: Context) -> Chat:
     """Return the Chat of a request of /v1/responses."""
     tools = context.require_caller().tools
     can_search = tools in (Tools.WEB, Tools.ALL) or "WebSearch" in tools
-    return read_responses_request(context.json(), partial(earlier_messages, context), can_search)
+    body = context.json()
+    if isinstance(body, dict) and isinstance(body.get("input"), list):
+        body = {**body, "input": resolve_references(context, body["input"])}
+    return read_responses_request(body, partial(earlier_messages, context), can_search)
+
+
+def resolve_references(context: Context, items: List[Any]) -> List[Any]:
+    """Return an `input` with the token's own stored items in place of references to them."""
+    stored: Dict[str, Dict[str, Any]] = {}
+    result = []
+    size = 0
+    for item in items:
+        is_reference = isinstance(item, dict) and not item.get("role") and (
+            item.get("type") in (None, "item_reference"))
+        match = is_reference and re.fullmatch(r"[a-z]+_([0-9a-f]{32})_\d+", str(item.get("id")))
+        if match:
+            job_id = str(uuid.UUID(match.group(1)))
+            if job_id not in stored:
+                stored[job_id] = {}
+                job = context.stores.jobs.get(job_id)
+                settings = context.stores.responses.settings(job_id)
+                if job and settings and job.token_id == context.require_caller().id:
+                    output = response_body(settings, job)["output"]
+                    stored[job_id] = {row["id"]: row for row in output}
+                    size += len(job.response or "")
+                if size > CONVERSATION_CHARACTERS:
+                    raise invalid_value("input", CONVERSATION_TOO_LONG)
+            item = stored[job_id].get(item["id"], item)
+        result.append(item)
+    return result
 
 
 def handle_create_response(context: Context) -> Response:

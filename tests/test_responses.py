@@ -333,7 +333,7 @@ def test_openais_search_is_left_out_where_claude_has_its_own() -> None:
         (body_of([]), "input", "at least one message"),
         (body_of([message("assistant", part("A"))]), "input", "end with a message of the user"),
         (body_of([{"role": "tool", "content": "x"}]), "input.0.role", "developer"),
-        (body_of([{"id": "msg_1"}]), "input.0.type", "previous_response_id"),
+        (body_of([{"id": "msg_1"}]), "input.0.type", "msg_1 is not an item"),
         (body_of([{"type": "item_reference", "id": "x"}]), "input.0.type", "send the item"),
         (body_of([{"type": "computer_call"}]), "input.0.type", "function_call"),
         (body_of([message("user", {"type": "input_audio"})]), "input.0.content.0.type", "input_te"),
@@ -860,6 +860,32 @@ def is_not_continued(client: Api, response_id: str) -> bool:
         assert answer.json["error"]["param"] == "previous_response_id"
         assert response_id in answer.json["error"]["message"]
     return answer.status == 404
+
+
+def test_references_to_stored_items(bridge: Start, fake: FakeClaude) -> None:
+    """The AI SDK sends them by itself for earlier answers."""
+    admin = bridge(fake, warm_seconds=0).admin
+    owner, other = admin.new_token("owner"), admin.new_token("other")
+    first = post(owner, body_of("say one")).json
+    reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+    for sent in (reference, {"id": reference["id"]}):
+        items = [{"role": "user", "content": "x"}, sent, {"role": "user", "content": "turns"}]
+        answer = post(owner, body_of(items))
+        assert json.loads(words(answer)) == [["user", "x"], ["assistant", "one"]]
+    for client in (other, admin):
+        answer = post(client, body_of(items))
+        assert kind_of(answer, "openai") == (400, "invalid_request")
+        assert reference["id"] in answer.json["error"]["message"]
+    called = post(owner, calling()).json
+    items = [
+        {"role": "user", "content": "x"},
+        *({"type": "item_reference", "id": item["id"]} for item in called["output"]),
+        output(call_id="toolu_0"),
+    ]
+    assert words(post(owner, body_of(items))) == "Echo: tool_result"
+    assert owner.delete(PATH + "/" + first["id"]).status == 200
+    items = [{"role": "user", "content": "x"}, reference, {"role": "user", "content": "y"}]
+    assert post(owner, body_of(items)).status == 400
 
 
 def test_what_is_not_stored_cannot_be_read_or_continued(bridge: Start, fake: FakeClaude) -> None:

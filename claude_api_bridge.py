@@ -10168,7 +10168,7 @@ ROUTES = (
               200: (
                   "DeletedResponse", '{"id":"resp_...","object":"response","deleted":true}')}),
     Route("GET", "/v1/models", AuthLevel.TOKEN, handle_list_models,
-          "The models of `claude`, for both formats",
+          "The models of `claude`, for all formats",
           responses={200: ("Models", '{"object":"list","data":[{"id":"sonnet",...}],...}')}),
     Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model,
           "One of them",

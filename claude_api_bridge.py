@@ -3565,12 +3565,15 @@ class CallbackStore:
 
 
 class StoredResponse(NamedTuple):
-    """A response with its input: JSON of ResponseRequest.columns, None if that was too large."""
+    """A response with its input. messages, previous: as in ResponseRequest. size: its characters;
+    more than CONVERSATION_CHARACTERS if the input was too large to be stored."""
     token_id: str
     status: str
-    input_json: Optional[str]
+    messages: Sequence[Tuple[str, Content]]
+    previous: str
     text: str
     stop_info: StopInfo
+    size: int
 
 
 class ResponseStore:
@@ -3587,14 +3590,18 @@ class ResponseStore:
         return settings
 
     def get(self, job_id: str) -> Optional[StoredResponse]:
-        rows = self._database.read(
-            "SELECT token_id, status, response_input, coalesce(response, ''), ending FROM jobs"
-            " WHERE id = ? AND response_settings IS NOT NULL", job_id)
-        if not rows:
-            return None
-        token_id, status, input_json, text, ending = rows[0]
-        stop_info = stop_info_from_json(ending) if ending else StopInfo()
-        return StoredResponse(token_id, status, input_json, text, stop_info)
+        with _LARGE_VALUE_LOCK:
+            rows = self._database.read(
+                "SELECT token_id, status, response_input, coalesce(response, ''), ending FROM jobs"
+                " WHERE id = ? AND response_settings IS NOT NULL", job_id)
+            if not rows:
+                return None
+            token_id, status, text, answer, ending = rows[0]
+            body = json.loads(text or '{"previous": "", "messages": []}')
+        return StoredResponse(
+            token_id, status, [(role, content) for role, content in body["messages"]],
+            body["previous"], answer, stop_info_from_json(ending) if ending else StopInfo(),
+            len(text) + len(answer) if text else CONVERSATION_CHARACTERS + 1)
 
     @runs_in_writer
     def delete(self, db: sqlite3.Connection, job_id: str) -> bool:
@@ -9038,8 +9045,8 @@ def read_responses_request(
 def read_response_settings(body: Mapping[str, Any]) -> Dict[str, Any]:
     """Return what an answer repeats of its request, with the usual values for what is missing."""
     settings: Dict[str, Any] = {
-        "max_output_tokens": with_path(
-            integer("", 1, 999_999_999), body.get("max_output_tokens"), "max_output_tokens"),
+        "max_output_tokens": integer("max_output_tokens", 1, 999_999_999)(
+            body.get("max_output_tokens")),
         "metadata": optional(body.get("metadata"), dict, "metadata"),
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "reasoning": {
@@ -9246,16 +9253,15 @@ def earlier_messages(context: Context, response_id: str) -> List[Tuple[str, Any]
                 text + " Send the conversation itself in `input`", field=path)
         if stored.status != JobStatus.COMPLETED:
             raise invalid_value(path, "that response has no output (%s)" % stored.status)
-        size += len(stored.input_json or "") + len(stored.text)
-        if size > CONVERSATION_CHARACTERS or not stored.input_json:
+        size += stored.size
+        if size > CONVERSATION_CHARACTERS:
             raise invalid_value(path, CONVERSATION_TOO_LONG)
-        body = json.loads(stored.input_json)
         content: List[Any] = [text_block(stored.text)]
         content += [
             {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
             for call in stored.stop_info.calls]
-        parts.append([*map(tuple, body["messages"]), ("assistant", content)])
-        job_id = body["previous"] or None
+        parts.append([*stored.messages, ("assistant", content)])
+        job_id = stored.previous or None
     return list(chain.from_iterable(reversed(parts)))
 
 

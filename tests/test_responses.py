@@ -417,7 +417,11 @@ def test_every_mutated_body_is_read_or_refused() -> None:
             assert error.extra["field"]
         else:
             assert chat.columns()["chat"].encode()
+            if chat.response_request and chat.response_request.is_stored:
+                assert chat.columns()["response_settings"].encode()
             assert cab.estimate_tokens(chat) >= 0
+            ending = cab.StopInfo("tool_use", None, (cab.ToolCall("c", "look", {}),))
+            check_stream(written(chat, response="half", stop_info=ending))
 
 
 def test_the_estimate_of_tokens() -> None:
@@ -511,6 +515,21 @@ def check_stream(data: bytes) -> Dict[str, Any]:
     if end_kind in ("completed", "incomplete"):
         assert list(done.values())[-len(end["response"]["output"]) :] == end["response"]["output"]
     return dict(end["response"])
+
+
+def written(chat: cab.Chat, **fields: Any) -> bytes:
+    """Return the events of a job with these fields, of which "ha" was streamed."""
+    assert chat.response_request
+    job = cab.Job("0-1", 1, "t", "completed", "hi", 1.8e9, completed_at=1.8e9, **fields)
+    steps = [cab.ChatStep("heartbeat"), cab.ChatStep("text", "lf"), cab.ChatStep("end", job=job)]
+    first = cab.ChatStep("text", "ha")
+    data = b"".join(cab.response_stream(chat, job, first, (step for step in steps)))
+    assert cab.HEARTBEAT in data
+    data = data.replace(cab.HEARTBEAT, b"")
+    end = stream_of(data)[-1][1]["response"]
+    whole = cab.as_json(cab.response_body(chat.response_request.settings, job))
+    assert end == json.loads(whole.encode("utf-8", "replace"))
+    return data
 
 
 def test_a_response_whole(bridge: Start, fake: FakeClaude) -> None:
@@ -642,19 +661,9 @@ def test_a_refusal_is_a_part_of_its_own(bridge: Start) -> None:
 
 
 def test_an_answer_that_was_cut_is_incomplete() -> None:
-    chat = read(body_of())
-    assert chat.response_request
-    job = cab.Job(
-        "0-1", 1, "t", "completed", "hi", 1.8e9, completed_at=1.8e9, response="half",
-        stop_info=cab.StopInfo("max_tokens"),
+    body = check_stream(
+        written(read(body_of()), response="half", stop_info=cab.StopInfo("max_tokens"))
     )
-    steps = iter([cab.ChatStep("heartbeat"), cab.ChatStep("end", job=job)])
-    data = b"".join(
-        cab.response_stream(chat, job, cab.ChatStep("text", "half"), (step for step in steps))
-    )
-    assert cab.HEARTBEAT in data
-    body = check_stream(data.replace(cab.HEARTBEAT, b""))
-    assert body == cab.response_body(chat.response_request.settings, job)
     assert body["status"] == "incomplete" and body["completed_at"] is None
     assert body["incomplete_details"] == {"reason": "max_output_tokens"}
     assert body["output"][0]["status"] == "incomplete" and words(body) == "half"

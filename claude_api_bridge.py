@@ -357,7 +357,7 @@ class BridgeError(Exception):
 
     400  InvalidRequest  InvalidJson  MalformedRequest  TokenLimit  LastAdmin
     401  MissingToken  InvalidToken                403  AdminRequired  ModelNotAllowed
-    404  NotFound                                  405  MethodNotAllowed
+    404  NotFound  PreviousResponseNotFound        405  MethodNotAllowed
     408  RequestTimeout                            409  AlreadyFinished  IdempotencyConflict
     413  BodyTooLarge                              415  UnsupportedEncoding
     417  ExpectationFailed                         421  UnknownHost
@@ -427,6 +427,11 @@ class ModelNotAllowed(BridgeError):
 class NotFound(BridgeError):
     """No such path, request, conversation or token; another token's request counts as unknown."""
     status, code, text = 404, "not_found", "Not found"
+
+
+class PreviousResponseNotFound(BridgeError):
+    """`previous_response_id` names no stored response of this token; send the conversation."""
+    status, code, text = 404, "previous_response_not_found", "Previous response not found"
 
 
 class MethodNotAllowed(BridgeError):
@@ -1453,6 +1458,13 @@ class Ask(Command):
         "tokens with `callbacks`: where to send the result when it is there; see Callbacks",
         "https://example.com/hook")
 
+    def columns(self) -> Dict[str, str]:
+        """Return the columns of its job that other requests do not have."""
+        if not self.attachments:
+            return {}
+        return {"attachments": as_json([file.summary for file in self.attachments]),
+                "attachment_data": as_json([file.block for file in self.attachments])}
+
     @property
     def fingerprint(self) -> str:
         """Equal for requests that ask the same, however they want the answer delivered."""
@@ -1524,9 +1536,35 @@ Block = Mapping[str, Any]
 Content = Union[str, Sequence[Block]]
 
 
+# Of the earlier input and output that `previous_response_id` puts in front.
+CONVERSATION_CHARACTERS = 4 << 20
+
+
+class ResponseRequest(NamedTuple):
+    """What a request of /v1/responses has beyond its Chat.
+    settings: what the answer repeats of it, such as `tools` and `metadata`.
+    messages: its own input: (role, content); the role is user, assistant, system, or tools, whose
+    content is a list of them.
+    previous: the id of the job that it continues, or "". is_stored: whether it can be continued."""
+    settings: Mapping[str, Any]
+    messages: Sequence[Tuple[str, Content]]
+    previous: str = ""
+    is_stored: bool = True
+
+    def columns(self) -> Dict[str, str]:
+        """Return the columns of the job that ResponseStore reads."""
+        if not self.is_stored:
+            return {}
+        columns = {"response_settings": replace_surrogates(as_json(self.settings))}
+        text = as_json({"previous": self.previous, "messages": self.messages})
+        if len(text) <= CONVERSATION_CHARACTERS:
+            columns["response_input"] = replace_surrogates(text)
+        return columns
+
+
 @dataclass(frozen=True)
 class Chat:
-    """A conversation received through /v1, in either format.
+    """A conversation received through /v1, in any of its formats.
     turns: [{"role": "user", "content": [Block, ...]}, ...]; user and assistant alternate, the last
     turn is the user's.
     client_tools: [{"name", "description", "inputSchema"}]; "title": the client's own name, if the
@@ -1536,7 +1574,7 @@ class Chat:
     custom_tools: the names of those whose input and output is a text. uses_functions: the client
     knows functions, which preceded tools.
     include_usage: whether a stream ends with the figures.
-    api: "anthropic" or "openai"."""
+    api: "anthropic", "openai" or "responses". response_request: of the last one."""
     turns: Tuple[Mapping[str, Any], ...]
     system_prompt: Optional[str] = None
     model: Optional[str] = None
@@ -1552,6 +1590,7 @@ class Chat:
     stream: bool = False
     include_usage: bool = True
     api: str = "anthropic"
+    response_request: Optional[ResponseRequest] = None
     # Always None: the client keeps the memory.
     conversation: Optional[str] = None
 
@@ -1573,6 +1612,16 @@ class Chat:
             "turns": self.turns, "functions": self.client_tools, "forced": self.forced_tool,
             "stops": self.stop_sequences, "maxTokens": self.max_tokens}
         return replace_surrogates(large_json(body, as_json))
+
+    def without_messages(self) -> "Chat":
+        """Return what is needed to write the answer; the messages are stored, and may be large."""
+        request = self.response_request
+        return replace(self, turns=(), response_request=request and request._replace(messages=()))
+
+    def columns(self) -> Dict[str, str]:
+        """Return the columns of its job that other requests do not have."""
+        stored = self.response_request.columns() if self.response_request else {}
+        return {"chat": self.to_json(), "api": self.api, **stored}
 
     @classmethod
     def from_json(cls, text: str) -> "Chat":
@@ -1987,6 +2036,11 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = (
         "ALTER TABLE jobs ADD COLUMN attachments TEXT",
         "ALTER TABLE jobs ADD COLUMN attachment_data TEXT",
     ),
+    (
+        # Of a stored request of /v1/responses; see ResponseRequest.
+        "ALTER TABLE jobs ADD COLUMN response_input TEXT",
+        "ALTER TABLE jobs ADD COLUMN response_settings TEXT",
+    ),
 )
 
 SQLITE_VERSION = sqlite3.sqlite_version
@@ -2034,13 +2088,17 @@ def token_from_row(row: Tuple[Any, ...], data_dir: Path) -> Token:
                    callbacks=tuple(callbacks) if isinstance(callbacks, list) else callbacks)
 
 
+def stop_info_from_json(text: str) -> StopInfo:
+    reason, sequence, calls = json.loads(text)
+    return StopInfo(reason, sequence, tuple(ToolCall(*call) for call in calls))
+
+
 def job_from_row(row: Tuple[Any, ...]) -> Job:
     values = dict(zip(JOB_FIELDS, row))
     if values["usage"]:
         values["usage"] = Usage._make(json.loads(values["usage"]))
     if values["stop_info"]:
-        reason, sequence, calls = json.loads(values["stop_info"])
-        values["stop_info"] = StopInfo(reason, sequence, tuple(ToolCall(*call) for call in calls))
+        values["stop_info"] = stop_info_from_json(values["stop_info"])
     return Job(**values)
 
 
@@ -3016,8 +3074,10 @@ def check_token_limits(db: sqlite3.Connection, token_id: str, now: float) -> Non
                 midnight - now, resetsAt=iso_time(midnight))
 
 
-# Of a turn of a conversation.
-TURN_BYTES = "length(CAST(message AS BLOB)) + coalesce(length(CAST(response AS BLOB)), 0)"
+# Of a turn of a conversation, and of what /v1/responses stores beside it.
+TURN_BYTES = (
+    "length(CAST(message AS BLOB)) + coalesce(length(CAST(response AS BLOB)), 0)"
+    " + coalesce(length(CAST(response_input AS BLOB)), 0)")
 
 
 def delete_jobs(db: sqlite3.Connection, where: str, *values: Any) -> List[Tuple[int, int]]:
@@ -3121,11 +3181,15 @@ def next_model(database: Database, job: Job) -> Optional[str]:
     return database.cached(("model", job.token_id, job.conversation), load)
 
 
+def is_large_chat(chat: Optional[str]) -> bool:
+    return chat is not None and len(chat) > BODY_BYTES
+
+
 def insert_job(db: sqlite3.Connection, values: Mapping[str, Any]) -> Any:
     """Insert a row. -> its seq. A statement keeps a copy of its last values: a large chat has one
     of its own, which is executed again."""
-    chat = values["chat"]
-    is_large = chat is not None and len(chat) > BODY_BYTES
+    chat = values.get("chat")
+    is_large = is_large_chat(chat)
     values = {**values, "chat": None if is_large else chat}
     columns = ", ".join(values)
     seq = db.execute("INSERT INTO jobs (%s) VALUES (%s)" % (columns, placeholders([*values])),
@@ -3173,25 +3237,19 @@ class JobStore:
         Raises IdempotencyConflict, QueueFull; RateLimited and DailyLimit for the limits of the
         token; InvalidToken when the token was revoked meanwhile."""
         # The JSON of a chat may be large: not in the writer's thread, where all would wait for it.
-        chat = request.to_json() if isinstance(request, Chat) else None
-        api = request.api if isinstance(request, Chat) else None
+        more = request.columns()
         fingerprint = request.fingerprint if isinstance(request, Ask) and key else None
         values = {
             "id": str(uuid.uuid4()), "token_id": token_id, "status": JobStatus.QUEUED,
             "message": request.message, "model": request.model,
             "system_prompt": request.system_prompt, "json_schema": request.json_schema,
             "conversation": request.conversation, "effort": request.effort, "idempotency_key": key,
-            "fingerprint": fingerprint, "chat": chat, "api": api}
-        callback = None
-        if isinstance(request, Ask):
-            callback = request.callback
-            if request.attachments:
-                values["attachments"] = as_json([file.summary for file in request.attachments])
-                values["attachment_data"] = as_json([file.block for file in request.attachments])
+            "fingerprint": fingerprint, **more}
+        callback = request.callback if isinstance(request, Ask) else None
         result: EnqueueResult = self._insert(values, limit, callback)
         if result.is_new:
             self._metrics.inc("cab_requests_accepted_total")
-        if chat and len(chat) > BODY_BYTES:
+        if is_large_chat(more.get("chat")):
             # The cache has its pages.
             self._database.write_later(lambda db: db.execute("PRAGMA shrink_memory").fetchall())
         return result
@@ -3600,6 +3658,53 @@ class CallbackStore:
              callback.job_id)).rowcount)
 
 
+class StoredResponse(NamedTuple):
+    """A response with its input. messages, previous: as in ResponseRequest. size: its characters;
+    more than CONVERSATION_CHARACTERS if the input was too large to be stored."""
+    token_id: str
+    status: str
+    messages: Sequence[Tuple[str, Content]]
+    previous: str
+    text: str
+    stop_info: StopInfo
+    size: int
+
+
+class ResponseStore:
+    """What /v1/responses needs of a request later; it is a part of the job, and is deleted with it.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def settings(self, job_id: str) -> Optional[Dict[str, Any]]:
+        """Return ResponseRequest.settings; None if the response is not stored."""
+        rows = self._database.read("SELECT response_settings FROM jobs WHERE id = ?", job_id)
+        settings: Optional[Dict[str, Any]] = json.loads(rows[0][0] or "null") if rows else None
+        return settings
+
+    def get(self, job_id: str) -> Optional[StoredResponse]:
+        with _LARGE_VALUE_LOCK:
+            rows = self._database.read(
+                "SELECT token_id, status, response_input, coalesce(response, ''), ending FROM jobs"
+                " WHERE id = ? AND response_settings IS NOT NULL", job_id)
+            if not rows:
+                return None
+            token_id, status, text, answer, ending = rows[0]
+            body = json.loads(text or '{"previous": "", "messages": []}')
+        return StoredResponse(
+            token_id, status, [(role, content) for role, content in body["messages"]],
+            body["previous"], answer, stop_info_from_json(ending) if ending else StopInfo(),
+            len(text) + len(answer) if text else CONVERSATION_CHARACTERS + 1)
+
+    @runs_in_writer
+    def delete(self, db: sqlite3.Connection, job_id: str) -> bool:
+        """Delete what continues a response. The request and its answer stay in the lists."""
+        return bool(db.execute(
+            "UPDATE jobs SET response_input = NULL, response_settings = NULL"
+            " WHERE id = ? AND response_settings IS NOT NULL", (job_id,)).rowcount)
+
+
 class Stores:
     """The database and the stores on it."""
 
@@ -3610,6 +3715,7 @@ class Stores:
         self.jobs = JobStore(self.database, self.usage, metrics or Metrics())
         self.conversations = ConversationStore(self.database)
         self.callbacks = CallbackStore(self.database)
+        self.responses = ResponseStore(self.database)
 
     def close(self) -> None:
         self.database.close()
@@ -8602,7 +8708,7 @@ class CallbackSender:
 
 
 # === 11 OpenAI and Anthropic APIs ================================================================
-# The wire formats of /v1. Both are read into a Chat, whose turns hold blocks of the Messages API,
+# The wire formats of /v1. All are read into a Chat, whose turns hold blocks of the Messages API,
 # and written from a Job and its steps. `path` is the place of a value in the body, such as
 # messages.0.content; an error names it.
 
@@ -8639,6 +8745,11 @@ def require_type(value: Any, kind: Type[Any], path: str) -> Any:
 def optional(value: Any, kind: Type[Any], path: str) -> Any:
     """Return a value of this type; an empty one for a missing or empty value."""
     return require_type(value or kind(), kind, path)
+
+
+def shorten(text: Any) -> str:
+    """Return a value of the client for an error."""
+    return replace_surrogates(str(text))[:100]
 
 
 def with_path(validate: Validator, value: Any, path: str) -> Any:
@@ -9283,6 +9394,324 @@ COMPLETION_ROLES = {
     "function": read_function_message}
 
 
+# --- reading: the OpenAI Responses API ---
+
+RESPONSES_UNSUPPORTED = {
+    "prompt": "send its text in `instructions` and `input`",
+    "conversation": "use `previous_response_id`",
+    "background": "use `stream`, or POST /api/ask, whose requests need no open connection"}
+# Items of an earlier answer by another server, which mean nothing here.
+IGNORED_ITEMS = ("reasoning", "web_search_call", "file_search_call", "code_interpreter_call")
+CALL_FIELDS = {"function_call": "arguments", "custom_tool_call": "input"}
+CALL_OUTPUTS = tuple(kind + "_output" for kind in CALL_FIELDS)
+CONVERSATION_TOO_LONG = (
+    "the stored conversation is longer than %d MiB. Begin another one, with a summary of it"
+    % (CONVERSATION_CHARACTERS >> 20))
+HOSTED_TOOL = "the tool %s runs on OpenAI's servers, not here. %s"
+SEARCH_ADVICE = (
+    'Leave it out (in Codex: web_search = "disabled"), or use a token with the tools `web`: with'
+    " that, Claude searches by itself")
+CUSTOM_SCHEMA = {
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def read_responses_request(
+        body: Any, conversation: Callable[[str], List[Tuple[str, Any]]],
+        can_search: bool = False) -> Chat:
+    """Return the Chat of a request of the Responses API. Raises InvalidRequest.
+    conversation: returns (role, content) of the messages up to an earlier response.
+    can_search: whether Claude has a web search of its own, so that OpenAI's can be left out."""
+    body = require_type(body, dict, "body")
+    for name, advice in RESPONSES_UNSUPPORTED.items():
+        if body.get(name):
+            raise invalid_value(name, "is not supported; " + advice)
+    settings = read_response_settings(body)
+    messages = [(path, *message) for path, message in read_response_input(body.get("input"))]
+    own = tuple((role, content) for _, role, content in messages)
+    previous = settings["previous_response_id"]
+    if previous:
+        earlier = conversation(previous)
+        messages = [("previous_response_id", *message) for message in earlier] + messages
+    system = [settings["instructions"] or ""]
+    tools = settings["tools"]
+    for path, role, content in messages:
+        if role == "system":
+            system += [part["text"] for part in read_content(content, ("text",), path)]
+        elif role == "tools":
+            tools = tools + content
+    # A client may offer them again with each request.
+    settings["tools"] = list({as_json(tool): tool for tool in tools}.values())
+    try:
+        turns = read_turns(message for message in messages if message[1] in BLOCKS)
+    except InvalidRequest as error:
+        if error.extra.get("field") != "messages":
+            raise
+        raise invalid_value("input", str(error).partition(": ")[2]) from None
+    model = body.get("model")
+    if isinstance(model, str) and FOREIGN_MODEL_RE.fullmatch(model):
+        model = None
+    effort = read_effort(
+        settings["reasoning"]["effort"], tuple(REASONING_EFFORTS), "reasoning.effort")
+    chat = Chat(
+        turns=turns, system_prompt="\n\n".join(filter(None, system)) or None,
+        model=with_path(validate_model, model, "model"),
+        json_schema=read_text_format(settings["text"]["format"]),
+        effort=REASONING_EFFORTS[effort] if effort else None,
+        client_tools=read_client_tools(read_response_tools(settings["tools"], can_search)),
+        stream=optional(body.get("stream"), bool, "stream"), api="responses",
+        response_request=ResponseRequest(
+            settings, own, job_id_of(previous or ""), settings["store"]))
+    return read_response_choice(chat, settings["tool_choice"])
+
+
+def read_response_settings(body: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what an answer repeats of its request, with the usual values for what is missing."""
+    settings: Dict[str, Any] = {
+        "max_output_tokens": integer("max_output_tokens", 1, 999_999_999)(
+            body.get("max_output_tokens")),
+        "metadata": optional(body.get("metadata"), dict, "metadata"),
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
+        "reasoning": {
+            "effort": None, "summary": None,
+            **optional(body.get("reasoning"), dict, "reasoning")},
+        "store": body.get("store") is not False,
+        "text": {
+            "format": {"type": "text"},
+            **without_none(optional(body.get("text"), dict, "text"))},
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": optional(body.get("tools"), list, "tools"),
+        "truncation": "auto" if body.get("truncation") == "auto" else "disabled"}
+    for name in ("instructions", "previous_response_id", "prompt_cache_key", "safety_identifier",
+                 "user"):
+        settings[name] = optional(body.get(name), str, name) or None
+    return settings
+
+
+def read_text_format(value: Any) -> Optional[str]:
+    """Return the schema that an answer must satisfy, if any."""
+    kind = require_type(value, dict, "text.format").get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise invalid_value("text.format.type", "must be text, json_object or json_schema")
+    if kind == "json_schema":
+        schema = require_type(value.get("schema"), dict, "text.format.schema")
+        value = {"type": kind, "json_schema": {"schema": schema}}
+    return read_response_format(value)
+
+
+def read_response_input(value: Any) -> Iterator[Tuple[str, Tuple[str, Any]]]:
+    """Yield (path, (role, content)) of each message, call and result in an `input`."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    for number, item in enumerate(require_type(value, list, "input")):
+        path = "input.%d" % number
+        message = read_response_item(require_type(item, dict, path), path)
+        if message:
+            yield path, message
+
+
+def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str, Any]]:
+    """Return (role, content) in blocks of the Messages API; None for an item to leave out."""
+    role = item.get("role")
+    usual = "message" if role else "item_reference"
+    kind = require_type(item.get("type") or usual, str, path + ".type")
+    if kind == "message":
+        if role not in ("user", "assistant", "system", "developer"):
+            raise invalid_value(path + ".role", "must be user, assistant, system or developer")
+        content = read_parts(item.get("content"), path + ".content")
+        return "system" if role == "developer" else role, content
+    if kind in CALL_FIELDS:
+        name = flat_name(item.get("namespace"), item.get("name"), path)
+        field_path = "%s.%s" % (path, CALL_FIELDS[kind])
+        text = require_type(item.get(CALL_FIELDS[kind]) or "", str, field_path)
+        arguments = {"input": text}
+        if kind == "function_call":
+            arguments = read_arguments(text)
+        tool_use = {"type": "tool_use", "id": item.get("call_id"), "name": name}
+        return "assistant", [{**tool_use, "input": arguments}]
+    if kind in CALL_OUTPUTS:
+        content = read_parts(item.get("output"), path + ".output")
+        result = {"type": "tool_result", "tool_use_id": item.get("call_id"), "content": content}
+        return "user", [result]
+    if kind == "additional_tools":
+        return "tools", require_type(item.get("tools"), list, path + ".tools")
+    if kind in IGNORED_ITEMS:
+        return None
+    text = "must be message, %s" % ", ".join((*CALL_FIELDS, *CALL_OUTPUTS))
+    if kind == "item_reference":
+        text = ("%s is not an item of a stored response of this token; send the item itself"
+                % shorten(item.get("id")))
+    raise invalid_value(path + ".type", text)
+
+
+def read_arguments(text: str) -> Any:
+    """Return the input of an earlier call; a text that is no JSON object stays a text."""
+    with contextlib.suppress(InvalidJson):
+        arguments = parse_json((text or "{}").encode())
+        if isinstance(arguments, dict):
+            return arguments
+    return {"arguments": text}
+
+
+def flat_name(namespace: Any, name: Any, path: str) -> str:
+    """Return the name under which Claude gets a tool; there are no namespaces."""
+    name = require_type(name, str, path + ".name")
+    if not namespace:
+        return str(name)
+    return "%s__%s" % (require_type(namespace, str, path + ".namespace"), name)
+
+
+def read_parts(content: Any, path: str) -> Any:
+    """Return the parts of a message or a result as blocks; a text stays one."""
+    if content is None or isinstance(content, str):
+        return replace_surrogates(content or "")
+    blocks: List[Dict[str, Any]] = []
+    for number, part in enumerate(require_type(content, list, path)):
+        part_path = "%s.%d" % (path, number)
+        kind = require_type(part, dict, part_path).get("type")
+        if kind in ("input_text", "output_text", "text", "refusal"):
+            field_name = "refusal" if kind == "refusal" else "text"
+            text = require_type(part.get(field_name), str, "%s.%s" % (part_path, field_name))
+            blocks.append(text_block(text))
+        elif kind not in ("input_image", "input_file"):
+            raise invalid_value(
+                part_path + ".type", "must be input_text, output_text, refusal, input_image or"
+                " input_file")
+        elif part.get("file_id"):
+            raise invalid_value(
+                part_path + ".file_id", "files that were uploaded elsewhere cannot be read here;"
+                " send the data itself")
+        elif kind == "input_image":
+            url = part.get("image_url")
+            url = url.get("url") if isinstance(url, dict) else url
+            url = require_type(url, str, part_path + ".image_url")
+            blocks.append({"type": "image", "source": source_of_url(url)})
+        else:
+            url = part.get("file_url") or part.get("file_data")
+            source = source_of_url(require_type(url, str, part_path + ".file_data"))
+            if source["type"] == "url" and not part.get("file_url"):
+                source = {"type": "base64", "media_type": "application/pdf", "data": url}
+            blocks.append({"type": "document", "source": source, "title": part.get("filename")})
+    return blocks
+
+
+def read_response_tools(tools: Sequence[Any], can_search: bool, place: str = "tools",
+                        namespace: str = "") -> Iterator[Tuple[str, Any, Any, Any]]:
+    """Yield (path, name, description, schema) of each tool that the client runs. A namespace's
+    tools have its name in front."""
+    for number, tool in enumerate(tools):
+        path = "%s.%d" % (place, number)
+        kind = require_type(tool, dict, path).get("type")
+        if kind == "namespace" and not namespace:
+            inner = optional(tool.get("tools"), list, path + ".tools")
+            name = require_type(tool.get("name"), str, path + ".name")
+            yield from read_response_tools(inner, can_search, path + ".tools", name)
+        elif kind in ("function", "custom"):
+            name = flat_name(namespace, tool.get("name"), path)
+            description = optional(tool.get("description"), str, path + ".description")
+            schema = tool.get("parameters")
+            if kind == "custom":
+                schema = CUSTOM_SCHEMA
+                form = optional(tool.get("format"), dict, path + ".format")
+                if form.get("definition"):
+                    description += "\n\nThe input must match this %s grammar:\n%s" % (
+                        form.get("syntax"), form["definition"])
+            yield path, name, description, schema
+        elif str(kind).startswith("web_search"):
+            if not can_search:
+                raise invalid_value(path + ".type", HOSTED_TOOL % (shorten(kind), SEARCH_ADVICE))
+        else:
+            text = HOSTED_TOOL % (
+                shorten(kind), "Offer one of the type function or custom, which your program runs")
+            if kind == "tool_search":
+                text = 'tool_search is not supported; offer all tools (in Codex: model = "sonnet")'
+            raise invalid_value(path + ".type", text)
+
+
+def read_response_choice(chat: Chat, choice: Any) -> Chat:
+    """Apply a `tool_choice`."""
+    assert chat.response_request
+    is_single = not chat.response_request.settings["parallel_tool_calls"]
+    kinds = {"auto": "auto", "none": "none", "required": "any"}
+    if isinstance(choice, dict) and choice.get("type") in ("function", "custom"):
+        name = flat_name(choice.get("namespace"), choice.get("name"), "tool_choice")
+        return with_choice(chat, ToolChoice("tool", name, is_single))
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = set()
+        for number, tool in enumerate(require_type(choice.get("tools"), list, "tool_choice.tools")):
+            path = "tool_choice.tools.%d" % number
+            tool = require_type(tool, dict, path)
+            allowed.add(flat_name(tool.get("namespace"), tool.get("name"), path))
+        chat = replace(
+            chat,
+            client_tools=tuple(tool for tool in chat.client_tools if tool["name"] in allowed))
+        choice = choice.get("mode") or "auto"
+    if not isinstance(choice, str) or choice not in kinds:
+        raise invalid_value(
+            "tool_choice", "must be auto, none or required, or an object of the type function,"
+            " custom or allowed_tools")
+    return with_choice(chat, ToolChoice(kinds[choice], None, is_single))
+
+
+def job_id_of(response_id: str) -> str:
+    """Return the id of a response's job; "" if it is not an id of this bridge."""
+    match = re.fullmatch("resp_([0-9a-f]{32})", response_id)
+    return str(uuid.UUID(match.group(1))) if match else ""
+
+
+def earlier_messages(context: Context, response_id: str) -> List[Tuple[str, Any]]:
+    """Return (role, content) of the messages up to a stored response, which may continue others.
+    Raises PreviousResponseNotFound; InvalidRequest if it has no output, or they are too long."""
+    path = "previous_response_id"
+    parts: List[List[Tuple[str, Any]]] = []
+    size = 0
+    job_id: Optional[str] = job_id_of(response_id)
+    while job_id is not None:
+        stored = context.stores.responses.get(job_id)
+        if not stored or stored.token_id != context.require_caller().id:
+            text = "Previous response with id '%s' not found." % shorten(response_id)
+            if parts:
+                text = "A part of the conversation of '%s' is no longer stored." % response_id
+            raise PreviousResponseNotFound(
+                text + " Send the conversation itself in `input`", field=path)
+        if stored.status != JobStatus.COMPLETED:
+            raise invalid_value(path, "that response has no output (%s)" % stored.status)
+        size += stored.size
+        if size > CONVERSATION_CHARACTERS:
+            raise invalid_value(path, CONVERSATION_TOO_LONG)
+        content: List[Any] = [text_block(stored.text)]
+        content += [
+            {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
+            for call in stored.stop_info.calls]
+        parts.append([*stored.messages, ("assistant", content)])
+        job_id = stored.previous or None
+    return list(chain.from_iterable(reversed(parts)))
+
+
+# About; there is no tokenizer here.
+CHARACTERS_PER_TOKEN = 3.5
+BLOCK_TOKENS = {"image": 1500, "document": 2000}
+
+
+def estimate_tokens(chat: Chat) -> int:
+    """Estimate the input tokens of a conversation."""
+    texts = [chat.system_prompt or "", chat.json_schema or ""]
+    if chat.client_tools:
+        texts.append(as_json(chat.client_tools))
+    tokens = 0
+    blocks = [block for turn in chat.turns for block in turn["content"]]
+    while blocks:
+        block = blocks.pop()
+        if block["type"] == "tool_result" and isinstance(block["content"], list):
+            blocks += block["content"]
+        elif block["type"] in BLOCK_TOKENS and block["source"]["type"] != "text":
+            tokens += BLOCK_TOKENS[block["type"]]
+        elif block["type"] == "tool_use":
+            texts.append(block["name"] + as_json(block["input"]))
+        else:
+            texts.append(block.get("text") or as_json(block))
+    return tokens + math.ceil(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)
+
+
 # --- the answer as it arrives ---
 class ChatStep(NamedTuple):
     """One step of an answer.
@@ -9395,11 +9824,14 @@ def handle_chat(context: Context, format: Format) -> Response:
     """Answer a conversation, whole or as a stream.
     A failure before the first word has a status of its own. An answer that takes so long that a
     proxy would cut the silence starts with blanks, which JSON allows."""
-    chat = format.read(context.json())
+    return answer_chat(context, format, format.read(context.json()))
+
+
+def answer_chat(context: Context, format: Format, chat: Chat) -> Response:
+    """Queue a conversation and answer it as handle_chat does."""
     check_hosted_tools(chat, context.require_caller())
     job = context.service.ask(context.require_caller(), chat).job
-    # They are stored, and may be large.
-    chat = replace(chat, turns=())
+    chat = chat.without_messages()
     ids = (("request-id", job.id), ("x-request-id", job.id))
     steps = chat_steps(context, job)
     started = context.service.clock.monotonic()
@@ -9675,6 +10107,188 @@ def completion_error(error: BridgeError) -> Dict[str, Any]:
     return {"error": body}
 
 
+# --- writing: the OpenAI Responses API ---
+
+REFUSAL_TEXT = "The model refused to answer. Ask in another way, or another model."
+RESPONSE_ERROR_CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
+# An EventWriter returns the next event of a stream, with its number.
+EventWriter = Callable[..., bytes]
+
+
+def response_usage(job: Job) -> Optional[Dict[str, Any]]:
+    """Return the `usage` of a response; None until the run has ended."""
+    if not job.usage:
+        return None
+    usage = completion_usage(job)
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {
+            "cached_tokens": job.usage.cache_read_tokens,
+            "cache_write_tokens": job.usage.cache_creation_tokens},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": usage["total_tokens"]}
+
+
+def response_error(error: BridgeError) -> Dict[str, Any]:
+    """Return the `error` of a response; the format has few codes."""
+    code = RESPONSE_ERROR_CODES.get(error.status, "server_error")
+    return {"code": code, "message": str(error)}
+
+
+def output_text(text: str) -> Dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def message_item(job: Job, index: int, status: str, *parts: Mapping[str, Any]) -> Dict[str, Any]:
+    return {
+        "id": "msg_%s_%d" % (job.id.replace("-", ""), index), "type": "message", "status": status,
+        "role": "assistant", "content": list(parts)}
+
+
+def call_item(
+        job: Job, index: int, call: ToolCall, settings: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the item of a call, in the kind of its tool."""
+    item: Dict[str, Any] = {"call_id": call.id, "name": call.name, "status": "completed"}
+    is_custom = False
+    for tool in settings["tools"]:
+        is_namespace = tool["type"] == "namespace"
+        prefix = "%s__" % tool["name"] if is_namespace else ""
+        for inner in tool.get("tools") or () if is_namespace else (tool,):
+            if call.name == "%s%s" % (prefix, inner.get("name")):
+                is_custom = inner["type"] == "custom"
+                item["name"] = inner["name"]
+                if is_namespace:
+                    item["namespace"] = tool["name"]
+    kind, prefix = ("custom_tool_call", "ctc") if is_custom else ("function_call", "fc")
+    text = as_json(call.arguments)
+    if is_custom and isinstance(call.arguments.get("input"), str):
+        text = call.arguments["input"]
+    name = "%s_%s_%d" % (prefix, job.id.replace("-", ""), index)
+    return {"id": name, "type": kind, **item, CALL_FIELDS[kind]: text}
+
+
+def response_output(job: Job, settings: Mapping[str, Any], start: int = 0) -> List[Dict[str, Any]]:
+    """Return the output items of a completed job. start: the number of the first one."""
+    stop_info = stop_info_of(job)
+    parts = [output_text(job.response)] if job.response else []
+    if stop_info.reason == "refusal":
+        parts.append({"type": "refusal", "refusal": REFUSAL_TEXT})
+    elif not parts and not stop_info.calls:
+        parts.append(output_text(""))
+    items = []
+    if parts:
+        status = "incomplete" if stop_info.reason == "max_tokens" else "completed"
+        items.append(message_item(job, start, status, *parts))
+    for number, call in enumerate(stop_info.calls, start + len(items)):
+        items.append(call_item(job, number, call, settings))
+    return items
+
+
+def response_body(settings: Mapping[str, Any], job: Job, start: int = 0) -> Dict[str, Any]:
+    """Return the object of the Responses API. start: the number of the first output item."""
+    is_completed = job.status == JobStatus.COMPLETED
+    is_cut = is_completed and stop_info_of(job).reason == "max_tokens"
+    status = "in_progress"
+    if is_completed:
+        status = "incomplete" if is_cut else "completed"
+    elif job.status == JobStatus.ERROR:
+        status = "cancelled" if job.error_code == "cancelled" else "failed"
+    is_done = status == "completed" and job.completed_at is not None
+    return {
+        "id": "resp_" + job.id.replace("-", ""), "object": "response",
+        "created_at": int(job.created_at), "status": status, "background": False,
+        "completed_at": int(job.completed_at or 0) if is_done else None, "error": None,
+        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "max_tool_calls": None, "model": job.model or "default",
+        "output": response_output(job, settings, start) if is_completed else [],
+        "service_tier": "default", "temperature": None, "top_logprobs": 0, "top_p": None,
+        "usage": response_usage(job), **settings}
+
+
+def response_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
+    """Yield the answer as Server-Sent Events. The text of a run that starts over is an item of its
+    own, which the final response does not hold."""
+    assert chat.response_request
+    settings = chat.response_request.settings
+    numbers = count()
+
+    def event(kind: str, **data: Any) -> bytes:
+        kind = "response." + kind
+        numbered = {"type": kind, "sequence_number": next(numbers), **data}
+        return sse_event(kind, None, numbered)
+
+    body = response_body(settings, replace(job, status=JobStatus.PROCESSING, model=first.model))
+    yield event("created", response=body) + event("in_progress", response=body)
+    index = 0
+    texts: List[str] = []
+    with contextlib.closing(steps):
+        try:
+            for step in chain((first,), steps):
+                if step.kind == "heartbeat":
+                    yield HEARTBEAT
+                if texts and (step.kind == "restart" or (step.job and not step.job.response)):
+                    item = message_item(job, index, "incomplete", output_text("".join(texts)))
+                    yield b"".join(item_events(event, index, item, len(texts)))
+                    index += 1
+                    texts = []
+                if step.kind == "text":
+                    item = message_item(job, index, "in_progress")
+                    yield text_events(event, index, item, step.text, not texts)
+                    texts.append(step.text)
+                if step.job:
+                    final = response_body(settings, step.job, index)
+                    end = b""
+                    for number, item in enumerate(final["output"], index):
+                        end += b"".join(item_events(event, number, item, len(texts)))
+                        texts = []
+                    yield end + event(final["status"], response=final)
+        except BridgeError as error:
+            failed = {**body, "status": "failed", "error": response_error(error)}
+            yield event("failed", response=failed)
+
+
+def text_events(
+        event: EventWriter, index: int, item: Mapping[str, Any], text: str, is_new: bool) -> bytes:
+    """Return the event of a piece of text, after those that open its item. item: without parts."""
+    place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+    opening = b""
+    if is_new:
+        opening += event("output_item.added", output_index=index, item=item)
+        opening += event("content_part.added", **place, part=output_text(""))
+    if not text:
+        return opening
+    return opening + event("output_text.delta", **place, delta=text, logprobs=[])
+
+
+def item_events(event: EventWriter, index: int, item: Mapping[str, Any],
+                pieces: int) -> Iterator[bytes]:
+    """Yield the events of a complete item. pieces: how many of its text were sent before."""
+    place: Dict[str, Any] = {"item_id": item["id"], "output_index": index}
+    opened = {**item, "status": "in_progress"}
+    if item["type"] != "message":
+        name = CALL_FIELDS[item["type"]]
+        kind = "function_call_arguments" if name == "arguments" else "custom_tool_call_input"
+        yield event("output_item.added", output_index=index, item={**opened, name: ""})
+        yield event(kind + ".delta", **place, delta=item[name])
+        yield event(kind + ".done", **place, name=item["name"], **{name: item[name]})
+    else:
+        opened["content"] = []
+        for number, part in enumerate(item["content"]):
+            part_place = {**place, "content_index": number}
+            if part["type"] == "output_text":
+                if not pieces:
+                    yield text_events(event, index, opened, part["text"], True)
+                yield event("output_text.done", **part_place, text=part["text"], logprobs=[])
+            else:
+                if not number:
+                    yield event("output_item.added", output_index=index, item=opened)
+                yield event("content_part.added", **part_place, part={**part, "refusal": ""})
+                yield event("refusal.delta", **part_place, delta=part["refusal"])
+                yield event("refusal.done", **part_place, refusal=part["refusal"])
+            yield event("content_part.done", **part_place, part=part)
+    yield event("output_item.done", output_index=index, item=item)
+
+
 # --- the routes of /v1 ---
 
 MESSAGES = Format(read_messages_request, message_body, message_stream, message_error)
@@ -9704,7 +10318,86 @@ def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
     return COMPLETIONS
 
 
-# Both formats find their own keys here; the dates are unknown.
+def read_response_chat(context: Context) -> Chat:
+    """Return the Chat of a request of /v1/responses."""
+    tools = context.require_caller().tools
+    can_search = tools in (Tools.WEB, Tools.ALL) or "WebSearch" in tools
+    body = context.json()
+    if isinstance(body, dict) and isinstance(body.get("input"), list):
+        body = {**body, "input": resolve_references(context, body["input"])}
+    return read_responses_request(body, partial(earlier_messages, context), can_search)
+
+
+def resolve_references(context: Context, items: List[Any]) -> List[Any]:
+    """Return an `input` with the token's own stored items in place of references to them."""
+    stored: Dict[str, Dict[str, Any]] = {}
+    result = []
+    size = 0
+    for item in items:
+        is_reference = isinstance(item, dict) and not item.get("role") and (
+            item.get("type") in (None, "item_reference"))
+        match = is_reference and re.fullmatch(r"[a-z]+_([0-9a-f]{32})_\d+", str(item.get("id")))
+        if match:
+            job_id = str(uuid.UUID(match.group(1)))
+            if job_id not in stored:
+                stored[job_id] = {}
+                job = context.stores.jobs.get(job_id)
+                settings = context.stores.responses.settings(job_id)
+                if job and settings and job.token_id == context.require_caller().id:
+                    output = response_body(settings, job)["output"]
+                    stored[job_id] = {row["id"]: row for row in output}
+                    size += len(job.response or "")
+                if size > CONVERSATION_CHARACTERS:
+                    raise invalid_value("input", CONVERSATION_TOO_LONG)
+            item = stored[job_id].get(item["id"], item)
+        result.append(item)
+    return result
+
+
+def handle_create_response(context: Context) -> Response:
+    chat = read_response_chat(context)
+    assert chat.response_request
+    settings = chat.response_request.settings
+    format = COMPLETIONS._replace(
+        body=lambda chat, job: response_body(settings, job), stream=response_stream)
+    return answer_chat(context, format, chat)
+
+
+def handle_count_input_tokens(context: Context) -> Response:
+    tokens = estimate_tokens(read_response_chat(context))
+    return json_response(200, {"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def stored_response(context: Context) -> Tuple[Job, Dict[str, Any]]:
+    """Return the job of a stored response, and its settings. Raises NotFound."""
+    response_id = context.path_params["id"]
+    with contextlib.suppress(NotFound):
+        job = context.service.job(context.require_caller(), job_id_of(response_id)).job
+        settings = context.stores.responses.settings(job.id)
+        if settings:
+            return job, settings
+    raise NotFound("Response with id '%s' not found." % shorten(response_id))
+
+
+def handle_get_response(context: Context) -> Response:
+    if context.request.query.get("stream") == "true":
+        raise invalid_value("stream", "a stored response cannot be streamed; leave `stream` out")
+    job, settings = stored_response(context)
+    body = response_body(settings, job)
+    failure = context.service.failure(job)
+    if failure:
+        body["error"] = response_error(failure)
+    return json_response(200, body)
+
+
+def handle_delete_response(context: Context) -> Response:
+    job, _ = stored_response(context)
+    context.stores.responses.delete(job.id)
+    response_id = "resp_" + job.id.replace("-", "")
+    return json_response(200, {"id": response_id, "object": "response", "deleted": True})
+
+
+# All formats find their own keys here; the dates are unknown.
 MODEL_EXAMPLE = {
     "id": "sonnet", "object": "model", "created": 0, "owned_by": "anthropic", "type": "model",
     "display_name": "Sonnet", "created_at": "1970-01-01T00:00:00Z", "lifecycle": "active"}
@@ -9847,6 +10540,32 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "usage": {
             "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
             "prompt_tokens_details": {"cached_tokens": 0}}},
+    "Response": {
+        "id": "resp_1", "object": "response", "created_at": 1769860800, "status": "completed",
+        "background": False, "completed_at~": 1769860801, "error~": None,
+        "incomplete_details~": None, "instructions~": "Answer in one sentence.",
+        "max_output_tokens~": None, "max_tool_calls~": None, "metadata": {},
+        "model": "claude-sonnet-5",
+        "output": [{
+            "id": "msg_1_0", "type": "message", "status": "completed", "role?": "assistant",
+            "content?": [{
+                "type": "output_text", "text?": "Rhine", "annotations?": [{}], "logprobs?": [{}],
+                "refusal?": "The model refused to answer."}],
+            "call_id?": "toolu_1", "name?": "add", "namespace?": "math", "arguments?": "{}",
+            "input?": "text"}],
+        "parallel_tool_calls": True, "previous_response_id~": None, "prompt_cache_key~": None,
+        "reasoning": {"effort~": None, "summary~": None}, "safety_identifier~": None,
+        "service_tier": "default", "store": True, "temperature~": None,
+        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [{}],
+        "top_logprobs": 0, "top_p~": None, "truncation": "disabled",
+        "usage~": {
+            "input_tokens": 12,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": 40, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": 52},
+        "user~": None},
+    "InputTokens": {"object": "response.input_tokens", "input_tokens": 11},
+    "DeletedResponse": {"id": "resp_1", "object": "response", "deleted": True},
     "Error": {
         "error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
         "resetsAt?": EXAMPLE_TIME},
@@ -9947,8 +10666,26 @@ ROUTES = (
               200: ("TextCompletion", '{"object":"text_completion","choices":[...],...}'),
               400: (None, '{"error":{"message":"...","type":"...",...}}')},
           error_statuses=(403, 504, 529)),
+    Route("POST", "/v1/responses", AuthLevel.TOKEN, handle_create_response,
+          "The newer OpenAI wire format; see Other wire formats",
+          responses={
+              200: ("Response", '{"object":"response","output":[...],...}'),
+              400: (None, '{"error":{"message":"...","type":"...",...}}')},
+          error_statuses=(403, 504, 529)),
+    Route("POST", "/v1/responses/input_tokens", AuthLevel.TOKEN, handle_count_input_tokens,
+          "An estimate of the input tokens of such a request",
+          responses={
+              200: ("InputTokens", '{"object":"response.input_tokens","input_tokens":11}')}),
+    Route("GET", "/v1/responses/:id", AuthLevel.TOKEN, handle_get_response,
+          "A stored response",
+          responses={200: ("Response", '{"id":"resp_...","object":"response",...}')}),
+    Route("DELETE", "/v1/responses/:id", AuthLevel.TOKEN, handle_delete_response,
+          "Forget a stored response; the request stays in the lists",
+          responses={
+              200: (
+                  "DeletedResponse", '{"id":"resp_...","object":"response","deleted":true}')}),
     Route("GET", "/v1/models", AuthLevel.TOKEN, handle_list_models,
-          "The models of `claude`, for both formats",
+          "The models of `claude`, for all formats",
           responses={200: ("Models", '{"object":"list","data":[{"id":"sonnet",...}],...}')}),
     Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model,
           "One of them",
@@ -10024,10 +10761,13 @@ def resolve_route(method: str, path: str) -> Tuple[Route, Mapping[str, str]]:
     path = wire_path(path)
     parts = [unquote(part) for part in path.split("/")]
     methods = set()
+    is_literal = False
     for route in ROUTES:
         params = match_path(route.path, parts)
-        if params is None:
+        # A path without named parts hides those that have some.
+        if params is None or (params and is_literal):
             continue
+        is_literal = not params
         methods.add(route.method)
         if route.method == ("GET" if method == "HEAD" else method):
             return route, params

@@ -134,7 +134,7 @@ class Sdk:
     def check_response(self, response: Any) -> None:
         """Read a response to its end and check its JSON, before the package makes an int of "1"."""
         self.last_body = response.read().decode()
-        path = re.sub("(?<=/models/).+", "ID", response.url.path)
+        path = re.sub("(/models/|/responses/resp_).+", r"\1ID", response.url.path)
         if response.status_code == 200 and "event-stream" not in response.headers["content-type"]:
             self.check_json(self.last_body, self.types[path])
         elif response.status_code == 200:
@@ -414,9 +414,17 @@ class OverOpenAI(Sdk):
             importlib.import_module("openai.types.chat"),
         )
         self.Completion, self.Chunk = chat.ChatCompletion, chat.ChatCompletionChunk
+        responses = importlib.import_module("openai.types.responses")
+        self.Response, self.ResponseEvent = responses.Response, responses.ResponseStreamEvent
         self.types = {
             "/v1/chat/completions": self.Completion,
             "/v1/chat/completions events": self.Chunk,
+            "/v1/responses": self.Response,
+            "/v1/responses events": self.ResponseEvent,
+            "/v1/responses/resp_ID": self.pydantic.JsonValue,
+            "/v1/responses/input_tokens": importlib.import_module(
+                "openai.types.responses.input_token_count_response"
+            ).InputTokenCountResponse,
             "/v1/models/ID": types.Model,
             "/v1/models": importlib.import_module("openai.pagination").SyncPage[types.Model],
         }
@@ -622,6 +630,122 @@ class OverOpenAI(Sdk):
             "low": self.low(stop=["<OTHER>", STOP]),
             "high": self.high(stop=[STOP])[1],
         }
+
+    # --- /v1/responses ---
+
+    def response_summary(self, response: Any) -> Dict[str, Any]:
+        """Describe a complete response."""
+        body = self.check_object(response, self.Response)
+        calls = [item for item in body["output"] if item["type"] != "message"]
+        return {
+            "wire": body,
+            "text": response.output_text,
+            "calls": [
+                (call["name"], call.get("input") or json.loads(call["arguments"]))
+                for call in calls
+            ],
+            "ids": [call["call_id"] for call in calls],
+            "stop": body["status"],
+        }
+
+    def response_events(self, **fields: Any) -> Dict[str, Any]:
+        """Read a stream event by event, whose types are checked. -> its kinds, and the end."""
+        with self.checked.responses.create(model=MODEL, stream=True, **fields) as stream:
+            objects = [event for event in stream]
+        wire_events = [json.loads(data) for _, data in events(self.last_body)]
+        assert [event.type for event in objects] == [event["type"] for event in wire_events]
+        assert self.pydantic.TypeAdapter(List[self.ResponseEvent]).validate_json(
+            json.dumps(wire_events), strict=True
+        )
+        return {
+            "kinds": [event["type"] for event in wire_events],
+            **self.response_summary(objects[-1].response),
+        }
+
+    def response_high(self, **fields: Any) -> Any:
+        """Read a stream with the package's helper. -> (the response, its description)."""
+        with self.strict.responses.stream(model=MODEL, **fields) as stream:
+            kinds = [event.type for event in stream]
+            response = stream.get_final_response()
+            return response, {"kinds": kinds, **self.response_summary(response)}
+
+    def responses(self) -> Any:
+        create = self.checked.responses.create
+        first = create(model=MODEL, input="hello", instructions=SYSTEM, metadata={"a": "b"})
+        second = self.strict.responses.create(
+            model="gpt-5.2", input="again", previous_response_id=first.id
+        )
+        retrieved = self.strict.responses.retrieve(second.id)
+        assert self.response_summary(retrieved) == self.response_summary(second)
+        self.strict.responses.delete(second.id)
+        counted = self.checked.responses.input_tokens.count(model=MODEL, input="x" * 35)
+        image = {"type": "input_image", "detail": "low", "image_url": IMAGE_URL}
+        pictured = create(
+            model=MODEL,
+            input=[{"role": "user", "content": [image, {"type": "input_text", "text": "see"}]}],
+        )
+        return {
+            "first": self.response_summary(first),
+            "second": self.response_summary(second),
+            "pictured": self.response_summary(pictured),
+            "counted": counted.input_tokens,
+            "low": self.response_events(input="hello"),
+            "high": self.response_high(input="hello")[1],
+            "gone": self.expect_error(lambda: self.strict.responses.retrieve(second.id)),
+            "lost": self.expect_error(
+                lambda: self.strict.responses.create(
+                    model=MODEL, input="x", previous_response_id=second.id
+                )
+            ),
+            "hosted": self.expect_error(
+                lambda: create(model=MODEL, input="x", tools=[{"type": "web_search"}])
+            ),
+        }
+
+    def responses_schema(self) -> Any:
+        parsed = self.strict.responses.parse(
+            model=MODEL, input="forty-two", text_format=self.Answer
+        )
+        final, summary = self.response_high(input="forty-two", text_format=self.Answer)
+        return {
+            "parsed": [response.output_parsed.answer for response in (parsed, final)],
+            "texts": [parsed.output_text, summary["text"]],
+        }
+
+    def responses_tools(self) -> Any:
+        """Run three round trips: by items, by the previous response, and with a custom tool."""
+        tools = [
+            {"type": "function", **tool["function"]} for tool in self.tool_definitions
+        ]
+        custom = {"type": "custom", "name": "add", "description": "Adds."}
+        turns: List[Any] = [{"role": "user", "content": "go on"}]
+        called = self.checked.responses.create(model=MODEL, input=turns, tools=tools, store=False)
+        ended = self.checked.responses.create(
+            model=MODEL, input=[*turns, *called.output, *self.outputs(called)], tools=tools,
+            store=False,
+        )
+        final, streamed = self.response_high(input=turns, tools=tools)
+        return {
+            "called": self.response_summary(called),
+            "ended": self.response_summary(ended),
+            "low": self.response_events(input=turns, tools=tools),
+            "streamed": streamed,
+            "continued": self.response_high(
+                input=self.outputs(final), tools=tools, previous_response_id=final.id
+            )[1],
+            "custom": self.response_events(input=turns, tools=[custom, tools[1]]),
+        }
+
+    def outputs(self, response: Any) -> List[Any]:
+        """Return the results of the calls in a response."""
+        return [
+            {
+                "type": "function_call_output", "call_id": item.call_id,
+                "output": RESULTS[item.name],
+            }
+            for item in response.output
+            if item.type == "function_call"
+        ]
 
 
 def main(scenario: str, url: str, token: str) -> None:

@@ -88,6 +88,10 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("POST", "/v1/messages"): Rule(HOLDERS, 400),
     ("POST", "/v1/chat/completions"): Rule(HOLDERS, 400),
     ("POST", "/v1/completions"): Rule(HOLDERS, 400),
+    ("POST", "/v1/responses"): Rule(HOLDERS, 400),
+    ("POST", "/v1/responses/input_tokens"): Rule(HOLDERS, 400),
+    ("GET", "/v1/responses/:id"): Rule(HOLDERS, 200, ("owner", "admin")),
+    ("DELETE", "/v1/responses/:id"): Rule(HOLDERS, 200, ("owner", "admin")),
     ("GET", "/v1/models"): Rule(HOLDERS, 200),
     ("GET", "/v1/models/:id"): Rule(HOLDERS, 200),
     ("POST", "/api/tokens"): Rule(ADMINS, 400),
@@ -229,6 +233,14 @@ class Cast:
                 self.apis["admin"].new_token("victim")
                 return self.path(path)
             return path.replace(":id", str(victim[0]))
+        if path.startswith("/v1/responses/:id"):
+            owner = self.apis["owner"]
+            requests = owner.get("/api/requests?q=stored").json["requests"]
+            stored = ["resp_" + row["requestId"].replace("-", "") for row in requests[:1]]
+            if not stored or owner.get("/v1/responses/" + stored[0]).status == 404:
+                owner.post("/v1/responses", {"input": "stored"})
+                return self.path(path)
+            return path.replace(":id", stored[0])
         return (
             path.replace(":requestId", self.request_id)
             .replace(":name", "default")
@@ -281,7 +293,9 @@ def test_every_route_answers_every_kind_of_caller_as_its_rule_says(cast: Cast) -
                         field = "prompt" if path == "/v1/completions" else "messages"
                         required = (
                             status,
-                            expected_refusal(status, code, form, field)
+                            expected_refusal(
+                                status, code, form, "input" if "/resp" in path else field
+                            )
                             if code and method != "HEAD"
                             else None,
                             "Bearer" if status == 401 else None,

@@ -379,8 +379,8 @@ def test_the_examples_for_the_shell_work_as_written(program: StartProgram) -> No
     assert run.returncode == 0
     outputs = run.stdout.decode().split("---\n")[1:]
     polled, story, resumed, cancelled, once, again, requests = outputs[:7]
-    conversations, forgotten, usage, guest, openai, anthropic, models = outputs[7:14]
-    metrics, status = outputs[14:]
+    conversations, forgotten, usage, guest, openai, anthropic, response = outputs[7:14]
+    models, metrics, status = outputs[14:]
     assert '"status":"completed"' in polled and "You said: Why is the sky blue?" in polled
     assert "event: delta\n" in story and story.count("event: completed\n") == 1
     assert resumed.startswith("id: ") and "event: completed\n" in resumed
@@ -394,6 +394,7 @@ def test_the_examples_for_the_shell_work_as_written(program: StartProgram) -> No
     assert '"token":"cab-' in guest
     assert '"object":"chat.completion"' in openai
     assert "event: message_stop\n" in anthropic
+    assert '"object":"response"' in response
     assert '"object":"list"' in models
     assert 'cab_requests_finished_total{status="completed",code=""} ' in metrics
     assert '"spareReady":' in status

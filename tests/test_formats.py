@@ -1241,7 +1241,7 @@ class OpenRequest:
     def __init__(self, client: Api, api: str, body: Any) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=20)
         self._connection.request(
-            "POST", PATHS[api], json.dumps(body).encode(),
+            "POST", PATHS.get(api, api), json.dumps(body).encode(),
             {"Authorization": "Bearer %s" % client.token},
         )
         self.data, self.socket = b"", self._connection.sock
@@ -2201,8 +2201,8 @@ def test_refusals_have_the_body_of_the_format(bridge: Start) -> None:
             (404, "not_found_error"),
         ),
         (admin, "POST", "/v1/complete", {}, VERSION, "anthropic", (404, "not_found_error")),
-        (admin, "POST", "/v1/embeddings", {}, {}, "openai", (404, "not_found")),
-        (admin, "POST", "/v1/responses", {}, {}, "openai", (404, "not_found")),
+        (admin, "POST", "/v1/responses", {}, {}, "openai", (400, "invalid_request")),
+        (admin, "POST", "/v1/responses", {}, VERSION, "anthropic", (400, "invalid_request_error")),
         (admin, "POST", "/v1/embeddings", {}, {}, "openai", (404, "not_found")),
         (admin, "GET", "/v1", None, {}, "openai", (404, "not_found")),
         (admin, "GET", "/v1/", None, {}, "openai", (404, "not_found")),

@@ -990,7 +990,7 @@ def test_numbers_in_tables_never_break_on_a_narrow_screen(
     page = visit(running, running.admin.token, width=width)
     page.open_view("Usage")
     page.wait_for_text("WWW", "#usage-by-token")
-    page.js("document.documentElement.scrollWidth <= innerWidth && innerWidth") == width
+    assert page.js("document.documentElement.scrollWidth <= innerWidth && innerWidth") == width
     line_counts = page.js(
         "[...document.querySelectorAll('[data-view=\"#/usage\"] :is(td, thead th)')]"
         ".filter((cell) => cell.checkVisibility()).map((cell) => {"

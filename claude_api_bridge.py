@@ -12598,6 +12598,7 @@ form .grid { margin: .75rem 0 }
 #counters dt, #counters button { line-height: 1.5rem }
 #filters > * { flex: 1 1 7rem; min-width: 0 }
 #filters > #search { flex: 4 1 16rem }
+#filters + .row { margin: .5rem 0 }
 #usage-days, #legend { margin: .75rem 0 1rem }
 #latency { --column: 8rem }
 .end { margin-left: auto }

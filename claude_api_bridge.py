@@ -10363,6 +10363,18 @@ def handle_create_response(context: Context) -> Response:
     return answer_chat(context, format, chat)
 
 
+def handle_count_tokens(context: Context) -> Response:
+    body = require_type(context.json(), dict, "body")
+    messages = require_type(body.get("messages"), list, "messages")
+    try:
+        tokens = estimate_tokens(read_messages_request(body))
+    except InvalidRequest:
+        # Clients also count parts of a conversation, which could not be answered alone.
+        text = as_json([body.get(name) for name in ("system", "tools")] + messages)
+        tokens = math.ceil(len(text) / CHARACTERS_PER_TOKEN)
+    return json_response(200, {"input_tokens": tokens})
+
+
 def handle_count_input_tokens(context: Context) -> Response:
     tokens = estimate_tokens(read_response_chat(context))
     return json_response(200, {"object": "response.input_tokens", "input_tokens": tokens})
@@ -10565,6 +10577,7 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
             "total_tokens": 52},
         "user~": None},
     "InputTokens": {"object": "response.input_tokens", "input_tokens": 11},
+    "CountedTokens": {"input_tokens": 11},
     "DeletedResponse": {"id": "resp_1", "object": "response", "deleted": True},
     "Error": {
         "error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
@@ -10653,6 +10666,9 @@ ROUTES = (
               200: ("Message", '{"type":"message","content":[...],...}'),
               400: (None, '{"type":"error","error":{"type":"...","message":"..."}}')},
           error_statuses=(403, 504, 529)),
+    Route("POST", "/v1/messages/count_tokens", AuthLevel.TOKEN, handle_count_tokens,
+          "An estimate of the input tokens of such a request, by its length",
+          responses={200: ("CountedTokens", '{"input_tokens":11}')}),
     Route("POST", "/v1/chat/completions", AuthLevel.TOKEN,
           partial(handle_chat, format=COMPLETIONS),
           "The OpenAI wire format; see Other wire formats",

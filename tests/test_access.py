@@ -86,6 +86,7 @@ RULES: Mapping[Tuple[str, str], Rule] = {
     ("DELETE", "/api/conversations/:name"): Rule(HOLDERS, 200, ("owner",)),
     ("GET", "/api/usage"): Rule(HOLDERS, 200),
     ("POST", "/v1/messages"): Rule(HOLDERS, 400),
+    ("POST", "/v1/messages/count_tokens"): Rule(HOLDERS, 400),
     ("POST", "/v1/chat/completions"): Rule(HOLDERS, 400),
     ("POST", "/v1/completions"): Rule(HOLDERS, 400),
     ("POST", "/v1/responses"): Rule(HOLDERS, 400),
@@ -140,7 +141,7 @@ def expected_format(path: str, is_anthropic: bool) -> str:
     """Return the wire format in which a path must report errors."""
     if not path.startswith("/v1/"):
         return "native"
-    return "anthropic" if is_anthropic or path == "/v1/messages" else "openai"
+    return "anthropic" if is_anthropic or path.startswith("/v1/messages") else "openai"
 
 
 def expected_refusal(

@@ -2193,8 +2193,8 @@ def test_refusals_have_the_body_of_the_format(bridge: Start) -> None:
         (anonymous, "GET", "/v1/models", None, VERSION, "anthropic", (401, "authentication_error")),
         (anonymous, "GET", "/api/usage", None, VERSION, None, (401, "missing_token")),
         (
-            admin, "POST", "/v1/messages/count_tokens", talk("hi"), {}, "anthropic",
-            (404, "not_found_error"),
+            admin, "POST", "/v1/messages/count_tokens", {}, {}, "anthropic",
+            (400, "invalid_request_error"),
         ),
         (
             admin, "POST", "/v1/messages/batches", talk("hi"), {}, "anthropic",

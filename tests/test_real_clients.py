@@ -511,3 +511,21 @@ def test_a_stream_begins_with_the_figures_of_the_input(bridge: Start) -> None:
     usage = stream[0][1]["message"]["usage"]
     assert usage["input_tokens"] > 0 and usage["cache_read_input_tokens"] > 0
     assert usage["input_tokens"] == stream[-2][1]["usage"]["input_tokens"]
+
+
+def test_tokens_are_counted_by_an_estimate(bridge: Start) -> None:
+    admin = bridge().admin
+
+    def count(*turns: Any, query: str = "", **more: Any) -> int:
+        answer = admin.post("/v1/messages/count_tokens" + query, talk(*turns, **more))
+        assert answer.status == 200 and list(answer.json) == ["input_tokens"]
+        return int(answer.json["input_tokens"])
+
+    short = count("hi")
+    assert 1 <= short <= 5 == count("hi" * 8, query="?beta=true")
+    assert count("hi", system="x" * 350) == short + 100
+    assert count("hi", tools=tools("anthropic")) > short + 20
+    assert count([PHOTO]) < 3_000
+    # A part of a conversation.
+    assert count("hi", "ho") > short and count("hi", [tool_use()]) > short
+    assert admin.get("/api/requests").json["requests"] == []

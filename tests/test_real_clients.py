@@ -10,7 +10,9 @@ import errno
 import http.client
 import json
 import os
+import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -529,3 +531,27 @@ def test_tokens_are_counted_by_an_estimate(bridge: Start) -> None:
     # A part of a conversation.
     assert count("hi", "ho") > short and count("hi", [tool_use()]) > short
     assert admin.get("/api/requests").json["requests"] == []
+
+
+def test_many_calls_at_once_are_not_mixed_up(bridge: Start) -> None:
+    admin = bridge(spare=2).admin
+
+    def ask(number: int) -> str:
+        word = "word%dend" % number
+        kind = "/v1/" + ("messages", "chat/completions", "responses", "completions")[number % 4]
+        is_stream = number % 8 in (0, 1)
+        body = {**talk(word), "input": word, "prompt": word, "stream": is_stream}
+        for _ in range(50):
+            answer = admin.post(kind, body)
+            # The queue has 50 places.
+            if answer.status != 429:
+                break
+            wait_until(lambda: admin.get("/api/status").json["queue"]["length"] < 50)
+        assert answer.status == 200, answer.data
+        text = streamed(answer.data) if is_stream else answer.data.decode()
+        words = set(re.findall(r"word\d+end", text))
+        assert words == {word}, (kind, word, words)
+        return word
+
+    with ThreadPoolExecutor(60) as executor:
+        assert len(set(executor.map(ask, range(60)))) == 60

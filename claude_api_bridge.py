@@ -4014,13 +4014,28 @@ def assistant_message(content: Content, message_id: str = "") -> Dict[str, Any]:
     return message
 
 
-def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "") -> str:
+def environment_snapshot(folder: str, environ: Mapping[str, str]) -> Dict[str, Any]:
+    """Return how the CLI describes the place where it runs; empty on Windows.
+    Source: the transcripts of 2.1.330 and 2.1.332 on Linux."""
+    if os.name == "nt":
+        return {}
+    shell = "zsh" if environ.get("SHELL", "").endswith("zsh") else "bash"
+    return {
+        "workingDirectory": folder, "isWorktree": False, "isGitRepo": False,
+        "additionalWorkingDirectories": [], "platform": sys.platform, "shell": shell,
+        "osVersion": "%s %s" % (platform.system(), platform.release())}
+
+
+def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "",
+               snapshot: Mapping[str, Any] = {}) -> str:
     """Return a file for --resume that holds a history without its last answer.
     The last row is invisible to the API; without it the CLI would add an answer of its own. All
     fields are needed: 2.1.197 may send nothing without one.
     session_id: a UUID. date: 2026-12-31, for a history that follows on stdin. Otherwise the CLI
     puts the date behind the last message of each new process, where the prompt cache of the API
     ends; with it, the requests of all processes begin like those of one that lives on.
+    snapshot: see environment_snapshot. If it is true, the CLI does not describe its folder and
+    system to the model, behind the client's words; what it would say stands here as a blank.
 
     Source: the requests of 2.1.197 and 2.1.332 are those of the same turns sent one by one."""
     rows: List[Dict[str, Any]] = []
@@ -4043,6 +4058,9 @@ def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date
 
     if date:
         add("attachment", attachment={"type": "date", "date": date})
+    if snapshot:
+        add("attachment", attachment={"type": "environment", "snapshot": snapshot},
+            rendered=[{"content": " "}])
     for turn in history[:-1]:
         add_user(turn.message)
         add_answer(turn.response)
@@ -6281,7 +6299,8 @@ class ClaudeLauncher:
             arguments = ["--session-id=" + session_id, *arguments]
         elif not any(argument.startswith("--resume=") for argument in arguments):
             # Beside another flag, claude_argv would leave it out.
-            arguments = [*(self._date_argv() or ["--no-session-persistence"]), *arguments]
+            date_argv = self._date_argv(kind.tools)
+            arguments = [*(date_argv or ["--no-session-persistence"]), *arguments]
         check_rules_for_cmd(install.command[0], kind.tools)
         argv = claude_argv(install.command, install.features, kind.tools, arguments)
         self._start_count += 1
@@ -6305,7 +6324,15 @@ class ClaudeLauncher:
             self._processes.record_process(process.pid, started_at(process.pid), None)
         return process
 
-    def _date_argv(self) -> List[str]:
+    def snapshot(self, tools: Union[str, Tuple[str, ...]]) -> Dict[str, Any]:
+        """Return what the CLI need not tell the model; with tools the model must know its folder.
+        """
+        if tools != Tools.NONE or self.program.install.features.version < REWIND_CLI:
+            return {}
+        folder = os.path.realpath(self.config.data_dir / "work")
+        return environment_snapshot(folder, self.program.install.environment)
+
+    def _date_argv(self, tools: Union[str, Tuple[str, ...]]) -> List[str]:
         """Return the flags of a process without a history that know the date, see `transcript`; and
         write the file that they name."""
         features = self.program.install.features
@@ -6313,10 +6340,12 @@ class ClaudeLauncher:
         if features.version < REWIND_CLI or "--fork-session" not in features.flags:
             return []
         try:
-            path = private_directory(self.config.data_dir / TRANSCRIPTS) / (date + ".jsonl")
+            snapshot = self.snapshot(tools)
+            name = date + ("" if snapshot else "-tools") + ".jsonl"
+            path = private_directory(self.config.data_dir / TRANSCRIPTS) / name
             if not path.exists():
                 write_file_atomically(
-                    path, transcript((), str(uuid.uuid4()), self.clock.now(), date))
+                    path, transcript((), str(uuid.uuid4()), self.clock.now(), date, snapshot))
         except (OSError, CannotStart):
             return []
         return ["--fork-session", *resume_argv(path)]
@@ -6701,7 +6730,8 @@ class ClaudePool:
     def _resume_transcript(self, session: SessionConfig, kind: ProcessKind,
                            history: Sequence[HistoryTurn]) -> Iterator[Candidate]:
         """Yield processes that begin with the history. Raises OSError, CannotStart."""
-        text = transcript(history, str(uuid.uuid4()), self.clock.now())
+        snapshot = self._launcher.snapshot(session.tools)
+        text = transcript(history, str(uuid.uuid4()), self.clock.now(), snapshot=snapshot)
         arguments = self._launcher.effort_argv(session)
         idle = self._idle.take_for_history(kind) if not arguments else None
         if idle and idle.transcript:

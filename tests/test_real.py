@@ -337,6 +337,29 @@ def test_a_plain_ask_is_lean(shared: Site, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("spare", ["0", "2"])
+def test_the_model_is_told_nothing_of_this_machine(site: Site, spare: str) -> None:
+    """Since 2.1.330 the CLI describes its folder and system behind the client's words."""
+    site.start("--spare", spare)
+    if spare != "0":
+        site.idle()
+    stateful, _ = site.client(sessionMode="stateful")
+    site.ask("hello")
+    site.ask("one", stateful)
+    site.ask("two", stateful)
+    for words in (["a"], ["a", "Echo: a", "b"], ["x", "y", "z", "w", "v"]):
+        with passing(site) as client:
+            chat(client, MESSAGES, said(*words))
+    with passing(site) as client:
+        chat(client, MESSAGES, said("other model"), model="haiku")
+    assert len(site.calls()) == 7
+    for call in site.calls():
+        text = json.dumps(call.body)
+        for private in (str(site.folder), "Primary working directory", os.uname().release):
+            assert private not in text, text[:3000]
+        assert len(call.raw) <= 1_700
+
+
 # --- settings of one request ---
 
 

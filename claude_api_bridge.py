@@ -456,7 +456,7 @@ class IdempotencyConflict(BridgeError):
 
 
 class BodyTooLarge(BridgeError):
-    """The body is larger than 1 MiB."""
+    """The body is larger than 1 MiB, on /v1 than --body-mb."""
     status, code, text = 413, "body_too_large", "Body exceeds %d byte limit" % BODY_BYTES
 
 
@@ -628,6 +628,8 @@ def error_body(error: BridgeError) -> Dict[str, Any]:
 # Helpers without a subject of their own: JSON, time, text, secrets, rate limits and metrics.
 
 JSON_LEVELS = 100
+# Values in a body over 1 MiB: while the reader makes them, all threads wait; 100 bytes each.
+JSON_VALUES = 200_000
 # Also one that has no end.
 JSON_STRING_RE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
@@ -685,6 +687,14 @@ def nests_too_deeply(text: str) -> bool:
     return max(levels, default=0) > JSON_LEVELS
 
 
+def has_too_many_values(text: str) -> bool:
+    """Return whether a large JSON text has more than JSON_VALUES values."""
+    if len(text) <= BODY_BYTES or sum(map(text.count, ",[{")) <= JSON_VALUES:
+        return False
+    bare = JSON_STRING_RE.sub("", text)
+    return sum(map(bare.count, ",[{")) > JSON_VALUES
+
+
 def _refuse_constant(word: str) -> NoReturn:
     raise ValueError("%s is not JSON" % word[:40])
 
@@ -699,21 +709,14 @@ def _finite_float(word: str) -> float:
 class SpooledBody:
     """A large body on the disk, until it is read."""
 
-    def __init__(self, file: IO[bytes], on_close: Callable[[], Any]) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._on_close = on_close
 
     def read(self) -> bytes:
         """Return it, and delete the file; call this once."""
-        try:
+        with self._file:
             self._file.seek(0)
             return self._file.read()
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        self._file.close()
-        self._on_close()
 
 
 def parse_json(body: Union[bytes, SpooledBody]) -> Any:
@@ -726,6 +729,8 @@ def parse_json(body: Union[bytes, SpooledBody]) -> Any:
             text = data.pop().decode("utf-8-sig")
             if nests_too_deeply(text):
                 raise RecursionError
+            if has_too_many_values(text):
+                raise InvalidJson("Body has more than %d values" % JSON_VALUES)
             return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
     except UnicodeDecodeError as error:
         raise InvalidJson(
@@ -2187,7 +2192,7 @@ def read_json_object(path: Path) -> Dict[str, Any]:
     """Return the JSON object in a file; empty if there is none."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -3912,22 +3917,58 @@ SCHEMA_MAPS = frozenset("properties patternProperties $defs definitions dependen
 SCHEMA_ALIASES = {"dependentRequired": "dependencies", "dependentSchemas": "dependencies"}
 
 
+# Words that demand nothing.
+SCHEMA_REMARKS = frozenset(
+    "$schema $id $anchor $vocabulary discriminator deprecated example xml externalDocs"
+    " prefixItems".split())
+
+
 def cli_schema(schema: Any) -> Any:
-    """Return a JSON Schema without what the CLI does not know. A format becomes a description."""
+    """Return a JSON Schema without what the CLI does not know. What satisfies the schema satisfies
+    the result."""
+    return clean_schema(schema)[0]
+
+
+def clean_schema(schema: Any) -> Tuple[Any, bool]:
+    """Do what cli_schema does. -> (the result, whether it demands less)."""
     if isinstance(schema, list):
-        return list(map(cli_schema, schema))
+        cleaned = list(map(clean_schema, schema))
+        return [part for part, _ in cleaned], any(is_weaker for _, is_weaker in cleaned)
     if not isinstance(schema, dict):
-        return schema
+        return schema, False
     result: Dict[str, Any] = {}
-    for word, value in schema.items():
-        word = SCHEMA_ALIASES.get(word, word)
+    is_weaker = False
+    for given, value in schema.items():
+        word = str(SCHEMA_ALIASES.get(given, given))
         if word in SCHEMA_VALUES:
             result[word] = value
         elif word in SCHEMA_PARTS:
-            result[word] = cli_schema(value)
+            result[word], is_part_weaker = clean_schema(value)
+            is_weaker |= is_part_weaker
+            # Of a weaker part these would demand more.
+            if is_part_weaker and word in ("not", "if", "oneOf"):
+                part = result.pop(word)
+                if word == "oneOf":
+                    result["allOf"] = [*result.get("allOf", []), {"anyOf": part}]
         elif word in SCHEMA_MAPS and isinstance(value, dict):
-            parts = {name: cli_schema(part) for name, part in value.items()}
+            parts = {name: clean_schema(part) for name, part in value.items()}
+            is_weaker |= any(is_part_weaker for _, is_part_weaker in parts.values())
+            parts = {name: part for name, (part, _) in parts.items()}
             result[word] = {**result.get(word, {}), **parts}
+        else:
+            is_weaker |= word not in SCHEMA_REMARKS and not word.startswith("x-")
+    return finish_schema(schema, result), is_weaker
+
+
+def finish_schema(schema: Mapping[str, Any], result: Dict[str, Any]) -> Dict[str, Any]:
+    """Add what draft 07 says in another way. A format becomes a description."""
+    if "if" not in result:
+        for word in ("then", "else"):
+            result.pop(word, None)
+    if schema.get("minContains") == 0:
+        result.pop("contains", None)
+    if "type" not in result:
+        result.pop("nullable", None)
     if isinstance(schema.get("prefixItems"), list):
         result["items"] = cli_schema(schema["prefixItems"])
         if "items" in schema:
@@ -4014,18 +4055,6 @@ def assistant_message(content: Content, message_id: str = "") -> Dict[str, Any]:
     return message
 
 
-def environment_snapshot(folder: str, environ: Mapping[str, str]) -> Dict[str, Any]:
-    """Return how the CLI describes the place where it runs; empty on Windows.
-    Source: the transcripts of 2.1.330 and 2.1.332 on Linux."""
-    if os.name == "nt":
-        return {}
-    shell = "zsh" if environ.get("SHELL", "").endswith("zsh") else "bash"
-    return {
-        "workingDirectory": folder, "isWorktree": False, "isGitRepo": False,
-        "additionalWorkingDirectories": [], "platform": sys.platform, "shell": shell,
-        "osVersion": "%s %s" % (platform.system(), platform.release())}
-
-
 def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "",
                snapshot: Mapping[str, Any] = {}) -> str:
     """Return a file for --resume that holds a history without its last answer.
@@ -4034,8 +4063,9 @@ def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date
     session_id: a UUID. date: 2026-12-31, for a history that follows on stdin. Otherwise the CLI
     puts the date behind the last message of each new process, where the prompt cache of the API
     ends; with it, the requests of all processes begin like those of one that lives on.
-    snapshot: see environment_snapshot. If it is true, the CLI does not describe its folder and
-    system to the model, behind the client's words; what it would say stands here as a blank.
+    snapshot: how the CLI sees the place where it runs. If it is true, the CLI does not describe its
+    folder and system to the model, behind the client's words; what it would say stands here as a
+    blank.
 
     Source: the requests of 2.1.197 and 2.1.332 are those of the same turns sent one by one."""
     rows: List[Dict[str, Any]] = []
@@ -4609,6 +4639,7 @@ class LiveText:
         text = text[: len(text) - pending]
         if self.max_bytes is not None:
             text, self.is_cut = cut_at_limit(text, max(0, self.max_bytes - self._bytes))
+            self.stopped_by = None if self.is_cut else self.stopped_by
         self._append(text)
         self._on_change()
 
@@ -6177,7 +6208,7 @@ class Turn:
         self.process.counted_usage = Usage()
         text, stop_sequence = cut_at_stop(text, live.stop_sequences)
         text, is_long = cut_at_limit(text, live.max_bytes)
-        is_cut = is_cut or is_long
+        is_cut, stop_sequence = is_cut or is_long, None if is_long else stop_sequence
         reason = "stop_sequence" if stop_sequence else str(body.get("stop_reason") or "end_turn")
         if reason == "tool_use":
             # Of the tool by which the CLI takes a structured answer.
@@ -6266,6 +6297,18 @@ class ProcessKind(NamedTuple):
     workspace: Optional[str] = None
     has_session: bool = False
     needs_history: bool = False
+
+
+def environment_snapshot(folder: str, environ: Mapping[str, str]) -> Dict[str, Any]:
+    """Return how the CLI describes the place where it runs; empty on Windows.
+    Source: the transcripts of 2.1.330 and 2.1.332 on Linux."""
+    if os.name == "nt":
+        return {}
+    shell = "zsh" if environ.get("SHELL", "").endswith("zsh") else "bash"
+    return {
+        "workingDirectory": folder, "isWorktree": False, "isGitRepo": False,
+        "additionalWorkingDirectories": [], "platform": sys.platform, "shell": shell,
+        "osVersion": "%s %s" % (platform.system(), platform.release())}
 
 
 class ClaudeLauncher:
@@ -8059,6 +8102,8 @@ class Request(NamedTuple):
     address: str
     body: Callable[[], Union[bytes, SpooledBody]]
     client_disconnected: Callable[[], bool] = lambda: False
+    # Gives back the place of a large body, once what was in it is stored.
+    release_body: Callable[[], None] = lambda: None
 
 
 BodyIterator = Generator[bytes, None, None]
@@ -8102,13 +8147,8 @@ class Context(NamedTuple):
     def body(self) -> Union[bytes, SpooledBody]:
         """Return the whole body. Raises InvalidToken if the token was revoked while it arrived."""
         data = self.request.body()
-        try:
-            if self.caller:
-                self.service.check_token(self.caller)
-        except BridgeError:
-            if isinstance(data, SpooledBody):
-                data.close()
-            raise
+        if self.caller:
+            self.service.check_token(self.caller)
         return data
 
     def json(self) -> Any:
@@ -9389,7 +9429,7 @@ def read_assistant_message(message: Mapping[str, Any], path: str) -> Tuple[str, 
     calls = [*optional(message.get("tool_calls"), list, path + ".tool_calls")]
     if message.get("function_call"):
         function = require_type(message["function_call"], dict, path + ".function_call")
-        call_id = "function_%s" % function.get("name")
+        call_id = "function_" + path.rpartition(".")[2]
         calls.append({"id": call_id, "type": "function", "function": function})
     for number, call in enumerate(calls):
         call_path = "%s.tool_calls.%d" % (path, number)
@@ -9414,8 +9454,8 @@ def read_tool_message(message: Mapping[str, Any], path: str) -> Tuple[str, Any]:
 
 
 def read_function_message(message: Mapping[str, Any], path: str) -> Tuple[str, Any]:
-    """Return the same for a function, whose last call has its name."""
-    call_id = "function_%s" % message.get("name")
+    """Return the same for a function, which was called by the message before."""
+    call_id = "function_%d" % (int(path.rpartition(".")[2]) - 1)
     return read_tool_message({**message, "tool_call_id": call_id}, path)
 
 
@@ -9441,8 +9481,6 @@ HOSTED_TOOL = "the tool %s runs on OpenAI's servers, not here. %s"
 SEARCH_ADVICE = (
     'Leave it out (in Codex: web_search = "disabled"), or use a token with the tools `web`: with'
     " that, Claude searches by itself")
-CUSTOM_SCHEMA = {
-    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 def read_responses_request(
@@ -9488,6 +9526,7 @@ def read_responses_request(
         json_schema=read_text_format(settings["text"]["format"]),
         effort=REASONING_EFFORTS[effort] if effort else None,
         client_tools=read_client_tools(read_response_tools(settings["tools"], can_search)),
+        max_tokens=settings["max_output_tokens"],
         stream=optional(body.get("stream"), bool, "stream"), api="responses",
         response_request=ResponseRequest(
             settings, own, job_id_of(previous or ""), settings["store"]))
@@ -9660,26 +9699,25 @@ def read_response_tools(tools: Sequence[Any], can_search: bool, place: str = "to
 def read_response_choice(chat: Chat, choice: Any) -> Chat:
     """Apply a `tool_choice`."""
     assert chat.response_request
+    allowed: Optional[List[str]] = None
     is_single = not chat.response_request.settings["parallel_tool_calls"]
     kinds = {"auto": "auto", "none": "none", "required": "any"}
     if isinstance(choice, dict) and choice.get("type") in ("function", "custom"):
         name = flat_name(choice.get("namespace"), choice.get("name"), "tool_choice")
         return with_choice(chat, ToolChoice("tool", name, is_single))
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = set()
+        allowed = []
         for number, tool in enumerate(require_type(choice.get("tools"), list, "tool_choice.tools")):
             path = "tool_choice.tools.%d" % number
             tool = require_type(tool, dict, path)
-            allowed.add(flat_name(tool.get("namespace"), tool.get("name"), path))
-        chat = replace(
-            chat,
-            client_tools=tuple(tool for tool in chat.client_tools if tool["name"] in allowed))
+            if tool.get("type") in ("function", "custom"):
+                allowed.append(flat_name(tool.get("namespace"), tool.get("name"), path))
         choice = choice.get("mode") or "auto"
     if not isinstance(choice, str) or choice not in kinds:
         raise invalid_value(
             "tool_choice", "must be auto, none or required, or an object of the type function,"
             " custom or allowed_tools")
-    return with_choice(chat, ToolChoice(kinds[choice], None, is_single))
+    return with_choice(chat, ToolChoice(kinds[choice], None, is_single, allowed))
 
 
 def job_id_of(response_id: str) -> str:
@@ -9862,6 +9900,7 @@ def answer_chat(context: Context, format: Format, chat: Chat) -> Response:
     check_hosted_tools(chat, context.require_caller())
     job = context.service.ask(context.require_caller(), chat).job
     chat = chat.without_messages()
+    context.request.release_body()
     ids = (("request-id", job.id), ("x-request-id", job.id))
     steps = chat_steps(context, job)
     started = context.service.clock.monotonic()
@@ -10184,7 +10223,7 @@ def call_item(
         is_namespace = tool["type"] == "namespace"
         prefix = "%s__" % tool["name"] if is_namespace else ""
         for inner in tool.get("tools") or () if is_namespace else (tool,):
-            if call.name == "%s%s" % (prefix, inner.get("name")):
+            if "name" in inner and call.name == prefix + inner["name"]:
                 is_custom = inner["type"] == "custom"
                 item["name"] = inner["name"]
                 if is_namespace:
@@ -10992,8 +11031,8 @@ DRAIN_BYTES = 8 << 20
 DRAIN_SECONDS = 2.0
 # Large bodies and answers in memory, of all connections.
 LARGE_PAYLOAD_BUDGET_BYTES = 32 << 20
-# Bodies over 1 MiB that arrive, or are read, at the same time.
-LARGE_BODIES = 8
+# Bodies over 1 MiB that arrive, or whose requests are not stored yet, at the same time.
+LARGE_BODIES = 4
 SEND_PIECE_BYTES = 1 << 18
 CONNECTIONS = 256
 HEAD_SECONDS = 10.0
@@ -11418,6 +11457,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self._state = self.server.state_of(self.connection)
+        # The file of a large body, and its place.
+        self._large_body = contextlib.ExitStack()
 
     def handle_one_request(self) -> None:
         """Read one request and answer it. Replaces the base's method, which answers bad heads in
@@ -11485,8 +11526,9 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         self._state.set_phase(Phase.BUSY)
         head = self._head
         request = Request(head.method, head.path, head.query, head.headers, self.client_address[0],
-                          self._body, self._client_disconnected)
-        response = self.server.dispatcher.dispatch(request)
+                          self._body, self._client_disconnected, self._large_body.close)
+        with self._large_body:
+            response = self.server.dispatcher.dispatch(request)
         # A small body that nobody read is skipped; otherwise the connection ends.
         size = self._body_remaining
         if size is None or size > 1 << 16 or (size and self._expects_continue):
@@ -11534,22 +11576,21 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     def _read_large(self, size: int) -> SpooledBody:
         """Read a body into a file. Each MiB of it has the time of a whole small one."""
-        with contextlib.ExitStack() as stack:
-            file = self._open_spool(stack)
-            while size:
-                self._state.set_phase(Phase.BODY)
-                piece = self._read_exactly(min(size, BODY_BYTES))
-                self._write_spool(file, piece)
-                size -= len(piece)
-            return SpooledBody(file, stack.pop_all().close)
+        file = self._open_spool()
+        while size:
+            self._state.set_phase(Phase.BODY)
+            piece = self._read_exactly(min(size, BODY_BYTES))
+            self._write_spool(file, piece)
+            size -= len(piece)
+        return SpooledBody(file)
 
-    def _open_spool(self, stack: contextlib.ExitStack) -> IO[bytes]:
+    def _open_spool(self) -> IO[bytes]:
         """Return a file for a large body. Raises Unavailable if too many are there."""
         if not self.server.large_bodies.acquire(timeout=BODY_SECONDS / 2):
             raise retry_later(Unavailable, "Too many large requests arrive at once.", 5)
-        stack.callback(self.server.large_bodies.release)
+        self._large_body.callback(self.server.large_bodies.release)
         try:
-            return stack.enter_context(tempfile.TemporaryFile())
+            return self._large_body.enter_context(tempfile.TemporaryFile())
         except OSError as error:
             raise Unavailable("A large body cannot be stored: %s." % error.strerror) from None
 
@@ -11572,7 +11613,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         # Not a list of chunks, which may have one byte each.
         data = bytearray()
         total = 0
-        spool = reservation.enter_context(contextlib.ExitStack())
         file: Optional[IO[bytes]] = None
         while True:
             line = self.rfile.readline(1026)
@@ -11592,7 +11632,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 data += self._read_exactly(min(size - start, BODY_BYTES))
                 if len(data) > BODY_BYTES:
                     self._state.set_phase(Phase.BODY)
-                    file = file or self._open_spool(spool)
+                    file = file or self._open_spool()
                     self._write_spool(file, data)
                     data.clear()
             if self._read_exactly(2) != b"\r\n":
@@ -11601,7 +11641,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             line = self.rfile.readline(HEAD_BYTES)
             if line == b"\r\n" and file:
                 self._write_spool(file, data)
-                return SpooledBody(file, spool.pop_all().close)
+                return SpooledBody(file)
             if line == b"\r\n":
                 return bytes(data)
             if not line.endswith(b"\r\n") or not HEADER_LINE_RE.fullmatch(line[:-2]):
@@ -13997,8 +14037,11 @@ function editToken(entry) {
   const form = $("token-form");
   editedId = entry?.id ?? null;
   form.reset();
-  for (const name of ["sessionMode", "tools", "admin"])
+  for (const name of ["sessionMode", "tools", "admin"]) {
     form.elements[name].disabled = Boolean(entry);
+    // They cannot be changed; the list shows them.
+    form.elements[name].closest("label").hidden = Boolean(entry);
+  }
   setText("token-form-title", entry ? "Edit " + entry.name : "New token");
   setText("save-token", entry ? "Save" : "Create token");
   setVisible("cancel-edit", entry);
@@ -14979,9 +15022,13 @@ def command_token(arguments: argparse.Namespace, config: Config, console: Consol
     """token create | list | update | rotate | revoke. -> 0."""
     if arguments.action != "create":
         require_database(config)
+    is_new = not (config.data_dir / "bridge.db").exists()
     with open_service(config) as service:
         if arguments.action == "create":
             create_token(arguments, service, console)
+            if is_new:
+                console.info("ℹ️", "The data folder %s is new: start a bridge with it"
+                             % config.data_dir)
             return 0
         if arguments.action == "list":
             list_tokens(arguments, service, console)
@@ -15017,7 +15064,7 @@ def token_changes(arguments: argparse.Namespace) -> Dict[str, Any]:
         "requestsPerDay": arguments.requests_per_day, "models": arguments.models}
     body: Dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     for name in body.keys() & {"expiresInDays", "requestsPerMinute", "requestsPerDay", "models"}:
-        if body[name] in ("never", "none", "all"):
+        if body[name] == {"expiresInDays": "never", "models": "all"}.get(name, "none"):
             body[name] = None
         elif name == "models":
             body[name] = split_names(body[name])
@@ -15046,7 +15093,12 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
             raise CannotStart("The workspace %s is not a folder." % workspace, "create it first")
         if new.tools == Tools.NONE:
             raise CannotStart("A workspace needs tools.", "add --tools read, for example")
+    twins = [token for token in service.stores.tokens.list() if token.name == new.name]
     token, secret = service.create_token(new, workspace)
+    if twins:
+        console.info("ℹ️", "Another token has this name, too; tell them apart by their IDs")
+    if token.workspace:
+        console.info("ℹ️", "Its tools work in %s" % token.workspace)
     # No Bash rule is a sandbox.
     has_shell = token.tools == Tools.ALL or any(rule.startswith("Bash") for rule in token.tools)
     if has_shell or token.is_admin:
@@ -15224,6 +15276,7 @@ def show_event(
             text += ", for the plan until %s" % until
         elif reason in PAUSE_TEXTS:
             text += ": " + PAUSE_TEXTS[reason]
+            text += " The command resume lets it go on." if reason == "paused" else ""
         console.info("·", text)
     elif name == "started" and arguments.shown:
         console.write("\n")
@@ -16049,7 +16102,7 @@ _claude_api_bridge() {{
 compdef _claude_api_bridge {names}""", "    ({path!r}) compadd -- {words} ;;"),
     "fish": ("""\
 function __claude_api_bridge_path
-  set -l path
+  set -l path ''
   for word in (commandline -opc)[2..]
     switch $path/$word
       case {paths}
@@ -16059,7 +16112,7 @@ function __claude_api_bridge_path
   echo $path
 end
 {cases}""", "complete -c claude-api-bridge -c claude_api_bridge.py -c claude_api_bridge.pyz"
-            " -n 'test \"(__claude_api_bridge_path)\" = \"{path}\"' -a '{words}'")}
+            " -f -n 'test (__claude_api_bridge_path) = \"{path}\"' -a '{words}'")}
 
 
 def command_paths(parser: argparse.ArgumentParser, path: str = "") -> Iterator[Tuple[str, str]]:

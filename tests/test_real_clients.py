@@ -197,6 +197,17 @@ def test_any_json_schema_of_an_object_describes_an_input(given: Any, read: Any) 
      {"type": "object", "properties": {"a": {"items": [{}], "additionalItems": False}}}),
     ({"$defs": {"A": {"const": {"$id": 1}}}, "dependentRequired": {"a": ["b"]}},
      {"type": "object", "$defs": {"A": {"const": {"$id": 1}}}, "dependencies": {"a": ["b"]}}),
+    # What is left must not demand more than before.
+    ({"properties": {"a": {"oneOf": [{"format": "ipv4"}, {"format": "ipv6"}]},
+                     "b": {"not": {"format": "date"}, "type": "string"},
+                     "c": {"if": {"properties": {"x": {"format": "date"}}},
+                           "then": {"required": ["y"]}, "else": False},
+                     "d": {"contains": {"const": 5}, "minContains": 0},
+                     "e": {"nullable": True}, "f": {"oneOf": [{"$anchor": "a"}, {"const": 1}]}}},
+     {"type": "object", "properties": {
+         "a": {"allOf": [{"anyOf": [{"description": "Format: ipv4"},
+                                    {"description": "Format: ipv6"}]}]},
+         "b": {"type": "string"}, "c": {}, "d": {}, "e": {}, "f": {"oneOf": [{}, {"const": 1}]}}}),
     ({"anyOf": [{"type": "object", "strict": True}], "additionalProperties": {"format": "x"}},
      {"type": "object", "anyOf": [{"type": "object"}],
       "additionalProperties": {"description": "Format: x"}}),
@@ -299,10 +310,13 @@ def test_functions_are_called_and_answered_as_before_there_were_tools(
         return
     choice = answer.json["choices"][0]
     assert (choice["finish_reason"], choice["message"]["function_call"]) == ("function_call", call)
-    body["messages"] += [
+    body["messages"] += 2 * [
         choice["message"], {"role": "function", "name": "look", "content": "blue"},
     ]
     assert post(admin, "openai", body).status == 200
+    ids = [block["id"] for turn in contents(cab.read_completion_request(body)) for block in turn
+           if block["type"] == "tool_use"]
+    assert len(set(ids)) == len(ids) == 2
     none = cab.read_completion_request({**body, "function_call": "none"})
     assert none.client_tools == ()
     named = cab.read_completion_request({**body, "function_call": {"name": "look"}})
@@ -337,6 +351,10 @@ def test_a_limit_counts_bytes_and_cuts_no_character() -> None:
     for piece in ("äö", "ü", "ß"):
         live.add(piece)
     assert (live.read(), live.is_cut) == ("äöü", True)
+    both = cab.LiveText(stop_sequences=("STOP",))
+    both.max_bytes = 5
+    both.add("abcdefgh STOP x")
+    assert (both.read(), both.is_cut, both.stopped_by) == ("abcde", True, None)
     assert cab.cut_at_limit("ab", 2) == ("ab", False) and cab.cut_at_limit("abc", 0) == ("", True)
 
 
@@ -484,7 +502,17 @@ def test_a_large_body_that_is_broken_off_or_of_a_revoked_token_leaves_no_file(
         assert b"401 Unauthorized" in client.recv(1000)
     wait_until(lambda: all(file.closed for file in files))
     limit = running.bridge._server.large_bodies
-    assert [limit.acquire(blocking=False) for _ in range(cab.LARGE_BODIES)] == [True] * 8
+    assert all(limit.acquire(blocking=False) for _ in range(cab.LARGE_BODIES))
+
+
+def test_a_large_body_of_many_small_values_is_refused(bridge: Start) -> None:
+    """The reader would need a hundred times its size, and all threads would wait for it."""
+    admin = bridge().admin
+    many = json.dumps({**talk("hi"), "metadata": [[]] * 400_000}).encode()
+    answer = admin.post("/v1/messages", many)
+    assert answer.status == 400 and "more than 200000 values" in answer.data.decode()
+    # Commas and brackets of a text do not count.
+    assert post(admin, "anthropic", talk("say x" + "[,{" * 400_000)).status == 200
 
 
 def test_a_full_disk_refuses_a_large_body(

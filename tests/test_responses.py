@@ -117,7 +117,7 @@ def pinned(words: str) -> cab.Chat:
                 reasoning={"effort": "none", "summary": "auto"}, text={"verbosity": "low"},
                 background=False, client_metadata={}, top_logprobs=3,
             ),
-            cab.Chat(HI, effort="low"),
+            cab.Chat(HI, effort="low", max_tokens=9),
         ),
         (body_of(model="sonnet", stream=True), cab.Chat(HI, model="sonnet", stream=True)),
         (body_of(reasoning={"effort": "xhigh"}), cab.Chat(HI, effort="xhigh")),

@@ -506,8 +506,11 @@ NAMES: Tuple[Tuple[str, Dict[str, Any], int, str], ...] = (
         "hello",
     ),
     (MESSAGES, {**HELLO, "tools": OWN_NAMES}, 200, "mcp__api__Bash"),
-    (MESSAGES, {**HELLO, "tools": [{**ADD, "name": "../x"}]}, 400, ""),
-    (MESSAGES, {**HELLO, "tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, ""),
+    (MESSAGES, {**HELLO, "tools": [{**ADD, "name": "../x"}]}, 200, "mcp__api_____x_"),
+    (
+        MESSAGES, {**HELLO, "tools": [{"type": "bash_20250124", "name": "bash"}]}, 200,
+        "mcp__api__bash",
+    ),
     (MESSAGES, {**HELLO, "mcp_servers": [MCP_SERVER]}, 400, ""),
     (MESSAGES, of_user(DOCUMENT, HELLO_BLOCK), 200, SECRET),
     (MESSAGES, of_user({"type": "image", "source": {"type": "file", "file_id": "x"}}), 400, ""),

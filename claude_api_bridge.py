@@ -631,7 +631,7 @@ JSON_LEVELS = 100
 # Values in a body over 1 MiB: while the reader makes them, all threads wait; 100 bytes each.
 JSON_VALUES = 200_000
 # Also one that has no end.
-JSON_STRING_RE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+JSON_STRING = re.compile('"[^"]*"?')
 
 # One large value is decoded at a time. 1 MiB of JSON can be half a million objects, each of which
 # takes far more memory than its text; a stored answer can have 10 MB.
@@ -677,12 +677,17 @@ def without_none(body: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None}
 
 
+def without_escapes(text: str) -> str:
+    """Return JSON in which each quotation mark begins or ends a text."""
+    return text.replace("\\\\", "").replace('\\"', "")
+
+
 def nests_too_deeply(text: str) -> bool:
     """Return whether lists and objects of JSON nest in more than JSON_LEVELS levels. The reader
     needs a part of its thread's stack for each, so this looks at the text."""
     if text.count("[") + text.count("{") <= JSON_LEVELS:
         return False
-    brackets = re.sub(r"[^][{}]+", "", JSON_STRING_RE.sub("", text))
+    brackets = re.sub(r"[^][{}]+", "", JSON_STRING.sub("", without_escapes(text)))
     levels = accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
     return max(levels, default=0) > JSON_LEVELS
 
@@ -691,8 +696,10 @@ def has_too_many_values(text: str) -> bool:
     """Return whether a large JSON text has more than JSON_VALUES values."""
     if len(text) <= BODY_BYTES or sum(map(text.count, ",[{")) <= JSON_VALUES:
         return False
-    bare = JSON_STRING_RE.sub("", text)
-    return sum(map(bare.count, ",[{")) > JSON_VALUES
+    text = without_escapes(text)
+    # A value has a name and a text at most; with fewer texts, removing them is cheap.
+    return text.count('"') > 4 * JSON_VALUES or (
+        sum(map(JSON_STRING.sub("", text).count, ",[{")) > JSON_VALUES)
 
 
 def _refuse_constant(word: str) -> NoReturn:
@@ -1560,9 +1567,12 @@ class ResponseRequest(NamedTuple):
         """Return the columns of the job that ResponseStore reads."""
         if not self.is_stored:
             return {}
-        columns = {"response_settings": replace_surrogates(as_json(self.settings))}
+        settings = replace_surrogates(as_json(self.settings))
+        if len(settings) > CONVERSATION_CHARACTERS:
+            return {}
+        columns = {"response_settings": settings}
         text = as_json({"previous": self.previous, "messages": self.messages})
-        if len(text) <= CONVERSATION_CHARACTERS:
+        if len(text) + len(settings) <= CONVERSATION_CHARACTERS:
             columns["response_input"] = replace_surrogates(text)
         return columns
 
@@ -5086,6 +5096,9 @@ class ClaudeSearch:
     def ask(self) -> ClaudeInstall:
         """Ask the program for its version, its flags and its login, and store that."""
         key = self._key()
+        # What it contradicts must not be recalled again.
+        with contextlib.suppress(OSError):
+            self._path.unlink()
         # At the same time. Its own folder, because --version alone writes to the owner's.
         commands = (("--version",), ("--help",), LOGIN_COMMAND)
         probes = [start_probe(self.command + words, self.own_environment, words is LOGIN_COMMAND)
@@ -7726,6 +7739,7 @@ def search_jobs(store: JobStore, where: JobFilter, before: Optional[int], limit:
         jobs, before = store.page(where, before, limit)
         return JobPage(jobs, before, jobs[-1].created_at if before else None)
     matches: List[Job] = []
+    size = 0
     searched_to = None
     for _ in range(SEARCH_PAGES):
         jobs, before = store.page(where, before, PAGE_JOBS)
@@ -7735,7 +7749,8 @@ def search_jobs(store: JobStore, where: JobFilter, before: Optional[int], limit:
                 return JobPage(matches)
             if where.matches(job):
                 matches.append(job)
-                size = sum(len(job.message) + len(job.response or "") for job in matches)
+                size += sum(len(text or "") for text in (
+                    job.message, job.response, job.structured, job.system_prompt, job.json_schema))
                 if len(matches) == limit or size > PAGE_CHARACTERS:
                     return JobPage(matches, job.seq, searched_to)
         if before is None:
@@ -8953,10 +8968,33 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]],
             "messages",
             "must end with a message of the user: the bridge cannot continue a partial answer")
     previous: Mapping[str, Any] = {"content": []}
+    used_ids: Set[str] = set()
     for turn in turns:
         order_tool_results(previous, turn)
+        rename_repeated_calls(previous, turn, used_ids)
         previous = turn
     return tuple(turns)
+
+
+def rename_repeated_calls(previous: Mapping[str, Any], turn: Dict[str, Any],
+                          used_ids: Set[str]) -> None:
+    """Make ids of calls unique: some clients count them again in each answer, and the CLI drops the
+    results of a repeated one. turn: with results; previous: with their calls."""
+    names = {}
+    calls = [block for block in previous["content"] if block["type"] == "tool_use"]
+    for block in calls:
+        if block["id"] in names:
+            raise invalid_value("messages", "the tool call %s is repeated" % block["id"])
+        number = len(used_ids)
+        names[block["id"]] = block["id"]
+        while names[block["id"]] in used_ids:
+            number += 1
+            names[block["id"]] = "%s_%d" % (block["id"][:100], number)
+        used_ids.add(names[block["id"]])
+        block["id"] = names[block["id"]]
+    for block in turn["content"]:
+        if block["type"] == "tool_result":
+            block["tool_use_id"] = names[block["tool_use_id"]]
 
 
 def order_tool_results(previous: Mapping[str, Any], turn: Dict[str, Any]) -> None:
@@ -9923,10 +9961,15 @@ def answer_chat(context: Context, format: Format, chat: Chat) -> Response:
     raise AssertionError("unreachable")
 
 
+def may_search(tools: Union[str, Tuple[str, ...]]) -> bool:
+    """Return whether Claude has a web search of its own."""
+    return tools in (Tools.WEB, Tools.ALL) or "WebSearch" in tools
+
+
 def check_hosted_tools(chat: Chat, caller: Caller) -> None:
     """Raise InvalidRequest for tools of the server that this token has not. With the right one
     Claude uses its own."""
-    if chat.hosted_tools and caller.tools not in (Tools.WEB, Tools.ALL):
+    if chat.hosted_tools and not may_search(caller.tools):
         raise InvalidRequest("%s needs a token with the tools web, which lets Claude search the web"
                              " by itself" % chat.hosted_tools[0], field="tools")
 
@@ -10390,7 +10433,7 @@ def format_of(path: str, headers: Mapping[str, str]) -> Optional[Format]:
 def read_response_chat(context: Context) -> Chat:
     """Return the Chat of a request of /v1/responses."""
     tools = context.require_caller().tools
-    can_search = tools in (Tools.WEB, Tools.ALL) or "WebSearch" in tools
+    can_search = may_search(tools)
     body = context.json()
     if isinstance(body, dict) and isinstance(body.get("input"), list):
         body = {**body, "input": resolve_references(context, body["input"])}

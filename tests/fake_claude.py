@@ -382,7 +382,8 @@ class Fake:
     def act_call(self, rest: str) -> None:
         """call JSON: call the client's tools, then answer with their results as JSON.
 
-        JSON: a list of [name, input]; the calls follow one another, as those of the real CLI do.
+        JSON: a list of [name, input], or [name, input, id]; the calls follow one another, as those
+        of the real CLI do.
         If the list starts with "deaf", the process dies at the first result.
         """
         calls = loads(rest)
@@ -390,8 +391,9 @@ class Fake:
         if is_deaf:
             calls.pop(0)
         blocks: List[Dict[str, Any]] = [{"type": "text", "text": "Let me see."}]
-        for n, (name, arguments) in enumerate(calls):
-            call = {"id": "toolu_%d" % n, "name": "mcp__api__" + name, "input": arguments}
+        calls = [(*call, "toolu_%d" % n)[:3] for n, call in enumerate(calls)]
+        for name, arguments, call_id in calls:
+            call = {"id": call_id, "name": "mcp__api__" + name, "input": arguments}
             blocks.append({"type": "tool_use", **call})
         self.delta("Let me see.")
         for block in blocks:
@@ -402,8 +404,8 @@ class Fake:
         )
         self.event(type="message_stop")
         results = []
-        for n, (name, arguments) in enumerate(calls):
-            meta = {"claudecode/toolUseId": "toolu_%d" % n}
+        for name, arguments, call_id in calls:
+            meta = {"claudecode/toolUseId": call_id}
             results.append(self.ask("tools/call", name=name, arguments=arguments, _meta=meta))
             if is_deaf:
                 os._exit(3)

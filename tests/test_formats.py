@@ -2089,10 +2089,11 @@ def test_one_call_after_the_other_continues_in_one_process(bridge: Start, fake: 
     admin = bridge(fake).admin
     body = chat_that_calls("anthropic")
     more = continue_chat(
-        body, post(admin, "anthropic", body), "blue", beside=[text('call [["taste", {}]]')]
+        body, post(admin, "anthropic", body), "blue",
+        beside=[text('call [["taste", {}, "toolu_5"]]')],
     )
     answer = post(admin, "anthropic", more)
-    assert calls_in(answer) == [("toolu_0", "taste", {})]
+    assert calls_in(answer) == [("toolu_5", "taste", {})]
     more = continue_chat(more, answer, "sweet")
     results = json.loads(words(post(admin, "anthropic", more)))
     assert results[0]["content"] == [{"type": "text", "text": "sweet"}] and len(pids(fake)) == 2

@@ -585,3 +585,22 @@ def test_many_calls_at_once_are_not_mixed_up(bridge: Start) -> None:
 
     with ThreadPoolExecutor(60) as executor:
         assert len(set(executor.map(ask, range(60)))) == 60
+
+
+def test_a_call_id_that_a_client_uses_again_keeps_its_result() -> None:
+    """The CLI drops the result of a second call with the same id."""
+    use, result = tool_use(call_id="call_1"), tool_result("one", call_id="call_1")
+    chat = messages("a", [use], [result], [use], [tool_result("two", call_id="call_1")])
+    pairs = [(contents(chat)[n][0]["id"], contents(chat)[n + 1][0]["tool_use_id"]) for n in (1, 3)]
+    assert pairs[0] == ("call_1", "call_1")
+    assert pairs[1][0] == pairs[1][1] != "call_1"
+    with pytest.raises(cab.InvalidRequest, match="call_1 is repeated"):
+        messages("a", [use, use], [result])
+
+
+@pytest.mark.parametrize("text, is_deep", [
+    ('{"a":"' + "[" * 500 + '"}', False), ('{"a":"\\\\"}' + "[" * 500, True),
+    ('{"a":"\\"' + "[" * 500 + '"}', False), ('{"a":"\\\\\\"' + "[" * 500 + '"}', False),
+    ("[" * 101, True), ("[" * 100, False), ('["x"' + ',["\\\\"' * 120, True)])  # fmt: skip
+def test_the_depth_of_json_counts_no_brackets_of_texts(text: str, is_deep: bool) -> None:
+    assert cab.nests_too_deeply(text) is is_deep

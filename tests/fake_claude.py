@@ -92,6 +92,7 @@ class Fake:
         self.backlog: List[Dict[str, Any]] = []
         self.client_tools: List[Dict[str, Any]] = []
         self.last_was_error = False
+        self.call_count = 0
         self.session = "%s-%s-%s-%s-%s" % tuple(os.urandom(size).hex() for size in (4, 2, 2, 2, 6))
         self.is_persistent = "--no-session-persistence" not in words
         self.resumes = None
@@ -391,7 +392,8 @@ class Fake:
         if is_deaf:
             calls.pop(0)
         blocks: List[Dict[str, Any]] = [{"type": "text", "text": "Let me see."}]
-        calls = [(*call, "toolu_%d" % n)[:3] for n, call in enumerate(calls)]
+        calls = [(*call, "toolu_%d" % n)[:3] for n, call in enumerate(calls, self.call_count)]
+        self.call_count += len(calls)
         for name, arguments, call_id in calls:
             call = {"id": call_id, "name": "mcp__api__" + name, "input": arguments}
             blocks.append({"type": "tool_use", **call})

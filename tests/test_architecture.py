@@ -377,7 +377,12 @@ def test_no_local_variable_is_a_pronoun() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [MODULE, *sorted(TESTS.glob("*.py")), *sorted((TESTS / "bench").glob("*.py"))],
+    [
+        MODULE,
+        *sorted(TESTS.glob("*.py")),
+        *sorted((TESTS / "bench").glob("*.py")),
+        *sorted((TESTS / "clients").glob("*.py")),
+    ],
     ids=lambda path: str(path.name),
 )
 def test_lines_fit_a_screen(path: Path) -> None:

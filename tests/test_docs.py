@@ -1,7 +1,7 @@
 """Check that the README says what the program does.
 
-The tables of the README are generated from the module, and its quick start and examples run here
-as they are written.
+The tables of the README are generated from the module, and one from the saved results of
+test_clients.py. The quick start and the examples run here as they are written.
 
 `python3 tests/test_docs.py` writes the tables again.
 """
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "clients")]
 
 import claude_api_bridge as cab  # noqa: E402
+import run_clients  # noqa: E402
 
 if TYPE_CHECKING:
     from conftest import Program
@@ -120,6 +121,9 @@ TABLES: Dict[str, List[Row]] = {
         ("Name", "Kind", "Labels", "What"),
         *(("`%s`" % row.name, row.kind, row.labels, row.doc) for row in cab.METRICS),
     ],
+    "clients": run_clients.rows(
+        run_clients.lines_of(ROOT / "tests" / "clients" / "results.json")
+    ),
 }
 
 
@@ -133,7 +137,7 @@ def markdown(table: Sequence[Row]) -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return the README's text with the tables of the module between the markers."""
+    """Return the README's text with the generated tables between the markers."""
     for name, table in TABLES.items():
         start, end = "<!-- %s -->\n" % name, "<!-- /%s -->" % name
         assert text.count(start) == text.count(end) == 1, name

@@ -13365,9 +13365,17 @@ function confirmButton(label, question, action, accessibleName) {
   const container = row();
   const reset = () => container.replaceChildren(button(label, ask, accessibleName));
   const keep = () => { reset(); container.firstChild.focus() };
+  const act = async (event) => {
+    try {
+      await action(event);
+    } catch (error) {
+      keep();
+      throw error;
+    }
+  };
   const ask = () => {
     container.replaceChildren(
-      question, button("Yes, " + label.toLowerCase(), action), button("Keep", keep));
+      question, button("Yes, " + label.toLowerCase(), act), button("Keep", keep));
     container.lastChild.focus();
   };
   reset();

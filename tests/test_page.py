@@ -716,6 +716,9 @@ def test_a_token_is_created_shown_once_and_revoked(visit: Visitor, bridge: Start
     page.press("Revoke admin", "#tokens")
     page.press("Yes, revoke", "#tokens")
     page.wait_for_text("last admin token", "#toast")
+    # The question is over, and the focus is where it was asked.
+    assert "Yes, revoke" not in page.js("document.getElementById('tokens').textContent")
+    assert page.js("document.activeElement.getAttribute('aria-label')") == "Revoke admin"
 
 
 def test_a_token_is_edited_and_rotated(visit: Visitor, bridge: Start) -> None:

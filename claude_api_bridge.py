@@ -1611,10 +1611,10 @@ class Chat:
 
     @property
     def message(self) -> str:
-        """The last text, for lists of requests."""
+        """The last text, for lists of requests, where a long one would be too much."""
         content = self.turns[-1]["content"]
         texts = [block["text"] for block in content if block["type"] == "text"]
-        return texts[-1] if texts else "(%s)" % content[-1]["type"]
+        return texts[-1][:MESSAGE_BYTES] if texts else "(%s)" % content[-1]["type"]
 
     @property
     def max_bytes(self) -> Optional[int]:
@@ -8304,7 +8304,9 @@ def listed_body(view: JobView) -> Dict[str, Any]:
     job = view.job
     return without_none({
         **job_body(view),
-        "message": job.message, "tokenId": job.token_id, "systemPrompt": job.system_prompt,
+        "message": job.message, "tokenId": job.token_id,
+        # That of a request of /v1 may be large.
+        "systemPrompt": job.system_prompt and job.system_prompt[:SYSTEM_PROMPT_BYTES],
         "effort": job.effort, "api": job.api, "jsonSchema": json.loads(job.json_schema or "null"),
         "attachments": json.loads(job.attachments or "null")})
 
@@ -9632,7 +9634,7 @@ def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str
         text = require_type(item.get(CALL_FIELDS[kind]) or "", str, field_path)
         arguments = {"input": text}
         if kind == "function_call":
-            arguments = read_arguments(text)
+            arguments = call_input(text or "{}")
         tool_use = {"type": "tool_use", "id": item.get("call_id"), "name": name}
         return "assistant", [{**tool_use, "input": arguments}]
     if kind in CALL_OUTPUTS:
@@ -9648,15 +9650,6 @@ def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str
         text = ("%s is not an item of a stored response of this token; send the item itself"
                 % shorten(item.get("id")))
     raise invalid_value(path + ".type", text)
-
-
-def read_arguments(text: str) -> Any:
-    """Return the input of an earlier call; a text that is no JSON object stays a text."""
-    with contextlib.suppress(InvalidJson):
-        arguments = parse_json((text or "{}").encode())
-        if isinstance(arguments, dict):
-            return arguments
-    return {"arguments": text}
 
 
 def flat_name(namespace: Any, name: Any, path: str) -> str:

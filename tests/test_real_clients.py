@@ -604,3 +604,11 @@ def test_a_call_id_that_a_client_uses_again_keeps_its_result() -> None:
     ("[" * 101, True), ("[" * 100, False), ('["x"' + ',["\\\\"' * 120, True)])  # fmt: skip
 def test_the_depth_of_json_counts_no_brackets_of_texts(text: str, is_deep: bool) -> None:
     assert cab.nests_too_deeply(text) is is_deep
+
+
+def test_a_list_shows_the_beginning_of_large_requests(bridge: Start) -> None:
+    admin = bridge().admin
+    assert post(admin, "anthropic", talk("say " + "x" * 90_000, system="s" * 90_000)).status == 200
+    [row] = admin.get("/api/requests").json["requests"]
+    assert (len(row["message"]), len(row["systemPrompt"])) == (32_768, 32_768)
+    assert len(row["response"]) == 320

@@ -11069,6 +11069,8 @@ DRAIN_SECONDS = 2.0
 LARGE_PAYLOAD_BUDGET_BYTES = 32 << 20
 # Bodies over 1 MiB that arrive, or whose requests are not stored yet, at the same time.
 LARGE_BODIES = 4
+# Bytes a second, beyond the time that any body has.
+LARGE_BODY_RATE = 256 << 10
 SEND_PIECE_BYTES = 1 << 18
 CONNECTIONS = 256
 HEAD_SECONDS = 10.0
@@ -11611,10 +11613,11 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         return body
 
     def _read_large(self, size: int) -> SpooledBody:
-        """Read a body into a file. Each MiB of it has the time of a whole small one."""
+        """Read a body into a file."""
         file = self._open_spool()
+        self._state.set_phase(Phase.BODY)
+        self._state.deadline += size / LARGE_BODY_RATE
         while size:
-            self._state.set_phase(Phase.BODY)
             piece = self._read_exactly(min(size, BODY_BYTES))
             self._write_spool(file, piece)
             size -= len(piece)
@@ -11667,7 +11670,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             for start in range(0, size, BODY_BYTES):
                 data += self._read_exactly(min(size - start, BODY_BYTES))
                 if len(data) > BODY_BYTES:
-                    self._state.set_phase(Phase.BODY)
+                    self._state.deadline += len(data) / LARGE_BODY_RATE
                     file = file or self._open_spool()
                     self._write_spool(file, data)
                     data.clear()

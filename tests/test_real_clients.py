@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -612,3 +613,19 @@ def test_a_list_shows_the_beginning_of_large_requests(bridge: Start) -> None:
     [row] = admin.get("/api/requests").json["requests"]
     assert (len(row["message"]), len(row["systemPrompt"])) == (32_768, 32_768)
     assert len(row["response"]) == 320
+
+
+def test_a_large_body_has_time_by_its_size(
+    bridge: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cab.Phase.SECONDS, cab.Phase.BODY, 0.2)
+    monkeypatch.setattr(cab, "LARGE_BODY_RATE", 20_000_000)
+    running = bridge()
+    head = ("POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n"
+            "Content-Length: 2000000\r\n\r\n" % running.admin.token)
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(head.encode() + b"[")
+        started = time.monotonic()
+        assert b"408 Request Timeout" in client.recv(1000)
+    # A tenth of a second more than a small one.
+    assert 0.25 < time.monotonic() - started < 5

@@ -10433,29 +10433,44 @@ def read_response_chat(context: Context) -> Chat:
     return read_responses_request(body, partial(earlier_messages, context), can_search)
 
 
+def match_reference(item: Any) -> Optional["re.Match[str]"]:
+    """Return the response and the number in a reference to an item of this bridge."""
+    is_reference = isinstance(item, dict) and not item.get("role") and (
+        item.get("type") in (None, "item_reference"))
+    if not is_reference:
+        return None
+    return re.fullmatch(r"[a-z]+_([0-9a-f]{32})_(\d{1,9})", str(item.get("id")))
+
+
 def resolve_references(context: Context, items: List[Any]) -> List[Any]:
-    """Return an `input` with the token's own stored items in place of references to them."""
-    stored: Dict[str, Dict[str, Any]] = {}
+    """Return an `input` with the token's own stored items in place of references to them. A stream
+    whose text started over has items before those that are stored; they are left out."""
+    matches = list(map(match_reference, items))
+    # By response: the number of its last item that is referred to.
+    last_numbers: Dict[str, int] = {}
+    for response_id, number in (match.groups() for match in matches if match):
+        last_numbers[response_id] = max(last_numbers.get(response_id, 0), int(number))
+    stored: Dict[str, List[Any]] = {}
     result = []
     size = 0
-    for item in items:
-        is_reference = isinstance(item, dict) and not item.get("role") and (
-            item.get("type") in (None, "item_reference"))
-        match = is_reference and re.fullmatch(r"[a-z]+_([0-9a-f]{32})_\d+", str(item.get("id")))
-        if match:
-            job_id = str(uuid.UUID(match.group(1)))
-            if job_id not in stored:
-                stored[job_id] = {}
-                job = context.stores.jobs.get(job_id)
-                settings = context.stores.responses.settings(job_id)
-                if job and settings and job.token_id == context.require_caller().id:
-                    output = response_body(settings, job)["output"]
-                    stored[job_id] = {row["id"]: row for row in output}
-                    size += len(job.response or "")
-                if size > CONVERSATION_CHARACTERS:
-                    raise invalid_value("input", CONVERSATION_TOO_LONG)
-            item = stored[job_id].get(item["id"], item)
-        result.append(item)
+    for item, match in zip(items, matches):
+        if match and match[1] not in stored:
+            job_id = str(uuid.UUID(match[1]))
+            job = context.stores.jobs.get(job_id)
+            settings = context.stores.responses.settings(job_id)
+            is_own = job and job.token_id == context.require_caller().id
+            stored[match[1]] = []
+            if job and settings and is_own:
+                stored[match[1]] = response_body(settings, job)["output"]
+                size += len(job.response or "")
+            if size > CONVERSATION_CHARACTERS:
+                raise invalid_value("input", CONVERSATION_TOO_LONG)
+        output = stored[match[1]] if match else []
+        if match and output:
+            index = int(match[2]) - max(0, last_numbers[match[1]] + 1 - len(output))
+            result += output[index : index + 1] if index >= 0 else []
+        else:
+            result.append(item)
     return result
 
 

@@ -892,6 +892,14 @@ def test_references_to_stored_items(bridge: Start, fake: FakeClaude) -> None:
         output(call_id="toolu_0"),
     ]
     assert words(post(owner, body_of(items))) == "Echo: tool_result"
+    # A stream whose text started over had an item before; it is left out.
+    name = reference["id"][:-1]
+    items = [
+        {"role": "user", "content": "x"},
+        *({"type": "item_reference", "id": name + number} for number in "01"),
+        {"role": "user", "content": "turns"},
+    ]
+    assert json.loads(words(post(owner, body_of(items)))) == [["user", "x"], ["assistant", "one"]]
     assert owner.delete(PATH + "/" + first["id"]).status == 200
     items = [{"role": "user", "content": "x"}, reference, {"role": "user", "content": "y"}]
     assert post(owner, body_of(items)).status == 400

@@ -9844,8 +9844,10 @@ def chat_steps(context: Context, job: Job) -> ChatSteps:
             for event, view in events:
                 if event.kind == "delta":
                     live = service.live_of(replace(job, status=JobStatus.PROCESSING))
+                    # Between the event and here the run may have ended.
+                    source = live or service.stores.jobs.summary(job.id)
                     for kind, piece in text.add(event.text):
-                        yield ChatStep(kind, piece, model, usage=live.usage if live else None)
+                        yield ChatStep(kind, piece, model, usage=source.usage if source else None)
                 elif event.kind == "started":
                     text.restart()
                     model = event.model or model

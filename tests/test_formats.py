@@ -1424,7 +1424,7 @@ def test_a_message_streamed(bridge: Start) -> None:
         'data: {"type":"message_start","message":{"id":"msg_%s","type":"message",'
         '"role":"assistant","model":"resolved-default-model","content":[],"stop_reason":null,'
         '"stop_sequence":null,"usage":{"input_tokens":10,"cache_creation_input_tokens":3,'
-        '"cache_read_input_tokens":5,"output_tokens":1}}}\n\n'
+        '"cache_read_input_tokens":5,"output_tokens":%s}}}\n\n'
         "event: ping\n"
         'data: {"type":"ping"}\n\n'
         "event: content_block_start\n"
@@ -1432,7 +1432,7 @@ def test_a_message_streamed(bridge: Start) -> None:
         '"content_block":{"type":"text","text":""}}\n\n'
         "event: content_block_delta\n"
         'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"h'
-    ) % name.replace("-", "")
+    )
     end = (
         "event: content_block_stop\n"
         'data: {"type":"content_block_stop","index":0}\n\n'
@@ -1443,7 +1443,20 @@ def test_a_message_streamed(bridge: Start) -> None:
         "event: message_stop\n"
         'data: {"type":"message_stop"}\n\n'
     )
-    assert answer.data.decode().startswith(start) and answer.data.decode().endswith(end)
+    # A run that has ended by then has its last figures in the first event.
+    ids = name.replace("-", "")
+    assert answer.data.decode().startswith((start % (ids, 1), start % (ids, 7)))
+    assert answer.data.decode().endswith(end)
+
+
+def test_a_message_whose_run_ends_before_its_first_event_has_the_input_figures(
+    bridge: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admin = bridge().admin
+    monkeypatch.setattr(cab.Service, "live_of", lambda self, job: None)
+    answer = post(admin, "anthropic", talk("say hi", stream=True))
+    kind, data = events(answer.data)[0]
+    assert (kind, data["message"]["usage"]["input_tokens"]) == ("message_start", 10)
 
 
 def test_a_completion_streamed(bridge: Start) -> None:

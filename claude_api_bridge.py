@@ -4716,6 +4716,8 @@ JOB_OBJECT_LIMIT_KILL_ON_JOB_CLOSE = 0x2000
 EXTENDED_LIMIT_INFORMATION = 9
 # Keeps a console program from opening a window; 0 where there is none.
 NO_WINDOW = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+# Windows has none.
+SIGKILL: int = getattr(signal, "SIGKILL", 9)
 
 
 def group_options(death_signal: int = signal.SIGINT) -> Dict[str, Any]:
@@ -4856,7 +4858,7 @@ def kill_process(pid: int, group: bool = False) -> None:
                 os.kill(pid, signal.SIGTERM)
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+        (os.killpg if group else os.kill)(pid, SIGKILL)
 
 
 class JobLimits(ctypes.Structure):
@@ -5234,7 +5236,7 @@ def probe(argv: Sequence[str], environment: Mapping[str, str], may_fail: bool = 
     options: Dict[str, Any] = {"creationflags": NO_WINDOW}
     if threading.current_thread() is not threading.main_thread():
         # It ends with the thread. In the main thread Ctrl-C ends both.
-        options = group_options(signal.SIGKILL)
+        options = group_options(SIGKILL)
     try:
         result = subprocess.run(
             list(argv), env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12411,7 +12413,7 @@ class Cloudflared:
         self.host = ""
         self._log_tail: Deque[str] = deque(maxlen=LOG_LINES)
         self.process = ChildProcess(
-            argv, getattr(signal, "SIGKILL", 9), env={**environment, OWNER_ENV_VAR: tag},
+            argv, SIGKILL, env={**environment, OWNER_ENV_VAR: tag},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.pid = self.process.pid
         self._log_thread = threading.Thread(

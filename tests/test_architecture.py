@@ -330,6 +330,23 @@ def test_sql_is_what_old_systems_know() -> None:
 # --- form ---
 
 
+# What `signal` offers on every system. Source: docs.python.org, signal.
+PORTABLE_SIGNALS = {
+    "SIGINT", "SIGTERM", "SIG_DFL", "SIG_IGN", "Signals", "getsignal", "set_wakeup_fd", "signal",
+}
+
+
+def test_signals_are_those_that_windows_knows_too() -> None:
+    used = {
+        node.attr
+        for node in NODES
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "signal"
+    }
+    assert used <= PORTABLE_SIGNALS
+
+
 def test_the_grammar_is_that_of_python_3_9() -> None:
     ast.parse(SOURCE, feature_version=(3, 9))
     assert "from __future__ import annotations" in LINES

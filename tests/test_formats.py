@@ -1547,6 +1547,20 @@ def test_images_and_documents_reach_claude(bridge: Start, fake: FakeClaude) -> N
 # --- a restarted text ---
 
 
+def restarted(
+    client: Api, api: str, body_of: Callable[..., Any], gate: Path, first: str, second: str
+) -> bytes:
+    """Return the stream of an answer whose text begins anew once the client has its first text."""
+    steps: List[Dict[str, Any]] = [{"delta": first}, {"wait": str(gate)}, {"message": True}]
+    if second:
+        steps.append({"delta": second})
+    prompt = script(*steps, {"result": second})
+    request = OpenRequest(client, api, body_of(prompt, stream=True))
+    request.until(json.dumps(first))
+    gate.touch()
+    return request.rest()
+
+
 @both
 def test_a_restarted_text_is_not_sent_twice(bridge: Start, tmp_path: Path, api: str) -> None:
     """The common prefix continues. A different text has its own block, or follows a blank line."""
@@ -1561,17 +1575,10 @@ def test_a_restarted_text_is_not_sent_twice(bridge: Start, tmp_path: Path, api: 
         ("one two", "one", ["one two", "one"]),
     )
     for n, (first, second, expected) in enumerate(table):
-        gate = tmp_path / ("gate-%d" % n)
-        steps: List[Dict[str, Any]] = [{"delta": first}, {"wait": str(gate)}, {"message": True}]
-        if second:
-            steps.append({"delta": second})
-        prompt = script(*steps, {"result": second})
-        request = OpenRequest(admin, api, talk(prompt, stream=True))
-        request.until(json.dumps(first))
-        gate.touch()
-        stream_events = events(request.rest())
+        stream = restarted(admin, api, talk, tmp_path / ("gate-%d" % n), first, second)
+        stream_events = events(stream)
         if api == "openai":
-            assert streamed(request.data) == "\n\n".join(expected)
+            assert streamed(stream) == "\n\n".join(expected)
             assert stream_events[-1][1] == "[DONE]"
             continue
         blocks: Dict[int, str] = {}

@@ -17,8 +17,8 @@ import claude_api_bridge as cab
 from conftest import Answer, Api, FakeClaude, RunningBridge, running_bridge, wait_until
 from test_formats import (  # noqa: F401 (fixtures)
     ANY_TOOL, BLUE, LOOK, PNG, REMOTE_IMAGE, SCHEMA, OpenRequest, Start, close_open_requests,
-    events, fake, function, initialize_requests, kind_of, mutated, nothing_runs, pids, quick, rows,
-    service_of, text, tool_result, tool_use, turn,
+    events, fake, function, initialize_requests, kind_of, mutated, nothing_runs, pids, quick,
+    restarted, rows, service_of, text, tool_result, tool_use, turn,
 )
 from messages_api import (
     Reply, calls_tools, echo, last_text, system_text, tool_results, turn_texts,
@@ -622,18 +622,11 @@ def test_a_restarted_text_is_an_item_of_its_own(bridge: Start, tmp_path: Path) -
         ("one two", "one", ["one two", "one"]),
     )
     for n, (first, second, expected) in enumerate(table):
-        gate = tmp_path / ("gate-%d" % n)
-        steps: List[Dict[str, Any]] = [{"delta": first}, {"wait": str(gate)}, {"message": True}]
-        if second:
-            steps.append({"delta": second})
-        prompt = script(*steps, {"result": second})
-        request = OpenRequest(admin, PATH, body_of(prompt, stream=True))
-        request.until(json.dumps(first))
-        gate.touch()
-        final = check_stream(request.rest())
+        data = restarted(admin, PATH, body_of, tmp_path / ("gate-%d" % n), first, second)
+        final = check_stream(data)
         items = [
             event["item"]
-            for kind, event in stream_of(request.data)
+            for kind, event in stream_of(data)
             if kind == "output_item.done"
         ]
         assert [item["content"][0]["text"] for item in items] == expected, (first, second)

@@ -1687,6 +1687,11 @@ class ToolCall(NamedTuple):
     name: str
     arguments: Mapping[str, Any]
 
+    @property
+    def block(self) -> Dict[str, Any]:
+        """Return it as a block of the Messages API."""
+        return {"type": "tool_use", "id": self.id, "name": self.name, "input": self.arguments}
+
 
 class StopInfo(NamedTuple):
     """Why an answer ended, in the words of the Messages API.
@@ -3218,9 +3223,11 @@ def insert_job(db: sqlite3.Connection, values: Mapping[str, Any]) -> Any:
 
 def prompt_of(database: Database, job: Job) -> Content:
     """Return the message of an unfinished job, with its attachments."""
+    if not job.attachments:
+        return job.message
     rows = database.read("SELECT attachment_data FROM jobs WHERE id = ?", job.id)
     blocks = json.loads(rows[0][0] or "[]") if rows else []
-    return [*blocks, {"type": "text", "text": job.message}] if blocks else job.message
+    return [*blocks, {"type": "text", "text": job.message}]
 
 
 def positions_of(db: sqlite3.Connection, job: Job) -> Tuple[int, int]:
@@ -9779,10 +9786,7 @@ def earlier_messages(context: Context, response_id: str) -> List[Tuple[str, Any]
         size += stored.size
         if size > CONVERSATION_CHARACTERS:
             raise invalid_value(path, CONVERSATION_TOO_LONG)
-        content: List[Any] = [text_block(stored.text)]
-        content += [
-            {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
-            for call in stored.stop_info.calls]
+        content = [text_block(stored.text), *(call.block for call in stored.stop_info.calls)]
         parts.append([*stored.messages, ("assistant", content)])
         job_id = stored.previous or None
     return list(chain.from_iterable(reversed(parts)))
@@ -10009,9 +10013,7 @@ def message_body(chat: Chat, job: Job) -> Dict[str, Any]:
     content: List[Dict[str, Any]] = []
     if job.response or not stop_info.calls:
         content.append({"type": "text", "text": job.response})
-    for call in stop_info.calls:
-        block = {"type": "tool_use", "id": call.id, "name": call.name, "input": call.arguments}
-        content.append(block)
+    content += [call.block for call in stop_info.calls]
     return {
         "id": "msg_" + job.id.replace("-", ""), "type": "message", "role": "assistant",
         "model": job.model or "default", "content": content, "stop_reason": stop_info.reason,
@@ -10059,7 +10061,7 @@ def message_end(job: Job, index: int, is_open: bool) -> Iterator[bytes]:
         yield message_event("content_block_stop", index=index)
     stop_info = stop_info_of(job)
     for number, call in enumerate(stop_info.calls, index):
-        block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+        block = {**call.block, "input": {}}
         delta = {"type": "input_json_delta", "partial_json": as_json(call.arguments)}
         yield message_event("content_block_start", index=number, content_block=block)
         yield message_event("content_block_delta", index=number, delta=delta)

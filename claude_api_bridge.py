@@ -4730,7 +4730,9 @@ SIGKILL: int = getattr(signal, "SIGKILL", 9)
 def group_options(death_signal: int = signal.SIGINT) -> Dict[str, Any]:
     """Return Popen options for a session or group of its own; Ctrl-C is for the bridge alone.
     On Linux the kernel ends the child together with the thread that started it, by default with
-    SIGINT, on which the CLI also ends the command that a tool is running."""
+    SIGINT, on which the CLI also ends the command that a tool is running. From now on Ctrl-C passes
+    by a thread that is not the main one: until its child has a group of its own, that would report
+    it as an error."""
     if os.name == "nt":
         flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
         return {"creationflags": flags | NO_WINDOW}
@@ -4738,9 +4740,12 @@ def group_options(death_signal: int = signal.SIGINT) -> Dict[str, Any]:
         return {"start_new_session": True}
     parent = os.getpid()
     prctl = ctypes.CDLL(None).prctl
+    if threading.current_thread() is not threading.main_thread():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
     def die_with_bridge() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         prctl(PR_SET_PDEATHSIG, death_signal)
         if os.getppid() != parent:
             os._exit(1)

@@ -719,6 +719,29 @@ def test_ctrl_c_during_the_probe_of_claude_causes_no_traceback(
     assert b"Traceback" not in err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no Python runs in a child")
+def test_ctrl_c_in_a_child_that_is_just_forked_reports_nothing() -> None:
+    code = """
+import os, signal, sys, threading
+import claude_api_bridge as cab
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+def ask():
+    try:
+        cab.probe([sys.executable, "-c", ""], os.environ)
+    except cab.CannotStart as error:
+        print(error)
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=str(MODULE.parent), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+    )
+    assert (done.stderr, done.returncode) == (b"", 0)
+    assert b"killed by SIGINT" in done.stdout
+
+
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="needs glibc and /proc"
 )

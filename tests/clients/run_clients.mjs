@@ -196,7 +196,8 @@ async function agentOf(fields) {
   agents.setTracingDisabled(true);
   agents.setDefaultOpenAIClient(await openaiClient());
   const weather = agents.tool({ ...TOOL, parameters: CITY, execute: getWeather });
-  return new agents.Agent({ name: "helper", instructions: "Be brief.", tools: [weather], ...fields });
+  const tools = [weather];
+  return new agents.Agent({ name: "helper", instructions: "Be brief.", tools, ...fields });
 }
 
 async function runAgent(agent, fields) {
@@ -237,7 +238,7 @@ async function chatAnthropic() {
 
 for (const [client, label, make] of [
   ["@langchain/openai", "`ChatOpenAI`", chatOpenAI],
-  ["@langchain/openai", "by Responses", () => chatOpenAI({ useResponsesApi: true })],
+  ["@langchain/openai", "`ChatOpenAI` by Responses", () => chatOpenAI({ useResponsesApi: true })],
   ["@langchain/anthropic", "`ChatAnthropic`", chatAnthropic],
 ]) {
   scenario(client, label + ": `stream` with usage", async () => {
@@ -250,7 +251,8 @@ for (const [client, label, make] of [
   scenario(client, label + ": `createAgent` with a tool", async () => {
     const { createAgent, tool } = await import("langchain");
     const tools = [tool(getWeather, { ...TOOL, schema: CITY })];
-    const { messages } = await createAgent({ model: await make(), tools }).invoke({ messages: QUESTIONS });
+    const agent = createAgent({ model: await make(), tools });
+    const { messages } = await agent.invoke({ messages: QUESTIONS });
     check(messages.at(-1).text, WEATHER);
   });
 
@@ -274,7 +276,7 @@ async function aiModel() {
 async function aiTools() {
   const { isStepCount, tool } = await import("ai");
   const { description } = TOOL;
-  const get_weather = tool({ description, inputSchema: CITY, execute: async (input) => getWeather(input) });
+  const get_weather = tool({ description, inputSchema: CITY, execute: getWeather });
   return { prompt: QUESTION, tools: { get_weather }, stopWhen: isStepCount(3) };
 }
 
@@ -298,7 +300,7 @@ scenario("ai", "Responses (the default of `@ai-sdk/openai`): a tool", async () =
   check((await generateText(fields)).text, WEATHER);
 });
 
-scenario("ai", "Responses (the default of `@ai-sdk/openai`): a tool, streamed", async () => {
+scenario("ai", "Responses (the default of `@ai-sdk/openai`): a streamed tool", async () => {
   const { streamText } = await import("ai");
   const fields = { model: await aiModel(), maxRetries: 0, ...(await aiTools()) };
   check((await all(streamText(fields).textStream)).join(""), WEATHER);

@@ -42,6 +42,25 @@ QUESTION = "What is the weather in Rome?"
 WEATHER = "sunny in Rome"
 # The clients that are programs, not libraries
 PROGRAMS = ("codex", "claude")
+# The row of each client in the table
+MAKERS = {
+    "openai": "OpenAI",
+    "openai-agents": "OpenAI",
+    "openai (Node)": "OpenAI",
+    "@openai/agents": "OpenAI",
+    "codex": "OpenAI",
+    "anthropic": "Anthropic",
+    "@anthropic-ai/sdk": "Anthropic",
+    "claude": "Anthropic",
+    "langchain-openai": "LangChain",
+    "langchain-anthropic": "LangChain",
+    "@langchain/openai": "LangChain",
+    "@langchain/anthropic": "LangChain",
+    "pydantic-ai-slim": "Pydantic AI",
+    "litellm": "LiteLLM",
+    "instructor": "Instructor",
+    "ai": "AI SDK",
+}
 # (client, "what is asked: how", the function), in the order of the table
 SCENARIOS: List[Tuple[str, str, Scenario]] = []
 
@@ -634,18 +653,19 @@ def lines_of(path: Path) -> List[Line]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def rows(lines: List[Line]) -> List[Tuple[str, str, str]]:
-    """Return the README's table: a row for each client, with what was run and what failed."""
-    table = [("Client", "Version", "What was run")]
+def rows(lines: List[Line]) -> List[Tuple[str, str]]:
+    """Return the README's table: a row for each maker, with what was run and what failed."""
     clients: Dict[Tuple[str, str], Dict[str, List[str]]] = {}
     for line in lines:
         subject, _, manner = line["scenario"].partition(": ")
         subjects = clients.setdefault((line["client"], line["version"]), {})
         subjects.setdefault(subject, []).append(manner + " (**failed**)" * (not line["ok"]))
+    makers: Dict[str, List[str]] = {}
     for (client, version), subjects in clients.items():
         cells = ["%s: %s" % (name, ", ".join(parts)) for name, parts in subjects.items()]
-        table.append((client, version, "; ".join(cells)))
-    return table
+        text = "**%s %s** %s" % (client, version, "; ".join(cells))
+        makers.setdefault(MAKERS[client], []).append(text)
+    return [("Clients", "What was run"), *((name, "<br>".join(m)) for name, m in makers.items())]
 
 
 def main(arguments: List[str]) -> None:

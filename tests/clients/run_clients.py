@@ -6,8 +6,9 @@
     DIR/bin/python tests/clients/run_clients.py http://localhost:3456 cab-... [CLIENT ...]
 
 It runs in that venv, apart from the tests; test_clients.py starts it over a stand-in of the model,
-on whose replies the checks here depend. `--table RESULTS` prints the README's table from saved
-lines; that, and importing this file, needs only the standard library.
+on whose replies the checks here depend. `codex` and `claude` are programs of the PATH; the packages
+of npm have run_clients.mjs. `--table RESULTS` prints the README's table from saved lines; that, and
+importing this file, needs only the standard library.
 
 A line: {"client": ..., "version": ..., "scenario": ..., "ok": true, "error": null}
 """
@@ -20,9 +21,12 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import signal
 import struct
+import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -33,9 +37,30 @@ Scenario = Callable[["Bridge"], Any]
 MODEL = "sonnet"
 # pydantic-ai reads from the name what a model can do.
 FULL_MODEL = "claude-opus-4-8"
-SCENARIO_SECONDS = 20
+SCENARIO_SECONDS = 60
 QUESTION = "What is the weather in Rome?"
 WEATHER = "sunny in Rome"
+# The clients that are programs, not libraries
+PROGRAMS = ("codex", "claude")
+# The row of each client in the table
+MAKERS = {
+    "openai": "OpenAI",
+    "openai-agents": "OpenAI",
+    "openai (Node)": "OpenAI",
+    "@openai/agents": "OpenAI",
+    "codex": "OpenAI",
+    "anthropic": "Anthropic",
+    "@anthropic-ai/sdk": "Anthropic",
+    "claude": "Anthropic",
+    "langchain-openai": "LangChain",
+    "langchain-anthropic": "LangChain",
+    "@langchain/openai": "LangChain",
+    "@langchain/anthropic": "LangChain",
+    "pydantic-ai-slim": "Pydantic AI",
+    "litellm": "LiteLLM",
+    "instructor": "Instructor",
+    "ai": "AI SDK",
+}
 # (client, "what is asked: how", the function), in the order of the table
 SCENARIOS: List[Tuple[str, str, Scenario]] = []
 
@@ -510,7 +535,75 @@ def instructor_anthropic(bridge: Bridge) -> None:
     instructor_answer(instructor.from_anthropic(client, mode=mode), max_tokens=1000)
 
 
+# --- programs ---
+
+
+def run_program(folder: Path, *words: str, **environ: str) -> str:
+    """Run a program in the folder, with a new folder as its home. -> its output."""
+    with tempfile.TemporaryDirectory() as home:
+        done = subprocess.run(
+            words, cwd=str(folder), env={**os.environ, "HOME": home, **environ},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+CODEX_CONFIG = """
+model = "%s"
+model_provider = "bridge"
+web_search = "disabled"
+[model_providers.bridge]
+name = "bridge"
+base_url = "%s"
+env_key = "OPENAI_API_KEY"
+# Both ask other servers.
+[analytics]
+enabled = false
+[features]
+plugins = false
+"""
+
+
+@scenario("codex", "`exec`: a command in the shell")
+def codex_exec(bridge: Bridge) -> None:
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Path(home, "config.toml").write_text(CODEX_CONFIG % (MODEL, bridge.openai_url))
+        output = run_program(
+            folder, "codex", "exec", "--skip-git-repo-check",
+            "--dangerously-bypass-approvals-and-sandbox", QUESTION,
+            CODEX_HOME=home, OPENAI_API_KEY=bridge.token,
+        )
+        check(output, WEATHER)
+        check((folder / "weather.txt").read_text(), WEATHER)
+
+
+@scenario("claude", "`-p`: `Read` of an image of 2 MB and of a text, `Edit`")
+def claude_edit(bridge: Bridge) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "picture.png").write_bytes(noise_png(840))
+        (folder / "weather.txt").write_text("It is rainy in Rome.\n")
+        output = run_program(
+            folder, "claude", "-p", QUESTION, "--model", MODEL, "--allowedTools", "Read,Edit",
+            ANTHROPIC_BASE_URL=bridge.url, ANTHROPIC_AUTH_TOKEN=bridge.token,
+            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+        )
+        check(output, "It is The file weather.txt has been updated")
+        assert (folder / "weather.txt").read_text() == "It is sunny in Rome.\n"
+
+
 # --- running, and the table ---
+
+
+def version_of(client: str) -> str:
+    """Return the version of an installed library or program."""
+    if client not in PROGRAMS:
+        return importlib.metadata.version(client)
+    output = subprocess.run([client, "--version"], stdout=subprocess.PIPE, encoding="utf-8").stdout
+    return re.findall(r"\d+\.\d+\.\d+", output)[0]
 
 
 def prepare() -> None:
@@ -549,7 +642,7 @@ def run(bridge: Bridge, clients: List[str]) -> None:
         if not clients or client in clients:
             error = error_of(function, bridge)
             line = {
-                "client": client, "version": importlib.metadata.version(client),
+                "client": client, "version": version_of(client),
                 "scenario": what, "ok": error is None, "error": error,
             }
             print(json.dumps(line), flush=True)
@@ -560,18 +653,19 @@ def lines_of(path: Path) -> List[Line]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def rows(lines: List[Line]) -> List[Tuple[str, str, str]]:
-    """Return the README's table: a row for each client, with what was run and what failed."""
-    table = [("Client", "Version", "What was run")]
+def rows(lines: List[Line]) -> List[Tuple[str, str]]:
+    """Return the README's table: a row for each maker, with what was run and what failed."""
     clients: Dict[Tuple[str, str], Dict[str, List[str]]] = {}
     for line in lines:
         subject, _, manner = line["scenario"].partition(": ")
         subjects = clients.setdefault((line["client"], line["version"]), {})
         subjects.setdefault(subject, []).append(manner + " (**failed**)" * (not line["ok"]))
+    makers: Dict[str, List[str]] = {}
     for (client, version), subjects in clients.items():
         cells = ["%s: %s" % (name, ", ".join(parts)) for name, parts in subjects.items()]
-        table.append((client, version, "; ".join(cells)))
-    return table
+        text = "**%s %s** %s" % (client, version, "; ".join(cells))
+        makers.setdefault(MAKERS[client], []).append(text)
+    return [("Clients", "What was run"), *((name, "<br>".join(m)) for name, m in makers.items())]
 
 
 def main(arguments: List[str]) -> None:

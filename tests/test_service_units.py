@@ -553,6 +553,8 @@ def test_a_reinstall_that_fails_brings_the_old_service_back(tmp_path: Path) -> N
     try:
         assert ran("install", *LOCAL, home=tmp_path, **variables).returncode == 0
         before = unit.read_bytes()
+        # It is printed after the bridge listens.
+        wait_until(lambda: bool(TOKEN.findall((tmp_path / "journal").read_text())), 20)
         token = TOKEN.findall((tmp_path / "journal").read_text())[0]
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])

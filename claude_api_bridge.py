@@ -135,7 +135,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial, reduce, wraps
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate, chain, count, islice
+from itertools import accumulate, chain, count, islice, repeat
 from pathlib import Path
 from subprocess import list2cmdline
 from typing import (
@@ -1541,8 +1541,8 @@ class NewToken(TokenUpdate):
 
 # --- a conversation of /v1 ---
 
-# Of one token of an answer, at most: English has 4 or 5, Chinese 2 or 3.
-TOKEN_BYTES = 5
+# What a client wants of the model's thinking.
+SHOWN, OFF = "shown", "off"
 # A content block of the Messages API, such as {"type": "text", "text": "..."}.
 Block = Mapping[str, Any]
 Content = Union[str, Sequence[Block]]
@@ -1585,7 +1585,8 @@ class Chat:
     client_tools: [{"name", "description", "inputSchema"}]; "title": the client's own name, if the
     API would not take it.
     forced_tool: the client's tool whose input is to be the answer.
-    max_tokens: of the answer. hosted_tools: of the server, that the client asked for.
+    max_tokens: of the answer. thinking: SHOWN, OFF, or None if Claude decides and keeps it for
+    itself. prefill: blocks of the answer's beginning, which it continues. hosted_tools: of the server, that the client asked for.
     custom_tools: the names of those whose input and output is a text. uses_functions: the client
     knows functions, which preceded tools.
     include_usage: whether a stream ends with the figures.
@@ -1599,6 +1600,8 @@ class Chat:
     forced_tool: Optional[str] = None
     stop_sequences: Tuple[str, ...] = ()
     max_tokens: Optional[int] = None
+    thinking: Optional[str] = None
+    prefill: Tuple[Block, ...] = ()
     hosted_tools: Tuple[str, ...] = ()
     custom_tools: Tuple[str, ...] = ()
     uses_functions: bool = False
@@ -1616,22 +1619,19 @@ class Chat:
         texts = [block["text"] for block in content if block["type"] == "text"]
         return texts[-1][:MESSAGE_BYTES] if texts else "(%s)" % content[-1]["type"]
 
-    @property
-    def max_bytes(self) -> Optional[int]:
-        """About max_tokens, as bytes of UTF-8: rather too many than too few."""
-        return None if self.max_tokens is None else self.max_tokens * TOKEN_BYTES
-
     def to_json(self) -> str:
         """Return what a Job has no columns for; stored beside it."""
         body = {
             "turns": self.turns, "functions": self.client_tools, "forced": self.forced_tool,
-            "stops": self.stop_sequences, "maxTokens": self.max_tokens}
+            "stops": self.stop_sequences, "maxTokens": self.max_tokens, "thinking": self.thinking,
+            "prefill": self.prefill}
         return replace_surrogates(large_json(body, as_json))
 
     def without_messages(self) -> "Chat":
         """Return what is needed to write the answer; the messages are stored, and may be large."""
         request = self.response_request
-        return replace(self, turns=(), response_request=request and request._replace(messages=()))
+        request = request and request._replace(messages=())
+        return replace(self, turns=(), prefill=(), response_request=request)
 
     def columns(self) -> Dict[str, str]:
         """Return the columns of its job that other requests do not have."""
@@ -1643,7 +1643,8 @@ class Chat:
         body = json.loads(text)
         return cls(tuple(body["turns"]), client_tools=tuple(body["functions"]),
                    forced_tool=body["forced"], stop_sequences=tuple(body["stops"]),
-                   max_tokens=body.get("maxTokens"))
+                   max_tokens=body.get("maxTokens"), thinking=body.get("thinking"),
+                   prefill=tuple(body.get("prefill") or ()))
 
 
 # --- records; times are epoch seconds ---
@@ -1696,10 +1697,12 @@ class ToolCall(NamedTuple):
 class StopInfo(NamedTuple):
     """Why an answer ended, in the words of the Messages API.
     reason: end_turn, tool_use, stop_sequence, max_tokens, ...
-    sequence: the stop sequence that ended it. calls: the client's tools that it calls."""
+    sequence: the stop sequence that ended it. calls: the client's tools that it calls.
+    thinking: the blocks of what the model thought, if the client wants to know."""
     reason: str = "end_turn"
     sequence: Optional[str] = None
     calls: Tuple[ToolCall, ...] = ()
+    thinking: Tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -2109,8 +2112,9 @@ def token_from_row(row: Tuple[Any, ...], data_dir: Path) -> Token:
 
 
 def stop_info_from_json(text: str) -> StopInfo:
-    reason, sequence, calls = json.loads(text)
-    return StopInfo(reason, sequence, tuple(ToolCall(*call) for call in calls))
+    reason, sequence, calls, *more = json.loads(text)
+    thinking = tuple(more[0]) if more else ()
+    return StopInfo(reason, sequence, tuple(ToolCall(*call) for call in calls), thinking)
 
 
 def job_from_row(row: Tuple[Any, ...]) -> Job:
@@ -3788,6 +3792,11 @@ TOOL_PREFIX = "mcp__%s__" % MCP_SERVER
 DESCRIPTION_CHARACTERS = 2_000
 # The CLI replaces larger tool results by the name of a file.
 RESULT_CHARACTERS = 40_000
+OUTPUT_LIMIT = "CLAUDE_CODE_MAX_OUTPUT_TOKENS"
+# The blocks of what the model thinks.
+THOUGHTS = ("thinking", "redacted_thinking")
+# Up to this limit of an answer the model does not think, unless it is asked to.
+THINKING_TOKENS = 4_096
 # Stands for a blank answer, which the API would refuse later.
 NO_ANSWER = "(no answer)"
 DEFAULT_PAUSE_SECONDS = 900.0
@@ -4061,15 +4070,36 @@ def has_rewound(response: Mapping[str, Any], message_id: str) -> bool:
     return details.get("rewound") is True and details.get("targetMessageUuid") == message_id
 
 
-def assistant_message(content: Content, message_id: str = "") -> Dict[str, Any]:
+def assistant_message(content: Content, message_id: str = "", model: str = "") -> Dict[str, Any]:
     """Build an earlier answer to replay; the API would refuse blank text later. message_id: without
-    one, 2.1.197 merges all answers that have tool calls."""
+    one, 2.1.197 merges all answers that have tool calls. model: the CLI drops what another model
+    than the present one thought."""
     if isinstance(content, str) and not content.strip():
         content = NO_ANSWER
     message = cli_message("assistant", content)
-    if message_id:
-        message["message"]["id"] = message_id
+    message["message"].update(without_none({"id": message_id or None, "model": model or None}))
     return message
+
+
+def answer_settings(chat: Chat) -> Dict[str, str]:
+    """Return the variables by which the CLI limits and begins an answer; it reads them at each
+    request to the API. An empty one resets it.
+
+    Source: the requests of 2.1.197 and 2.1.332."""
+    settings: Dict[str, str] = {}
+    is_short = chat.max_tokens is not None and chat.max_tokens <= THINKING_TOKENS
+    if chat.max_tokens and not chat.json_schema:
+        settings[OUTPUT_LIMIT] = str(chat.max_tokens)
+    # Thoughts count as output: they would use a small limit up.
+    is_silent = is_short and not chat.effort and not chat.json_schema and chat.thinking != SHOWN
+    if chat.thinking == OFF or is_silent or chat.prefill:
+        settings["CLAUDE_CODE_DISABLE_THINKING"] = "1"
+    if chat.prefill:
+        # The CLI's own history cannot end with an answer.
+        messages = [{"role": turn["role"], "content": prefix_tool_names(turn)}
+                    for turn in (*chat.turns, {"role": "assistant", "content": chat.prefill})]
+        settings["CLAUDE_CODE_EXTRA_BODY"] = large_json({"messages": messages}, json.dumps)
+    return settings
 
 
 def transcript(history: Sequence[HistoryTurn], session_id: str, now: float, date: str = "",
@@ -4256,8 +4286,8 @@ class LineFramer:
 
 class CliEvent(NamedTuple):
     """One line of the CLI.
-    kind: init, delta, message_start, message_delta, assistant, tool_result,
-    rate_limits, retry, result, control_response, control_request or noise.
+    kind: init, delta, block (another step of a block), message_start, message_delta, assistant,
+    tool_result, rate_limits, retry, result, control_response, control_request or noise.
     tool_ids: the tool calls that this line starts (assistant) or finishes (tool_result)."""
     kind: str
     body: Mapping[str, Any] = {}
@@ -4282,6 +4312,8 @@ def parse_cli_event(line: bytes) -> CliEvent:
         delta = event.get("delta") or {}
         if event_type == "content_block_delta" and delta.get("type") == "text_delta":
             return CliEvent("delta", body, str(delta.get("text") or ""))
+        if event_type.startswith("content_block_"):
+            return CliEvent("block", body)
         is_of_message = event_type in ("message_start", "message_delta")
         return CliEvent(event_type if is_of_message else "noise", body)
     if kind == "system":
@@ -4492,14 +4524,6 @@ def cut_at_stop(text: str, stop_sequences: Sequence[str]) -> Tuple[str, Optional
     return text[: end + negative_length], sequence
 
 
-def cut_at_limit(text: str, max_bytes: Optional[int]) -> Tuple[str, bool]:
-    """Cut a text to so many bytes of UTF-8. -> (the text, whether something was cut)."""
-    if max_bytes is None or len(text) * 4 <= max_bytes:
-        return text, False
-    encoded = replace_surrogates(text).encode()
-    return encoded[:max_bytes].decode("utf-8", "ignore"), len(encoded) > max_bytes
-
-
 def partial_stop_length(text: str, stop_sequences: Sequence[str]) -> int:
     """Return how many characters at the end of a text may begin a stop sequence."""
     lengths = [length
@@ -4563,33 +4587,56 @@ PROBE_SECONDS = 30.0
 # --- the text of a running answer ---
 class JobEvent(NamedTuple):
     """One step of a job, for its readers.
-    kind: queued, started, delta, completed, error or heartbeat.
-    offset: where the text ends after it, in code points; 0 (queued, started): the text restarts."""
+    kind: queued, started, delta, completed, error or heartbeat; part_start, part_delta and part_end
+    of a LivePart.
+    offset: where the text ends after it, in code points; 0 (queued, started): the text restarts.
+    block: of a part; complete at its end."""
     kind: str
     offset: int = 0
     text: str = ""
     model: Optional[str] = None
+    block: Block = {}
 
 
 class TextCursor:
     """A reader's position in an answer's text. If the text was restarted, the old offset is
-    meaningless: the reader receives `started` and the whole text."""
+    meaningless: the reader receives `started` and the whole text.
+    has_parts: whether it also reads the parts beside the text. part, pieces: its position there."""
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, after: int, has_parts: bool = False) -> None:
         self.generation = 0 if after else -1
         self.offset = after
+        self.has_parts = has_parts
+        self.part = 0
+        self.pieces = -1
 
-    def reset(self) -> None:
-        self.generation = -1
-        self.offset = 0
+    def reset(self, generation: int = -1) -> None:
+        self.generation = generation
+        self.offset = self.part = 0
+        self.pieces = -1
 
-    def read(self, generation: int, read_from: Callable[[int], str],
-             model: Optional[str]) -> Iterator[JobEvent]:
-        """Yield what is new. read_from: returns the text, or a part of it, from an offset on."""
+    def begin(self, generation: int, model: Optional[str]) -> Iterator[JobEvent]:
+        """Yield `started` if the text was restarted."""
         if generation != self.generation:
-            self.generation = generation
-            self.offset = 0
+            self.reset(generation)
             yield JobEvent("started", 0, model=model)
+
+    def read_part(self, part: "LivePart") -> Iterator[JobEvent]:
+        """Yield what is new of a part."""
+        if self.pieces < 0:
+            self.pieces = 0
+            yield JobEvent("part_start", self.offset, block=part.block)
+        text = "".join(part.pieces[self.pieces :])
+        self.pieces = len(part.pieces)
+        if text:
+            yield JobEvent("part_delta", self.offset, text)
+        if part.is_complete:
+            self.part += 1
+            self.pieces = -1
+            yield JobEvent("part_end", self.offset, block=part.block)
+
+    def read(self, read_from: Callable[[int], str]) -> Iterator[JobEvent]:
+        """Yield what is new. read_from: returns the text, or a part of it, from an offset on."""
         text = read_from(self.offset)
         while text:
             for start in range(0, len(text), DELTA_CHARACTERS):
@@ -4599,15 +4646,37 @@ class TextCursor:
             text = read_from(self.offset)
 
 
+@dataclass
+class LivePart:
+    """What a running answer has beside its text: a thought, or a call of a client's tool.
+    block: of the Messages API. offset: where it stands in the text. pieces: of the thought, or of
+    the arguments as JSON."""
+    block: Block
+    offset: int
+    pieces: List[str] = field(default_factory=list)
+    is_complete: bool = False
+    # Half a surrogate pair.
+    pending: str = ""
+
+    def add(self, text: str) -> None:
+        text = self.pending + text
+        end = len(text) - ("\ud800" <= text[-1:] <= "\udbff")
+        self.pending = text[end:]
+        if end:
+            self.pieces.append(replace_surrogates(text[:end]))
+
+
 class LiveText:
     """The text of a running answer, in code points. The worker writes; any thread reads.
     generation: counts the restarts of the text, in this run and before.
+    parts: beside it, in their order. shows_thinking: whether thoughts are among them.
     on_change: called after each change.
     stop_sequences: the text ends at the first one; `stopped_by` is that one."""
 
     def __init__(self, generation: int = 0, on_change: Callable[[], None] = lambda: None,
                  stop_sequences: Sequence[str] = (),
-                 monotonic: Callable[[], float] = lambda: 0.0) -> None:
+                 monotonic: Callable[[], float] = lambda: 0.0,
+                 shows_thinking: bool = False) -> None:
         self._lock = threading.RLock()
         self._monotonic = monotonic
         self._first_text_at: Optional[float] = None
@@ -4619,11 +4688,9 @@ class LiveText:
         self._is_started = False
         self.stop_sequences = stop_sequences
         self.stopped_by: Optional[str] = None
-        # Bytes of UTF-8 that the text may have; is_cut: there would be more.
-        self.max_bytes: Optional[int] = None
-        self.is_cut = False
-        self._bytes = 0
-        # Bytes of UTF-8 that arrived, in all attempts.
+        self.shows_thinking = shows_thinking
+        self.parts: List[LivePart] = []
+        # Bytes of UTF-8 that arrived, in all attempts; of parts, characters.
         self.size = 0
         self.generation = generation
         self.model: Optional[str] = None
@@ -4653,11 +4720,34 @@ class LiveText:
             whole = text[: len(text) - pending]
             pending += partial_stop_length(whole, self.stop_sequences)
         self._pending = text[len(text) - pending :]
-        text = text[: len(text) - pending]
-        if self.max_bytes is not None:
-            text, self.is_cut = cut_at_limit(text, max(0, self.max_bytes - self._bytes))
-            self.stopped_by = None if self.is_cut else self.stopped_by
-        self._append(text)
+        self._append(text[: len(text) - pending])
+        self._on_change()
+
+    def follow_block(self, event: Mapping[str, Any]) -> None:
+        """Follow a step of a block that is a part, and no text."""
+        part = self.parts[-1] if self.parts and not self.parts[-1].is_complete else None
+        delta = event.get("delta") or {}
+        with self._lock:
+            if event.get("type") == "content_block_start":
+                block = event.get("content_block") or {}
+                is_thought = block.get("type") in THOUGHTS and self.shows_thinking
+                name = str(block.get("name"))
+                if block.get("type") == "tool_use" and name.startswith(TOOL_PREFIX):
+                    call = {"name": name[len(TOOL_PREFIX) :], "input": {}}
+                    self.parts.append(LivePart({**block, **call}, len(self._data) // 4))
+                elif is_thought:
+                    self.parts.append(LivePart(block, len(self._data) // 4))
+                self._is_started = True
+            elif part and event.get("type") == "content_block_stop":
+                if part.block["type"] == "thinking":
+                    part.block = {**part.block, "thinking": "".join(part.pieces)}
+                part.is_complete = True
+            elif part and delta.get("type") == "signature_delta":
+                part.block = {**part.block, "signature": str(delta.get("signature"))}
+            elif part:
+                text = str(delta.get("thinking") or delta.get("partial_json") or "")
+                self.size += len(text)
+                part.add(text)
         self._on_change()
 
     def _append(self, text: str) -> None:
@@ -4667,9 +4757,7 @@ class LiveText:
         with self._lock:
             self._is_started = True
             self._data += text.encode("utf-32-le")
-            length = len(text.encode())
-            self._bytes += length
-            self.size += length
+            self.size += len(text.encode())
 
     def seconds_to_text(self, since: float) -> Optional[float]:
         """Return how long it took until the first text came; None if none did."""
@@ -4678,10 +4766,10 @@ class LiveText:
     def restart(self) -> None:
         """Discard the text: it belonged to a tool call or to an aborted attempt."""
         with self._lock:
-            if self._data:
+            if self._data or self.parts:
                 self.generation += 1
             self._data = bytearray()
-            self._bytes = 0
+            self.parts = []
             self._pending = ""
 
     def reconcile(self, final_text: str) -> None:
@@ -4701,13 +4789,23 @@ class LiveText:
 
     def events_since(self, cursor: TextCursor) -> List[JobEvent]:
         """Return what a reader has not received yet, at most EVENT_BATCH events."""
-        def read_from(offset: int) -> str:
-            return self.read(offset, TEXT_CHARACTERS)
-
         with self._lock:
             if not self._is_started:
                 return []
-            return list(islice(cursor.read(self.generation, read_from, self.model), EVENT_BATCH))
+            return list(islice(self._news(cursor), EVENT_BATCH))
+
+    def _news(self, cursor: TextCursor) -> Iterator[JobEvent]:
+        """Yield the same. Each part comes after the text in front of it."""
+        def read_to(end: int) -> Callable[[int], str]:
+            return lambda offset: self.read(offset, min(TEXT_CHARACTERS, max(0, end - offset)))
+
+        yield from cursor.begin(self.generation, self.model)
+        for part in self.parts[cursor.part :] if cursor.has_parts else ():
+            yield from cursor.read(read_to(part.offset))
+            yield from cursor.read_part(part)
+            if not part.is_complete:
+                return
+        yield from cursor.read(read_to(len(self._data) // 4))
 
 
 # --- processes of the operating system ---
@@ -5325,13 +5423,15 @@ def write_account(home: Path, environ: Mapping[str, str]) -> None:
 class ClaudeProgram:
     """The present `claude`; it may be replaced by an update while the bridge runs. detect: finds it
     again. Only the worker calls `redetect`; any thread reads `install`.
-    can_rewind, can_pipe: what a process showed that it can do, None before one was asked."""
+    can_rewind, can_pipe: what a process showed that it can do, None before one was asked.
+    full_models: the full names of the models that have answered, by what was asked for."""
 
     def __init__(self, install: ClaudeInstall,
                  detect: Optional[Callable[[], ClaudeInstall]] = None) -> None:
         self.install = install
         self.can_rewind: Optional[bool] = None
         self.can_pipe: Optional[bool] = None
+        self.full_models: Dict[Optional[str], str] = {}
         self._failed_preparations = 0
         self._detect = detect
         self._fingerprint = file_fingerprint(install.command[-1])
@@ -5477,6 +5577,9 @@ class ClaudeProcess:
         self.counted_usage = Usage()
         # The CLI reports the limits of the plan only when they change.
         self.limits = RateLimitStatus()
+        # Of the last turn, see RunRequest.
+        self.settings: Mapping[str, str] = {}
+        self.shows_thinking = False
         self.terminate_at = float("inf")
         self.kill_at = float("inf")
         self._stdin_queue: "queue.SimpleQueue[Optional[bytes]]" = queue.SimpleQueue()
@@ -5658,7 +5761,8 @@ class RunRequest:
     history: returns the earlier turns; called only when they must be replayed.
     owner: the token; only its own processes may continue its conversations.
     is_chat: the message ends a conversation that the client keeps, and may continue.
-    max_bytes: of the answer.
+    settings: see answer_settings. shows_thinking: the CLI is to tell what the model thinks.
+    is_prefilled: the settings hold the messages, which the process does not know.
     answer_seconds: for how long the API may be silent before it begins to answer."""
     message: Content
     session: SessionConfig
@@ -5668,7 +5772,9 @@ class RunRequest:
     history: Callable[[], Sequence[HistoryTurn]] = tuple
     owner: str = ""
     is_chat: bool = False
-    max_bytes: Optional[int] = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    shows_thinking: bool = False
+    is_prefilled: bool = False
     answer_seconds: float = math.inf
 
     @cached_property
@@ -5848,10 +5954,13 @@ class Preparation:
 class TurnMessages:
     """The messages of the API that one turn consists of: their blocks, texts and figures.
     is_complete: whether the present one is. is_cut: it ended at a limit, and the next one goes on
-    with its text. earlier_text: of the messages that the present one goes on with."""
+    with its text. earlier_text: of the messages that the present one goes on with. reason: why the
+    present one ended. thinking: what the model thought."""
 
     def __init__(self) -> None:
         self.blocks: List[Block] = []
+        self.thinking: List[Block] = []
+        self.reason = ""
         self.is_complete = False
         self.is_cut = False
         self.earlier_text = ""
@@ -5881,6 +5990,7 @@ class TurnMessages:
             self.earlier_text += self._own_text()
         else:
             self.earlier_text = ""
+            self.thinking = []
         self._id = str(message.get("id"))
         self.blocks = []
         self.is_complete = self.is_cut = False
@@ -5891,6 +6001,7 @@ class TurnMessages:
         self._counts.setdefault(self._id, {}).update(token_counts(event.get("usage")))
         reason = (event.get("delta") or {}).get("stop_reason")
         self.is_complete = bool(reason)
+        self.reason = str(reason)
         has_call = any(block.get("type") == "tool_use" for block in self.blocks)
         self.is_cut = reason in CUT_REASONS and not has_call
 
@@ -5903,6 +6014,7 @@ class TurnMessages:
         if str(message.get("id")) != self._id:
             self.begin(message)
         self.blocks += message["content"]
+        self.thinking += [block for block in message["content"] if block.get("type") in THOUGHTS]
         if message.get("stop_reason"):
             self.is_complete = True
             self._counts[self._id] = token_counts(message.get("usage"))
@@ -6021,6 +6133,7 @@ class Turn:
               earlier_turns: Iterable[HeldTurn]) -> None:
         """Configure a process and put the history into it."""
         history = candidate.history
+        model = program.full_models.get(self._session.model, "")
         can_pipe = len(history) > 1 and not candidate.transcript and self._can_pipe(program)
         requests = self.process.initialize(self._session, program.install.features)
         if len(requests) > 1 or candidate.transcript:
@@ -6029,16 +6142,29 @@ class Turn:
             # It was read before the CLI answered.
             remove_transcript(candidate.transcript)
             # The CLI would merge it with an answer of the transcript that has the same id.
-            last_answer = assistant_message(history[-1].response, "msg_told_last")
-            self.process.send(last_answer)
+            self.process.send(assistant_message(history[-1].response, "msg_told_last", model))
         else:
-            ids = self._replay(history, can_pipe)
+            ids = self._replay(history, can_pipe, model)
             earlier_turns = [turn._replace(message_id=message_id)
                              for turn, message_id in zip(earlier_turns, ids)]
         self.process.turns = list(earlier_turns)
 
-    def _replay(
-            self, history: Sequence[HistoryTurn], can_pipe: bool) -> List[Optional[str]]:
+    def configure(self, request: RunRequest) -> None:
+        """Set what this turn has of its own."""
+        process = self.process
+        if request.settings != process.settings:
+            names = {**dict.fromkeys(process.settings, ""), **request.settings}
+            process.settings = request.settings
+            process.send(control_request("turn", "apply_flag_settings", settings={"env": names}))
+            check_control(self._await_control_response("turn"))
+        if request.shows_thinking and not process.shows_thinking:
+            process.shows_thinking = True
+            process.send(control_request(
+                "thinking", "set_max_thinking_tokens", thinking_display="summarized"))
+            self._await_control_response("thinking")
+
+    def _replay(self, history: Sequence[HistoryTurn], can_pipe: bool,
+                model: str) -> List[Optional[str]]:
         """Send the history turn by turn. -> the ids of the messages.
         The CLI must acknowledge an earlier message before its answer is sent, otherwise it puts all
         messages after all answers. A piped message needs no acknowledgement. The first one is not
@@ -6064,7 +6190,8 @@ class Turn:
                 lines.append(cli_line({**message, "uuid": message_id}))
                 send_lines()
                 is_acknowledged = False
-            lines.append(cli_line(assistant_message(turn.response, "msg_told_%d" % number)))
+            lines.append(cli_line(
+                assistant_message(turn.response, "msg_told_%d" % number, model)))
             ids.append(message_id)
         send_lines()
         return ids
@@ -6135,10 +6262,13 @@ class Turn:
                 if not self._session.json_schema:
                     live.add(event.text)
                     check_output_size(live.size)
-                if live.stopped_by or live.is_cut:
-                    return self._stop_early(live)
+                if live.stopped_by:
+                    return self._stop_early(live, live.read())
             else:
                 self._handle_event(event, live)
+            if self.messages.reason == "max_tokens" and OUTPUT_LIMIT in self.process.settings:
+                # The CLI would ask the model to go on.
+                return self._stop_early(live, self.messages.text)
             if self.process.open_calls and self.messages.is_complete:
                 return self._return_calls(live.model)
 
@@ -6164,6 +6294,9 @@ class Turn:
             self._retry_code = None
         elif event.kind == "message_delta":
             self.messages.end(body["event"])
+        elif event.kind == "block":
+            live.follow_block(body["event"])
+            check_output_size(live.size)
         elif event.kind == "assistant":
             self._error_word = str(body.get("error") or self._error_word)
             self.messages.add_blocks(body)
@@ -6180,9 +6313,9 @@ class Turn:
         elif event.kind == "control_response":
             check_control(body.get("response") or {})
 
-    def _stop_early(self, live: LiveText) -> Answer:
-        """End the answer at a stop sequence or its limit, with an estimate of the output tokens."""
-        text = live.read()
+    def _stop_early(self, live: LiveText, text: str) -> Answer:
+        """End the answer at a stop sequence, with an estimate of the output tokens, or its limit.
+        """
         usage = self.messages.usage
         usage = usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4))
         reason = "stop_sequence" if live.stopped_by else "max_tokens"
@@ -6234,8 +6367,6 @@ class Turn:
         usage, self.process.spent_usd = turn_usage(body, spent_usd, self.process.counted_usage)
         self.process.counted_usage = Usage()
         text, stop_sequence = cut_at_stop(text, live.stop_sequences)
-        text, is_long = cut_at_limit(text, live.max_bytes)
-        is_cut, stop_sequence = is_cut or is_long, None if is_long else stop_sequence
         reason = "stop_sequence" if stop_sequence else str(body.get("stop_reason") or "end_turn")
         if reason == "tool_use":
             # Of the tool by which the CLI takes a structured answer.
@@ -6831,7 +6962,7 @@ class ClaudePool:
             seconds = 0
         elif request.is_chat and (turn.messages.count != 1 or not answer.is_plain):
             seconds = 0
-        if not seconds:
+        if not seconds or request.is_prefilled:
             self.terminate(process, request.session, turn.finished)
             return
         latest = HistoryTurn(request.message, answer_content(answer))
@@ -6903,7 +7034,6 @@ class ClaudeRunner:
         """Run one turn. stop_reason, on_rate_limits: see RunControl. Raises RunFailed."""
         self.pool.redetect_if_replaced()
         self._check_billing()
-        live.max_bytes = request.max_bytes
         deadline = self._clock.monotonic() + self._config.run_seconds
         answer_seconds = min(request.answer_seconds, self._config.silence_seconds)
         control = RunControl(
@@ -6929,6 +7059,8 @@ class ClaudeRunner:
         """Run the turn with one process. -> None if another one must be tried. Raises RunFailed."""
         turn = Turn(candidate.process, request.session, control, candidate.is_configured)
         try:
+            if candidate.is_configured:
+                turn.configure(request)
             if candidate.tool_results:
                 turn.send_tool_results(candidate.tool_results, live, candidate.model)
             else:
@@ -6937,9 +7069,14 @@ class ClaudeRunner:
                 elif not candidate.is_configured:
                     earlier_turns = request.earlier_turns if candidate.history else ()
                     turn.start(self.pool.program, candidate, earlier_turns)
+                    turn.configure(request)
                 turn.send_prompt(request.message)
             answer = turn.read_answer(live)
-            answer = replace(answer, session_id=candidate.process.session_id)
+            thinking = tuple(turn.messages.thinking) if live.shows_thinking else ()
+            answer = replace(answer, session_id=candidate.process.session_id,
+                             stop_info=answer.stop_info._replace(thinking=thinking))
+            if live.model:
+                self.pool.program.full_models[request.session.model] = live.model
         except (SessionLost, ProcessExited) as lost:
             self.pool.terminate(candidate.process, request.session, is_idle=False)
             is_final = turn.prompt_accepted or candidate.is_fresh
@@ -7260,10 +7397,12 @@ def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
                             job.json_schema, job.effort, token.tools, token.workspace, client_tools)
     *earlier, last = map(prefix_tool_names, chat.turns)
     history = [HistoryTurn(*pair) for pair in zip(earlier[::2], earlier[1::2])]
-    # A structured answer would be of no use when it is cut.
-    max_bytes = chat.max_bytes if not job.json_schema else None
+    settings = answer_settings(chat)
+    if chat.prefill:
+        last, history = [{"type": "text", "text": "Continue."}], []
     return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True,
-                      max_bytes=max_bytes)
+                      settings=settings, shows_thinking=chat.thinking == SHOWN,
+                      is_prefilled=bool(chat.prefill))
 
 
 def chat_answer(answer: Answer, chat: Chat, job_id: str) -> Answer:
@@ -7278,7 +7417,7 @@ def chat_answer(answer: Answer, chat: Chat, job_id: str) -> Answer:
         return replace(answer, text=answer.structured or "")
     call_id = "toolu_" + job_id.replace("-", "")
     call = ToolCall(call_id, chat.forced_tool, json.loads(answer.structured or "{}"))
-    stop_info = StopInfo("tool_use", None, (call,))
+    stop_info = answer.stop_info._replace(reason="tool_use", sequence=None, calls=(call,))
     return replace(answer, text="", structured=None, stop_info=stop_info)
 
 
@@ -7440,7 +7579,8 @@ class Worker:
         logger.info("Processing request %s...", job.id[:8])
         live = LiveText(max(job.generation, self._restart_counts.pop(job.id, 0)),
                         lambda: self._notifier.notify(Notifier.text_topic(job.id)),
-                        chat.stop_sequences if chat else (), self._clock.monotonic)
+                        chat.stop_sequences if chat else (), self._clock.monotonic,
+                        chat is not None and chat.thinking == SHOWN)
         started, now = self._clock.monotonic(), self._clock.now()
         waited = max(0.0, now - job.created_at)
         if job.attempts == 1:
@@ -7921,22 +8061,25 @@ class Service:
         return JobView(job, queue_position, overall_position, pause)
 
     def follow(self, caller: Caller, job_id: str, after: int = 0, position: int = 0,
-               client_disconnected: Callable[[], bool] = lambda: False) -> JobEvents:
+               client_disconnected: Callable[[], bool] = lambda: False,
+               has_parts: bool = False) -> JobEvents:
         """Yield the job's events live. after: how much of the text the caller has, in code points.
-        position: the overall position that the caller knows.
+        position: the overall position that the caller knows. has_parts: with those of LiveParts.
         Ends after `completed` or `error`, when the client disconnects, or with the bridge. Raises
         NotFound and RateLimited at once; InvalidToken or NotFound later, if the token is revoked.
         """
         self._summary(caller, job_id)
         # The generator takes its slot at its first step.
         self._slots.check(caller)
-        return self._follow(caller, job_id, TextCursor(after), position, client_disconnected)
+        cursor = TextCursor(after, has_parts)
+        return self._follow(caller, job_id, cursor, position, client_disconnected)
 
     def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, position: int,
                 client_disconnected: Callable[[], bool]) -> JobEvents:
         reported: Tuple[int, Optional[Pause]] = (position, None)
         last_sent_at = self.clock.monotonic()
         topics = (job_id, Notifier.text_topic(job_id))
+        last_live: Optional[LiveText] = None
         with self._slots.take(caller), self._notifier.subscribe(*topics) as event:
             while True:
                 # 1. Read the database: the notification carries no data.
@@ -7948,9 +8091,16 @@ class Service:
                     # After the job, which is deleted together with its token.
                     self.check_token(caller)
                 if view.job.is_finished:
+                    if last_live and last_live.generation == view.job.generation:
+                        # Only there are the parts of which the reader has not seen all.
+                        rest = last_live.events_since(cursor) if cursor.has_parts else []
+                        while rest:
+                            yield from zip(rest, repeat(None))
+                            rest = last_live.events_since(cursor)
                     yield from self._follow_end(caller, view.job, cursor)
                     return
                 live = self.live_of(view.job)
+                last_live = live or last_live
                 events: List[JobEvent] = []
                 state = (view.overall_position, view.pause)
                 if view.job.status == JobStatus.QUEUED and state != reported:
@@ -8000,7 +8150,8 @@ class Service:
             return self.stores.jobs.response(job.id, offset, TEXT_CHARACTERS)
 
         if job.status == JobStatus.COMPLETED:
-            yield from cursor.read(job.generation, read_from, job.model)
+            yield from cursor.begin(job.generation, job.model)
+            yield from cursor.read(read_from)
         yield JobEvent(job.status, cursor.offset)
 
     def cancel(self, caller: Caller, job_id: str) -> JobView:
@@ -8815,10 +8966,10 @@ class CallbackSender:
 
 MAX_CLIENT_TOOLS = 256
 STOP_SEQUENCES = 16
-BLOCKS = {"user": ("text", "image", "document", "tool_result"), "assistant": ("text", "tool_use")}
-# Blocks of an earlier answer by another server, which mean nothing here; and changes of the tools,
-# which are all offered from the beginning.
-IGNORED_BLOCKS = ("thinking", "redacted_thinking", "tool_addition", "tool_removal")
+BLOCKS = {"user": ("text", "image", "document", "tool_result"),
+          "assistant": ("text", "tool_use", *THOUGHTS)}
+# Changes of the tools, which are all offered from the beginning.
+IGNORED_BLOCKS = ("tool_addition", "tool_removal")
 SERVER_RESULTS = tuple(name + "_tool_result" for name in (
     "web_search", "web_fetch", "code_execution", "bash_code_execution",
     "text_editor_code_execution", "tool_search", "mcp", "advisor"))
@@ -8894,6 +9045,10 @@ def read_block(block: Any, kinds: Sequence[str], path: str) -> Dict[str, Any]:
             "type": kind, "id": read_word(block.get("id"), CALL_ID_CHARACTERS, path + ".id"),
             "name": read_word(block.get("name"), TOOL_NAME_CHARACTERS, path + ".name"),
             "input": require_type(block.get("input"), dict, path + ".input")}
+    if kind in THOUGHTS:
+        names = ("thinking", "signature") if kind == "thinking" else ("data",)
+        return {"type": kind, **{name: require_type(block.get(name), str, "%s.%s" % (path, name))
+                                 for name in names}}
     kinds = ("text", "image", "document")
     content = read_content(block.get("content") or "", kinds, path + ".content")
     call_id = read_word(block.get("tool_use_id"), CALL_ID_CHARACTERS, path + ".tool_use_id")
@@ -8921,6 +9076,9 @@ def read_content(content: Any, kinds: Sequence[str], path: str) -> List[Dict[str
 def plain_blocks(block: Any) -> List[Any]:
     """Return a block that the CLI does not take as blocks that it does take."""
     kind = block.get("type") if isinstance(block, dict) else None
+    if kind in THOUGHTS and not (block.get("signature") or isinstance(block.get("data"), str)):
+        # Of another server.
+        return []
     source = block.get("source") if kind in ("document", "search_result") else None
     head: List[Any] = [text_block(str(block[key])) for key in ("title", "context")
                        if source and block.get(key)]
@@ -8959,10 +9117,9 @@ def text_block(text: str) -> Dict[str, Any]:
 
 
 def read_turns(messages: Iterable[Tuple[str, str, Any]],
-               blank: str = "") -> Tuple[Mapping[str, Any], ...]:
-    """Return turns of user and assistant in alternation; the last one is the user's. messages:
-    (path, role, content) of each message. blank: stands for a user's empty message, which is
-    refused without it."""
+               blank: str = "") -> Tuple[Tuple[Mapping[str, Any], ...], Tuple[Block, ...]]:
+    """Return Chat.turns and Chat.prefill. messages: (path, role, content) of each message. blank:
+    stands for a user's empty message, which is refused without it."""
     turns: List[Dict[str, Any]] = []
     for path, role, content in messages:
         blocks = read_content(content, BLOCKS[role], path + ".content")
@@ -8976,20 +9133,24 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]],
         if not turns and role == "assistant":
             opening = [text_block("(The conversation begins.)")]
             turns.append({"role": "user", "content": opening})
-        turns.append({"role": role, "content": blocks or [text_block(NO_ANSWER)]})
+        turns.append({"role": role, "content": blocks})
+    for turn in turns:
+        if all(block["type"] in THOUGHTS for block in turn["content"]):
+            turn["content"].append(text_block(NO_ANSWER))
+    prefill: List[Block] = []
+    if turns and turns[-1]["role"] == "assistant":
+        prefill = turns.pop()["content"]
+        if any(block["type"] == "tool_use" for block in prefill):
+            raise invalid_value("messages", "must end with the results of the tool calls")
     if not turns:
         raise invalid_value("messages", "at least one message is required")
-    if turns[-1]["role"] != "user":
-        raise invalid_value(
-            "messages",
-            "must end with a message of the user: the bridge cannot continue a partial answer")
     previous: Mapping[str, Any] = {"content": []}
     used_ids: Set[str] = set()
     for turn in turns:
         order_tool_results(previous, turn)
         rename_repeated_calls(previous, turn, used_ids)
         previous = turn
-    return tuple(turns)
+    return tuple(turns), tuple(prefill)
 
 
 def rename_repeated_calls(previous: Mapping[str, Any], turn: Dict[str, Any],
@@ -9106,6 +9267,15 @@ def read_max_tokens(value: Any, path: str) -> Optional[int]:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise invalid_value(path, "must be a whole number")
     return value
+
+
+def read_thinking(value: Any, path: str) -> Optional[str]:
+    """Return Chat.thinking of a `thinking` of the Messages API."""
+    kinds = {"enabled": SHOWN, "adaptive": SHOWN, "disabled": OFF}
+    kind = optional(value, dict, path).get("type")
+    if value and (not isinstance(kind, str) or kind not in kinds):
+        raise invalid_value(path + ".type", "must be enabled, adaptive or disabled")
+    return kinds[kind] if value else None
 
 
 def read_effort(value: Any, efforts: Sequence[str], path: str) -> Optional[str]:
@@ -9259,12 +9429,13 @@ def read_messages_request(body: Any) -> Chat:
     client_tools, hosted_tools = read_message_tools(tools)
     if body.get("mcp_servers"):
         raise invalid_value("mcp_servers", "is not supported; pass their tools in `tools`")
+    turns, prefill = read_turns(messages)
     choice = require_type(body.get("tool_choice") or {"type": "auto"}, dict, "tool_choice")
     if choice.get("type") not in ("auto", "any", "tool", "none"):
         raise invalid_value("tool_choice.type", "must be auto, any, tool or none")
     output = optional(body.get("output_config"), dict, "output_config")
     schema = output.get("format") or body.get("output_format")
-    chat = Chat(turns=read_turns(messages),
+    chat = Chat(turns=turns, prefill=prefill, thinking=read_thinking(body.get("thinking"), "thinking"),
                 system_prompt="\n\n".join(block["text"] for block in system) or None,
                 model=with_path(validate_model, body.get("model"), "model"),
                 json_schema=read_schema(schema, "output_config.format"),
@@ -9285,6 +9456,8 @@ EMPTY_MESSAGE = "(empty message)"
 CUSTOM_SCHEMA: Mapping[str, Any] = {
     "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 REASONING_EFFORTS = {"none": "low", "minimal": "low", **{effort: effort for effort in EFFORTS}}
+# Any other effort means SHOWN.
+THINKING_OF_EFFORT = {None: None, "none": OFF, "minimal": None}
 
 
 def read_completion_request(body: Any) -> Chat:
@@ -9317,9 +9490,12 @@ def read_completion_request(body: Any) -> Chat:
     efforts = tuple(REASONING_EFFORTS)
     effort = read_effort(body.get("reasoning_effort"), efforts, "reasoning_effort")
     options = optional(body.get("stream_options"), dict, "stream_options")
+    thinking = read_thinking(body.get("thinking"), "thinking")
+    turns, prefill = read_turns(messages, EMPTY_MESSAGE)
     max_tokens = body.get("max_completion_tokens") or body.get("max_tokens")
     chat = Chat(
-        turns=read_turns(messages, EMPTY_MESSAGE), system_prompt="\n\n".join(system) or None,
+        turns=turns, prefill=prefill, thinking=thinking or THINKING_OF_EFFORT.get(effort, SHOWN),
+        system_prompt="\n\n".join(system) or None,
         model=with_path(validate_model, model, "model"),
         json_schema=read_response_format(body.get("response_format")),
         effort=REASONING_EFFORTS[effort] if effort else None, client_tools=tools,
@@ -9525,12 +9701,16 @@ RESPONSES_UNSUPPORTED = {
     "conversation": "use `previous_response_id`",
     "background": "use `stream`, or POST /api/ask, whose requests need no open connection"}
 # Items of an earlier answer by another server, which mean nothing here.
-IGNORED_ITEMS = ("reasoning", "web_search_call", "file_search_call", "code_interpreter_call")
+IGNORED_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call")
 CALL_FIELDS = {"function_call": "arguments", "custom_tool_call": "input"}
 CALL_OUTPUTS = tuple(kind + "_output" for kind in CALL_FIELDS)
 CONVERSATION_TOO_LONG = (
     "the stored conversation is longer than %d MiB. Begin another one, with a summary of it"
     % (CONVERSATION_CHARACTERS >> 20))
+# An `include`.
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+# In front of a block of the Messages API, which a client sends back without reading it.
+THOUGHT_PREFIX = "claude:"
 HOSTED_TOOL = "the tool %s runs on OpenAI's servers, not here. %s"
 SEARCH_ADVICE = (
     'Leave it out (in Codex: web_search = "disabled"), or use a token with the tools `web`: with'
@@ -9564,7 +9744,7 @@ def read_responses_request(
     # A client may offer them again with each request.
     settings["tools"] = list({as_json(tool): tool for tool in tools}.values())
     try:
-        turns = read_turns(message for message in messages if message[1] in BLOCKS)
+        turns, prefill = read_turns(message for message in messages if message[1] in BLOCKS)
     except InvalidRequest as error:
         if error.extra.get("field") != "messages":
             raise
@@ -9574,12 +9754,18 @@ def read_responses_request(
         model = None
     effort = read_effort(
         settings["reasoning"]["effort"], tuple(REASONING_EFFORTS), "reasoning.effort")
+    thinking = OFF if effort == "none" else None
+    if settings["reasoning"]["summary"] or ENCRYPTED_REASONING in optional(
+            body.get("include"), list, "include"):
+        thinking = thinking or SHOWN
     chat = Chat(
-        turns=turns, system_prompt="\n\n".join(filter(None, system)) or None,
+        turns=turns, prefill=prefill, thinking=thinking,
+        system_prompt="\n\n".join(filter(None, system)) or None,
         model=with_path(validate_model, model, "model"),
         json_schema=read_text_format(settings["text"]["format"]),
         effort=REASONING_EFFORTS[effort] if effort else None,
         client_tools=read_client_tools(read_response_tools(settings["tools"], can_search)),
+        custom_tools=custom_tools(settings),
         max_tokens=settings["max_output_tokens"],
         stream=optional(body.get("stream"), bool, "stream"), api="responses",
         response_request=ResponseRequest(
@@ -9657,6 +9843,9 @@ def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str
         return "user", [result]
     if kind == "additional_tools":
         return "tools", require_type(item.get("tools"), list, path + ".tools")
+    if kind == "reasoning":
+        block = read_thought(item.get("encrypted_content"))
+        return ("assistant", [block]) if block else None
     if kind in IGNORED_ITEMS:
         return None
     text = "must be message, %s" % ", ".join((*CALL_FIELDS, *CALL_OUTPUTS))
@@ -9664,6 +9853,16 @@ def read_response_item(item: Mapping[str, Any], path: str) -> Optional[Tuple[str
         text = ("%s is not an item of a stored response of this token; send the item itself"
                 % shorten(item.get("id")))
     raise invalid_value(path + ".type", text)
+
+
+def read_thought(text: Any) -> Optional[Block]:
+    """Return the block in a reasoning item of this bridge; None for that of another server."""
+    if not isinstance(text, str) or not text.startswith(THOUGHT_PREFIX):
+        return None
+    with contextlib.suppress(ValueError, InvalidJson):
+        block = parse_json(base64.b64decode(text[len(THOUGHT_PREFIX) :], validate=True))
+        return block if isinstance(block, dict) and block.get("type") in THOUGHTS else None
+    return None
 
 
 def flat_name(namespace: Any, name: Any, path: str) -> str:
@@ -9741,6 +9940,24 @@ def read_response_tools(tools: Sequence[Any], can_search: bool, place: str = "to
             raise invalid_value(path + ".type", text)
 
 
+def response_tools(settings: Mapping[str, Any]) -> Dict[str, Tuple[Mapping[str, Any], str]]:
+    """Return (tool, namespace) of each tool that the client runs, by the name that Claude knows."""
+    result = {}
+    for tool in settings["tools"]:
+        is_namespace = tool["type"] == "namespace"
+        namespace = tool["name"] if is_namespace else ""
+        for inner in tool.get("tools") or () if is_namespace else (tool,):
+            if "name" in inner:
+                result[flat_name(namespace, inner["name"], "tools")] = inner, namespace
+    return result
+
+
+def custom_tools(settings: Mapping[str, Any]) -> Tuple[str, ...]:
+    """Return Chat.custom_tools."""
+    tools = response_tools(settings).items()
+    return tuple(name for name, (tool, _) in tools if tool["type"] == "custom")
+
+
 def read_response_choice(chat: Chat, choice: Any) -> Chat:
     """Apply a `tool_choice`."""
     assert chat.response_request
@@ -9791,7 +10008,8 @@ def earlier_messages(context: Context, response_id: str) -> List[Tuple[str, Any]
         size += stored.size
         if size > CONVERSATION_CHARACTERS:
             raise invalid_value(path, CONVERSATION_TOO_LONG)
-        content = [text_block(stored.text), *(call.block for call in stored.stop_info.calls)]
+        info = stored.stop_info
+        content = [*info.thinking, text_block(stored.text), *(call.block for call in info.calls)]
         parts.append([*stored.messages, ("assistant", content)])
         job_id = stored.previous or None
     return list(chain.from_iterable(reversed(parts)))
@@ -9808,7 +10026,7 @@ def estimate_tokens(chat: Chat) -> int:
     if chat.client_tools:
         texts.append(as_json(chat.client_tools))
     tokens = 0
-    blocks = [block for turn in chat.turns for block in turn["content"]]
+    blocks = [block for turn in chat.turns for block in turn["content"]] + list(chat.prefill)
     while blocks:
         block = blocks.pop()
         if block["type"] == "tool_result" and isinstance(block["content"], list):
@@ -9823,13 +10041,34 @@ def estimate_tokens(chat: Chat) -> int:
 
 
 # --- the answer as it arrives ---
+@dataclass
+class Part:
+    """A part of an answer, as a stream writes it.
+    index: its number. block: of the Messages API; complete when the part is closed.
+    pieces: of its text. is_aborted: the answer started over. is_cut: it ended at its limit."""
+    index: int
+    block: Block
+    pieces: List[str] = field(default_factory=list)
+    is_aborted: bool = False
+    is_cut: bool = False
+
+    @property
+    def kind(self) -> str:
+        return str(self.block["type"])
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
 class ChatStep(NamedTuple):
     """One step of an answer.
-    kind: text (a piece of it), restart (the text before was aborted; what follows stands alone),
-    heartbeat, or end (job: the finished one).
+    kind: open or close (a part), delta (a piece of it: text), heartbeat, or end (job: the finished
+    one).
     model: the one that answers, once it is known. usage: what the API has reported until now."""
     kind: str
     text: str = ""
+    part: Optional[Part] = None
     model: Optional[str] = None
     job: Optional[Job] = None
     usage: Optional[Usage] = None
@@ -9838,50 +10077,188 @@ class ChatStep(NamedTuple):
 ChatSteps = Generator[ChatStep, None, None]
 
 
-def chat_steps(context: Context, job: Job) -> ChatSteps:
+def chat_steps(context: Context, chat: Chat, job: Job) -> ChatSteps:
     """Yield the steps of an answer for the one client that waits for it.
     When that client disconnects, the run is cancelled, because nobody could come back for it. If
     the text restarts, the common prefix is not sent twice. Raises RunError, Unavailable."""
     service, caller = context.service, context.require_caller()
     clock = service.clock
-    text = RestartableText()
+    parts = AnswerParts(chat)
     model = job.model
     is_finished = False
     last_sent_at = clock.monotonic()
     try:
         is_gone = context.request.client_disconnected
-        events = service.follow(caller, job.id, client_disconnected=is_gone)
+        events = service.follow(caller, job.id, client_disconnected=is_gone, has_parts=chat.stream)
         with contextlib.closing(events):
             for event, view in events:
-                if event.kind == "delta":
-                    live = service.live_of(replace(job, status=JobStatus.PROCESSING))
-                    # Between the event and here the run may have ended.
-                    source = live or service.stores.jobs.summary(job.id)
-                    for kind, piece in text.add(event.text):
-                        yield ChatStep(kind, piece, model, usage=source.usage if source else None)
-                elif event.kind == "started":
-                    text.restart()
+                if event.kind == "started":
+                    parts.restart()
                     model = event.model or model
                 elif view and view.job.is_finished:
                     is_finished = True
                     failure = service.failure(view.job)
                     if failure:
                         raise failure
-                    for kind, piece in text.finish(view.job.response or ""):
-                        yield ChatStep(kind, piece, model)
-                    yield ChatStep("end", model=view.job.model or model, job=view.job,
-                                   usage=view.job.usage)
+                    model = view.job.model or model
+                    for step in parts.finish(view.job):
+                        yield step._replace(model=model, usage=view.job.usage)
+                    yield ChatStep("end", model=model, job=view.job, usage=view.job.usage)
                     return
                 elif event.kind == "heartbeat" or (
-                        clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
+                        event.kind == "queued"
+                        and clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
                     # A new position in the queue is not sent to these clients.
                     last_sent_at = clock.monotonic()
                     yield ChatStep("heartbeat", model=model)
+                elif event.kind != "queued":
+                    live = service.live_of(replace(job, status=JobStatus.PROCESSING))
+                    # Between the event and here the run may have ended.
+                    source = live or service.stores.jobs.summary(job.id)
+                    thoughts: Sequence[Block] = ()
+                    if not live and chat.thinking == SHOWN and not parts.has_thought:
+                        ended = service.stores.jobs.get(job.id)
+                        thoughts = stop_info_of(ended).thinking if ended else ()
+                    for step in chain(parts.add_thinking(thoughts), parts.add(event)):
+                        yield step._replace(model=model, usage=source.usage if source else None)
         raise Unavailable("The request was cancelled: its client left, or the bridge is stopping.")
     finally:
         if not is_finished:
             with contextlib.suppress(BridgeError):
                 service.cancel(caller, job.id)
+
+
+class AnswerParts:
+    """Turns the events of an answer into the parts that its client receives."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._names = {tool["name"]: own_name_of(tool) for tool in chat.client_tools}
+        # Their arguments hold the text that the client gets, which is sent at the end.
+        self._custom_tools = chat.custom_tools
+        self._needs_text = chat.api == "responses"
+        self._text = RestartableText()
+        self._open: Optional[Part] = None
+        self._count = 0
+        self._is_skipped = False
+        self._call_ids: List[str] = []
+        # Since the last start.
+        self.has_thought = self._has_text = False
+
+    def add(self, event: JobEvent) -> Iterator[ChatStep]:
+        """Yield the steps for a delta, or for a step of a LivePart."""
+        if event.kind == "delta":
+            for kind, text in self._text.add(event.text):
+                yield from self._add_text(kind, text)
+        elif event.kind == "part_start":
+            block = event.block
+            if block["type"] == "tool_use":
+                block = {**block, "name": self._names.get(block["name"], block["name"])}
+            self._is_skipped = block.get("name") in self._custom_tools
+            if not self._is_skipped:
+                yield from self._begin(block)
+        elif not self._is_skipped and event.kind == "part_delta":
+            yield from self._extend(event.text)
+        elif not self._is_skipped:
+            yield from self.end(event.block)
+
+    def _add_text(self, kind: str, text: str) -> Iterator[ChatStep]:
+        if kind == "restart":
+            yield from self.end(is_aborted=True)
+            self._has_text = False
+        else:
+            if not self._open or self._open.kind != "text":
+                yield from self._begin(text_block(""))
+            yield from self._extend(text)
+
+    def _begin(self, block: Block) -> Iterator[ChatStep]:
+        yield from self.end()
+        self._open = Part(self._count, block)
+        self._count += 1
+        self.has_thought |= block["type"] in THOUGHTS
+        self._has_text |= block["type"] == "text"
+        if block["type"] == "tool_use":
+            self._call_ids.append(block["id"])
+        yield ChatStep("open", part=self._open)
+
+    def _extend(self, text: str) -> Iterator[ChatStep]:
+        if self._open and text:
+            self._open.pieces.append(text)
+            yield ChatStep("delta", text, self._open)
+
+    def end(self, block: Block = {}, is_aborted: bool = False,
+            is_cut: bool = False) -> Iterator[ChatStep]:
+        """Close the open part, if there is one. block: what became of it."""
+        part = self._open
+        if not part:
+            return
+        if part.kind == "tool_use" and not part.pieces:
+            # Without arguments.
+            yield from self._extend("{}")
+        self._open = None
+        part.is_aborted, part.is_cut = is_aborted, is_cut
+        if part.kind in THOUGHTS:
+            part.block = {**part.block, **block}
+        yield ChatStep("close", part=part)
+
+    def add_thinking(self, blocks: Iterable[Block]) -> Iterator[ChatStep]:
+        """Yield the steps of complete thoughts."""
+        for block in blocks:
+            yield from self._begin(block)
+            yield from self._extend(str(block.get("thinking") or ""))
+            yield from self.end(block)
+
+    def restart(self) -> None:
+        """Begin again. Raises RunError if the client may already act on a part."""
+        self._check_calls(())
+        self._text.restart()
+        self.has_thought = False
+
+    def _check_calls(self, calls: Sequence[ToolCall]) -> None:
+        if set(self._call_ids) - {call.id for call in calls}:
+            raise RunError("network", "The connection to the API was lost in the middle of a tool"
+                           " call, of which a part was sent. Ask again.")
+
+    def finish(self, job: Job) -> Iterator[ChatStep]:
+        """Yield the steps of what a completed job has, and the client not."""
+        stop_info = stop_info_of(job)
+        is_cut = stop_info.reason == "max_tokens"
+        if not is_cut:
+            self._check_calls(stop_info.calls)
+        for kind, text in self._text.finish(job.response or ""):
+            yield from self._add_text(kind, text)
+        yield from self.end(is_aborted=not job.response and self._has_text, is_cut=is_cut)
+        self._has_text &= bool(job.response)
+        for block in final_blocks(job):
+            is_sent = block.get("id") in self._call_ids
+            if block["type"] == "text":
+                # Only a response needs an empty one after a text that was aborted.
+                is_sent = self._has_text or (
+                    not job.response and self._count > 0 and not self._needs_text)
+            elif block["type"] in THOUGHTS:
+                is_sent = self.has_thought
+            if not is_sent:
+                yield from self._begin(block)
+                yield from self._extend(block_text(block, self._custom_tools))
+                yield from self.end(block, is_cut=is_cut)
+
+
+def final_blocks(job: Job) -> List[Block]:
+    """Return a completed answer as blocks of the Messages API."""
+    stop_info = stop_info_of(job)
+    blocks = [*stop_info.thinking]
+    if job.response or not (stop_info.calls or stop_info.reason == "refusal"):
+        blocks.append(text_block(job.response or ""))
+    return blocks + [call.block for call in stop_info.calls]
+
+
+def block_text(block: Block, custom_tools: Sequence[str] = ()) -> str:
+    """Return the text of a complete block: of a call, its arguments as JSON, or the text that a
+    custom tool takes."""
+    if block["type"] != "tool_use":
+        return str(block.get(block["type"]) or "")
+    text = block["input"].get("input")
+    is_text = block["name"] in custom_tools and isinstance(text, str)
+    return str(text) if is_text else as_json(block["input"])
 
 
 class RestartableText:
@@ -9898,7 +10275,7 @@ class RestartableText:
         self._matched = 0
 
     def add(self, text: str) -> Iterator[Tuple[str, str]]:
-        """Yield (kind, text) of the steps for a delta."""
+        """Yield (kind, text) of the steps for a delta: a text, or a restart."""
         if not self._previous:
             self._sent.append(text)
             yield "text", text
@@ -9924,6 +10301,19 @@ class RestartableText:
             yield "text", text
 
 
+def write_steps(first: ChatStep, steps: ChatSteps, write: Callable[[ChatStep], bytes],
+                write_error: Callable[[BridgeError], bytes]) -> BodyIterator:
+    """Yield what a format writes for each step, or for the error that ends them."""
+    with contextlib.closing(steps):
+        try:
+            for step in chain((first,), steps):
+                data = write(step)
+                if data:
+                    yield data
+        except BridgeError as error:
+            yield write_error(error)
+
+
 class Format(NamedTuple):
     """One wire format: how to read a request and write an answer, a stream and an error."""
     read: Callable[[Any], Chat]
@@ -9946,7 +10336,7 @@ def answer_chat(context: Context, format: Format, chat: Chat) -> Response:
     chat = chat.without_messages()
     context.request.release_body()
     ids = (("request-id", job.id), ("x-request-id", job.id))
-    steps = chat_steps(context, job)
+    steps = chat_steps(context, chat, job)
     started = context.service.clock.monotonic()
     if chat.stream:
         first = next(steps)
@@ -10015,65 +10405,54 @@ def message_usage(job: Job) -> Dict[str, int]:
 def message_body(chat: Chat, job: Job) -> Dict[str, Any]:
     """Return the answer of the Messages API."""
     stop_info = stop_info_of(job)
-    content: List[Dict[str, Any]] = []
-    if job.response or not stop_info.calls:
-        content.append({"type": "text", "text": job.response})
-    content += [call.block for call in stop_info.calls]
     return {
         "id": "msg_" + job.id.replace("-", ""), "type": "message", "role": "assistant",
-        "model": job.model or "default", "content": content, "stop_reason": stop_info.reason,
-        "stop_sequence": stop_info.sequence, "usage": message_usage(job)}
+        "model": job.model or "default", "content": final_blocks(job),
+        "stop_reason": stop_info.reason, "stop_sequence": stop_info.sequence,
+        "usage": message_usage(job)}
 
 
 def message_event(kind: str, **data: Any) -> bytes:
     return sse_event(kind, None, {"type": kind, **data})
 
 
+# Of a block of each kind: what it is without its text, and the names of a piece of it.
+OPEN_BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
+BLOCK_DELTAS = {
+    "text": ("text_delta", "text"), "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json")}
+
+
 def message_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
     """Yield the answer as Server-Sent Events."""
+    def delta(part: Part, kind: str, name: str, text: str) -> bytes:
+        return message_event(
+            "content_block_delta", index=part.index, delta={"type": kind, name: text})
+
+    def write(step: ChatStep) -> bytes:
+        part = step.part
+        if step.job:
+            stop_info = stop_info_of(step.job)
+            end = {"stop_reason": stop_info.reason, "stop_sequence": stop_info.sequence}
+            return message_event("message_delta", delta=end, usage=message_usage(
+                step.job)) + message_event("message_stop")
+        if not part:
+            return message_event("ping")
+        if step.kind == "open":
+            block = {**part.block, **OPEN_BLOCKS.get(part.kind, {})}
+            return message_event("content_block_start", index=part.index, content_block=block)
+        if step.kind == "delta":
+            return delta(part, *BLOCK_DELTAS[part.kind], step.text)
+        signature = part.block.get("signature") or ""
+        data = delta(part, "signature_delta", "signature", signature) if signature else b""
+        return data + message_event("content_block_stop", index=part.index)
+
     empty = message_body(chat, replace(job, model=first.model, usage=first.usage))
     empty.update(content=[], stop_reason=None)
     yield message_event("message_start", message=empty) + message_event("ping")
-    index = 0
-    is_open = False
-    with contextlib.closing(steps):
-        try:
-            for step in chain((first,), steps):
-                if step.kind == "heartbeat":
-                    yield message_event("ping")
-                if is_open and (step.kind == "restart" or step.job):
-                    yield message_event("content_block_stop", index=index)
-                    index += 1
-                    is_open = False
-                # An answer without text and calls has one empty block.
-                is_empty = bool(step.job and not index and not stop_info_of(step.job).calls)
-                if not is_open and (step.kind == "text" or is_empty):
-                    block = text_block("")
-                    yield message_event("content_block_start", index=index, content_block=block)
-                    is_open = True
-                if step.kind == "text":
-                    delta = {"type": "text_delta", "text": step.text}
-                    yield message_event("content_block_delta", index=index, delta=delta)
-                if step.job:
-                    yield b"".join(message_end(step.job, index, is_open))
-        except BridgeError as error:
-            yield message_event("error", error=message_error(error)["error"])
-
-
-def message_end(job: Job, index: int, is_open: bool) -> Iterator[bytes]:
-    """Yield the tool calls and the end of a streamed answer."""
-    if is_open:
-        yield message_event("content_block_stop", index=index)
-    stop_info = stop_info_of(job)
-    for number, call in enumerate(stop_info.calls, index):
-        block = {**call.block, "input": {}}
-        delta = {"type": "input_json_delta", "partial_json": as_json(call.arguments)}
-        yield message_event("content_block_start", index=number, content_block=block)
-        yield message_event("content_block_delta", index=number, delta=delta)
-        yield message_event("content_block_stop", index=number)
-    end = {"stop_reason": stop_info.reason, "stop_sequence": stop_info.sequence}
-    yield message_event("message_delta", delta=end, usage=message_usage(job))
-    yield message_event("message_stop")
+    yield from write_steps(first, steps, write, lambda error: message_event(
+        "error", error=message_error(error)["error"]))
 
 
 MESSAGE_ERROR_TYPES = {
@@ -10108,15 +10487,13 @@ def completion_usage(job: Job) -> Dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens}}
 
 
-def completion_calls(chat: Chat, job: Job) -> List[Dict[str, Any]]:
-    result: List[Dict[str, Any]] = []
-    for call in stop_info_of(job).calls:
-        entry: Dict[str, Any] = {"name": call.name, "arguments": as_json(call.arguments)}
-        kind = "function"
-        if call.name in chat.custom_tools:
-            kind, entry = "custom", {"name": call.name, "input": call.arguments.get("input", "")}
-        result.append({"id": call.id, "type": kind, kind: entry})
-    return result
+def completion_call(chat: Chat, block: Block, text: str) -> Dict[str, Any]:
+    """Return a call of a tool. text: its input."""
+    kind, field_name = "function", "arguments"
+    if block["name"] in chat.custom_tools:
+        kind, field_name = "custom", "input"
+    entry = {"name": block["name"], field_name: text}
+    return {"id": block["id"], "type": kind, kind: entry}
 
 
 def finish_reason(chat: Chat, job: Job) -> str:
@@ -10126,9 +10503,14 @@ def finish_reason(chat: Chat, job: Job) -> str:
 
 def completion_body(chat: Chat, job: Job) -> Dict[str, Any]:
     """Return the answer of the Chat Completions API."""
-    calls = completion_calls(chat, job)
+    stop_info = stop_info_of(job)
+    calls = [completion_call(chat, call.block, block_text(call.block, chat.custom_tools))
+             for call in stop_info.calls]
     message: Dict[str, Any] = {
         "role": "assistant", "content": job.response or (None if calls else ""), "refusal": None}
+    thought = "".join(map(block_text, stop_info.thinking))
+    if thought:
+        message["reasoning_content"] = thought
     if calls and chat.uses_functions:
         message["function_call"] = calls[0]["function"]
     elif calls:
@@ -10139,6 +10521,10 @@ def completion_body(chat: Chat, job: Job) -> Dict[str, Any]:
         "created": int(job.created_at), "model": job.model or "default",
         "choices": [{**choice, "finish_reason": finish_reason(chat, job)}],
         "usage": completion_usage(job)}
+
+
+def write_completion_error(error: BridgeError) -> bytes:
+    return sse_event("", None, completion_error(error))
 
 
 def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
@@ -10155,30 +10541,41 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return chunk(step.model, [choice])
 
+    # Part -> number of the call.
+    calls: Dict[int, int] = {}
+    texts: List[Part] = []
+
+    def write_call(step: ChatStep, part: Part) -> bytes:
+        number = calls.setdefault(part.index, len(calls))
+        call = completion_call(chat, part.block, step.text)
+        if step.kind == "delta":
+            del call["id"], call[call.pop("type")]["name"]
+        if not chat.uses_functions:
+            return delta_chunk(step, {"tool_calls": [{"index": number, **call}]})
+        # There is one.
+        return b"" if number else delta_chunk(step, {"function_call": call["function"]})
+
+    def write(step: ChatStep) -> bytes:
+        part = step.part
+        if step.job:
+            end = delta_chunk(step, {}, finish_reason(chat, step.job))
+            if chat.include_usage:
+                end += chunk(step.model, [], usage=completion_usage(step.job))
+            return end + b"data: [DONE]\n\n"
+        if not part:
+            return HEARTBEAT
+        if part.kind == "tool_use":
+            return b"" if step.kind == "close" else write_call(step, part)
+        if step.kind == "delta":
+            name = "content" if part.kind == "text" else "reasoning_content"
+            return delta_chunk(step, {name: step.text})
+        if step.kind == "open" and part.kind == "text":
+            texts.append(part)
+            return delta_chunk(step, {"content": "\n\n"}) if len(texts) > 1 else b""
+        return b""
+
     yield delta_chunk(first, {"role": "assistant", "content": "", "refusal": None})
-    with contextlib.closing(steps):
-        try:
-            for step in chain((first,), steps):
-                if step.kind == "heartbeat":
-                    yield HEARTBEAT
-                elif step.kind == "text":
-                    yield delta_chunk(step, {"content": step.text})
-                elif step.kind == "restart":
-                    yield delta_chunk(step, {"content": "\n\n"})
-                elif step.job:
-                    end = b""
-                    calls = completion_calls(chat, step.job)
-                    if calls and chat.uses_functions:
-                        end += delta_chunk(step, {"function_call": calls[0]["function"]})
-                    elif calls:
-                        numbered = [{"index": n, **call} for n, call in enumerate(calls)]
-                        end += delta_chunk(step, {"tool_calls": numbered})
-                    end += delta_chunk(step, {}, finish_reason(chat, step.job))
-                    if chat.include_usage:
-                        end += chunk(step.model, [], usage=completion_usage(step.job))
-                    yield end + b"data: [DONE]\n\n"
-        except BridgeError as error:
-            yield sse_event("", None, completion_error(error))
+    yield from write_steps(first, steps, write, write_completion_error)
 
 
 def prompt_body(chat: Chat, job: Job) -> Dict[str, Any]:
@@ -10197,20 +10594,20 @@ def prompt_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Bo
         body["choices"][0]["finish_reason"] = reason
         return sse_event("", None, {**body, **more})
 
-    with contextlib.closing(steps):
-        try:
-            for step in chain((first,), steps):
-                if step.kind == "heartbeat":
-                    yield HEARTBEAT
-                elif step.kind in ("text", "restart"):
-                    yield chunk(step, step.text or "\n\n")
-                elif step.job:
-                    end = chunk(step, "", finish_reason(chat, step.job))
-                    if chat.include_usage:
-                        end += chunk(step, "", choices=[], usage=completion_usage(step.job))
-                    yield end + b"data: [DONE]\n\n"
-        except BridgeError as error:
-            yield sse_event("", None, completion_error(error))
+    def write(step: ChatStep) -> bytes:
+        part = step.part
+        if step.job:
+            end = chunk(step, "", finish_reason(chat, step.job))
+            if chat.include_usage:
+                end += chunk(step, "", choices=[], usage=completion_usage(step.job))
+            return end + b"data: [DONE]\n\n"
+        if not part:
+            return HEARTBEAT
+        if step.kind == "open":
+            return chunk(step, "\n\n") if part.index else b""
+        return chunk(step, step.text) if step.text else b""
+
+    yield from write_steps(first, steps, write, write_completion_error)
 
 
 def completion_error(error: BridgeError) -> Dict[str, Any]:
@@ -10255,53 +10652,62 @@ def output_text(text: str) -> Dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
+def item_id(prefix: str, job: Job, index: int) -> str:
+    return "%s_%s_%d" % (prefix, job.id.replace("-", ""), index)
+
+
 def message_item(job: Job, index: int, status: str, *parts: Mapping[str, Any]) -> Dict[str, Any]:
     return {
-        "id": "msg_%s_%d" % (job.id.replace("-", ""), index), "type": "message", "status": status,
+        "id": item_id("msg", job, index), "type": "message", "status": status,
         "role": "assistant", "content": list(parts)}
 
 
-def call_item(
-        job: Job, index: int, call: ToolCall, settings: Mapping[str, Any]) -> Dict[str, Any]:
+def call_item(job: Job, part: Part, settings: Mapping[str, Any]) -> Dict[str, Any]:
     """Return the item of a call, in the kind of its tool."""
-    item: Dict[str, Any] = {"call_id": call.id, "name": call.name, "status": "completed"}
-    is_custom = False
-    for tool in settings["tools"]:
-        is_namespace = tool["type"] == "namespace"
-        prefix = "%s__" % tool["name"] if is_namespace else ""
-        for inner in tool.get("tools") or () if is_namespace else (tool,):
-            if "name" in inner and call.name == prefix + inner["name"]:
-                is_custom = inner["type"] == "custom"
-                item["name"] = inner["name"]
-                if is_namespace:
-                    item["namespace"] = tool["name"]
-    kind, prefix = ("custom_tool_call", "ctc") if is_custom else ("function_call", "fc")
-    text = as_json(call.arguments)
-    if is_custom and isinstance(call.arguments.get("input"), str):
-        text = call.arguments["input"]
-    name = "%s_%s_%d" % (prefix, job.id.replace("-", ""), index)
-    return {"id": name, "type": kind, **item, CALL_FIELDS[kind]: text}
+    block = part.block
+    tool, namespace = response_tools(settings).get(block["name"], ({}, ""))
+    kind, prefix = "function_call", "fc"
+    if tool.get("type") == "custom":
+        kind, prefix = "custom_tool_call", "ctc"
+    item = {
+        "id": item_id(prefix, job, part.index), "type": kind, "call_id": block["id"],
+        "name": tool.get("name", block["name"]), "status": "completed",
+        CALL_FIELDS[kind]: part.text}
+    return {**item, "namespace": namespace} if namespace else item
 
 
-def response_output(job: Job, settings: Mapping[str, Any], start: int = 0) -> List[Dict[str, Any]]:
-    """Return the output items of a completed job. start: the number of the first one."""
+def item_of(job: Job, part: Part, settings: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the output item of a complete part."""
+    if part.kind == "tool_use":
+        return call_item(job, part, settings)
+    if part.kind == "text":
+        status = "incomplete" if part.is_aborted or part.is_cut else "completed"
+        return message_item(job, part.index, status, output_text(part.text))
+    summary = [{"type": "summary_text", "text": part.text}] if part.kind == "thinking" else []
+    secret = base64.b64encode(as_json(part.block).encode("utf-8", "replace")).decode()
+    return {
+        "id": item_id("rs", job, part.index), "type": "reasoning", "summary": summary,
+        "encrypted_content": THOUGHT_PREFIX + secret, "status": "completed"}
+
+
+def refusal_item(job: Job, index: int) -> Dict[str, Any]:
+    return message_item(job, index, "completed", {"type": "refusal", "refusal": REFUSAL_TEXT})
+
+
+def response_output(job: Job, settings: Mapping[str, Any]) -> List[Dict[str, Any]]:
+    """Return the output items of a completed job."""
     stop_info = stop_info_of(job)
-    parts = [output_text(job.response)] if job.response else []
+    is_cut = stop_info.reason == "max_tokens"
+    parts = [Part(number, block, [block_text(block, custom_tools(settings))], is_cut=is_cut)
+             for number, block in enumerate(final_blocks(job))]
+    items = [item_of(job, part, settings) for part in parts]
     if stop_info.reason == "refusal":
-        parts.append({"type": "refusal", "refusal": REFUSAL_TEXT})
-    elif not parts and not stop_info.calls:
-        parts.append(output_text(""))
-    items = []
-    if parts:
-        status = "incomplete" if stop_info.reason == "max_tokens" else "completed"
-        items.append(message_item(job, start, status, *parts))
-    for number, call in enumerate(stop_info.calls, start + len(items)):
-        items.append(call_item(job, number, call, settings))
+        items.append(refusal_item(job, len(items)))
     return items
 
 
-def response_body(settings: Mapping[str, Any], job: Job, start: int = 0) -> Dict[str, Any]:
-    """Return the object of the Responses API. start: the number of the first output item."""
+def response_body(settings: Mapping[str, Any], job: Job) -> Dict[str, Any]:
+    """Return the object of the Responses API."""
     is_completed = job.status == JobStatus.COMPLETED
     is_cut = is_completed and stop_info_of(job).reason == "max_tokens"
     status = "in_progress"
@@ -10316,7 +10722,7 @@ def response_body(settings: Mapping[str, Any], job: Job, start: int = 0) -> Dict
         "completed_at": int(job.completed_at or 0) if is_done else None, "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
         "max_tool_calls": None, "model": job.model or "default",
-        "output": response_output(job, settings, start) if is_completed else [],
+        "output": response_output(job, settings) if is_completed else [],
         "service_tier": "default", "temperature": None, "top_logprobs": 0, "top_p": None,
         "usage": response_usage(job), **settings}
 
@@ -10327,82 +10733,93 @@ def response_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> 
     assert chat.response_request
     settings = chat.response_request.settings
     numbers = count()
+    output: List[Dict[str, Any]] = []
+    items: Dict[int, Dict[str, Any]] = {}
+    indexes = count()
 
     def event(kind: str, **data: Any) -> bytes:
         kind = "response." + kind
         numbered = {"type": kind, "sequence_number": next(numbers), **data}
         return sse_event(kind, None, numbered)
 
+    def write(step: ChatStep) -> bytes:
+        part = step.part
+        if step.job:
+            final = response_body(settings, step.job)
+            end = b""
+            if stop_info_of(step.job).reason == "refusal":
+                number = next(indexes)
+                output.append(refusal_item(step.job, number))
+                end = refusal_events(event, output[-1], number)
+            return end + event(final["status"], response={**final, "output": output})
+        if not part:
+            return HEARTBEAT
+        if step.kind == "open":
+            next(indexes)
+        if step.kind != "delta":
+            items[part.index] = item_of(job, part, settings)
+        if step.kind == "close" and not part.is_aborted:
+            output.append(items[part.index])
+        return b"".join(item_events(event, step, part, items[part.index]))
+
     body = response_body(settings, replace(job, status=JobStatus.PROCESSING, model=first.model))
     yield event("created", response=body) + event("in_progress", response=body)
-    index = 0
-    texts: List[str] = []
-    with contextlib.closing(steps):
-        try:
-            for step in chain((first,), steps):
-                if step.kind == "heartbeat":
-                    yield HEARTBEAT
-                if texts and (step.kind == "restart" or (step.job and not step.job.response)):
-                    item = message_item(job, index, "incomplete", output_text("".join(texts)))
-                    yield b"".join(item_events(event, index, item, len(texts)))
-                    index += 1
-                    texts = []
-                if step.kind == "text":
-                    item = message_item(job, index, "in_progress")
-                    yield text_events(event, index, item, step.text, not texts)
-                    texts.append(step.text)
-                if step.job:
-                    final = response_body(settings, step.job, index)
-                    end = b""
-                    for number, item in enumerate(final["output"], index):
-                        end += b"".join(item_events(event, number, item, len(texts)))
-                        texts = []
-                    yield end + event(final["status"], response=final)
-        except BridgeError as error:
-            failed = {**body, "status": "failed", "error": response_error(error)}
-            yield event("failed", response=failed)
+    yield from write_steps(first, steps, write, lambda error: event("failed", response={
+        **body, "status": "failed", "error": response_error(error)}))
 
 
-def text_events(
-        event: EventWriter, index: int, item: Mapping[str, Any], text: str, is_new: bool) -> bytes:
-    """Return the event of a piece of text, after those that open its item. item: without parts."""
-    place = {"item_id": item["id"], "output_index": index, "content_index": 0}
-    opening = b""
-    if is_new:
-        opening += event("output_item.added", output_index=index, item=item)
-        opening += event("content_part.added", **place, part=output_text(""))
-    if not text:
-        return opening
-    return opening + event("output_text.delta", **place, delta=text, logprobs=[])
+# The names of the events of an item's text, and of the event that opens its place, if any.
+TEXT_EVENTS = {
+    "message": ("content_part", "output_text", "text"),
+    "reasoning": ("reasoning_summary_part", "reasoning_summary_text", "text"),
+    "function_call": ("", "function_call_arguments", "arguments"),
+    "custom_tool_call": ("", "custom_tool_call_input", "input")}
 
 
-def item_events(event: EventWriter, index: int, item: Mapping[str, Any],
-                pieces: int) -> Iterator[bytes]:
-    """Yield the events of a complete item. pieces: how many of its text were sent before."""
-    place: Dict[str, Any] = {"item_id": item["id"], "output_index": index}
-    opened = {**item, "status": "in_progress"}
-    if item["type"] != "message":
-        name = CALL_FIELDS[item["type"]]
-        kind = "function_call_arguments" if name == "arguments" else "custom_tool_call_input"
-        yield event("output_item.added", output_index=index, item={**opened, name: ""})
-        yield event(kind + ".delta", **place, delta=item[name])
-        yield event(kind + ".done", **place, name=item["name"], **{name: item[name]})
+def item_events(event: EventWriter, step: ChatStep, part: Part,
+                item: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the events of a step. item: as it is after the step."""
+    place: Dict[str, Any] = {"output_index": part.index, "item_id": item["id"]}
+    place_event, text_event, name = TEXT_EVENTS[item["type"]]
+    more: Dict[str, Any] = {}
+    field_name = {"message": "content", "reasoning": "summary"}.get(item["type"], "")
+    text_part = item[field_name][0] if field_name and item[field_name] else {}
+    if item["type"] == "message":
+        more["logprobs"] = []
+        place["content_index"] = 0
+    elif text_part:
+        place["summary_index"] = 0
+    has_text = bool(text_part) or not field_name
+    if step.kind == "open":
+        opened = {**item, "status": "in_progress", field_name or name: [] if field_name else ""}
+        opened.pop("encrypted_content", None)
+        yield event("output_item.added", output_index=part.index, item=opened)
+        if text_part:
+            yield event(place_event + ".added", **place, part={**text_part, "text": ""})
+    elif step.kind == "delta":
+        yield event(text_event + ".delta", **place, delta=step.text, **more)
     else:
-        opened["content"] = []
-        for number, part in enumerate(item["content"]):
-            part_place = {**place, "content_index": number}
-            if part["type"] == "output_text":
-                if not pieces:
-                    yield text_events(event, index, opened, part["text"], True)
-                yield event("output_text.done", **part_place, text=part["text"], logprobs=[])
-            else:
-                if not number:
-                    yield event("output_item.added", output_index=index, item=opened)
-                yield event("content_part.added", **part_place, part={**part, "refusal": ""})
-                yield event("refusal.delta", **part_place, delta=part["refusal"])
-                yield event("refusal.done", **part_place, refusal=part["refusal"])
-            yield event("content_part.done", **part_place, part=part)
-    yield event("output_item.done", output_index=index, item=item)
+        if has_text:
+            if not field_name:
+                more["name"] = item["name"]
+            yield event(text_event + ".done", **place, **{name: part.text}, **more)
+        if text_part:
+            yield event(place_event + ".done", **place, part=text_part)
+        yield event("output_item.done", output_index=part.index, item=item)
+
+
+def refusal_events(event: EventWriter, item: Mapping[str, Any], index: int) -> bytes:
+    """Return the events of a refusal."""
+    part = item["content"][0]
+    place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+    opened = {**item, "status": "in_progress", "content": []}
+    return b"".join((
+        event("output_item.added", output_index=index, item=opened),
+        event("content_part.added", **place, part={**part, "refusal": ""}),
+        event("refusal.delta", **place, delta=part["refusal"]),
+        event("refusal.done", **place, refusal=part["refusal"]),
+        event("content_part.done", **place, part=part),
+        event("output_item.done", output_index=index, item=item)))
 
 
 # --- the routes of /v1 ---

@@ -42,6 +42,8 @@ class Reply:
     pieces: Tuple[str, ...] = ()
     usage: Dict[str, int] = field(default_factory=dict)  # token counts, if they matter
     ids: Tuple[str, ...] = ()  # of the tool calls, if they matter
+    # Thinking blocks in front of the text.
+    thinking: Tuple[Dict[str, str], ...] = ()
 
 
 @dataclass
@@ -266,7 +268,7 @@ class MessagesApi:
         }
         text = "".join(reply.pieces) or reply.text
         final_usage = {"output_tokens": 7, **reply.usage}
-        blocks: List[Dict[str, Any]] = []
+        blocks: List[Dict[str, Any]] = [dict(block) for block in reply.thinking]
         if text or not reply.tools:
             blocks.append({"type": "text", "text": text})
         for n, (name, args) in enumerate(reply.tools):
@@ -342,13 +344,24 @@ class MessagesApi:
                         "content_block_delta", index=index,
                         delta={"type": "text_delta", "text": piece},
                     )
-            else:
+            elif block["type"] == "tool_use":
                 event("content_block_start", index=index, content_block={**block, "input": {}})
-                event(
-                    "content_block_delta",
-                    index=index,
-                    delta={"type": "input_json_delta", "partial_json": json.dumps(block["input"])},
-                )
+                text = json.dumps(block["input"])
+                for piece in ("", text[: len(text) // 2], text[len(text) // 2 :]):
+                    if reply.word_seconds:
+                        time.sleep(reply.word_seconds)
+                    delta = {"type": "input_json_delta", "partial_json": piece}
+                    event("content_block_delta", index=index, delta=delta)
+            elif block["type"] == "thinking":
+                empty = {"type": "thinking", "thinking": "", "signature": ""}
+                event("content_block_start", index=index, content_block=empty)
+                for piece in re.findall(r"[^ ]* |[^ ]+$", block["thinking"]):
+                    delta = {"type": "thinking_delta", "thinking": piece}
+                    event("content_block_delta", index=index, delta=delta)
+                delta = {"type": "signature_delta", "signature": block["signature"]}
+                event("content_block_delta", index=index, delta=delta)
+            else:
+                event("content_block_start", index=index, content_block=block)
             event("content_block_stop", index=index)
         event(
             "message_delta", delta={"stop_reason": stop, "stop_sequence": None},

@@ -1586,7 +1586,8 @@ class Chat:
     API would not take it.
     forced_tool: the client's tool whose input is to be the answer.
     max_tokens: of the answer. thinking: SHOWN, OFF, or None if Claude decides and keeps it for
-    itself. prefill: blocks of the answer's beginning, which it continues. hosted_tools: of the server, that the client asked for.
+    itself. prefill: blocks of the answer's beginning, which it continues. hosted_tools: of the
+    server, that the client asked for.
     custom_tools: the names of those whose input and output is a text. uses_functions: the client
     knows functions, which preceded tools.
     include_usage: whether a stream ends with the figures.
@@ -7397,7 +7398,7 @@ def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
                             job.json_schema, job.effort, token.tools, token.workspace, client_tools)
     *earlier, last = map(prefix_tool_names, chat.turns)
     history = [HistoryTurn(*pair) for pair in zip(earlier[::2], earlier[1::2])]
-    settings = answer_settings(chat)
+    settings = answer_settings(replace(chat, effort=job.effort, json_schema=job.json_schema))
     if chat.prefill:
         last, history = [{"type": "text", "text": "Continue."}], []
     return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True,
@@ -9435,7 +9436,8 @@ def read_messages_request(body: Any) -> Chat:
         raise invalid_value("tool_choice.type", "must be auto, any, tool or none")
     output = optional(body.get("output_config"), dict, "output_config")
     schema = output.get("format") or body.get("output_format")
-    chat = Chat(turns=turns, prefill=prefill, thinking=read_thinking(body.get("thinking"), "thinking"),
+    chat = Chat(turns=turns, prefill=prefill,
+                thinking=read_thinking(body.get("thinking"), "thinking"),
                 system_prompt="\n\n".join(block["text"] for block in system) or None,
                 model=with_path(validate_model, body.get("model"), "model"),
                 json_schema=read_schema(schema, "output_config.format"),
@@ -10133,13 +10135,13 @@ class AnswerParts:
 
     def __init__(self, chat: Chat) -> None:
         self._names = {tool["name"]: own_name_of(tool) for tool in chat.client_tools}
-        # Their arguments hold the text that the client gets, which is sent at the end.
         self._custom_tools = chat.custom_tools
         self._needs_text = chat.api == "responses"
         self._text = RestartableText()
         self._open: Optional[Part] = None
         self._count = 0
-        self._is_skipped = False
+        # A call of a custom tool: the client gets a text of its arguments, once they are complete.
+        self._held: Optional[Part] = None
         self._call_ids: List[str] = []
         # Since the last start.
         self.has_thought = self._has_text = False
@@ -10153,12 +10155,18 @@ class AnswerParts:
             block = event.block
             if block["type"] == "tool_use":
                 block = {**block, "name": self._names.get(block["name"], block["name"])}
-            self._is_skipped = block.get("name") in self._custom_tools
-            if not self._is_skipped:
+            if block.get("name") in self._custom_tools:
+                self._held = Part(0, block)
+            else:
                 yield from self._begin(block)
-        elif not self._is_skipped and event.kind == "part_delta":
+        elif self._held and event.kind == "part_delta":
+            self._held.pieces.append(event.text)
+        elif self._held:
+            block, self._held = {**self._held.block, "input": call_input(self._held.text)}, None
+            yield from self._send(block)
+        elif event.kind == "part_delta":
             yield from self._extend(event.text)
-        elif not self._is_skipped:
+        else:
             yield from self.end(event.block)
 
     def _add_text(self, kind: str, text: str) -> Iterator[ChatStep]:
@@ -10200,17 +10208,21 @@ class AnswerParts:
             part.block = {**part.block, **block}
         yield ChatStep("close", part=part)
 
+    def _send(self, block: Block, is_cut: bool = False) -> Iterator[ChatStep]:
+        """Yield the steps of a complete block."""
+        yield from self._begin(block)
+        yield from self._extend(block_text(block, self._custom_tools))
+        yield from self.end(block, is_cut=is_cut)
+
     def add_thinking(self, blocks: Iterable[Block]) -> Iterator[ChatStep]:
         """Yield the steps of complete thoughts."""
-        for block in blocks:
-            yield from self._begin(block)
-            yield from self._extend(str(block.get("thinking") or ""))
-            yield from self.end(block)
+        return chain.from_iterable(map(self._send, blocks))
 
     def restart(self) -> None:
         """Begin again. Raises RunError if the client may already act on a part."""
         self._check_calls(())
         self._text.restart()
+        self._held = None
         self.has_thought = False
 
     def _check_calls(self, calls: Sequence[ToolCall]) -> None:
@@ -10237,9 +10249,7 @@ class AnswerParts:
             elif block["type"] in THOUGHTS:
                 is_sent = self.has_thought
             if not is_sent:
-                yield from self._begin(block)
-                yield from self._extend(block_text(block, self._custom_tools))
-                yield from self.end(block, is_cut=is_cut)
+                yield from self._send(block, is_cut)
 
 
 def final_blocks(job: Job) -> List[Block]:

@@ -91,6 +91,9 @@ class Fake:
         self.setup: Dict[str, Any] = {}
         self.backlog: List[Dict[str, Any]] = []
         self.client_tools: List[Dict[str, Any]] = []
+        # The variables that were set, and how thoughts are shown.
+        self.environ: Dict[str, str] = {}
+        self.display: Optional[str] = None
         self.last_was_error = False
         self.call_count = 0
         self.session = "%s-%s-%s-%s-%s" % tuple(os.urandom(size).hex() for size in (4, 2, 2, 2, 6))
@@ -201,6 +204,10 @@ class Fake:
         request, request_id = line["request"], line["request_id"]
         if request["subtype"] == "initialize":
             self.setup = request
+        if request["subtype"] == "apply_flag_settings":
+            self.environ.update(request["settings"].get("env", {}))
+        if request["subtype"] == "set_max_thinking_tokens":
+            self.display = request["thinking_display"]
         details: Dict[str, Any] = {"models": MODELS}
         if request["subtype"] == "rewind_conversation":
             details = {"rewound": self.rewind(request)}
@@ -257,6 +264,25 @@ class Fake:
         delta = {"type": "text_delta", "text": text}
         self.event(type="content_block_delta", index=0, delta=delta)
 
+    def block(self, index: int, block: Dict[str, Any], *deltas: Dict[str, Any]) -> None:
+        """Print a block that is no text: its events, and its own line before the last of them."""
+        empty = {"tool_use": {"input": {}}, "thinking": {"thinking": "", "signature": ""}}
+        opened = {**block, **empty.get(block["type"], {})}
+        self.event(type="content_block_start", index=index, content_block=opened)
+        for delta in deltas:
+            self.event(type="content_block_delta", index=index, delta=delta)
+        message = {"id": "msg_1", "role": "assistant", "content": [block], "stop_reason": None}
+        self.say(type="assistant", message=message, parent_tool_use_id=None)
+        self.event(type="content_block_stop", index=index)
+
+    def call_block(self, index: int, block: Dict[str, Any]) -> None:
+        """Print a call of a tool, whose arguments come in pieces."""
+        line = dumps(block["input"])
+        pieces = ("", line[: len(line) // 2], line[len(line) // 2 :]) if block["input"] else ("",)
+        self.block(
+            index, block, *({"type": "input_json_delta", "partial_json": piece} for piece in pieces)
+        )
+
     def result(self, text: str, **fields: Any) -> None:
         """Print the result of a turn. fields: replace the fields of a success."""
         self.last_was_error = bool(fields.get("is_error"))
@@ -273,7 +299,12 @@ class Fake:
         self.say(**{**success, **fields})
 
     def answer(self, text: str) -> None:
-        """Print a successful answer, in two deltas."""
+        """Print a successful answer, in two deltas. A limit ends it after so many words; then the
+        process waits for an interrupt."""
+        limit = self.environ.get("CLAUDE_CODE_MAX_OUTPUT_TOKENS")
+        words = text.split(" ")
+        if limit and len(words) > int(limit):
+            self.end_at_limit(" ".join(words[: int(limit)]))
         self.delta(text[: len(text) // 2])
         self.delta(text[len(text) // 2 :])
         self.say(
@@ -290,6 +321,20 @@ class Fake:
             self.save_turns()
         fields = {"structured_output": {"answer": text}} if "jsonSchema" in self.setup else {}
         self.result(text, **fields)
+
+    def end_at_limit(self, text: str) -> None:
+        """Print a part of an answer, and exit at the interrupt."""
+        self.delta(text)
+        block = {"type": "text", "text": text}
+        message = {"id": self.message_id, "role": "assistant", "content": [block]}
+        self.say(type="assistant", message=message, parent_tool_use_id=None)
+        self.event(
+            type="message_delta", delta={"stop_reason": "max_tokens"}, usage={"output_tokens": 3}
+        )
+        while True:
+            line = self.read()
+            if line is None or line.get("request", {}).get("subtype") == "interrupt":
+                sys.exit(0)
 
     def save_turns(self) -> None:
         """Write the file of the session."""
@@ -398,9 +443,10 @@ class Fake:
             call = {"id": call_id, "name": "mcp__api__" + name, "input": arguments}
             blocks.append({"type": "tool_use", **call})
         self.delta("Let me see.")
-        for block in blocks:
-            message = {"id": "msg_1", "role": "assistant", "content": [block], "stop_reason": None}
-            self.say(type="assistant", message=message, parent_tool_use_id=None)
+        message = {"id": "msg_1", "role": "assistant", "content": blocks[:1], "stop_reason": None}
+        self.say(type="assistant", message=message, parent_tool_use_id=None)
+        for index, block in enumerate(blocks[1:], 1):
+            self.call_block(index, block)
         self.event(
             type="message_delta", delta={"stop_reason": "tool_use"}, usage={"output_tokens": 7}
         )
@@ -414,6 +460,30 @@ class Fake:
         counts = {"input_tokens": 10, "output_tokens": 1}
         self.event(type="message_start", message={"id": "msg_2", "usage": counts})
         self.answer(dumps(results))
+
+    def act_think(self, rest: str) -> None:
+        """Think in two blocks, of which one is secret, then answer with `rest`."""
+        thought = {"type": "thinking", "thinking": "Let me think.", "signature": "c2ln"}
+        deltas = [{"type": "thinking_delta", "thinking": piece} for piece in ("Let me ", "think.")]
+        self.block(0, thought, *deltas, {"type": "signature_delta", "signature": "c2ln"})
+        self.block(1, {"type": "redacted_thinking", "data": "eA=="})
+        self.answer(rest)
+
+    def act_settings(self, rest: str) -> None:
+        """Answer with the variables that were set, and how thoughts are shown."""
+        self.answer(dumps([self.environ, self.display]))
+
+    def act_begin_call(self, rest: str) -> None:
+        """Write a part of a call, wait until the file `rest` exists; then the answer starts over.
+        """
+        self.delta("Let me see.")
+        call = {"type": "tool_use", "id": "toolu_x", "name": "mcp__api__look", "input": {}}
+        self.event(type="content_block_start", index=1, content_block=call)
+        delta = {"type": "input_json_delta", "partial_json": '{"at": "s'}
+        self.event(type="content_block_delta", index=1, delta=delta)
+        self.wait(rest)
+        self.event(type="message_start", message={"id": "msg_2", "usage": usage(1)})
+        self.answer("Something else.")
 
     def act_grandchild(self, rest: str) -> None:
         """Start a process in a session of its own, write its pid to the file `rest`, and hang."""

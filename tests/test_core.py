@@ -774,7 +774,7 @@ TEXT_DELTA = {
                     "delta": {"type": "input_json_delta", "partial_json": "{"},
                 }
             ),
-            "noise", "",
+            "block", "",
         ),
         (
             stream(
@@ -783,9 +783,11 @@ TEXT_DELTA = {
                     "delta": {"type": "thinking_delta", "thinking": "hm"},
                 }
             ),
-            "noise", "",
+            "block", "",
         ),
-        (stream({"type": "content_block_delta"}), "noise", ""),
+        (stream({"type": "content_block_delta"}), "block", ""),
+        (stream({"type": "content_block_start"}), "block", ""),
+        (stream({"type": "content_block_stop"}, parent_tool_use_id="toolu_1"), "noise", ""),
         (stream({"type": "message_start", "message": {}}), "message_start", ""),
         (stream({"type": "message_delta", "usage": {}}), "message_delta", ""),
         (stream({"type": "message_stop"}), "noise", ""),
@@ -1848,10 +1850,65 @@ def test_a_cursor_over_a_stored_answer_gets_exactly_the_rest_too(seed: int) -> N
     chance = random.Random(seed)
     text = cab.replace_surrogates(random_text(chance))
     for offset in range(len(text) + 1):
-        events = cab.TextCursor(offset).read(0, lambda start: text[start:], "haiku")
-        assert apply_events(events, text[:offset]) == text
-        events = cab.TextCursor(offset).read(1, lambda start: text[start:], "haiku")
-        assert apply_events(events, "of another try"[:offset]) == text
+        for generation, known in ((0, text), (1, "of another try")):
+            cursor = cab.TextCursor(offset)
+            events = [*cursor.begin(generation, "haiku"), *cursor.read(lambda start: text[start:])]
+            assert apply_events(events, known[:offset]) == text
+
+
+def block_step(kind: str, block: Any = None, **delta: Any) -> Dict[str, Any]:
+    step = {"type": "content_block_" + kind}
+    return {**step, **({"content_block": block} if block else {}), "delta": delta or None}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_come_to_each_reader_in_their_order(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text, a thought, text and two calls, in pieces that cut characters."""
+    chance = random.Random(seed)
+    monkeypatch.setattr(cab, "EVENT_BATCH", chance.choice((1, 2, 16)))
+    live = cab.LiveText(shows_thinking=True)
+    thought = {"type": "thinking", "thinking": "h\U0001f600m", "signature": "s"}
+    calls = [{"type": "tool_use", "id": n, "name": cab.TOOL_PREFIX + n, "input": {}} for n in "xy"]
+    other = {"type": "tool_use", "id": "z", "name": "Bash", "input": {}}
+    steps: List[Any] = [
+        "a", block_step("start", {**thought, "thinking": "", "signature": ""}),
+        block_step("delta", type="thinking_delta", thinking="h\ud83d"),
+        block_step("delta", type="thinking_delta", thinking="\ude00m"),
+        block_step("delta", type="signature_delta", signature="s"), block_step("stop"), "b", "c",
+        block_step("start", other), block_step("delta", partial_json="{}"), block_step("stop"),
+    ]
+    for call in calls:
+        steps += [block_step("start", call), block_step("delta", partial_json=""),
+                  block_step("delta", partial_json='{"a":'), block_step("delta", partial_json="1}"),
+                  block_step("stop")]
+    readers = [(cab.TextCursor(0, True), []) for _ in range(3)]  # type: Any
+    plain = cab.TextCursor(0)
+    text = ""
+    for step in steps:
+        live.add(step) if isinstance(step, str) else live.follow_block(step)
+        for cursor, seen in readers:
+            if chance.random() < 0.5:
+                seen += live.events_since(cursor)
+        text = apply_events(live.events_since(plain), text)
+    assert apply_events(all_events(live, plain), text) == "abc"
+    for cursor, seen in readers:
+        seen += all_events(live, cursor)
+        told: List[Any] = []
+        for event in seen:
+            if event.kind == "part_end":
+                told[-1] = (told[-1], event.block)
+            elif event.kind in ("started", "part_start"):
+                told.append("")
+            elif event.kind == "delta" and isinstance(told[-1], tuple):
+                told.append(event.text)
+            else:
+                told[-1] += event.text
+        names = [{**call, "name": call["id"]} for call in calls]
+        assert told == [
+            "a", ("h\U0001f600m", thought), "bc", *(('{"a":1}', name) for name in names),
+        ]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ INPUT_FOR = "\n\nAnswer with the input for the tool %s. Does %s."
                 "hi", model="default", metadata={"user_id": "u"}, temperature=7, top_k=1,
                 thinking={"type": "enabled"},
             ),
-            cab.Chat(HI),
+            cab.Chat(HI, thinking=cab.SHOWN),
         ),
         (
             talk("hi", model="claude-opus-4-1", stream=True),
@@ -191,7 +191,34 @@ INPUT_FOR = "\n\nAnswer with the input for the tool %s. Does %s."
                 ],
                 "c",
             ),
-            cab.Chat((turn("user", "a"), turn("assistant", "b"), turn("user", "c"))),
+            cab.Chat(
+                (
+                    turn("user", "a"),
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "thinking", "thinking": "hm", "signature": "s"}, text("b"),
+                        ],
+                    },
+                    turn("user", "c"),
+                )
+            ),
+        ),
+        (
+            talk("a", [{"type": "thinking", "thinking": "hm", "signature": ""}], "c"),
+            cab.Chat((turn("user", "a"), turn("assistant", cab.NO_ANSWER), turn("user", "c"))),
+        ),
+        (
+            talk("a", [{"type": "redacted_thinking", "data": "x"}, text("b")]),
+            cab.Chat(
+                (turn("user", "a"),),
+                prefill=({"type": "redacted_thinking", "data": "x"}, text("b")),
+            ),
+        ),
+        (talk("hi", thinking={"type": "disabled"}), cab.Chat(HI, thinking=cab.OFF)),
+        (
+            talk("hi", thinking={"type": "adaptive", "display": "omitted"}),
+            cab.Chat(HI, thinking=cab.SHOWN),
         ),
         (
             talk(
@@ -410,12 +437,12 @@ def openai(**fields: Any) -> cab.Chat:
             openai(json_schema='{"type":"object"}'),
         ),
         *(
-            (talk("hi", reasoning_effort=given), openai(effort=effort))
-            for given, effort in (
-                ("none", "low"),
-                ("minimal", "low"),
-                ("high", "high"),
-                (None, None),
+            (talk("hi", reasoning_effort=given), openai(effort=effort, thinking=thinking))
+            for given, effort, thinking in (
+                ("none", "low", cab.OFF),
+                ("minimal", "low", None),
+                ("high", "high", cab.SHOWN),
+                (None, None, None),
             )
         ),
         (
@@ -475,7 +502,7 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
             ({"messages": [{"role": ["user"], "content": "x"}]}, "messages.0.role"),
             ({"messages": [{"role": "functions", "content": "x"}]}, "messages.0.role"),
             (talk(None), "messages.0.content"),
-            (talk(5), "messages.0.content"), (talk("a", "b"), "messages"),
+            (talk(5), "messages.0.content"),
             (talk([text("x"), 5]), "messages.0.content.1"),
             (talk([{"type": "text", "text": 5}]), "messages.0.content.0.text"),
             (talk([{"type": "text"}]), "messages.0.content.0.text"),
@@ -1230,6 +1257,20 @@ def streamed(data: bytes) -> str:
     return "".join(parts)
 
 
+def streamed_calls(stream_events: List[Tuple[str, Any]]) -> List[Dict[str, Any]]:
+    """Return the calls in a stream of chat completions, each joined from its pieces."""
+    calls: List[Dict[str, Any]] = []
+    for _, data in stream_events:
+        for choice in data["choices"] if isinstance(data, dict) else ():
+            for piece in choice["delta"].get("tool_calls", ()):
+                if piece["index"] == len(calls):
+                    calls.append({key: value for key, value in piece.items() if key != "index"})
+                else:
+                    assert piece["index"] == len(calls) - 1 and set(piece) == {"index", "function"}
+                    calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
+    return calls
+
+
 class OpenRequest:
     """A request on a connection of its own, whose answer is read while it arrives.
 
@@ -1350,10 +1391,14 @@ def fake(fake_claude: Fakes) -> FakeClaude:
     return fake_claude()
 
 
-def initialize_requests(fake: FakeClaude) -> List[Dict[str, Any]]:
-    """Return the `initialize` requests that the fake received."""
+def control_requests(fake: FakeClaude, subtype: str) -> List[Dict[str, Any]]:
+    """Return the control requests of a kind that the fake received."""
     requests = [line["request"] for line in fake.lines() if line["type"] == "control_request"]
-    return [request for request in requests if request["subtype"] == "initialize"]
+    return [request for request in requests if request["subtype"] == subtype]
+
+
+def initialize_requests(fake: FakeClaude) -> List[Dict[str, Any]]:
+    return control_requests(fake, "initialize")
 
 
 @both
@@ -1522,8 +1567,8 @@ def test_what_reaches_claude_and_what_does_not(bridge: Start, fake: FakeClaude, 
     ]
     prompts = [request["systemPrompt"] for request in initialize_requests(fake)]
     assert prompts == ["/secret system", cab.SYSTEM_PROMPT]
-    rewinds = [line["request"] for line in fake.lines() if line["type"] == "control_request"]
-    assert [request["target_message_uuid"] for request in rewinds[1:2]] == [messages[2]["uuid"]]
+    rewinds = control_requests(fake, "rewind_conversation")
+    assert [request["target_message_uuid"] for request in rewinds[:1]] == [messages[2]["uuid"]]
     assert messages[3] == {**messages[2], "uuid": messages[3]["uuid"]}
     assert not stateful.get("/api/conversations").json["conversations"]
     starts = json.dumps([[start["argv"], start["env"]] for start in fake.starts()])
@@ -1688,8 +1733,7 @@ def test_a_tool_that_must_be_called(bridge: Start, fake: FakeClaude) -> None:
         else:
             stream_events = events(answer.data)
             call = call_of(arguments='{"answer":"sky"}', call_id=call_id)
-            delta = stream_events[-3][1]["choices"][0]["delta"]
-            assert delta == {"tool_calls": [{"index": 0, **call}]}
+            assert streamed_calls(stream_events) == [call]
             assert stream_events[-2][1]["choices"][0]["finish_reason"] == "tool_calls"
             assert streamed(answer.data) == ""
         setup = next(line["request"] for line in fake.lines() if line["type"] == "control_request")
@@ -1817,12 +1861,14 @@ def test_calls_in_a_stream_and_their_results_in_another(
             (1, tool_use("look", "toolu_0")),
             (2, tool_use("taste", "toolu_1")),
         ]
-        inputs = [
-            (data["index"], json.loads(data["delta"]["partial_json"]))
+        pieces = [
+            (data["index"], data["delta"]["partial_json"])
             for _, data in stream_events
             if "partial_json" in data.get("delta", {})
         ]
-        assert inputs == [(1, {"at": "sky"}), (2, {})]
+        for number, arguments in ((1, {"at": "sky"}), (2, {})):
+            joined = "".join(piece for index, piece in pieces if index == number)
+            assert json.loads(joined) == arguments
         delta = {"stop_reason": "tool_use", "stop_sequence": None}
         assert stream_events[-2][1] == {"type": "message_delta", "delta": delta, "usage": USAGE}
         turns = [
@@ -1841,8 +1887,11 @@ def test_calls_in_a_stream_and_their_results_in_another(
             call_of(arguments='{"at":"sky"}', call_id="toolu_0"),
             call_of("taste", "{}", "toolu_1"),
         ]
-        delta = stream_events[-3][1]["choices"][0]["delta"]
-        assert delta == {"tool_calls": [{"index": n, **call} for n, call in enumerate(tool_calls)]}
+        joined_calls = streamed_calls(stream_events)
+        for call in joined_calls:
+            arguments = json.loads(call["function"]["arguments"])
+            call["function"]["arguments"] = cab.as_json(arguments)
+        assert joined_calls == tool_calls
         assert stream_events[-2][1]["choices"][0]["finish_reason"] == "tool_calls"
         turns = [
             {"role": "assistant", "content": "Let me see.", "tool_calls": tool_calls},
@@ -2907,3 +2956,151 @@ def test_a_bridge_that_stops_ends_its_open_requests(
     kind, data = events(request.rest())[-1]
     assert kind == "error" and data["error"]["type"] == "api_error"
     assert not any(is_running(child["pid"]) for child in fake.children())
+
+
+# --- thinking, limits and beginnings of an answer ---
+
+THOUGHT = {"type": "thinking", "thinking": "Let me think.", "signature": "c2ln"}
+SECRET = {"type": "redacted_thinking", "data": "eA=="}
+THINKING: Mapping[str, Mapping[str, Any]] = {
+    "anthropic": {"thinking": {"type": "adaptive"}}, "openai": {"reasoning_effort": "low"},
+}
+
+
+@both
+def test_what_the_model_thinks_is_told_to_those_who_ask(
+    bridge: Start, fake: FakeClaude, api: str
+) -> None:
+    admin = bridge(fake).admin
+    for asked in (True, False):
+        body = talk("think so", **(THINKING[api] if asked else {}))
+        whole = post(admin, api, body)
+        stream_events = events(post(admin, api, {**body, "stream": True}).data)
+        if api == "openai":
+            message = whole.json["choices"][0]["message"]
+            assert message.get("reasoning_content") == ("Let me think." if asked else None)
+            deltas = [data["choices"][0]["delta"] for _, data in stream_events[:-1]]
+            assert [delta["reasoning_content"] for delta in deltas if "reasoning_content" in delta
+                    ] in ([["Let me ", "think."], ["Let me think."]] if asked else [[]])
+            continue
+        assert whole.json["content"] == [*([THOUGHT, SECRET] if asked else []), text("so")]
+        blocks: List[Dict[str, Any]] = []
+        for _, data in stream_events:
+            if "content_block" in data:
+                assert data["index"] == len(blocks)
+                blocks.append(data["content_block"])
+            delta = data.get("delta", {})
+            for name in ("text", "thinking", "signature"):
+                if name in delta:
+                    blocks[-1][name] += delta[name]
+        assert blocks == whole.json["content"]
+    requests = control_requests(fake, "set_max_thinking_tokens")
+    assert requests and all(row["thinking_display"] == "summarized" for row in requests)
+
+
+def test_thoughts_that_a_client_sends_back_reach_the_same_model(
+    bridge: Start, fake: FakeClaude
+) -> None:
+    admin = bridge(fake).admin
+    assert post(admin, "anthropic", talk("hi")).status == 200
+    unsigned = {"type": "thinking", "thinking": "Elsewhere.", "signature": ""}
+    body = talk("a", [unsigned, THOUGHT, SECRET, text("b")], "c", system="x")
+    assert words(post(admin, "anthropic", body)) == "Echo: c"
+    told = [line["message"] for line in fake.lines() if line["type"] == "assistant"][-1]
+    assert told["content"] == [THOUGHT, SECRET, text("b")]
+    assert told["model"] == "resolved-default-model"
+
+
+def test_the_variables_of_an_answer(bridge: Start, fake: FakeClaude) -> None:
+    """Each request sets its own, also in a process that goes on."""
+    admin = bridge(fake).admin
+    limit, silent = "CLAUDE_CODE_MAX_OUTPUT_TOKENS", "CLAUDE_CODE_DISABLE_THINKING"
+    table: Tuple[Tuple[Dict[str, Any], Dict[str, str]], ...] = (
+        ({"max_tokens": 9}, {limit: "9", silent: "1"}),
+        ({"max_tokens": 9}, {limit: "9", silent: "1"}),
+        ({"max_tokens": 5000}, {limit: "5000", silent: ""}),
+        ({"max_tokens": 5000, "thinking": {"type": "disabled"}}, {limit: "5000", silent: "1"}),
+        ({"max_tokens": 0}, {limit: "", silent: ""}),
+        ({"max_tokens": 9, "thinking": {"type": "enabled"}}, {limit: "9", silent: ""}),
+    )
+    messages: List[Any] = []
+    for fields, expected in table:
+        body = talk("settings", **fields)
+        body["messages"] = messages + body["messages"]
+        answer = words(post(admin, "anthropic", body))
+        environ, display = json.loads(answer)
+        assert environ == expected
+        messages = [*body["messages"], {"role": "assistant", "content": answer}]
+    assert display == "summarized" and len(fake.children()) == 1
+    # An effort asks the model to think.
+    answer = words(post(admin, "openai", talk("settings", reasoning_effort="minimal")))
+    assert json.loads(answer)[0] == {limit: "64"}
+    assert json.loads(words(post(admin, "openai", {"messages": talk("settings")["messages"]}))) in (
+        [{limit: "", silent: ""}, "summarized"], [{limit: ""}, None], [{}, None],
+    )
+    # A structured answer would be of no use when it is cut.
+    schema = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    answer = words(post(admin, "anthropic", talk("settings", output_config=schema)))
+    assert json.loads(json.loads(answer)["answer"])[0] == {}
+
+
+@pytest.mark.parametrize("api, field", [
+    ("anthropic", "max_tokens"), ("openai", "max_tokens"), ("openai", "max_completion_tokens")])
+def test_an_answer_ends_at_its_limit(
+    bridge: Start, fake: FakeClaude, api: str, field: str
+) -> None:
+    admin = bridge(fake).admin
+    body = {**talk("say one two three four"), "max_tokens": None, field: 2}
+    answer = post(admin, api, body)
+    stream_events = events(post(admin, api, {**body, "stream": True}).data)
+    assert words(answer) == "one two"
+    if api == "anthropic":
+        assert answer.json["stop_reason"] == "max_tokens"
+        assert answer.json["usage"]["output_tokens"] == 3
+        assert stream_events[-2][1]["delta"]["stop_reason"] == "max_tokens"
+    else:
+        assert answer.json["choices"][0]["finish_reason"] == "length"
+        assert stream_events[-2][1]["choices"][0]["finish_reason"] == "length"
+    # Otherwise the CLI would ask the model to go on.
+    wait_until(lambda: len(control_requests(fake, "interrupt")) == 2)
+    assert words(post(admin, api, {**body, field: 4})) == "one two three four"
+
+
+@both
+def test_an_answer_goes_on_where_the_client_began_it(
+    bridge: Start, fake: FakeClaude, api: str
+) -> None:
+    admin = bridge(fake).admin
+    for _ in range(2):
+        answer = words(post(admin, api, talk("A poem.", "Roses are", max_tokens=5000)))
+        assert answer == "Echo: Continue."
+    requests = control_requests(fake, "apply_flag_settings")
+    bodies = [row["settings"]["env"].get("CLAUDE_CODE_EXTRA_BODY", "") for row in requests]
+    expected = [turn("user", "A poem."), turn("assistant", "Roses are")]
+    assert [json.loads(body) for body in bodies] == [{"messages": expected}] * 2
+    assert all(row["settings"]["env"]["CLAUDE_CODE_DISABLE_THINKING"] == "1" for row in requests)
+    # Its own history is another one.
+    assert len({child["pid"] for child in fake.children()}) == 2
+    with pytest.raises(cab.InvalidRequest, match="the results of the tool calls"):
+        read("anthropic", talk("a", [tool_use()]))
+
+
+@pytest.mark.parametrize("api", [*PATHS, "/v1/responses"])
+def test_a_call_arrives_while_it_is_written(bridge: Start, gate: Path, api: str) -> None:
+    """If the answer then starts over, the client must not act on the call."""
+    admin = bridge().admin
+    prompt = "begin-call %s" % gate
+    if api == "/v1/responses":
+        tool = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+        body: Dict[str, Any] = {"input": prompt, "tools": [tool], "stream": True}
+    else:
+        body = talk(prompt, tools=tools(api, "look"), stream=True)
+    request = OpenRequest(admin, api, body)
+    seen = request.until('\\"at\\": \\"s').decode()
+    assert "toolu_x" in seen and "Let me see." in seen
+    gate.touch()
+    data = request.rest().decode()
+    assert "in the middle of a tool call" in data
+    assert not any(word in data for word in ("message_stop", "[DONE]", "response.completed"))
+    (job,) = rows(admin)
+    wait_until(lambda: rows(admin)[0]["status"] in ("completed", "error"))

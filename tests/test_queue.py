@@ -404,9 +404,8 @@ def test_a_text_can_be_followed_from_the_run_into_the_stored_result(
         assert waiter.wait(0)
     row = queue.job(job)
     received[0] += texts[0].events_since(running)
-    received[1] += stored.read(
-        row.generation, lambda offset: (row.response or "")[offset:], row.model
-    )
+    received[1] += stored.begin(row.generation, row.model)
+    received[1] += stored.read(lambda offset: (row.response or "")[offset:])
     for events in received:
         text = ""
         for event in events:

@@ -305,9 +305,11 @@ def test_functions_are_called_and_answered_as_before_there_were_tools(
     answer = post(admin, "openai", body)
     call = {"name": "look", "arguments": '{"at":"sky"}'}
     if stream:
-        deltas = [data["choices"][0] for _, data in events(answer.data)[:-1]]
-        assert {"function_call": call} in [choice["delta"] for choice in deltas]
-        assert deltas[-1]["finish_reason"] == "function_call"
+        choices = [data["choices"][0] for _, data in events(answer.data)[:-1]]
+        pieces = [choice["delta"].get("function_call", {}) for choice in choices]
+        assert [piece["name"] for piece in pieces if "name" in piece] == ["look"]
+        assert json.loads("".join(piece.get("arguments", "") for piece in pieces)) == {"at": "sky"}
+        assert choices[-1]["finish_reason"] == "function_call"
         return
     choice = answer.json["choices"][0]
     assert (choice["finish_reason"], choice["message"]["function_call"]) == ("function_call", call)
@@ -322,41 +324,6 @@ def test_functions_are_called_and_answered_as_before_there_were_tools(
     assert none.client_tools == ()
     named = cab.read_completion_request({**body, "function_call": {"name": "look"}})
     assert named.forced_tool == "look"
-
-
-# --- the length of an answer ---
-
-
-@pytest.mark.parametrize("api, field, reason", [
-    ("anthropic", "max_tokens", "max_tokens"), ("openai", "max_tokens", "length"),
-    ("openai", "max_completion_tokens", "length")])  # fmt: skip
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_ends_near_its_most_tokens(
-    bridge: Start, fake: FakeClaude, api: str, field: str, reason: str, stream: bool
-) -> None:
-    admin = bridge(fake).admin
-    whole = "word " * 200
-    body = {**talk("say " + whole, stream=stream), "max_tokens": None, field: 10}
-    answer = post(admin, api, body)
-    expected = whole[: 10 * cab.TOKEN_BYTES]
-    assert (streamed(answer.data) if stream else words(answer)) == expected
-    assert '"%s"' % reason in answer.data.decode()
-    enough = {**talk("say " + whole), "max_tokens": None, field: 1000}
-    assert words(post(admin, api, enough)) == whole.strip() or words(
-        post(admin, api, enough)) == whole
-
-
-def test_a_limit_counts_bytes_and_cuts_no_character() -> None:
-    live = cab.LiveText()
-    live.max_bytes = 7
-    for piece in ("äö", "ü", "ß"):
-        live.add(piece)
-    assert (live.read(), live.is_cut) == ("äöü", True)
-    both = cab.LiveText(stop_sequences=("STOP",))
-    both.max_bytes = 5
-    both.add("abcdefgh STOP x")
-    assert (both.read(), both.is_cut, both.stopped_by) == ("abcde", True, None)
-    assert cab.cut_at_limit("ab", 2) == ("ab", False) and cab.cut_at_limit("abc", 0) == ("", True)
 
 
 # --- paths and models ---
@@ -612,7 +579,7 @@ def test_a_list_shows_the_beginning_of_large_requests(bridge: Start) -> None:
     assert post(admin, "anthropic", talk("say " + "x" * 90_000, system="s" * 90_000)).status == 200
     [row] = admin.get("/api/requests").json["requests"]
     assert (len(row["message"]), len(row["systemPrompt"])) == (32_768, 32_768)
-    assert len(row["response"]) == 320
+    assert len(row["response"]) == 90_000
 
 
 def test_a_large_body_has_time_by_its_size(

@@ -117,7 +117,7 @@ def pinned(words: str) -> cab.Chat:
                 reasoning={"effort": "none", "summary": "auto"}, text={"verbosity": "low"},
                 background=False, client_metadata={}, top_logprobs=3,
             ),
-            cab.Chat(HI, effort="low", max_tokens=9),
+            cab.Chat(HI, effort="low", max_tokens=9, thinking=cab.OFF),
         ),
         (body_of(model="sonnet", stream=True), cab.Chat(HI, model="sonnet", stream=True)),
         (body_of(reasoning={"effort": "xhigh"}), cab.Chat(HI, effort="xhigh")),
@@ -240,6 +240,7 @@ def pinned(words: str) -> cab.Chat:
                     function("agents__look", description="Does look."),
                     function("agents__raw", cab.CUSTOM_SCHEMA, ""),
                 ),
+                custom_tools=("patch", "agents__raw"),
             ),
         ),
         (
@@ -294,6 +295,7 @@ def pinned(words: str) -> cab.Chat:
                 cab.SYSTEM_PROMPT + "\n\nAnswer with the input for the tool patch. Patches.\n\n"
                 "The input must match this lark grammar:\nstart: X",
                 json_schema=cab.as_json(cab.CUSTOM_SCHEMA), forced_tool="patch",
+                custom_tools=("patch",),
             ),
         ),
         (
@@ -331,7 +333,6 @@ def test_openais_search_is_left_out_where_claude_has_its_own() -> None:
         ([], "body", "an object"), ({}, "input", "a list"), (body_of(7), "input", "a list"),
         (body_of([7]), "input.0", "an object"), (body_of(" "), "input.0.content", "blank"),
         (body_of([]), "input", "at least one message"),
-        (body_of([message("assistant", part("A"))]), "input", "end with a message of the user"),
         (body_of([{"role": "tool", "content": "x"}]), "input.0.role", "developer"),
         (body_of([{"id": "msg_1"}]), "input.0.type", "msg_1 is not an item"),
         (body_of([{"type": "item_reference", "id": "x"}]), "input.0.type", "send the item"),
@@ -342,7 +343,7 @@ def test_openais_search_is_left_out_where_claude_has_its_own() -> None:
             "input.0.content.0.file_id", "uploaded elsewhere",
         ),
         (body_of([message("user", part(""), {"type": "input_file"})]), None, "file_data"),
-        (body_of([{"role": "user", "content": "hi"}, call()]), "input", "user"),
+        (body_of([{"role": "user", "content": "hi"}, call()]), "input", "the results of the tool"),
         (body_of([{"role": "user", "content": "hi"}, output()]), "input", "do not belong"),
         (
             body_of([{"role": "user", "content": "hi"}, call(), {"role": "user", "content": "x"}]),
@@ -476,6 +477,13 @@ def stream_of(data: bytes) -> List[Tuple[str, Any]]:
     return [(kind.partition(".")[2], event) for kind, event in stream_events]
 
 
+# The events of a part: the list of the item that it belongs to, and the field of its number there.
+PARTS = {
+    "content_part": ("content", "content_index"),
+    "reasoning_summary_part": ("summary", "summary_index"),
+}
+
+
 def check_stream(data: bytes) -> Dict[str, Any]:
     """Check that the events agree with each other and with the final response. -> that."""
     stream_events = stream_of(data)
@@ -500,14 +508,17 @@ def check_stream(data: bytes) -> Dict[str, Any]:
             item = {}
             continue
         assert event["item_id"] == item["id"]
-        if kind == "content_part.added":
-            assert event["content_index"] == len(item["content"])
+        place, _, step = kind.rpartition(".")
+        if place in PARTS:
+            name, index = PARTS[place]
+        if place in PARTS and step == "added":
+            assert event[index] == len(item[name])
             assert not event["part"].get("text") and not event["part"].get("refusal")
             pieces = []
         elif kind.endswith(".delta"):
             pieces.append(event["delta"])
-        elif kind == "content_part.done":
-            item["content"].append(event["part"])
+        elif place in PARTS:
+            item[name].append(event["part"])
         else:
             keys = {"text", "refusal", "arguments", "input"} & set(event)
             assert [event[key] for key in keys] == ["".join(pieces)]
@@ -521,9 +532,11 @@ def written(chat: cab.Chat, **fields: Any) -> bytes:
     """Return the events of a job with these fields, of which "ha" was streamed."""
     assert chat.response_request
     job = cab.Job("0-1", 1, "t", "completed", "hi", 1.8e9, completed_at=1.8e9, **fields)
-    steps = [cab.ChatStep("heartbeat"), cab.ChatStep("text", "lf"), cab.ChatStep("end", job=job)]
-    first = cab.ChatStep("text", "ha")
-    data = b"".join(cab.response_stream(chat, job, first, (step for step in steps)))
+    parts = cab.AnswerParts(chat)
+    pieces = [step for text in ("ha", "lf") for step in parts.add(cab.JobEvent("delta", 0, text))]
+    steps = [cab.ChatStep("heartbeat"), *pieces[1:], *parts.finish(job)]
+    steps.append(cab.ChatStep("end", job=job))
+    data = b"".join(cab.response_stream(chat, job, pieces[0], (step for step in steps)))
     assert cab.HEARTBEAT in data
     data = data.replace(cab.HEARTBEAT, b"")
     end = stream_of(data)[-1][1]["response"]
@@ -634,18 +647,19 @@ def test_a_restarted_text_is_an_item_of_its_own(bridge: Start, tmp_path: Path) -
         assert words(final) == second and len(final["output"]) == 1
 
 
-def test_a_refusal_is_a_part_of_its_own(bridge: Start) -> None:
+def test_a_refusal_is_an_item_of_its_own(bridge: Start) -> None:
     admin = bridge().admin
     refused = {"fail": {"stop_reason": "refusal", "result": "API Error: flagged"}}
     refusal = {"type": "refusal", "refusal": cab.REFUSAL_TEXT}
     for prompt, parts in (
-        (script(refused), [refusal]),
-        (script({"delta": "Well, "}, refused), [text_part("Well, "), refusal]),
+        (script(refused), [[refusal]]),
+        (script({"delta": "Well, "}, refused), [[text_part("Well, ")], [refusal]]),
     ):
         body = post(admin, body_of(prompt)).json
-        assert body["status"] == "completed" and body["output"][0]["content"] == parts
+        assert body["status"] == "completed"
+        assert [item["content"] for item in body["output"]] == parts
         answer = post(admin, body_of(prompt, stream=True))
-        assert check_stream(answer.data)["output"][0]["content"] == parts
+        assert [item["content"] for item in check_stream(answer.data)["output"]] == parts
         kinds = [kind for kind, _ in stream_of(answer.data)]
         assert kinds[-6:] == [
             "content_part.added", "refusal.delta", "refusal.done", "content_part.done",
@@ -738,6 +752,9 @@ def test_a_custom_tool_gets_free_text(bridge: Start, fake: FakeClaude) -> None:
         answer = post(admin, {**body, "stream": stream})
         reply = check_stream(answer.data) if stream else answer.json
         short = reply["id"][5:]
+        # The spaces are those of the model, if it is streamed.
+        look = reply["output"][2]
+        assert json.loads(look["arguments"]) == {"at": "sky"}
         assert reply["output"][1:] == [
             {
                 "id": "ctc_%s_1" % short, "type": "custom_tool_call", "status": "completed",
@@ -746,12 +763,13 @@ def test_a_custom_tool_gets_free_text(bridge: Start, fake: FakeClaude) -> None:
             {
                 "id": "fc_%s_2" % short, "type": "function_call", "status": "completed",
                 "call_id": "toolu_1", "name": "look", "namespace": "agents",
-                "arguments": '{"at":"sky"}',
+                "arguments": look["arguments"],
             },
         ]
         if stream:
             kinds = [kind for kind, _ in stream_of(answer.data)]
-            assert kinds[-9:-5] == [
+            start = kinds.index("custom_tool_call_input.delta")
+            assert kinds[start - 1 : start + 3] == [
                 "output_item.added", "custom_tool_call_input.delta", "custom_tool_call_input.done",
                 "output_item.done",
             ]
@@ -1189,3 +1207,46 @@ def test_tools_of_the_sdk(site: Site, run_scenario: RunScenario) -> None:
     ]
     wire = result["custom"]["wire"]["output"]
     assert [item["type"] for item in wire] == ["custom_tool_call", "function_call"]
+
+
+# --- reasoning ---
+
+
+def test_reasoning_is_an_item_that_can_be_sent_back(bridge: Start, fake: FakeClaude) -> None:
+    admin = bridge(fake).admin
+    asked: Dict[str, Any] = {"reasoning": {"summary": "auto"}}
+    whole = post(admin, body_of("think so", **asked)).json
+    kinds = [item["type"] for item in whole["output"]]
+    assert kinds == ["reasoning", "reasoning", "message"] and words(whole) == "so"
+    thought, secret, _ = whole["output"]
+    assert thought["summary"] == [{"type": "summary_text", "text": "Let me think."}]
+    assert secret["summary"] == [] and secret["encrypted_content"]
+    data = post(admin, body_of("think so", stream=True, **asked)).data
+    streamed_items = check_stream(data)["output"]
+    assert [{**item, "id": ""} for item in streamed_items] == [
+        {**item, "id": ""} for item in whole["output"]
+    ]
+    deltas = [event["delta"] for kind, event in stream_of(data)
+              if kind == "reasoning_summary_text.delta"]
+    assert "".join(deltas) == "Let me think."
+    items = [
+        {"role": "user", "content": "a"}, {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "reasoning", "encrypted_content": "gAAAA", "summary": []},
+        *whole["output"], {"role": "user", "content": "b"},
+    ]
+    assert words(post(admin, body_of(items, instructions="x")).json) == "Echo: b"
+    told = [line["message"]["content"] for line in fake.lines() if line["type"] == "assistant"][-1]
+    thoughts = [
+        {"type": "thinking", "thinking": "Let me think.", "signature": "c2ln"},
+        {"type": "redacted_thinking", "data": "eA=="},
+    ]
+    assert told == [*thoughts, {"type": "text", "text": "so"}]
+    body = body_of("b", previous_response_id=whole["id"], instructions="y")
+    assert words(post(admin, body).json) == "Echo: b"
+    told = [line["message"]["content"] for line in fake.lines() if line["type"] == "assistant"][-1]
+    assert told == [*thoughts, {"type": "text", "text": "so"}]
+    for fields in (
+        {"include": ["reasoning.encrypted_content"]}, {}, {"reasoning": {"effort": "none"}},
+    ):
+        kinds = [item["type"] for item in post(admin, body_of("think so", **fields)).json["output"]]
+        assert ("reasoning" in kinds) == ("include" in fields)

@@ -10193,7 +10193,7 @@ class AnswerParts:
             self._open.pieces.append(text)
             yield ChatStep("delta", text, self._open)
 
-    def end(self, block: Block = {}, is_aborted: bool = False,
+    def end(self, block: Optional[Block] = None, is_aborted: bool = False,
             is_cut: bool = False) -> Iterator[ChatStep]:
         """Close the open part, if there is one. block: what became of it."""
         part = self._open
@@ -10205,7 +10205,7 @@ class AnswerParts:
         self._open = None
         part.is_aborted, part.is_cut = is_aborted, is_cut
         if part.kind in THOUGHTS:
-            part.block = {**part.block, **block}
+            part.block = {**part.block, **(block or {})}
         yield ChatStep("close", part=part)
 
     def _send(self, block: Block, is_cut: bool = False) -> Iterator[ChatStep]:

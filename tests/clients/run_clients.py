@@ -56,10 +56,10 @@ MAKERS = {
     "langchain-anthropic": "LangChain",
     "@langchain/openai": "LangChain",
     "@langchain/anthropic": "LangChain",
-    "pydantic-ai-slim": "Pydantic AI",
-    "litellm": "LiteLLM",
-    "instructor": "Instructor",
-    "ai": "AI SDK",
+    "pydantic-ai-slim": "Others",
+    "litellm": "Others",
+    "instructor": "Others",
+    "ai": "Others",
 }
 # (client, "what is asked: how", the function), in the order of the table
 SCENARIOS: List[Tuple[str, str, Scenario]] = []

@@ -330,6 +330,20 @@ class OverAnthropic(Sdk):
             "stops": [whole["stop"], parsed_summary["stop"]],
         }
 
+    def thinking(self) -> Any:
+        """Ask for thoughts, whole and streamed, and send them back."""
+        fields: Dict[str, Any] = {"thinking": {"type": "adaptive"}}
+        whole = self.ask(self.checked, content="one", **fields)
+        message, _ = self.high(content="one", **fields)
+        turns = [
+            {"role": "user", "content": "one"}, {"role": "assistant", "content": message.content},
+            {"role": "user", "content": "two"},
+        ]
+        self.ask(self.strict, messages=turns, system=SYSTEM, **fields)
+        self.low(content="one", **fields)
+        dumped = [[block.to_dict() for block in m.content] for m in (whole, message)]
+        return {"thoughts": [blocks[:-1] for blocks in dumped]}
+
     def round_trip(self, ask: Callable[..., Any]) -> Any:
         """Get two tool calls in one turn, and send both results in one message.
 
@@ -636,7 +650,7 @@ class OverOpenAI(Sdk):
     def response_summary(self, response: Any) -> Dict[str, Any]:
         """Describe a complete response."""
         body = self.check_object(response, self.Response)
-        calls = [item for item in body["output"] if item["type"] != "message"]
+        calls = [item for item in body["output"] if "call_id" in item]
         return {
             "wire": body,
             "text": response.output_text,
@@ -668,6 +682,26 @@ class OverOpenAI(Sdk):
             kinds = [event.type for event in stream]
             response = stream.get_final_response()
             return response, {"kinds": kinds, **self.response_summary(response)}
+
+    def thinking(self) -> Any:
+        """Ask for thoughts in both formats, whole and streamed, and send them back."""
+        whole = self.ask(self.strict, content="one", reasoning_effort="low")
+        message = whole.choices[0].message
+        streamed = self.low(content="one", reasoning_effort="low")["events"]
+        deltas = [choice["delta"] for chunk in streamed for choice in chunk["choices"]]
+        texts = "".join(delta.get("reasoning_content") or "" for delta in deltas)
+        fields: Dict[str, Any] = {"reasoning": {"summary": "auto"}}
+        response = self.checked.responses.create(model=MODEL, input="one", **fields)
+        turns = [{"role": "user", "content": "one"}, *response.output,
+                 {"role": "user", "content": "two"}]
+        self.checked.responses.create(model=MODEL, input=turns, instructions=SYSTEM, **fields)
+        kinds = self.response_events(input="one", **fields)["kinds"]
+        final, _ = self.response_high(input="one", **fields)
+        items = [item.to_dict() for item in (response.output[0], final.output[0])]
+        return {
+            "chat": [message.reasoning_content, texts], "items": items,
+            "kinds": [kind for kind in kinds if "reasoning" in kind],
+        }
 
     def responses(self) -> Any:
         create = self.checked.responses.create

@@ -410,3 +410,32 @@ def test_stop(site: Site, run_scenario: RunScenario, sdk: str) -> None:
         last_choice = result["low"]["events"][-1]["choices"][0]
         assert result["whole"]["stop"] == result["high"]["stop"] == "stop"
         assert last_choice["finish_reason"] == "stop"
+
+
+THOUGHT = {"type": "thinking", "thinking": "A hard one.", "signature": "c2ln"}
+
+
+def test_thinking(site: Site, run_scenario: RunScenario, sdk: str) -> None:
+    """The packages check each event, and what they send back reaches the model."""
+    site.messages.reply = lambda body: Reply("So.", thinking=(THOUGHT,))
+    result = run_scenario("thinking")
+    back = [
+        block
+        for call in site.calls()
+        for message in call.body["messages"]
+        if message["role"] == "assistant"
+        for block in message["content"]
+    ]
+    assert THOUGHT in back
+    asked = [call.body["thinking"]["display"] for call in site.calls()]
+    assert set(asked) == {"summarized"}
+    if sdk == "anthropic":
+        assert result["thoughts"] == [[THOUGHT]] * 2
+        return
+    assert result["chat"] == ["A hard one."] * 2
+    assert [item["summary"][0]["text"] for item in result["items"]] == ["A hard one."] * 2
+    assert result["items"][0]["encrypted_content"] == result["items"][1]["encrypted_content"]
+    assert result["kinds"][0] == "response.reasoning_summary_part.added"
+    assert result["kinds"][-2:] == [
+        "response.reasoning_summary_text.done", "response.reasoning_summary_part.done",
+    ]

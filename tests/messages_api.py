@@ -44,6 +44,8 @@ class Reply:
     ids: Tuple[str, ...] = ()  # of the tool calls, if they matter
     # Thinking blocks in front of the text.
     thinking: Tuple[Dict[str, str], ...] = ()
+    # The second half of each tool's input waits for it.
+    middle: Optional[threading.Event] = None
 
 
 @dataclass
@@ -347,9 +349,11 @@ class MessagesApi:
             elif block["type"] == "tool_use":
                 event("content_block_start", index=index, content_block={**block, "input": {}})
                 text = json.dumps(block["input"])
-                for piece in ("", text[: len(text) // 2], text[len(text) // 2 :]):
+                for n, piece in enumerate(("", text[: len(text) // 2], text[len(text) // 2 :])):
                     if reply.word_seconds:
                         time.sleep(reply.word_seconds)
+                    if n == 2 and reply.middle is not None:
+                        reply.middle.wait(20)
                     delta = {"type": "input_json_delta", "partial_json": piece}
                     event("content_block_delta", index=index, delta=delta)
             elif block["type"] == "thinking":

@@ -10,6 +10,7 @@ such requests.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -1442,6 +1443,69 @@ def test_a_client_tool_call_continues_in_the_live_turn(shared: Site) -> None:
             for block in blocks
             if block["type"] == "tool_use"
         ] == ["mcp__api__add"] * 2
+
+
+def test_an_answer_is_limited_by_the_api_itself(shared: Site) -> None:
+    """The limit of one turn is not that of the next, in the same process."""
+    shared.messages.reply = lambda body: Reply("one two", stop_reason=reason)
+    with passing(shared) as client:
+        reason = "end_turn"
+        chat(client, MESSAGES, said("a"), max_tokens=9)
+        chat(client, MESSAGES, said("a", "one two", "b"), max_tokens=9_000)
+        chat(client, MESSAGES, said("a", "one two", "b", "one two", "c"), max_tokens=0)
+        reason = "max_tokens"
+        cut = chat(client, MESSAGES, said("a"), max_tokens=9)
+        assert cut["stop_reason"] == "max_tokens" and cut["content"] == texts("one two")[0][1]
+        assert cut["usage"]["output_tokens"] == 7
+    # The process that was cut may just have asked the model to go on.
+    shared.idle()
+    bodies = [call.body for call in shared.calls()[:3]]
+    limits = [body["max_tokens"] for body in bodies]
+    assert limits[:2] == [9, 9_000] and limits[2] > 9_000
+    assert ["thinking" in body for body in bodies] == [False, True, True]
+    assert len({call.headers["x-claude-code-session-id"] for call in shared.calls()[:3]}) == 1
+
+
+def test_a_beginning_reaches_the_model_as_the_last_message(shared: Site) -> None:
+    shared.messages.reply = lambda body: Reply(" red.")
+    with passing(shared) as client:
+        body = chat(client, MESSAGES, said("a", "b", "A poem.", "Roses are"), model="haiku")
+        assert body["content"] == texts(" red.")[0][1]
+        chat(client, MESSAGES, said("a"), model="haiku")
+    first, last = [call.body for call in shared.calls()]
+    assert "thinking" not in first
+    assert [(m["role"], m["content"][0]["text"]) for m in first["messages"]] == [
+        ("user", "a"), ("assistant", "b"), ("user", "A poem."), ("assistant", "Roses are"),
+    ]
+    assert last_text(last) == "a" and "Roses" not in json.dumps(last)
+
+
+@pytest.mark.parametrize("path", (MESSAGES, COMPLETIONS, "/v1/responses"))
+def test_the_arguments_of_a_call_arrive_before_it_is_complete(shared: Site, path: str) -> None:
+    middle = threading.Event()
+    tool = ("mcp__api__add", {"a": 1, "why": "because " * 5})
+    shared.messages.reply = lambda body: Reply("Let me.", tools=(tool, tool), middle=middle)
+    kinds = {"parameters": ADD["input_schema"], "name": "add"}
+    body: Dict[str, Any] = {"model": "sonnet", "stream": True, "tools": [ADD]}
+    if path == COMPLETIONS:
+        body["tools"] = [{"type": "function", "function": kinds}]
+    elif path != MESSAGES:
+        body.update(tools=[{"type": "function", **kinds}], input="go on")
+    if path != "/v1/responses":
+        body.update(messages=said("go on"))
+    with passing(shared) as client:
+        connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+        with contextlib.closing(connection):
+            headers = {"Authorization": "Bearer %s" % client.token}
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            data = b""
+            while b"because" not in data:
+                data += response.readline()
+            assert not middle.is_set()
+            middle.set()
+            data += response.read()
+    assert data.count(b"toolu_1_0") and data.count(b"toolu_1_1")
 
 
 def test_a_pending_tool_call_is_continued_only_by_its_own_token_and_ids(shared: Site) -> None:

@@ -135,7 +135,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial, reduce, wraps
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import accumulate, chain, count, islice, repeat
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from subprocess import list2cmdline
 from typing import (
@@ -4676,8 +4676,7 @@ class LiveText:
 
     def __init__(self, generation: int = 0, on_change: Callable[[], None] = lambda: None,
                  stop_sequences: Sequence[str] = (),
-                 monotonic: Callable[[], float] = lambda: 0.0,
-                 shows_thinking: bool = False) -> None:
+                 monotonic: Callable[[], float] = lambda: 0.0) -> None:
         self._lock = threading.RLock()
         self._monotonic = monotonic
         self._first_text_at: Optional[float] = None
@@ -4689,7 +4688,7 @@ class LiveText:
         self._is_started = False
         self.stop_sequences = stop_sequences
         self.stopped_by: Optional[str] = None
-        self.shows_thinking = shows_thinking
+        self.shows_thinking = False
         self.parts: List[LivePart] = []
         # Bytes of UTF-8 that arrived, in all attempts; of parts, characters.
         self.size = 0
@@ -6067,8 +6066,8 @@ class Turn:
         self.process = process
         # From then on a process that has waited, and reports nothing, is replaced.
         self._lost_at = control.clock.monotonic() + PREPARE_SECONDS if has_waited else float("inf")
-        self._session = session
-        self._control = control
+        self.session = session
+        self.control = control
         self._tools = ToolServer(process, session.client_tools)
         self._check_stopped_at = float("-inf")
         self._frozen_seconds = 0.0
@@ -6087,16 +6086,16 @@ class Turn:
     def next_event(self) -> CliEvent:
         """Return the next event. Raises RunFailed at a deadline or when the job is cancelled;
         ProcessExited."""
-        clock, config = self._control.clock, self._control.config
-        longest = self._activity.longest_silence(self._control)
+        clock, config = self.control.clock, self.control.config
+        longest = self._activity.longest_silence(self.control)
         silent_at = clock.monotonic() + longest
         while True:
             now = clock.monotonic()
             if now >= self._check_stopped_at:
                 # Not for every delta of a fast answer: it queries the database.
                 self._check_stopped_at = now + CANCEL_POLL_SECONDS
-                raise_if_stopped(self._control.stop_reason())
-            deadline = self._control.deadline + self._frozen_seconds
+                raise_if_stopped(self.control.stop_reason())
+            deadline = self.control.deadline + self._frozen_seconds
             if now >= deadline:
                 self._fail_late("The run took longer than %g seconds" % config.run_seconds)
             if now >= self._lost_at:
@@ -6130,26 +6129,6 @@ class Turn:
         raise RunFailed(code, text + ".", is_of_model=code == "overloaded",
                         is_answered=is_outage, is_cut=self.messages.count > 0)
 
-    def start(self, program: ClaudeProgram, candidate: "Candidate",
-              earlier_turns: Iterable[HeldTurn]) -> None:
-        """Configure a process and put the history into it."""
-        history = candidate.history
-        model = program.full_models.get(self._session.model, "")
-        can_pipe = len(history) > 1 and not candidate.transcript and self._can_pipe(program)
-        requests = self.process.initialize(self._session, program.install.features)
-        if len(requests) > 1 or candidate.transcript:
-            check_control(self._await_control_response(requests[-1]["request_id"]))
-        if candidate.transcript:
-            # It was read before the CLI answered.
-            remove_transcript(candidate.transcript)
-            # The CLI would merge it with an answer of the transcript that has the same id.
-            self.process.send(assistant_message(history[-1].response, "msg_told_last", model))
-        else:
-            ids = self._replay(history, can_pipe, model)
-            earlier_turns = [turn._replace(message_id=message_id)
-                             for turn, message_id in zip(earlier_turns, ids)]
-        self.process.turns = list(earlier_turns)
-
     def configure(self, request: RunRequest) -> None:
         """Set what this turn has of its own."""
         process = self.process
@@ -6157,76 +6136,14 @@ class Turn:
             names = {**dict.fromkeys(process.settings, ""), **request.settings}
             process.settings = request.settings
             process.send(control_request("turn", "apply_flag_settings", settings={"env": names}))
-            check_control(self._await_control_response("turn"))
+            check_control(self.await_control_response("turn"))
         if request.shows_thinking and not process.shows_thinking:
             process.shows_thinking = True
             process.send(control_request(
                 "thinking", "set_max_thinking_tokens", thinking_display="summarized"))
-            self._await_control_response("thinking")
+            self.await_control_response("thinking")
 
-    def _replay(self, history: Sequence[HistoryTurn], can_pipe: bool,
-                model: str) -> List[Optional[str]]:
-        """Send the history turn by turn. -> the ids of the messages.
-        The CLI must acknowledge an earlier message before its answer is sent, otherwise it puts all
-        messages after all answers. A piped message needs no acknowledgement. The first one is not
-        piped: a part of the CLI's version in each request depends on it."""
-        lines: List[bytes] = []
-        ids: List[Optional[str]] = []
-        is_acknowledged = True
-
-        def send_lines() -> None:
-            # Not before they are complete: meanwhile the CLI works on the message before them.
-            while not is_acknowledged and self.next_event().kind != "result":
-                pass
-            self.process.send(*lines)
-            lines.clear()
-
-        for number, turn in enumerate(history):
-            message_id = None
-            if can_pipe and is_pipeable(number, turn):
-                lines.append(cli_line(piped_message(single_text(turn.message) or "")))
-            else:
-                message_id = str(uuid.uuid4())
-                message = user_message(turn.message, wants_reply=False)
-                lines.append(cli_line({**message, "uuid": message_id}))
-                send_lines()
-                is_acknowledged = False
-            lines.append(cli_line(
-                assistant_message(turn.response, "msg_told_%d" % number, model)))
-            ids.append(message_id)
-        send_lines()
-        return ids
-
-    def _can_pipe(self, program: ClaudeProgram) -> bool:
-        """Return whether this CLI takes piped messages; if that is not known, try it."""
-        if program.install.features.version < REWIND_CLI:
-            return False
-        if program.can_pipe is None and program.can_rewind is None and not self.process.session:
-            preparation = Preparation(self.process, self._session, program)
-            give_up_at = min(
-                self._control.deadline, self._control.clock.monotonic() + PREPARE_SECONDS)
-            while not preparation.advance(CANCEL_POLL_SECONDS):
-                raise_if_stopped(self._control.stop_reason())
-                if self._control.clock.monotonic() >= give_up_at:
-                    program.record_failed_preparation()
-                    raise SessionLost()
-        return bool(program.can_pipe)
-
-    def rewind(self, index: int, program: ClaudeProgram) -> None:
-        """Take back the turns from `index` on. Raises SessionLost if the process does not."""
-        # The results of tools were sent without a line of their own.
-        ids = [turn.message_id for turn in self.process.turns[index:] if turn.message_id]
-        is_old = program.install.features.version < REWIND_CLI
-        for message_id in reversed(ids) if is_old else ids[:1]:
-            last_id = message_id if is_old else ids[-1]
-            self.process.send(control_request(
-                "rewind", "rewind_conversation", target_message_uuid=message_id,
-                last_seen_user_message_uuid=last_id))
-            if not has_rewound(self._await_control_response("rewind"), message_id):
-                raise SessionLost()
-        del self.process.turns[index:]
-
-    def _await_control_response(self, request_id: str) -> Mapping[str, Any]:
+    def await_control_response(self, request_id: str) -> Mapping[str, Any]:
         """Wait, because a prompt that follows too closely may run without the setting."""
         while True:
             event = self.next_event()
@@ -6260,7 +6177,7 @@ class Turn:
             if event.kind == "result":
                 return self._finish(event.body, live)
             if event.kind == "delta":
-                if not self._session.json_schema:
+                if not self.session.json_schema:
                     live.add(event.text)
                     check_output_size(live.size)
                 if live.stopped_by:
@@ -6277,9 +6194,9 @@ class Turn:
         body = event.body
         if event.kind == "init":
             self.prompt_accepted = True
-            guard_billing(self.process, self._control.config, body.get("apiKeySource"))
-            check_client_tools(self._session.client_tools, body.get("tools"))
-            if self._session.json_schema:
+            guard_billing(self.process, self.control.config, body.get("apiKeySource"))
+            check_client_tools(self.session.client_tools, body.get("tools"))
+            if self.session.json_schema:
                 check_schema_taken(body.get("tools"))
             live.begin(body.get("model"))
         elif event.kind == "message_start":
@@ -6306,11 +6223,11 @@ class Turn:
             live.current_pause = None
             if self._retry_code:
                 delay = number_or_none(body.get("retry_delay_ms")) or 0
-                until = self._control.clock.now() + delay / 1000
+                until = self.control.clock.now() + delay / 1000
                 live.current_pause = Pause(HOLD_REASONS[self._retry_code], until)
         elif event.kind == "rate_limits":
-            self.process.limits = parse_rate_limits(body, self._control.clock.now())
-            self._control.on_rate_limits(self.process.limits)
+            self.process.limits = parse_rate_limits(body, self.control.clock.now())
+            self.control.on_rate_limits(self.process.limits)
         elif event.kind == "control_response":
             check_control(body.get("response") or {})
 
@@ -6338,7 +6255,7 @@ class Turn:
         """Return the answer of a `result` line. Raises RunFailed, SessionLost."""
         self.finished = True
         # The CLI continues a cut answer three times, then gives up.
-        is_cut = self._error_word == "max_output_tokens" and not self._session.json_schema
+        is_cut = self._error_word == "max_output_tokens" and not self.session.json_schema
         if not is_cut and (body.get("is_error") or body.get("subtype") != "success"):
             failure = classify_failure(body, self._error_word, self.process.limits)
             if not self.prompt_accepted and "No conversation found" in str(failure):
@@ -6350,13 +6267,13 @@ class Turn:
                     stop_info=StopInfo("refusal")))
             raise failure
         is_lost = self.messages.count and not self.messages.is_complete
-        if is_lost and not self._session.json_schema and body.get("stop_reason", "") is None:
+        if is_lost and not self.session.json_schema and body.get("stop_reason", "") is None:
             # 2.1.197 takes what it has for the answer.
             raise RunFailed("network", "The connection was lost in the middle of the answer.",
                             is_answered=True, is_cut=True)
         text = "" if is_cut else str(body.get("result") or "")
         structured = None
-        if not self._session.json_schema:
+        if not self.session.json_schema:
             text = self.messages.earlier_text + text
         else:
             if "structured_output" not in body:
@@ -6376,6 +6293,98 @@ class Turn:
             reason = "max_tokens"
         return Answer(text, structured, usage, live.model, spent_usd=self.process.spent_usd,
                       stop_info=StopInfo(reason, stop_sequence))
+
+
+class TurnStart:
+    """Brings a process to where a turn begins: its configuration and history, or the way back.
+    Raises SessionLost, ProcessExited, RunFailed."""
+
+    def __init__(self, turn: Turn, program: ClaudeProgram) -> None:
+        self._turn = turn
+        self._process = turn.process
+        self._program = program
+
+    def start(self, candidate: "Candidate", earlier_turns: Iterable[HeldTurn]) -> None:
+        """Configure a process and put the history into it."""
+        history = candidate.history
+        model = self._program.full_models.get(self._turn.session.model, "")
+        can_pipe = len(history) > 1 and not candidate.transcript and self._can_pipe()
+        requests = self._process.initialize(self._turn.session, self._program.install.features)
+        if len(requests) > 1 or candidate.transcript:
+            check_control(self._turn.await_control_response(requests[-1]["request_id"]))
+        if candidate.transcript:
+            # It was read before the CLI answered.
+            remove_transcript(candidate.transcript)
+            # The CLI would merge it with an answer of the transcript that has the same id.
+            self._process.send(assistant_message(history[-1].response, "msg_told_last", model))
+        else:
+            ids = self._replay(history, can_pipe, model)
+            earlier_turns = [turn._replace(message_id=message_id)
+                             for turn, message_id in zip(earlier_turns, ids)]
+        self._process.turns = list(earlier_turns)
+
+    def _replay(self, history: Sequence[HistoryTurn], can_pipe: bool,
+                model: str) -> List[Optional[str]]:
+        """Send the history turn by turn. -> the ids of the messages.
+        The CLI must acknowledge an earlier message before its answer is sent, otherwise it puts all
+        messages after all answers. A piped message needs no acknowledgement. The first one is not
+        piped: a part of the CLI's version in each request depends on it."""
+        lines: List[bytes] = []
+        ids: List[Optional[str]] = []
+        is_acknowledged = True
+
+        def send_lines() -> None:
+            # Not before they are complete: meanwhile the CLI works on the message before them.
+            while not is_acknowledged and self._turn.next_event().kind != "result":
+                pass
+            self._process.send(*lines)
+            lines.clear()
+
+        for number, turn in enumerate(history):
+            message_id = None
+            if can_pipe and is_pipeable(number, turn):
+                lines.append(cli_line(piped_message(single_text(turn.message) or "")))
+            else:
+                message_id = str(uuid.uuid4())
+                message = user_message(turn.message, wants_reply=False)
+                lines.append(cli_line({**message, "uuid": message_id}))
+                send_lines()
+                is_acknowledged = False
+            lines.append(cli_line(
+                assistant_message(turn.response, "msg_told_%d" % number, model)))
+            ids.append(message_id)
+        send_lines()
+        return ids
+
+    def _can_pipe(self) -> bool:
+        """Return whether this CLI takes piped messages; if that is not known, try it."""
+        if self._program.install.features.version < REWIND_CLI:
+            return False
+        is_unknown = self._program.can_pipe is None and self._program.can_rewind is None
+        if is_unknown and not self._process.session:
+            preparation = Preparation(self._process, self._turn.session, self._program)
+            control = self._turn.control
+            give_up_at = min(control.deadline, control.clock.monotonic() + PREPARE_SECONDS)
+            while not preparation.advance(CANCEL_POLL_SECONDS):
+                raise_if_stopped(control.stop_reason())
+                if control.clock.monotonic() >= give_up_at:
+                    self._program.record_failed_preparation()
+                    raise SessionLost()
+        return bool(self._program.can_pipe)
+
+    def rewind(self, index: int) -> None:
+        """Take back the turns from `index` on. Raises SessionLost if the process does not."""
+        # The results of tools were sent without a line of their own.
+        ids = [turn.message_id for turn in self._process.turns[index:] if turn.message_id]
+        is_old = self._program.install.features.version < REWIND_CLI
+        for message_id in reversed(ids) if is_old else ids[:1]:
+            last_id = message_id if is_old else ids[-1]
+            self._process.send(control_request(
+                "rewind", "rewind_conversation", target_message_uuid=message_id,
+                last_seen_user_message_uuid=last_id))
+            if not has_rewound(self._turn.await_control_response("rewind"), message_id):
+                raise SessionLost()
+        del self._process.turns[index:]
 
 
 # --- the pool ---
@@ -7059,6 +7068,7 @@ class ClaudeRunner:
              control: RunControl) -> Optional[Answer]:
         """Run the turn with one process. -> None if another one must be tried. Raises RunFailed."""
         turn = Turn(candidate.process, request.session, control, candidate.is_configured)
+        beginning = TurnStart(turn, self.pool.program)
         try:
             if candidate.is_configured:
                 turn.configure(request)
@@ -7066,10 +7076,10 @@ class ClaudeRunner:
                 turn.send_tool_results(candidate.tool_results, live, candidate.model)
             else:
                 if candidate.rewind_to is not None:
-                    turn.rewind(candidate.rewind_to, self.pool.program)
+                    beginning.rewind(candidate.rewind_to)
                 elif not candidate.is_configured:
                     earlier_turns = request.earlier_turns if candidate.history else ()
-                    turn.start(self.pool.program, candidate, earlier_turns)
+                    beginning.start(candidate, earlier_turns)
                     turn.configure(request)
                 turn.send_prompt(request.message)
             answer = turn.read_answer(live)
@@ -7580,8 +7590,8 @@ class Worker:
         logger.info("Processing request %s...", job.id[:8])
         live = LiveText(max(job.generation, self._restart_counts.pop(job.id, 0)),
                         lambda: self._notifier.notify(Notifier.text_topic(job.id)),
-                        chat.stop_sequences if chat else (), self._clock.monotonic,
-                        chat is not None and chat.thinking == SHOWN)
+                        chat.stop_sequences if chat else (), self._clock.monotonic)
+        live.shows_thinking = chat is not None and chat.thinking == SHOWN
         started, now = self._clock.monotonic(), self._clock.now()
         waited = max(0.0, now - job.created_at)
         if job.attempts == 1:
@@ -7952,11 +7962,11 @@ class Service:
                  running: RunningJobs, models: Optional[ModelCatalog] = None) -> None:
         self.stores = stores
         self.clock = clock
-        self._notifier = notifier
+        self.notifier = notifier
         self._data_dir = data_dir
         self._running = running
         self._models = models
-        self._slots = StreamSlots()
+        self.slots = StreamSlots()
 
     def authenticate(self, secret: str) -> Caller:
         """Return the caller of a token. Raises InvalidToken. The look-up is by digest, so its time
@@ -7992,7 +8002,7 @@ class Service:
                 field="model")
         if isinstance(request, Chat) or request.stream or request.wait:
             # Before it is queued: a refused caller may ask again.
-            self._slots.check(caller)
+            self.slots.check(caller)
         model = validate_model(request.model or (models[0] if models else None))
         pause = self._running.current_pause(model)
         if isinstance(request, Chat):
@@ -8009,7 +8019,7 @@ class Service:
                 raise
             text = "Queue is full. " + pause_message(pause)
             raise retry_later(QueueFull, text, seconds_left(pause, self.clock.now())) from None
-        self._notifier.notify(Notifier.JOB_QUEUED)
+        self.notifier.notify(Notifier.JOB_QUEUED)
         return result
 
     def failure(self, job: Job) -> Optional[RunError]:
@@ -8022,22 +8032,22 @@ class Service:
              client_disconnected: Callable[[], bool] = lambda: False) -> JobView:
         """Return a job, after at most `wait` seconds or when it is finished. Raises NotFound, also
         for another token's job; InvalidToken if the token is revoked meanwhile."""
-        job = self._summary(caller, job_id)
+        job = self.summary(caller, job_id)
         if wait and not job.is_finished:
             job = self._wait_until_finished(caller, job_id, wait, client_disconnected)
         live = self.live_of(job)
-        view = self._view(self._full_job(caller, job_id) if job.is_finished else job)
+        view = self.view(self.full_job(caller, job_id) if job.is_finished else job)
         return view._replace(partial=live.read() if live else None)
 
     def _wait_until_finished(self, caller: Caller, job_id: str, wait: float,
                              client_disconnected: Callable[[], bool]) -> Job:
         deadline = self.clock.monotonic() + wait
-        with self._slots.take(caller), self._notifier.subscribe(job_id) as event:
+        with self.slots.take(caller), self.notifier.subscribe(job_id) as event:
             while True:
                 event.clear()
-                job = self._summary(caller, job_id)
+                job = self.summary(caller, job_id)
                 seconds = deadline - self.clock.monotonic()
-                if job.is_finished or seconds <= 0 or self._notifier.is_closed:
+                if job.is_finished or seconds <= 0 or self.notifier.is_closed:
                     return job
                 if client_disconnected():
                     return job
@@ -8050,7 +8060,11 @@ class Service:
         has its text for a moment."""
         return self._running.live(job.id) if job.status == JobStatus.PROCESSING else None
 
-    def _view(self, job: Job) -> JobView:
+    def is_live(self, job_id: str, live: LiveText) -> bool:
+        """Return whether this is the text of the running job still."""
+        return self._running.live(job_id) is live
+
+    def view(self, job: Job) -> JobView:
         if job.status == JobStatus.QUEUED:
             # A turn waits for what the turn before it waits for.
             model = next_model(self.stores.database, job) if job.conversation else job.model
@@ -8069,100 +8083,20 @@ class Service:
         Ends after `completed` or `error`, when the client disconnects, or with the bridge. Raises
         NotFound and RateLimited at once; InvalidToken or NotFound later, if the token is revoked.
         """
-        self._summary(caller, job_id)
+        self.summary(caller, job_id)
         # The generator takes its slot at its first step.
-        self._slots.check(caller)
-        cursor = TextCursor(after, has_parts)
-        return self._follow(caller, job_id, cursor, position, client_disconnected)
-
-    def _follow(self, caller: Caller, job_id: str, cursor: TextCursor, position: int,
-                client_disconnected: Callable[[], bool]) -> JobEvents:
-        reported: Tuple[int, Optional[Pause]] = (position, None)
-        last_sent_at = self.clock.monotonic()
-        topics = (job_id, Notifier.text_topic(job_id))
-        last_live: Optional[LiveText] = None
-        with self._slots.take(caller), self._notifier.subscribe(*topics) as event:
-            while True:
-                # 1. Read the database: the notification carries no data.
-                event.clear()
-                recheck_at = self.clock.monotonic() + RECHECK_SECONDS
-                try:
-                    view = self._view(self._summary(caller, job_id))
-                finally:
-                    # After the job, which is deleted together with its token.
-                    self.check_token(caller)
-                if view.job.is_finished:
-                    if last_live and last_live.generation == view.job.generation:
-                        # Only there are the parts of which the reader has not seen all.
-                        rest = last_live.events_since(cursor) if cursor.has_parts else []
-                        while rest:
-                            yield from zip(rest, repeat(None))
-                            rest = last_live.events_since(cursor)
-                    yield from self._follow_end(caller, view.job, cursor)
-                    return
-                live = self.live_of(view.job)
-                last_live = live or last_live
-                events: List[JobEvent] = []
-                state = (view.overall_position, view.pause)
-                if view.job.status == JobStatus.QUEUED and state != reported:
-                    reported = state
-                    cursor.reset()
-                    events = [JobEvent("queued")]
-                elif live:
-                    events = live.events_since(cursor)
-                if not events and self.clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS:
-                    events = [JobEvent("heartbeat", cursor.offset)]
-                # 2. The text, as long as it arrives. A slow reader may always find more of it, so
-                # the database is read again in time.
-                while True:
-                    for job_event in events:
-                        yield job_event, view if job_event.kind == "queued" else None
-                        last_sent_at = self.clock.monotonic()
-                    if self._notifier.is_closed:
-                        return
-                    seconds = max(0.0, recheck_at - self.clock.monotonic())
-                    is_notified = len(events) == EVENT_BATCH or event.wait(seconds)
-                    if self.clock.monotonic() >= recheck_at:
-                        break
-                    event.clear()
-                    events = []
-                    if is_notified and live and self._running.live(job_id) is live:
-                        events = live.events_since(cursor)
-                    if not events:
-                        break
-                if client_disconnected():
-                    return
-
-    def _follow_end(self, caller: Caller, job: Job, cursor: TextCursor) -> JobEvents:
-        """Yield the rest of a finished job, and check the token of a slow reader in time."""
-        recheck_at = self.clock.monotonic() + RECHECK_SECONDS
-        for event in self._final_events(job, cursor):
-            view = None
-            if event.kind in JobStatus.FINISHED:
-                view = self._view(self._full_job(caller, job.id))
-            yield event, view
-            if self.clock.monotonic() >= recheck_at:
-                self.check_token(caller)
-                recheck_at = self.clock.monotonic() + RECHECK_SECONDS
-
-    def _final_events(self, job: Job, cursor: TextCursor) -> Iterator[JobEvent]:
-        """Yield the rest of the text, of which only a part is in memory at a time, and the end."""
-        def read_from(offset: int) -> str:
-            return self.stores.jobs.response(job.id, offset, TEXT_CHARACTERS)
-
-        if job.status == JobStatus.COMPLETED:
-            yield from cursor.begin(job.generation, job.model)
-            yield from cursor.read(read_from)
-        yield JobEvent(job.status, cursor.offset)
+        self.slots.check(caller)
+        follower = JobFollower(self, caller, job_id, TextCursor(after, has_parts))
+        return follower.events(position, client_disconnected)
 
     def cancel(self, caller: Caller, job_id: str) -> JobView:
         """Cancel a job; a running one ends within moments. Raises NotFound, AlreadyFinished."""
-        job = self._summary(caller, job_id)
+        job = self.summary(caller, job_id)
         text = "The request was cancelled."
         if not self.stores.jobs.fail(job, "cancelled", text, JobStatus.UNFINISHED):
             raise AlreadyFinished()
-        self._notifier.notify(job_id)
-        return self._view(self._full_job(caller, job_id))
+        self.notifier.notify(job_id)
+        return self.view(self.full_job(caller, job_id))
 
     def jobs(self, caller: Caller, where: JobFilter = JobFilter(), before: Optional[int] = None,
              limit: int = 20) -> JobPage:
@@ -8170,16 +8104,16 @@ class Service:
         if not caller.is_admin or where.conversation and not where.token_id:
             where = where._replace(token_id=caller.id)
         page = search_jobs(self.stores.jobs, where, before, limit)
-        return page._replace(views=[self._view(job) for job in page.jobs])
+        return page._replace(views=[self.view(job) for job in page.jobs])
 
     def job(self, caller: Caller, job_id: str) -> JobView:
         """Return a job with its prompt. Raises NotFound, also for another token's job."""
-        return self._view(self._full_job(caller, job_id))
+        return self.view(self.full_job(caller, job_id))
 
-    def _summary(self, caller: Caller, job_id: str) -> Job:
+    def summary(self, caller: Caller, job_id: str) -> Job:
         return self._check_owner(caller, self.stores.jobs.summary(job_id))
 
-    def _full_job(self, caller: Caller, job_id: str) -> Job:
+    def full_job(self, caller: Caller, job_id: str) -> Job:
         return self._check_owner(caller, self.stores.jobs.get(job_id))
 
     def _check_owner(self, caller: Caller, job: Optional[Job]) -> Job:
@@ -8217,7 +8151,7 @@ class Service:
     def set_paused(self, is_paused: bool) -> None:
         """Hold the queue, or let it go on. A running request continues. Raises Unavailable."""
         pause_queue(self.stores.database, is_paused)
-        self._notifier.notify(Notifier.JOB_QUEUED)
+        self.notifier.notify(Notifier.JOB_QUEUED)
 
     def create_token(self, new: NewToken, workspace: Optional[Path] = None) -> Tuple[Token, str]:
         """Create a token. -> (token, its secret, which is stored nowhere). A token with tools gets
@@ -8253,9 +8187,99 @@ class Service:
         token_id = replace_surrogates(token_id)
         sessions = self.stores.conversations.session_ids(token_id)
         for job_id in self.stores.tokens.delete(token_id):
-            self._notifier.notify(job_id)
+            self.notifier.notify(job_id)
         if sessions:
             remove_sessions(self._data_dir, lambda session_id: session_id not in sessions)
+
+
+class JobFollower:
+    """Follows a job for one reader, see Service.follow."""
+
+    def __init__(self, service: Service, caller: Caller, job_id: str, cursor: TextCursor) -> None:
+        self._service = service
+        self._caller = caller
+        self._job_id = job_id
+        self._cursor = cursor
+        self._monotonic = service.clock.monotonic
+        # What the reader saw of the job's text while it ran.
+        self._live: Optional[LiveText] = None
+
+    def events(self, position: int, client_disconnected: Callable[[], bool]) -> JobEvents:
+        service, job_id, cursor = self._service, self._job_id, self._cursor
+        reported: Tuple[int, Optional[Pause]] = (position, None)
+        last_sent_at = self._monotonic()
+        topics = (job_id, Notifier.text_topic(job_id))
+        with service.slots.take(self._caller), service.notifier.subscribe(*topics) as event:
+            while True:
+                # 1. Read the database: the notification carries no data.
+                event.clear()
+                recheck_at = self._monotonic() + RECHECK_SECONDS
+                try:
+                    view = service.view(service.summary(self._caller, job_id))
+                finally:
+                    # After the job, which is deleted together with its token.
+                    service.check_token(self._caller)
+                if view.job.is_finished:
+                    yield from self._end(view.job)
+                    return
+                live = service.live_of(view.job)
+                self._live = live or self._live
+                events: List[JobEvent] = []
+                state = (view.overall_position, view.pause)
+                if view.job.status == JobStatus.QUEUED and state != reported:
+                    reported = state
+                    cursor.reset()
+                    events = [JobEvent("queued")]
+                elif live:
+                    events = live.events_since(cursor)
+                if not events and self._monotonic() - last_sent_at >= HEARTBEAT_SECONDS:
+                    events = [JobEvent("heartbeat", cursor.offset)]
+                # 2. The text, as long as it arrives. A slow reader may always find more of it, so
+                # the database is read again in time.
+                while True:
+                    for job_event in events:
+                        yield job_event, view if job_event.kind == "queued" else None
+                        last_sent_at = self._monotonic()
+                    if service.notifier.is_closed:
+                        return
+                    seconds = max(0.0, recheck_at - self._monotonic())
+                    is_notified = len(events) == EVENT_BATCH or event.wait(seconds)
+                    if self._monotonic() >= recheck_at:
+                        break
+                    event.clear()
+                    events = []
+                    if is_notified and live and service.is_live(job_id, live):
+                        events = live.events_since(cursor)
+                    if not events:
+                        break
+                if client_disconnected():
+                    return
+
+    def _end(self, job: Job) -> JobEvents:
+        """Yield the rest of a finished job, and check the token of a slow reader in time."""
+        service, recheck_at = self._service, self._monotonic() + RECHECK_SECONDS
+        for event in self._final_events(job):
+            view = None
+            if event.kind in JobStatus.FINISHED:
+                view = service.view(service.full_job(self._caller, job.id))
+            yield event, view
+            if self._monotonic() >= recheck_at:
+                service.check_token(self._caller)
+                recheck_at = self._monotonic() + RECHECK_SECONDS
+
+    def _final_events(self, job: Job) -> Iterator[JobEvent]:
+        """Yield the rest of the text, of which only a part is in memory at a time, and the end."""
+        def read_from(offset: int) -> str:
+            return self._service.stores.jobs.response(job.id, offset, TEXT_CHARACTERS)
+
+        live, cursor = self._live, self._cursor
+        if cursor.has_parts and live and live.generation == job.generation:
+            # Only there are the parts of which the reader has not seen all.
+            yield from chain.from_iterable(iter(lambda: live.events_since(cursor), []))
+        if job.status == JobStatus.COMPLETED:
+            yield from cursor.begin(job.generation, job.model)
+            yield from cursor.read(read_from)
+        yield JobEvent(job.status, cursor.offset)
 
 
 # === 10 Native API ===============================================================================

@@ -322,9 +322,8 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
         return SWITCH_VALUES[text.lower()]
     if row.kind == "number":
         if not re.fullmatch(r"[0-9]{1,9}", text) or not row.minimum <= int(text) <= row.maximum:
-            raise WrongSetting(
-                "%s must be a whole number from %d to %d, not %r."
-                % (source, row.minimum, row.maximum, text))
+            raise WrongSetting("%s must be a whole number from %d to %d, not %r."
+                               % (source, row.minimum, row.maximum, text))
         return int(text)
     if row.pattern and not re.fullmatch(row.pattern, text):
         raise WrongSetting("%s cannot be %r. Expected: %s." % (source, text, row.help))
@@ -550,9 +549,8 @@ RUN_ADVICE = {
     "model_not_found": "choose one of GET /v1/models",
     "refused": "ask in another way, or another model"}
 # After these the queue waits, and the request with it: it did not cause them. -> `waitingFor`.
-HOLD_REASONS = {
-    "usage_limit": "usage_limit", "overloaded": "overloaded", "network": "network",
-    "auth_required": "login"}
+HOLD_REASONS = {"usage_limit": "usage_limit", "overloaded": "overloaded", "network": "network",
+                "auth_required": "login"}
 # HTTP status of a failed run on /v1; 500 for the others.
 RUN_STATUS = {
     "timeout": 504, "usage_limit": 429, "auth_required": 503, "overloaded": 529, "network": 503,
@@ -8478,14 +8476,13 @@ def listed_body(view: JobView) -> Dict[str, Any]:
 
 
 def token_body(token: Token, now: float) -> Dict[str, Any]:
-    return {
-        "id": token.id, "name": token.name, "prefix": token.prefix,
-        "sessionMode": token.session_mode, "expiresAt": iso_time(token.expires_at),
-        "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
-        "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools,
-        "workspace": token.workspace, "requestsPerMinute": token.requests_per_minute,
-        "requestsPerDay": token.requests_per_day, "models": token.models,
-        "callbacks": token.callbacks}
+    return {"id": token.id, "name": token.name, "prefix": token.prefix,
+            "sessionMode": token.session_mode, "expiresAt": iso_time(token.expires_at),
+            "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
+            "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools,
+            "workspace": token.workspace, "requestsPerMinute": token.requests_per_minute,
+            "requestsPerDay": token.requests_per_day, "models": token.models,
+            "callbacks": token.callbacks}
 
 
 def plan_body(
@@ -8502,9 +8499,8 @@ def plan_body(
             continue
         body = record_body(window)
         bodies.append({"type": body.pop("kind"), **body})
-    return {
-        "windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
-        "resumesAt": None, **pause_body(pause)}
+    return {"windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
+            "resumesAt": None, **pause_body(pause)}
 
 
 def sums_body(rows: Sequence[DayUsage]) -> Dict[str, Any]:
@@ -8535,9 +8531,8 @@ def handle_ask(context: Context) -> Response:
         view = context.service.poll(caller, job.id, ask.wait, request.client_disconnected)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **more}, headers)
-    body = {
-        "ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id,
-        **more}
+    body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id,
+            **more}
     return json_response(202, body, headers)
 
 
@@ -8585,10 +8580,9 @@ def handle_list_requests(context: Context) -> Response:
         query.get("q", ""), query.get("model", ""), query.get("error", ""),
         validate_since(query.get("since")))
     page = context.service.jobs(caller, where, before, limit)
-    return json_response(200, {
-        "requests": list(map(listed_body, page.views)),
-        "next": None if page.next is None else str(page.next),
-        "searchedTo": iso_time(page.searched_to)})
+    return json_response(200, {"requests": list(map(listed_body, page.views)),
+                               "next": None if page.next is None else str(page.next),
+                               "searchedTo": iso_time(page.searched_to)})
 
 
 def handle_get_request(context: Context) -> Response:
@@ -8620,15 +8614,14 @@ def handle_usage(context: Context) -> Response:
         by_token.setdefault(row.token_id, []).append(row)
     names = {token.id: token.name for token in stores.tokens.list()}
     plan = plan_body(stores.usage.plan_limits(), context.service.current_pause(), now)
-    body = {
-        "since": since, "total": sums_body(rows),
-        "days": [{"day": day, **sums_body(part)} for day, part in sorted(by_day.items())],
-        "tokens": sorted(({"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
-                          for token_id, part in by_token.items()), key=usage_rank),
-        "models": sorted(({"model": model or None, "completed": completed, **usage_body(usage)}
-                          for model, completed, usage in stores.usage.by_model(since, owner)),
-                         key=usage_rank),
-        "latency": context.status.latency(owner), "plan": plan}
+    body = {"since": since, "total": sums_body(rows),
+            "days": [{"day": day, **sums_body(part)} for day, part in sorted(by_day.items())],
+            "tokens": sorted(({"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
+                              for token_id, part in by_token.items()), key=usage_rank),
+            "models": sorted(({"model": model or None, "completed": completed, **usage_body(usage)}
+                              for model, completed, usage in stores.usage.by_model(since, owner)),
+                             key=usage_rank),
+            "latency": context.status.latency(owner), "plan": plan}
     return json_response(200, body)
 
 
@@ -8639,9 +8632,8 @@ def usage_rank(body: Mapping[str, Any]) -> Tuple[float, int]:
 
 # --- tokens ---
 def new_token_body(token: Token, secret: str) -> Dict[str, Any]:
-    return {
-        "ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
-        "warning": "Save this token now. It cannot be retrieved again."}
+    return {"ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
+            "warning": "Save this token now. It cannot be retrieved again."}
 
 
 def handle_update_token(context: Context) -> Response:
@@ -8694,18 +8686,16 @@ def handle_status(context: Context) -> Response:
     counts = context.stores.jobs.counts()
     queued = counts.get(JobStatus.QUEUED, 0)
     processing = counts.get(JobStatus.PROCESSING, 0)
-    body: Dict[str, Any] = {
+    stats = {
+        "totalTokens": context.stores.tokens.count(), "totalRequests": sum(counts.values()),
+        "completedRequests": counts.get(JobStatus.COMPLETED, 0),
+        "errorRequests": counts.get(JobStatus.ERROR, 0), "queuedRequests": queued}
+    is_admin = context.caller and context.caller.is_admin
+    return json_response(200, {
         "status": "running", "version": __version__,
-        "queue": {
-            "isProcessing": bool(processing), "length": queued + processing,
-            **pause_body(context.service.current_pause())},
-        "stats": {
-            "totalTokens": context.stores.tokens.count(), "totalRequests": sum(counts.values()),
-            "completedRequests": counts.get(JobStatus.COMPLETED, 0),
-            "errorRequests": counts.get(JobStatus.ERROR, 0), "queuedRequests": queued}}
-    if context.caller and context.caller.is_admin:
-        body.update(context.status.details())
-    return json_response(200, body)
+        "queue": {"isProcessing": bool(processing), "length": queued + processing,
+                  **pause_body(context.service.current_pause())},
+        "stats": stats, **(context.status.details() if is_admin else {})})
 
 
 def handle_health(context: Context) -> Response:
@@ -8762,16 +8752,14 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
     The connection goes to the very address that was checked. Not http.client, which has no deadline
     for a whole answer. timeout: seconds for all but the look-up of the name. Raises OSError."""
     results = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    addresses = [
-        (family, address) for family, _, _, _, address in results
-        if is_allowed_address(ipaddress.ip_address(address[0]), allow_private)]
+    addresses = [(family, address) for family, _, _, _, address in results
+                 if is_allowed_address(ipaddress.ip_address(address[0]), allow_private)]
     if not addresses:
         raise PermissionError("its host has no address that is allowed")
     deadline = Clock.monotonic() + timeout
-    all_headers = {
-        "Host": url.authority, "User-Agent": "claude-api-bridge", **headers,
-        "Content-Type": "application/json", "Content-Length": str(len(body)),
-        "Connection": "close"}
+    all_headers = {"Host": url.authority, "User-Agent": "claude-api-bridge", **headers,
+                   "Content-Type": "application/json", "Content-Length": str(len(body)),
+                   "Connection": "close"}
     head = "".join("%s: %s\r\n" % item for item in all_headers.items())
     connection = connect_callback(addresses, url, deadline)
     with contextlib.closing(connection):
@@ -8941,8 +8929,7 @@ class CallbackSender:
             "Webhook-Signature": sign_callback(callback.secret, callback.job_id, timestamp, body)}
         try:
             url, allow_private = check_callback(callback.url, callback.callbacks)
-            status, retry_after = send_callback(
-                url, headers, body, allow_private, CALLBACK_SECONDS)
+            status, retry_after = send_callback(url, headers, body, allow_private, CALLBACK_SECONDS)
             if 200 <= status < 300:
                 return None, "delivered"
             reason = "status %d" % status
@@ -8954,9 +8941,8 @@ class CallbackSender:
         except InvalidRequest as error:
             reason = str(error)
         delay = callback_delay(attempts, retry_after)
-        logger.warning(
-            "The callback of request %s failed (attempt %d): %s", callback.job_id[:8], attempts,
-            escape_controls(reason[:200]))
+        logger.warning("The callback of request %s failed (attempt %d): %s", callback.job_id[:8],
+                       attempts, escape_controls(reason[:200]))
         return delay, "given_up" if delay is None else "failed"
 
 
@@ -11004,24 +10990,21 @@ def handle_get_model(context: Context) -> Response:
 EXAMPLE_ID = "550e8400-e29b-41d4-a716-446655440000"
 EXAMPLE_TIME = "2026-01-31T12:00:00.000Z"
 WARNINGS = ["unknown field 'x' ignored"]
-USAGE_EXAMPLE = {
-    "inputTokens": 12, "outputTokens": 40, "cacheReadTokens": 0, "cacheCreationTokens": 0,
-    "costUsd": 0.0006}
+USAGE_EXAMPLE = {"inputTokens": 12, "outputTokens": 40, "cacheReadTokens": 0,
+                 "cacheCreationTokens": 0, "costUsd": 0.0006}
 SUMS_EXAMPLE = {"requests": 5, "completed": 4, "errors": 1, **USAGE_EXAMPLE}
-WINDOW_EXAMPLE = {
-    "type": "five_hour", "status~": "allowed", "utilization~": 0.42, "resetsAt~": EXAMPLE_TIME,
-    "seenAt": EXAMPLE_TIME}
+WINDOW_EXAMPLE = {"type": "five_hour", "status~": "allowed", "utilization~": 0.42,
+                  "resetsAt~": EXAMPLE_TIME, "seenAt": EXAMPLE_TIME}
 PLAN_EXAMPLE = {
     "windows": [WINDOW_EXAMPLE], "isUsingOverage": False, "waitingFor~": None, "resumesAt~": None}
-JOB_EXAMPLE = {
-    "status": "completed", "requestId": EXAMPLE_ID, "queuePosition?": 0,
-    "response?": "Because air scatters blue light more.", "error?": "The request was cancelled.",
-    "errorCode?": "cancelled", "advice?": "ask for a shorter answer",
-    "completedAt?": EXAMPLE_TIME, "model?": "haiku",
-    "conversation?": "trip-to-rome", "createdAt": EXAMPLE_TIME, "startedAt?": EXAMPLE_TIME,
-    "attempts": 1, "durationMs?": 1840, "structured?": {}, "usage?": USAGE_EXAMPLE,
-    "stopReason?": "max_tokens", "partial?": "Because", "waitingFor?": "usage_limit",
-    "resumesAt?": EXAMPLE_TIME, "warnings?": WARNINGS}
+JOB_EXAMPLE = {"status": "completed", "requestId": EXAMPLE_ID, "queuePosition?": 0,
+               "response?": "Because air scatters blue light more.",
+               "error?": "The request was cancelled.", "errorCode?": "cancelled",
+               "advice?": "ask for a shorter answer", "completedAt?": EXAMPLE_TIME,
+               "model?": "haiku", "conversation?": "trip-to-rome", "createdAt": EXAMPLE_TIME,
+               "startedAt?": EXAMPLE_TIME, "attempts": 1, "durationMs?": 1840, "structured?": {},
+               "usage?": USAGE_EXAMPLE, "stopReason?": "max_tokens", "partial?": "Because",
+               "waitingFor?": "usage_limit", "resumesAt?": EXAMPLE_TIME, "warnings?": WARNINGS}
 LISTED_JOB_EXAMPLE = {
     **JOB_EXAMPLE, "message": "Why is the sky blue?", "tokenId": EXAMPLE_ID,
     "systemPrompt?": "Answer in one sentence.", "effort?": "low", "api?": "openai",
@@ -11035,52 +11018,45 @@ TOKEN_EXAMPLE = {
 TOOL_CALL_EXAMPLE = {
     "id": "toolu_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 
+COMPLETION_USAGE_EXAMPLE = {"prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
+                            "prompt_tokens_details": {"cached_tokens": 0}}
+
 # Examples of answers, from which the schemas are made. name?: may be missing. name~: may be null.
 RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
-    "Queued": {
-        "ok": True, "requestId": EXAMPLE_ID, "position": 1, "poll": "GET /api/ask/" + EXAMPLE_ID,
-        "warnings?": WARNINGS},
+    "Queued": {"ok": True, "requestId": EXAMPLE_ID, "position": 1,
+               "poll": "GET /api/ask/" + EXAMPLE_ID, "warnings?": WARNINGS},
     "Job": JOB_EXAMPLE, "Cancelled": {"ok": True, **JOB_EXAMPLE},
-    "Requests": {
-        "requests": [LISTED_JOB_EXAMPLE], "next~": "41", "searchedTo~": EXAMPLE_TIME},
+    "Requests": {"requests": [LISTED_JOB_EXAMPLE], "next~": "41", "searchedTo~": EXAMPLE_TIME},
     "ListedJob": LISTED_JOB_EXAMPLE,
-    "Conversations": {
-        "conversations": [{
-            "name": "default", "turns": 3, "createdAt": EXAMPLE_TIME, "lastUsedAt": EXAMPLE_TIME}]},
+    "Conversations": {"conversations": [
+        {"name": "default", "turns": 3, "createdAt": EXAMPLE_TIME, "lastUsedAt": EXAMPLE_TIME}]},
     "Done": {"ok": True, "message": "Token revoked"},
-    "Usage": {
-        "since": "2026-01-01", "total": SUMS_EXAMPLE,
-        "days": [{"day": "2026-01-31", **SUMS_EXAMPLE}],
-        "tokens": [{"tokenId": EXAMPLE_ID, "name~": "my-app", **SUMS_EXAMPLE}],
-        "models": [{"model~": "claude-haiku-4-5", "completed": 4, **USAGE_EXAMPLE}],
-        "latency": {
-            "requests": 5, "waitingMs": {"p50~": 3, "p95~": 1840},
-            "firstTokenMs": {"p50~": 640, "p95~": 900}},
-        "plan": PLAN_EXAMPLE},
+    "Usage": {"since": "2026-01-01", "total": SUMS_EXAMPLE,
+              "days": [{"day": "2026-01-31", **SUMS_EXAMPLE}],
+              "tokens": [{"tokenId": EXAMPLE_ID, "name~": "my-app", **SUMS_EXAMPLE}],
+              "models": [{"model~": "claude-haiku-4-5", "completed": 4, **USAGE_EXAMPLE}],
+              "latency": {"requests": 5, "waitingMs": {"p50~": 3, "p95~": 1840},
+                          "firstTokenMs": {"p50~": 640, "p95~": 900}},
+              "plan": PLAN_EXAMPLE},
     "NewToken": {
         "ok": True, "tokenId": EXAMPLE_ID, "token": "cab-...", "prefix": "cab-01234567",
         "callbackSecret?": "whsec_...", "warning": "Save this token now.", "warnings?": WARNINGS},
     "Tokens": {"tokens": [TOKEN_EXAMPLE]},
     "Token": {"ok": True, **TOKEN_EXAMPLE, "warnings?": WARNINGS},
-    "Status": {
-        "status": "running", "version": __version__,
-        "queue": {
-            "isProcessing": False, "length": 0, "waitingFor?": "network",
-            "resumesAt?": EXAMPLE_TIME},
-        "stats": {
-            "totalTokens": 2, "totalRequests": 5, "completedRequests": 4, "errorRequests": 1,
-            "queuedRequests": 0},
-        "worker?": {}, "plan?": PLAN_EXAMPLE, "tunnel?": {}, "claude?": {}},
+    "Status": {"status": "running", "version": __version__,
+               "queue": {"isProcessing": False, "length": 0, "waitingFor?": "network",
+                         "resumesAt?": EXAMPLE_TIME},
+               "stats": {"totalTokens": 2, "totalRequests": 5, "completedRequests": 4,
+                         "errorRequests": 1, "queuedRequests": 0},
+               "worker?": {}, "plan?": PLAN_EXAMPLE, "tunnel?": {}, "claude?": {}},
     "Health": {"status": "ok", "waitingFor?": "login", "resumesAt?": EXAMPLE_TIME,
                "advice?": "The login of claude was refused."},
     "Queue": {"ok": True, "waitingFor?": "paused", "resumesAt?": EXAMPLE_TIME},
-    "Root": {
-        "name": "claude-api-bridge", "version": __version__, "description": "A REST API",
-        "endpoints": {}, "docs": "GET /dashboard"},
+    "Root": {"name": "claude-api-bridge", "version": __version__, "description": "A REST API",
+             "endpoints": {}, "docs": "GET /dashboard"},
     "OpenApi": {"openapi": "3.1.0", "info": {}, "paths": {}, "components": {}},
-    "Models": {
-        "object": "list", "data": [MODEL_EXAMPLE], "has_more": False, "first_id": "sonnet",
-        "last_id": "sonnet"},
+    "Models": {"object": "list", "data": [MODEL_EXAMPLE], "has_more": False, "first_id": "sonnet",
+               "last_id": "sonnet"},
     "Model": MODEL_EXAMPLE,
     "Message": {
         "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-5",
@@ -11088,28 +11064,21 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "content": [
             {"type": "text", "text?": "Rhine", "id?": "toolu_1", "name?": "add", "input?": {}}],
         "stop_sequence~": None,
-        "usage": {
-            "input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
-            "output_tokens": 40}},
+        "usage": {"input_tokens": 12, "cache_creation_input_tokens": 0,
+                  "cache_read_input_tokens": 0, "output_tokens": 40}},
     "Completion": {
         "id": "chatcmpl-1", "object": "chat.completion", "created": 1769860800,
         "model": "claude-sonnet-5",
-        "choices": [{
-            "index": 0,
-            "message": {
-                "role": "assistant", "content~": "Rhine", "refusal~": None,
-                "tool_calls?": [TOOL_CALL_EXAMPLE]},
-            "logprobs~": None, "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
-            "prompt_tokens_details": {"cached_tokens": 0}}},
+        "choices": [{"index": 0,
+                     "message": {"role": "assistant", "content~": "Rhine", "refusal~": None,
+                                 "tool_calls?": [TOOL_CALL_EXAMPLE]},
+                     "logprobs~": None, "finish_reason": "stop"}],
+        "usage": COMPLETION_USAGE_EXAMPLE},
     "TextCompletion": {
         "id": "cmpl-1", "object": "text_completion", "created": 1769860800,
         "model": "claude-sonnet-5",
         "choices": [{"index": 0, "text": "Rhine", "logprobs~": None, "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
-            "prompt_tokens_details": {"cached_tokens": 0}}},
+        "usage": COMPLETION_USAGE_EXAMPLE},
     "Response": {
         "id": "resp_1", "object": "response", "created_at": 1769860800, "status": "completed",
         "background": False, "completed_at~": 1769860801, "error~": None,
@@ -11128,23 +11097,19 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "service_tier": "default", "store": True, "temperature~": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [{}],
         "top_logprobs": 0, "top_p~": None, "truncation": "disabled",
-        "usage~": {
-            "input_tokens": 12,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": 40, "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": 52},
+        "usage~": {"input_tokens": 12,
+                   "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                   "output_tokens": 40, "output_tokens_details": {"reasoning_tokens": 0},
+                   "total_tokens": 52},
         "user~": None},
     "InputTokens": {"object": "response.input_tokens", "input_tokens": 11},
     "CountedTokens": {"input_tokens": 11},
     "DeletedResponse": {"id": "resp_1", "object": "response", "deleted": True},
-    "Error": {
-        "error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
-        "resetsAt?": EXAMPLE_TIME},
+    "Error": {"error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
+              "resetsAt?": EXAMPLE_TIME},
     "MessageError": {"type": "error", "error": {"type": "not_found_error", "message": "Not found"}},
-    "CompletionError": {
-        "error": {
-            "message": "Not found", "type": "invalid_request_error", "param~": None,
-            "code": "not_found"}}}
+    "CompletionError": {"error": {"message": "Not found", "type": "invalid_request_error",
+                                  "param~": None, "code": "not_found"}}}
 
 WAIT_QUERY = {"wait": ("number", "seconds to wait for the result, 0 to 90")}
 AFTER_QUERY = {
@@ -11164,47 +11129,42 @@ def handle_root(context: Context) -> Response:
     if "text/html" in context.request.headers.get("accept", ""):
         return context.status.page()
     endpoints = {"%s %s" % (route.method, route.path): route.doc for route in ROUTES}
-    return json_response(200, {
-        "name": "claude-api-bridge", "version": __version__,
-        "description": "A REST API for the Claude Code command line tool", "endpoints": endpoints,
-        "docs": "GET /dashboard"})
+    return json_response(200, {"name": "claude-api-bridge", "version": __version__,
+                               "description": "A REST API for the Claude Code command line tool",
+                               "endpoints": endpoints, "docs": "GET /dashboard"})
 
 
 def handle_openapi(context: Context) -> Response:
     return json_response(200, openapi())
 
 
+NEW_TOKEN = "NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}'
+OPENAI_ERROR = None, '{"error":{"message":"...","type":"...",...}}'
 ROUTES = (
-    Route("POST", "/api/ask", AuthLevel.TOKEN, handle_ask,
-          "Send a message to Claude Code",
+    Route("POST", "/api/ask", AuthLevel.TOKEN, handle_ask, "Send a message to Claude Code",
           body_type=Ask,
-          responses={
-              202: ("Queued", '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}'),
-              200: ("Job", "with `wait`: the poll body, finished; with `stream`: events")},
+          responses={202: ("Queued",
+                           '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}'),
+                     200: ("Job", "with `wait`: the poll body, finished; with `stream`: events")},
           error_statuses=(403, 409)),
     Route("GET", "/api/ask/:requestId", AuthLevel.TOKEN, handle_poll,
           "Poll for the answer; `?wait=30` waits for it",
-          responses={
-              202: ("Job", '{"status":"queued","requestId":ID,"queuePosition":1}'),
-              200: ("Job", '{"status":"completed","requestId":ID,"response":"..."}')},
-          query=WAIT_QUERY,
-          uses_poll_limiter=True),
+          responses={202: ("Job", '{"status":"queued","requestId":ID,"queuePosition":1}'),
+                     200: ("Job", '{"status":"completed","requestId":ID,"response":"..."}')},
+          query=WAIT_QUERY, uses_poll_limiter=True),
     Route("DELETE", "/api/ask/:requestId", AuthLevel.TOKEN, handle_cancel,
           "Cancel a queued or running request",
           responses={200: ("Cancelled", '{"ok":true,"status":"error",...}')},
           error_statuses=(409,)),
     Route("GET", "/api/ask/:requestId/events", AuthLevel.TOKEN, handle_events,
           "Follow a request live; `?after=120` resumes there",
-          responses={200: ("", "Server-Sent Events")},
-          query=AFTER_QUERY),
+          responses={200: ("", "Server-Sent Events")}, query=AFTER_QUERY),
     Route("POST", "/api/ask/:requestId/events", AuthLevel.TOKEN, handle_events,
           "The same, for proxies that buffer events over GET",
-          responses={200: ("", "Server-Sent Events")},
-          query=AFTER_QUERY),
+          responses={200: ("", "Server-Sent Events")}, query=AFTER_QUERY),
     Route("GET", "/api/requests", AuthLevel.TOKEN, handle_list_requests,
           "Your requests, newest first (admins see everyone's)",
-          responses={200: ("Requests", '{"requests":[...],"next":"41"}')},
-          query=PAGE_QUERY),
+          responses={200: ("Requests", '{"requests":[...],"next":"41"}')}, query=PAGE_QUERY),
     Route("GET", "/api/requests/:requestId", AuthLevel.TOKEN, handle_get_request,
           "One of them, with what was asked",
           responses={200: ("ListedJob", '{"status":"completed","message":"...",...}')}),
@@ -11220,66 +11180,48 @@ ROUTES = (
           query={"days": ("integer", "1 to 400, default 30")}),
     Route("POST", "/v1/messages", AuthLevel.TOKEN, partial(handle_chat, format=MESSAGES),
           "The Anthropic wire format; see Other wire formats",
-          responses={
-              200: ("Message", '{"type":"message","content":[...],...}'),
-              400: (None, '{"type":"error","error":{"type":"...","message":"..."}}')},
+          responses={200: ("Message", '{"type":"message","content":[...],...}'),
+                     400: (None, '{"type":"error","error":{"type":"...","message":"..."}}')},
           error_statuses=(403, 504, 529)),
     Route("POST", "/v1/messages/count_tokens", AuthLevel.TOKEN, handle_count_tokens,
           "An estimate of the input tokens of such a request, by its length",
           responses={200: ("CountedTokens", '{"input_tokens":11}')}),
-    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN,
-          partial(handle_chat, format=COMPLETIONS),
+    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN, partial(handle_chat, format=COMPLETIONS),
           "The OpenAI wire format; see Other wire formats",
-          responses={
-              200: ("Completion", '{"object":"chat.completion","choices":[...],...}'),
-              400: (None, '{"error":{"message":"...","type":"...",...}}')},
-          error_statuses=(403, 504, 529)),
+          responses={200: ("Completion", '{"object":"chat.completion","choices":[...],...}'),
+                     400: OPENAI_ERROR}, error_statuses=(403, 504, 529)),
     Route("POST", "/v1/completions", AuthLevel.TOKEN, partial(handle_chat, format=PROMPTS),
           "The older OpenAI format: a text in, a text out",
-          responses={
-              200: ("TextCompletion", '{"object":"text_completion","choices":[...],...}'),
-              400: (None, '{"error":{"message":"...","type":"...",...}}')},
-          error_statuses=(403, 504, 529)),
+          responses={200: ("TextCompletion", '{"object":"text_completion","choices":[...],...}'),
+                     400: OPENAI_ERROR}, error_statuses=(403, 504, 529)),
     Route("POST", "/v1/responses", AuthLevel.TOKEN, handle_create_response,
           "The newer OpenAI wire format; see Other wire formats",
-          responses={
-              200: ("Response", '{"object":"response","output":[...],...}'),
-              400: (None, '{"error":{"message":"...","type":"...",...}}')},
-          error_statuses=(403, 504, 529)),
+          responses={200: ("Response", '{"object":"response","output":[...],...}'),
+                     400: OPENAI_ERROR}, error_statuses=(403, 504, 529)),
     Route("POST", "/v1/responses/input_tokens", AuthLevel.TOKEN, handle_count_input_tokens,
           "An estimate of the input tokens of such a request",
-          responses={
-              200: ("InputTokens", '{"object":"response.input_tokens","input_tokens":11}')}),
-    Route("GET", "/v1/responses/:id", AuthLevel.TOKEN, handle_get_response,
-          "A stored response",
+          responses={200: ("InputTokens", '{"object":"response.input_tokens","input_tokens":11}')}),
+    Route("GET", "/v1/responses/:id", AuthLevel.TOKEN, handle_get_response, "A stored response",
           responses={200: ("Response", '{"id":"resp_...","object":"response",...}')}),
     Route("DELETE", "/v1/responses/:id", AuthLevel.TOKEN, handle_delete_response,
           "Forget a stored response; the request stays in the lists",
-          responses={
-              200: (
-                  "DeletedResponse", '{"id":"resp_...","object":"response","deleted":true}')}),
+          responses={200: ("DeletedResponse",
+                           '{"id":"resp_...","object":"response","deleted":true}')}),
     Route("GET", "/v1/models", AuthLevel.TOKEN, handle_list_models,
           "The models of `claude`, for all formats",
           responses={200: ("Models", '{"object":"list","data":[{"id":"sonnet",...}],...}')}),
-    Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model,
-          "One of them",
+    Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model, "One of them",
           responses={200: ("Model", '{"id":"sonnet","object":"model",...}')}),
-    Route("POST", "/api/tokens", AuthLevel.ADMIN, handle_create_token,
-          "Create a token",
-          body_type=NewToken,
-          responses={
-              201: ("NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}')}),
-    Route("GET", "/api/tokens", AuthLevel.ADMIN, handle_list_tokens,
-          "List all tokens",
+    Route("POST", "/api/tokens", AuthLevel.ADMIN, handle_create_token, "Create a token",
+          body_type=NewToken, responses={201: NEW_TOKEN}),
+    Route("GET", "/api/tokens", AuthLevel.ADMIN, handle_list_tokens, "List all tokens",
           responses={200: ("Tokens", '{"tokens":[...]}')}),
     Route("PATCH", "/api/tokens/:id", AuthLevel.ADMIN, handle_update_token,
-          "Change a token: what the body names",
-          body_type=TokenUpdate,
+          "Change a token: what the body names", body_type=TokenUpdate,
           responses={200: ("Token", '{"ok":true,"id":ID,"name":"my-app",...}')}),
     Route("POST", "/api/tokens/:id/rotate", AuthLevel.ADMIN, handle_rotate_token,
           "Give a token another secret; the old one is refused from now on",
-          responses={
-              200: ("NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}')}),
+          responses={200: NEW_TOKEN}),
     Route("DELETE", "/api/tokens/:id", AuthLevel.ADMIN, handle_revoke_token,
           "Revoke a token; its running request is stopped",
           responses={200: ("Done", '{"ok":true,"message":"Token revoked"}')}),
@@ -11287,8 +11229,7 @@ ROUTES = (
           "Start no more requests; the running one continues, new ones wait",
           responses={200: ("Queue", '{"ok":true,"waitingFor":"paused"}')}),
     Route("POST", "/api/queue/resume", AuthLevel.ADMIN, partial(set_paused, is_paused=False),
-          "Let the queue go on",
-          responses={200: ("Queue", '{"ok":true}')}),
+          "Let the queue go on", responses={200: ("Queue", '{"ok":true}')}),
     Route("GET", "/api/status", AuthLevel.NOTHING, handle_status,
           "Queue and counters; more for an admin token",
           responses={
@@ -11296,15 +11237,13 @@ ROUTES = (
     Route("GET", "/health", AuthLevel.NOTHING, handle_health,
           "200 while the worker and the database work; `degraded` while the API does not",
           responses={200: ("Health", '{"status":"ok"}')}),
-    Route("GET", "/metrics", AuthLevel.ADMIN, handle_metrics,
-          "Counters and gauges for Prometheus",
+    Route("GET", "/metrics", AuthLevel.ADMIN, handle_metrics, "Counters and gauges for Prometheus",
           responses={200: ("", "text")}),
     Route("GET", "/openapi.json", AuthLevel.NOTHING, handle_openapi,
           "This API for programs: OpenAPI 3.1",
           responses={200: ("OpenApi", '{"openapi":"3.1.0","paths":{...},...}')}),
     Route("GET", "/dashboard", AuthLevel.NOTHING, lambda context: context.status.page(),
-          "The dashboard",
-          responses={200: ("", "HTML")}),
+          "The dashboard", responses={200: ("", "HTML")}),
     Route("GET", "/", AuthLevel.NOTHING, handle_root,
           "The list of endpoints, or the dashboard for a browser",
           responses={200: ("Root", '{"name":...,"endpoints":{...}}')}),
@@ -11432,9 +11371,8 @@ def command_schema(command: Type[Command]) -> Dict[str, Any]:
         kinds = row.metadata["kind"].split(" or ")
         if row.default is None:
             kinds.append("null")
-        properties[camel_case(row.name)] = {
-            "type": kinds, "description": row.metadata["doc"],
-            "examples": [row.metadata["example"]]}
+        properties[camel_case(row.name)] = {"type": kinds, "description": row.metadata["doc"],
+                                            "examples": [row.metadata["example"]]}
     required = [name for name in ("message", "name")
                 if name in properties and command is not TokenUpdate]
     return {"type": "object", "required": required, "properties": properties}
@@ -11784,9 +11722,8 @@ class RateLimiters:
 
     def __init__(self, clock: Clock, capacity: int) -> None:
         self._clock = clock
-        self._capacities = {
-            "anonymous": capacity, "login": LOGINS_PER_MINUTE,
-            "polls": capacity * POLLS_PER_REQUEST}
+        self._capacities = {"anonymous": capacity, "login": LOGINS_PER_MINUTE,
+                            "polls": capacity * POLLS_PER_REQUEST}
         self._lock = threading.Lock()
         self._by_key: "OrderedDict[Tuple[str, str], TokenBucket]" = OrderedDict()
         self.authenticated = TokenBucket(clock, capacity)
@@ -11913,9 +11850,8 @@ class Phase:
     BODY = "body"
     BUSY = "busy"
     SEND = "send"
-    SECONDS = {
-        IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"),
-        SEND: SEND_SECONDS}
+    SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"),
+               SEND: SEND_SECONDS}
 
 
 class ConnectionState:
@@ -12476,10 +12412,9 @@ ASSETS = {
                            "c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5"),
     "windows-386": Asset("cloudflared-windows-386.exe", 37_369_480,
                          "6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43")}
-PROCESSORS = {
-    "x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "i386": "386",
-    "i486": "386", "i586": "386", "i686": "386", "x86": "386", "armv6l": "arm", "armv7l": "arm",
-    "armv8l": "arm"}
+PROCESSORS = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+              "i386": "386", "i486": "386", "i586": "386", "i686": "386", "x86": "386",
+              "armv6l": "arm", "armv7l": "arm", "armv8l": "arm"}
 
 
 def cloudflared_asset(system: str, machine: str) -> Optional[Asset]:
@@ -12732,10 +12667,9 @@ class CloudflaredInstall:
         asset = self._asset
         install_it = "install cloudflared yourself and name it with --cloudflared PATH"
         if not asset:
-            raise CannotTunnel(
-                "There is no cloudflared for this system (%s, %s)."
-                % (platform.system(), platform.machine()),
-                install_it + ", or start with --no-tunnel")
+            raise CannotTunnel("There is no cloudflared for this system (%s, %s)."
+                               % (platform.system(), platform.machine()),
+                               install_it + ", or start with --no-tunnel")
         base = self.config.cloudflared_url.rstrip("/")
         url = "%s/%s/%s" % (base, CLOUDFLARED_VERSION, asset.name)
         self._observer.on_progress(
@@ -14872,10 +14806,9 @@ class DirectoryLock:
             os.lseek(self._file, 0, os.SEEK_SET)
             holder = os.read(self._file, 200).decode("utf-8", "replace").strip()
             os.close(self._file)
-            raise CannotStart(
-                "Another bridge is running with this data folder%s."
-                % (": " + holder if holder else ""),
-                "stop it first, or choose another folder with --data-dir") from None
+            raise CannotStart("Another bridge is running with this data folder%s."
+                              % (": " + holder if holder else ""),
+                              "stop it first, or choose another folder with --data-dir") from None
 
     def _lock(self, must: bool) -> bool:
         """-> whether it is ours. Raises OSError if it is not and must be."""
@@ -14934,15 +14867,12 @@ class BridgeStatus:
         job_id, since = self._worker.running or (None, None)
         install = self._program.install
         windows = self._stores.usage.plan_limits()
-        return {
-            "worker": {
-                "alive": self._worker.is_alive, "requestId": job_id, "since": iso_time(since),
-                "spareReady": self._worker.idle_processes > 0},
-            "plan": plan_body(windows, self._worker.current_pause(), self._clock.now()),
-            "tunnel": self._tunnel_details(),
-            "claude": {
-                "version": install.features.version_text, "command": install.command[-1],
-                "payer": install.billing_account}}
+        return {"worker": {"alive": self._worker.is_alive, "requestId": job_id,
+                           "since": iso_time(since), "spareReady": self._worker.idle_processes > 0},
+                "plan": plan_body(windows, self._worker.current_pause(), self._clock.now()),
+                "tunnel": self._tunnel_details(),
+                "claude": {"version": install.features.version_text, "command": install.command[-1],
+                           "payer": install.billing_account}}
 
     def _tunnel_details(self) -> Dict[str, Any]:
         if self._tunnel:
@@ -15558,10 +15488,9 @@ def split_names(text: str) -> List[str]:
 
 def token_changes(arguments: argparse.Namespace) -> Dict[str, Any]:
     """Return the body of a TokenUpdate; never, none and all stand for null."""
-    values = {
-        "name": arguments.name, "expiresInDays": arguments.expires,
-        "requestsPerMinute": arguments.requests_per_minute,
-        "requestsPerDay": arguments.requests_per_day, "models": arguments.models}
+    values = {"name": arguments.name, "expiresInDays": arguments.expires,
+              "requestsPerMinute": arguments.requests_per_minute,
+              "requestsPerDay": arguments.requests_per_day, "models": arguments.models}
     body: Dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     for name in body.keys() & {"expiresInDays", "requestsPerMinute", "requestsPerDay", "models"}:
         if body[name] == {"expiresInDays": "never", "models": "all"}.get(name, "none"):
@@ -15633,10 +15562,9 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
         limits = ["%d/%s" % (body[name], unit) for name, unit in (
             ("requestsPerMinute", "min"), ("requestsPerDay", "day")) if body[name]]
         limits += [",".join(body["models"])] if body["models"] else []
-        rows.append((
-            body["id"], body["prefix"], body["sessionMode"], is_admin, tools,
-            " ".join(limits) or "-", (body["lastUsedAt"] or "never")[:10], expires,
-            escape_controls(body["name"], keep="")))
+        rows.append((body["id"], body["prefix"], body["sessionMode"], is_admin, tools,
+                     " ".join(limits) or "-", (body["lastUsedAt"] or "never")[:10], expires,
+                     escape_controls(body["name"], keep="")))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         console.data("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -15704,9 +15632,8 @@ class AskClient:
         return CannotStart("The bridge refused the request: %s" % error, hint)
 
     def not_a_bridge(self, reason: str) -> CannotStart:
-        return CannotStart(
-            "The server at %s does not answer like a bridge: %s." % (self.url, reason),
-            "name the bridge with --url")
+        return CannotStart("The server at %s does not answer like a bridge: %s."
+                           % (self.url, reason), "name the bridge with --url")
 
     def ask(self, body: Mapping[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
         """Send a message. -> the Server-Sent Events of the answer: (name, data)."""
@@ -15741,9 +15668,8 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
     client = AskClient(url)
     client.token = os.environ.get("CAB_TOKEN", "").strip()
     client.token = client.token or shell_token(config, bool(arguments.conversation))
-    body = {
-        "message": message, "stream": True, "model": arguments.model,
-        "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
+    body = {"message": message, "stream": True, "model": arguments.model,
+            "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
     request_id = ""
     try:
         for name, data in client.ask(body):
@@ -15872,10 +15798,8 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
             checks.append(Check(function.__name__[6:], False, str(error), advice))
     is_ok = all(check.is_good is not False for check in checks)
     if arguments.json:
-        rows = [{
-            "name": check.name, "ok": check.is_good, "text": check.text,
-            "advice": check.advice or None}
-                for check in checks]
+        rows = [{"name": check.name, "ok": check.is_good, "text": check.text,
+                 "advice": check.advice or None} for check in checks]
         console.data(json.dumps({"ok": is_ok, "checks": rows}, indent=2))
         return 0 if is_ok else 1
     symbols = {True: "ok", None: "--", False: "!!"}
@@ -16247,9 +16171,8 @@ class ServiceManager:
     def __init__(self, config: Config) -> None:
         self._program = next(filter(shutil.which, MANAGERS), "")
         if not self._program:
-            raise CannotStart(
-                "Neither systemctl nor launchctl is here.",
-                "try: claude_api_bridge.py service print --help")
+            raise CannotStart("Neither systemctl nor launchctl is here.",
+                              "try: claude_api_bridge.py service print --help")
         self.kind, name, log, *commands = MANAGERS[self._program]
         self.path = home_folder(os.environ) / name
         values = {"path": self.path, "user": os.getuid(), "data": config.data_dir}
@@ -16627,8 +16550,7 @@ def command_paths(parser: argparse.ArgumentParser, path: str = "") -> Iterator[T
     yield path, " ".join(words)
 
 
-def command_completion(
-        arguments: argparse.Namespace, config: Config, console: Console) -> int:
+def command_completion(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """completion SHELL: print a script for the shell's start file. -> 0."""
     script, case = SHELL_SCRIPTS[arguments.shell]
     rows = list(command_paths(build_parser()))
@@ -16658,10 +16580,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.print_help()
         return 0
     console = Console()
-    commands = {
-        "ask": command_ask, "token": command_token, "pause": command_queue, "resume": command_queue,
-        "doctor": command_doctor, "backup": command_backup, "service": command_service,
-        "completion": command_completion}
+    commands = {"ask": command_ask, "token": command_token, "pause": command_queue,
+                "resume": command_queue, "doctor": command_doctor, "backup": command_backup,
+                "service": command_service, "completion": command_completion}
     try:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":

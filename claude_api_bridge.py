@@ -185,81 +185,70 @@ class Setting(NamedTuple):
         return ("CAB_" + self.name.upper(), *self.env_aliases)
 
 
-def setting(default: Any, kind: str, text: str, minimum: int = 0, maximum: int = 0,
-            pattern: str = "", env_aliases: Tuple[str, ...] = ()) -> Any:
+def setting(default: Any, text: str, minimum: int = 0, maximum: int = 0, pattern: str = "",
+            env_aliases: Tuple[str, ...] = (), kind: str = "") -> Any:
     """Return a field of Config that carries the rest of its Setting."""
-    row = (kind, text, minimum, maximum, pattern, env_aliases)
+    kinds = {bool: "switch", int: "number", str: "text"}
+    row = (kind or kinds[type(default)], text, minimum, maximum, pattern, env_aliases)
     return field(default=default, metadata={"row": row})
 
 
 @dataclass(frozen=True)
 class Config:
     """The chosen values, checked. `load_config` and tests build it."""
-    port: int = setting(3456, "number", "port to listen on; 0 takes a free one", maximum=65535,
+    port: int = setting(3456, "port to listen on; 0 takes a free one", maximum=65535,
                         env_aliases=("PORT",))
     host: str = setting(
-        "", "text", "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)")
-    no_tunnel: bool = setting(False, "switch", "serve this machine and its network only")
+        "", "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)")
+    no_tunnel: bool = setting(False, "serve this machine and its network only")
     public_url: str = setting(
-        "", "text",
-        "address of a named tunnel or of your own proxy, such as https://bridge.example.com",
+        "", "address of a named tunnel or of your own proxy, such as https://bridge.example.com",
         pattern=r"|https?://[A-Za-z0-9.-]+(:\d+)?/?")
     tunnel_token_file: str = setting(
-        "", "text",
-        "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)")
+        "", "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)")
     tunnel_protocol: str = setting(
-        "auto", "text", "quic, http2 or auto (the one that worked last, then the other)",
+        "auto", "quic, http2 or auto (the one that worked last, then the other)",
         pattern="auto|quic|http2")
     cloudflared: str = setting(
-        "", "program",
-        "the cloudflared program (default: found in PATH, else downloaded once and checked)")
-    cloudflared_url: str = setting(
-        "https://github.com/cloudflare/cloudflared/releases/download", "text",
-        "where cloudflared is downloaded from", pattern=r"https?://\S+")
-    names: str = setting(
-        "", "text", "more host names by which clients call this bridge, separated by commas",
-        pattern=r"[A-Za-z0-9._, -]*")
+        "", "the cloudflared program (default: found in PATH, else downloaded once and checked)",
+        kind="program")
+    cloudflared_url: str = setting("https://github.com/cloudflare/cloudflared/releases/download",
+                                   "where cloudflared is downloaded from", pattern=r"https?://\S+")
+    names: str = setting("", "more host names by which clients call this bridge, separated by"
+                             " commas", pattern=r"[A-Za-z0-9._, -]*")
     data_dir: Path = setting(
-        Path("~/.claude-api-bridge"), "path", "folder of the database and the workspaces")
+        Path("~/.claude-api-bridge"), "folder of the database and the workspaces", kind="path")
     claude: str = setting(
-        "", "program", "the claude program (default: found in PATH and the usual places)")
-    demo: bool = setting(False, "switch", "answer with an echo: needs no Claude, no subscription")
+        "", "the claude program (default: found in PATH and the usual places)", kind="program")
+    demo: bool = setting(False, "answer with an echo: needs no Claude, no subscription")
     rate_limit: int = setting(
-        120, "number", "requests a minute; 0 switches the limit off", maximum=1_000_000)
+        120, "requests a minute; 0 switches the limit off", maximum=1_000_000)
     spare: int = setting(
-        2, "number",
-        "idle claude processes for new conversations, 90 to 160 MB each; from 2 on, one is prepared"
-        " for the settings that two requests in a row had; 0: each starts its own process",
+        2, "idle claude processes for new conversations, 90 to 160 MB each; from 2 on, one is"
+        " prepared for the settings that two requests in a row had; 0: each starts its own process",
         maximum=3)
     preconnect: bool = setting(
-        False, "switch",
-        "let the prepared process (--spare 2) connect to the API before the first message, by a"
-        " request to the free token-counting service")
-    run_seconds: float = setting(
-        300, "number", "longest run of one request", minimum=1, maximum=86_400)
+        False, "let the prepared process (--spare 2) connect to the API before the first message,"
+        " by a request to the free token-counting service")
+    run_seconds: float = setting(300, "longest run of one request", minimum=1, maximum=86_400)
     silence_seconds: float = setting(
-        90, "number", "longest silence of claude; two fifths of it before an answer begins",
-        minimum=1, maximum=86_400)
-    warm_seconds: float = setting(
-        600, "number",
-        "how long the process of a conversation waits for the next message; 0 ends it at once (but"
-        " 60 s after a call of a client's tool)",
+        90, "longest silence of claude; two fifths of it before an answer begins", minimum=1,
         maximum=86_400)
+    warm_seconds: float = setting(
+        600, "how long the process of a conversation waits for the next message; 0 ends it at once"
+        " (but 60 s after a call of a client's tool)", maximum=86_400)
     hold_hours: int = setting(
-        24, "number",
-        "how long requests wait for a lost network, a refused login or an overloaded service",
+        24, "how long requests wait for a lost network, a refused login or an overloaded service",
         minimum=1, maximum=8_760)
     body_mb: int = setting(
-        32, "number", "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
+        32, "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
     keep_days: int = setting(
-        7, "number",
-        "days after which finished requests are deleted (of a conversation those that are no longer"
-        " replayed)",
-        minimum=1, maximum=3_650)
+        7, "days after which finished requests are deleted (of a conversation those that are no"
+        " longer replayed)", minimum=1, maximum=3_650)
     plan_only: bool = setting(
-        False, "switch", "never use paid extra usage: pause until the plan's limit resets")
+        False, "never use paid extra usage: pause until the plan's limit resets")
     allow_api_key: bool = setting(
-        False, "switch", "pass ANTHROPIC_API_KEY to claude: requests are then billed per token")
+        False, "pass ANTHROPIC_API_KEY to claude: requests are then billed per token")
 
     @property
     def listen_host(self) -> str:
@@ -381,130 +370,104 @@ class InvalidRequest(BridgeError):
     """A field is missing or has a value that cannot be used; `field` names it."""
     status, code, text = 400, "invalid_request", "Bad request"
 
-
 class InvalidJson(BridgeError):
     """The body is not JSON in UTF-8."""
     status, code, text = 400, "invalid_json", "Body is not valid JSON"
-
 
 class TokenLimit(BridgeError):
     """The maximum number of tokens exists; revoke one first."""
     status, code, text = 400, "token_limit", "Maximum 100 tokens allowed"
 
-
 class LastAdmin(BridgeError):
     """The only admin token cannot be revoked; create another admin token first."""
     status, code, text = 400, "last_admin", "Cannot delete the last admin token"
-
 
 class MalformedRequest(BridgeError):
     """The bytes are not a valid HTTP request; the bridge closes the connection."""
     status, code, text = 400, "malformed_request", "Malformed HTTP request"
 
-
 class MissingToken(BridgeError):
     """The request carries no token."""
-    status, code = 401, "missing_token"
-    text = "Missing Authorization header. Use: Bearer <token>"
-
+    status, code, text = 401, "missing_token", "Missing Authorization header. Use: Bearer <token>"
 
 class InvalidToken(BridgeError):
     """The token is unknown, revoked or expired."""
     status, code, text = 401, "invalid_token", "Invalid or expired token"
 
-
 class AdminRequired(BridgeError):
     """The route needs an admin token."""
     status, code, text = 403, "admin_required", "Admin token required"
-
 
 class ModelNotAllowed(BridgeError):
     """The token may not use this model; the text lists the models that it may use."""
     status, code, text = 403, "model_not_allowed", "This token may not use that model"
 
-
 class NotFound(BridgeError):
     """No such path, request, conversation or token; another token's request counts as unknown."""
     status, code, text = 404, "not_found", "Not found"
-
 
 class PreviousResponseNotFound(BridgeError):
     """`previous_response_id` names no stored response of this token; send the conversation."""
     status, code, text = 404, "previous_response_not_found", "Previous response not found"
 
-
 class MethodNotAllowed(BridgeError):
     """The path exists, but not with this method; the Allow header lists the methods."""
     status, code, text = 405, "method_not_allowed", "Method not allowed"
-
 
 class RequestTimeout(BridgeError):
     """The request did not arrive in time; the bridge closes the connection."""
     status, code, text = 408, "request_timeout", "The request did not arrive in time"
 
-
 class AlreadyFinished(BridgeError):
     """The request already has its answer or its error, so nothing is left to cancel."""
     status, code, text = 409, "already_finished", "The request is already finished"
-
 
 class IdempotencyConflict(BridgeError):
     """The Idempotency-Key was used with another body; use a new key for a new request."""
     status, code = 409, "idempotency_conflict"
     text = "This Idempotency-Key was used for another body. Use a new key for a new request"
 
-
 class BodyTooLarge(BridgeError):
     """The body is larger than 1 MiB, on /v1 than --body-mb."""
     status, code, text = 413, "body_too_large", "Body exceeds %d byte limit" % BODY_BYTES
 
-
 class UnknownHost(BridgeError):
     """The Host header is not a name of this bridge (DNS-rebinding protection); --names adds one."""
     status, code, text = 421, "unknown_host", "This bridge does not answer by that name"
-
 
 class UnsupportedEncoding(BridgeError):
     """The body is compressed; send it uncompressed."""
     status, code = 415, "unsupported_encoding"
     text = "Content-Encoding is not supported. Send the body uncompressed"
 
-
 class ExpectationFailed(BridgeError):
     """The Expect header asks for something other than 100-continue."""
     status, code, text = 417, "expectation_failed", "Only Expect: 100-continue is supported"
-
 
 class RateLimited(BridgeError):
     """Too many requests; Retry-After gives the seconds to wait."""
     status, code, text = 429, "rate_limited", "Too many requests, please slow down."
 
-
 class DailyLimit(BridgeError):
     """The token used up its requests of this day (UTC); `resetsAt` and Retry-After give the end."""
     status, code, text = 429, "daily_limit", "This token has used up its requests of today"
-
 
 class QueueFull(BridgeError):
     """Too many requests wait; try again after Retry-After seconds."""
     status, code, text = 429, "queue_full", "Queue is full. Please try again later."
 
-
 class HeadTooLarge(BridgeError):
     """The request line and headers are larger than 16 KiB."""
     status, code, text = 431, "head_too_large", "Request head exceeds 16384 byte limit"
-
 
 class UnknownCoding(BridgeError):
     """No route supports this method or transfer coding."""
     status, code, text = 501, "not_implemented", "Method or transfer coding not supported"
 
-
 class Unavailable(BridgeError):
     """The bridge cannot serve now: all connections are busy, or the worker or database is down."""
     status, code = 503, "unavailable"
     text = "The bridge cannot serve requests now. Please try again later."
-
 
 class UnknownVersion(BridgeError):
     """The HTTP version is not 1.x."""
@@ -630,7 +593,6 @@ JSON_LEVELS = 100
 JSON_VALUES = 200_000
 # Also one that has no end.
 JSON_STRING = re.compile('"[^"]*"?')
-
 # One large value is decoded at a time. 1 MiB of JSON can be half a million objects, each of which
 # takes far more memory than its text; a stored answer can have 10 MB.
 _LARGE_VALUE_LOCK = threading.Lock()
@@ -965,15 +927,11 @@ def metrics_text(values: Mapping[Tuple[str, Labels], float]) -> str:
 
     text = ""
     for metric in METRICS:
-        names = [metric.name]
-        if metric.kind == "histogram":
-            names = [metric.name + suffix for suffix in ("_bucket", "_sum", "_count")]
-        text += "# HELP %s %s\n" % (metric.name, metric.doc)
-        text += "# TYPE %s %s\n" % (metric.name, metric.kind)
-        for wanted_name in names:
-            for (name, labels), value in values.items():
-                if name == wanted_name:
-                    text += line(name, labels, value)
+        text += "# HELP %s %s\n# TYPE %s %s\n" % (
+            metric.name, metric.doc, metric.name, metric.kind)
+        for suffix in ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",):
+            text += "".join(line(name, labels, value) for (name, labels), value in values.items()
+                            if name == metric.name + suffix)
     return text
 
 

@@ -13139,9 +13139,8 @@ dialog h2 { margin-top: 1rem }
 .text :is(th, td) { text-align: left; white-space: pre-wrap; vertical-align: top }
 .text td:first-child { padding-left: 0 }
 main a { color: var(--accent) }
-.text :not(pre) > code, .code { background: var(--tint); border-radius: .3rem }
-.text :not(pre) > code { padding: 0 .25rem }
-.code { margin: .75rem 0; padding: .5rem .75rem }
+.text :not(pre) > code { background: var(--tint); border-radius: .3rem; padding: 0 .25rem }
+.code { background: var(--tint); border-radius: .3rem; margin: .75rem 0; padding: .5rem .75rem }
 .code pre { overflow-x: auto; white-space: pre }
 /* Bars, the chart and tables. */
 progress { display: block; appearance: none; width: 100%; height: .45rem; margin: .35rem 0;
@@ -13164,10 +13163,9 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .35rem 0 .35rem .75rem; border-bottom: 1px solid var(--line) }
 th { font-weight: 500 }
-th:first-child, #endpoints td { text-align: left }
-th:first-child { padding-left: 0 }
+th:first-child { text-align: left; padding-left: 0 }
 td, thead th { white-space: nowrap }
-#endpoints td { white-space: normal }
+#endpoints td { text-align: left; white-space: normal }
 @media (max-width: 30rem) { #endpoints :is(th, td) { display: block; padding-left: 0 }
   #endpoints th { border: 0; padding-bottom: 0 } }
 @media print { nav, button:not(#legend *), form, footer, #toast { display: none } }
@@ -13218,14 +13216,11 @@ STYLE</style>
       <li>Watch your request arrive on this page.</li></ol></section>
   <section id="plan" hidden><h2>Plan</h2> <ul class="list grid" id="plan-limits"></ul></section>
   <section><h2>Running now</h2>
-    <ul class="list" id="running"></ul> <p class="if-empty faint" id="nothing-runs"></p>
-  </section>
-  <section><h2>Waiting</h2>
-    <p id="queue-estimate" class="faint"></p>
+    <ul class="list" id="running"></ul> <p class="if-empty faint" id="nothing-runs"></p></section>
+  <section><h2>Waiting</h2> <p id="queue-estimate" class="faint"></p>
     <ol class="list" id="waiting"></ol> <p class="if-empty faint">The queue is empty.</p>
-    <p class="row"><button type="button" id="show-waiting" hidden></button>
-      <button type="button" id="pause-queue" data-roles="admin">Pause the queue</button></p>
-  </section>
+    <p class="row"><button type="button" id="show-waiting" hidden></button> <button type="button"
+      id="pause-queue" data-roles="admin">Pause the queue</button></p></section>
   <section id="errors-section" hidden><h2>Errors of the last 24 hours</h2>
     <ul class="list" id="errors"></ul></section>
   <section><h2>Recent</h2>
@@ -13239,8 +13234,7 @@ STYLE</style>
         <option value="">All tokens</select>
       <input name="model" list="models" placeholder="Any model" aria-label="Model">
       <select name="hours" aria-label="Time"><option value="">Any time<option value="1">Last hour
-        <option value="24">Last 24 hours<option value="168">Last 7 days</select>
-      </form>
+        <option value="24">Last 24 hours<option value="168">Last 7 days</select></form>
     <div class="row"><p id="match-count" class="faint" role="status"></p>
       <button type="button" id="clear-filters" hidden>Clear filters</button></div>
     <ul class="list" id="recent"></ul> <p class="if-empty faint" id="no-recent">No requests yet.</p>
@@ -13267,9 +13261,8 @@ STYLE</style>
     <span class="faint">or drop or paste them here</span></p>
   <input type="file" id="image-files" accept="image/*" multiple hidden>
   <ul class="list" id="images"></ul>
-  <p class="row"><button class="primary" id="ask">Ask</button>
-    <button type="button" id="stop" hidden>Stop</button>
-    <span id="ask-status" class="faint" role="status"></span></p></form>
+  <p class="row"><button class="primary" id="ask">Ask</button> <button type="button" id="stop"
+    hidden>Stop</button> <span id="ask-status" class="faint" role="status"></span></p></form>
 <div id="answer-section" hidden>
   <div id="answer" class="text box" tabindex="0" role="region" aria-label="Answer"></div>
   <p class="row"><button id="copy-answer">Copy answer</button>
@@ -13296,11 +13289,9 @@ STYLE</style>
 <div class="row" id="legend" role="group" aria-label="Parts of the chart"></div>
 <p class="faint">Days are in UTC. Costs are estimates by Claude Code at API prices, not what your
   plan charges.</p>
-<details><summary>Day by day</summary>
-  <table><thead><tr><th>Day<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-day"></table>
-</details>
-<p><a id="download-csv">Download CSV</a></p>
-<h2>By model</h2>
+<details><summary>Day by day</summary><table><thead>
+  <tr><th>Day<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-day"></table></details>
+<p><a id="download-csv">Download CSV</a></p> <h2>By model</h2>
 <table><thead><tr><th>Model<th>Completed<th>Tokens<th>Est. cost<tbody id="usage-by-model"></table>
 <section data-roles="admin"><h2>By token</h2>
   <table><thead><tr><th>Token<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-token"></table>
@@ -13368,6 +13359,7 @@ const formatBytes = (bytes) => Math.ceil(bytes / 1000) + " kB";
 const plural = (number, noun) => formatCount(number) + " " + noun + (number === 1 ? "" : "s");
 const formatCompact = (number) => number.toLocaleString(
   [], { notation: "compact", maximumFractionDigits: number < 100 ? 2 : 1 });
+const formatCost = (amount) => amount < 1000 ? formatDollars(amount) : "$" + formatCompact(amount);
 function formatDuration(milliseconds) {
   const seconds = Math.max(0, Math.round(milliseconds / 1000));
   const minutes = Math.floor(seconds / 60);
@@ -13387,9 +13379,8 @@ const formatTime = (date) => date.toLocaleString([], { hour: "2-digit", minute: 
   ...date.toDateString() !== new Date().toDateString() && { day: "numeric", month: "short" } });
 const totalTokens = (usage) =>
   usage.inputTokens + usage.outputTokens + usage.cacheReadTokens + usage.cacheCreationTokens;
-const usageParts = (usage) => usage && [
-  formatCount(usage.inputTokens) + " in", formatCount(usage.outputTokens) + " out",
-  formatCount(usage.cacheReadTokens) + " cache read",
+const usageParts = (usage) => usage && [formatCount(usage.inputTokens) + " in",
+  formatCount(usage.outputTokens) + " out", formatCount(usage.cacheReadTokens) + " cache read",
   formatCount(usage.cacheCreationTokens) + " cache write", "est. " + formatDollars(usage.costUsd)];
 // seven_day_opus -> Weekly limit (Opus)
 function limitName(type) {
@@ -13634,8 +13625,9 @@ function append(element, ...parts) {
 }
 const row = (...parts) => el("div.row", ...parts);
 const meta = (...parts) => el("span.meta", ...parts);
-const textRegion = (label, text) =>
-  el("p.text", { tabindex: 0, role: "group", "aria-label": label }, text);
+const textRegion = (label, text, tag = "p") =>
+  el(tag + ".text", { tabindex: 0, role: "group", "aria-label": label }, text);
+const answerRegion = () => textRegion("Answer", "", "div");
 function renderNode(part) {
   if (!part.tag) return part;
   const result = el(part.tag, part.attributes, part.parts.map(renderNode));
@@ -13643,9 +13635,14 @@ function renderNode(part) {
   const copy = button("Copy", () => copyText(result.textContent), "Copy the code");
   return el("div.code", el("div.space-between", meta(part.attributes["aria-label"]), copy), result);
 }
-// Show the text, which may have grown. A block that is still the same keeps its element.
-function renderAnswer(region, text) {
+// Change a region. If its reader is at the end, scroll along.
+function changeAndScroll(region, change) {
   const isAtEnd = region.scrollHeight - region.scrollTop - region.clientHeight < 40;
+  change();
+  if (isAtEnd) region.scrollTop = region.scrollHeight;
+}
+// Show the text, which may have grown. A block that is still the same keeps its element.
+const renderAnswer = (region, text) => changeAndScroll(region, () => {
   const isShort = text.length < 200000;
   const blocks = isShort ? parseBlocks(text.split("\n")) : [node("p", [text])];
   while (region.childNodes.length > blocks.length) region.lastChild.remove();
@@ -13654,8 +13651,7 @@ function renderAnswer(region, text) {
     const child = region.childNodes[index] || region.appendChild(el("p"));
     if (child.key !== key) child.replaceWith(Object.assign(renderNode(block), { key }));
   });
-  if (isAtEnd) region.scrollTop = region.scrollHeight;
-}
+});
 // A button that shows the text as it is, or rendered again. show(): the text has changed.
 function rawButton(region, getText) {
   let isRaw = false;
@@ -13698,22 +13694,14 @@ const withErrorToast = (action) => (event) => {
   event.preventDefault();
   new Promise((resolve) => resolve(action(event))).catch(toastError);
 };
-const button = (label, action, accessibleName = label) => Object.assign(
-  el("button", { type: "button", "aria-label": accessibleName }, label),
-  { onclick: withErrorToast(action) });
+const button = (label, action, name = label) => Object.assign(
+  el("button", { type: "button", "aria-label": name }, label), { onclick: withErrorToast(action) });
 // A button that asks for confirmation in place. The focus moves to the harmless answer.
 function confirmButton(label, question, action, accessibleName) {
   const container = row();
   const reset = () => container.replaceChildren(button(label, ask, accessibleName));
   const keep = () => { reset(); container.firstChild.focus() };
-  const act = async (event) => {
-    try {
-      await action(event);
-    } catch (error) {
-      keep();
-      throw error;
-    }
-  };
+  const act = (event) => action(event).catch((error) => { keep(); throw error });
   const ask = () => {
     container.replaceChildren(
       question, button("Yes, " + label.toLowerCase(), act), button("Keep", keep));
@@ -13895,10 +13883,7 @@ async function pollOnce() {
   }
   if (number === pollNumber) pollTimer = setTimeout(pollOnce, 1000 * seconds);
 }
-function refreshNow() {
-  lastFetch.at = lastFetch.allAt = 0;
-  return pollOnce();
-}
+function refreshNow() { lastFetch.at = lastFetch.allAt = 0; return pollOnce() }
 function showState(text, className) {
   setText("state", text);
   $("state").className = className;
@@ -13907,10 +13892,10 @@ function showState(text, className) {
 // Return whether the next poll should come soon.
 async function refresh() {
   const { queue, stats, version } = await fetchJson("GET", "/api/status", null, { isPublic: true });
-  const counters = [
-    ["Queued", stats.queuedRequests], ["Processing", queue.length - stats.queuedRequests],
-    ["Completed", stats.completedRequests], ["Failed", stats.errorRequests],
-    ["Requests", stats.totalRequests], ["Tokens", stats.totalTokens]];
+  const counters = [["Queued", stats.queuedRequests],
+    ["Processing", queue.length - stats.queuedRequests], ["Completed", stats.completedRequests],
+    ["Failed", stats.errorRequests], ["Requests", stats.totalRequests],
+    ["Tokens", stats.totalTokens]];
   if (isAdmin || !isSignedIn) showFigures("counters", counters, formatCount);
   setText("version", "v" + version);
   queueReason = queue.waitingFor;
@@ -14015,9 +14000,8 @@ const tokenNames = new Map();
 const recent = { filters: {}, key: "", requests: [], show: () => showRecent() };
 const tokenNameOf = (job) => truncate(tokenNames.get(job.tokenId) || "", 32);
 const messagePreview = (job) => el("span.ellipsis", truncate(job.message));
-const cancelButton = (job) => button("Cancel",
-  () => deleteAndRefresh("/api/ask/" + job.requestId, "Cancelled."),
-  "Cancel: " + truncate(job.message, 60));
+const cancelButton = (job) => button("Cancel", () => deleteAndRefresh(
+  "/api/ask/" + job.requestId, "Cancelled."), "Cancel: " + truncate(job.message, 60));
 function showActive(jobs) {
   const running = jobs.filter((job) => job.status === "processing");
   const waiting = jobs.filter((job) => job.status === "queued");
@@ -14044,13 +14028,8 @@ function runningRow(job) {
   startText("processing", job);
   const element = el("li.running", row(messagePreview(job), cancelButton(job)),
     meta(ageElement(job.startedAt), source), text);
-  return Object.assign(element, { startText, addText: (addition) => appendText(text, addition) });
-}
-// Append to a text region. If the reader is at its end, scroll along.
-function appendText(region, addition) {
-  const isAtEnd = region.scrollHeight - region.scrollTop - region.clientHeight < 40;
-  region.firstChild.appendData(addition);
-  if (isAtEnd) region.scrollTop = region.scrollHeight;
+  const addText = (addition) => changeAndScroll(text, () => text.firstChild.appendData(addition));
+  return Object.assign(element, { startText, addText });
 }
 // The request whose text is followed: { id, aborter }.
 let followed = null;
@@ -14183,8 +14162,7 @@ function requestDetails(job) {
   const answer = structured === undefined ? job.response : JSON.stringify(structured, null, 2);
   const texts = Object.entries({ "Prompt": job.message, "System prompt": job.systemPrompt,
     "Schema": job.jsonSchema && JSON.stringify(job.jsonSchema), "Answer": answer,
-    ["Error: " + job.errorCode]: job.error,
-    "What to do": sentence(job.advice) }).filter(([, text]) => text);
+    ["Error: " + job.errorCode]: job.error, "What to do": sentence(job.advice) });
   const facts = joinNonEmpty(startedAt && "waited " + formatElapsed(createdAt, startedAt),
     startedAt && completedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
@@ -14192,11 +14170,11 @@ function requestDetails(job) {
       (name || mediaType) + " (" + formatBytes(bytes) + ")"),
     job.effort && "effort " + job.effort, job.conversation && "conversation " + job.conversation);
   const address = "#/requests/" + job.requestId;
-  const region = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
+  const region = answerRegion();
   const raw = structured === undefined && answer && rawButton(region, () => answer);
   if (raw) raw.show();
-  return [...texts.flatMap(([label, text]) => [el("h3", label),
-    raw && label === "Answer" ? region : textRegion(label, text)]),
+  return [...texts.flatMap(([label, text]) => text ? [el("h3", label),
+    raw && label === "Answer" ? region : textRegion(label, text)] : []),
     el("p", meta(facts && facts + " · ", el("a", { href: address }, job.requestId))),
     row(answer && button("Copy answer", () => copyText(answer)), raw,
       button("Copy link", () => copyText(location.origin + location.pathname + address)),
@@ -14204,8 +14182,8 @@ function requestDetails(job) {
         : !job.api && !job.attachments && button("Ask again", () => askAgain(job)))];
 }
 async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conversation }) {
-  const body = { message, model, systemPrompt, effort, jsonSchema, conversation };
-  await fetchJson("POST", "/api/ask", body);
+  await fetchJson("POST", "/api/ask",
+    { message, model, systemPrompt, effort, jsonSchema, conversation });
   toast("Asked again.");
   refreshNow();
 }
@@ -14224,11 +14202,10 @@ function conversationRow({ name }) {
   const load = () => details.open && loadPage(thread).catch(toastError);
   earlier.hidden = true;
   details.addEventListener("toggle", load);
+  const drop = () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted.");
   const element = el("li.row", details,
     button("Continue", () => continueConversation(name), "Continue " + name),
-    confirmButton("Delete", "Delete this conversation?",
-      () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted."),
-      "Delete " + name));
+    confirmButton("Delete", "Delete this conversation?", drop, "Delete " + name));
   const update = (entry) => {
     facts.replaceChildren(plural(entry.turns, "turn") + " · ", timeElement(entry.lastUsedAt));
     if (thread.turns !== entry.turns) load();
@@ -14237,7 +14214,7 @@ function conversationRow({ name }) {
   return Object.assign(element, { update });
 }
 function turnRow(job) {
-  const answer = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
+  const answer = answerRegion();
   renderAnswer(answer, job.response ?? job.error);
   const prompt = append(textRegion("Prompt", job.message), { class: "text prompt" });
   return el("li", prompt, answer, meta(el("a", { href: "#/requests/" + job.requestId },
@@ -14285,24 +14262,20 @@ async function loadUsage() {
   if (days === usageDays) showUsage(usage);
   return usage;
 }
-function showLatency({ requests, waitingMs, firstTokenMs }) {
-  setVisible("no-latency", !requests);
-  setVisible("latency", requests);
-  showFigures("latency", [["Waiting, p50", waitingMs.p50], ["Waiting, p95", waitingMs.p95],
-    ["First token, p50", firstTokenMs.p50], ["First token, p95", firstTokenMs.p95]],
-  formatLatency);
-}
 function showUsage(usage) {
-  const { total, days, models, tokens } = shownUsage = usage;
-  showLatency(usage.latency);
+  const { total, days, models, tokens, latency } = shownUsage = usage;
+  setVisible("no-latency", !latency.requests);
+  setVisible("latency", latency.requests);
+  showFigures("latency", [["Waiting", latency.waitingMs], ["First token", latency.firstTokenMs]]
+    .flatMap(([name, { p50, p95 }]) => [[name + ", p50", p50], [name + ", p95", p95]]),
+  formatLatency);
   setVisible("no-usage", !days.length);
   setVisible("usage-parts", days.length);
   setText("usage-title", "Last " + usageDays + " days");
   showFigures("totals", [["Requests", total.requests], ["Failed", total.errors],
     ["Tokens in", total.inputTokens], ["Tokens out", total.outputTokens],
     ["Cache read", total.cacheReadTokens], ["Cache write", total.cacheCreationTokens],
-    ["Est. cost", total.costUsd, (amount) => amount < 1000 ? formatDollars(amount)
-      : "$" + formatCompact(amount)]], formatCompact);
+    ["Est. cost", total.costUsd, formatCost]], formatCompact);
   reconcileList("usage-by-day", days.slice().reverse(), (usage) => usageRow(usage.day, usage));
   reconcileList("usage-by-model", models, (usage) =>
     usageRow(usage.model ?? "unknown", { ...usage, requests: usage.completed }));
@@ -14416,11 +14389,10 @@ function showCreated(created, name) {
   createdId = created?.tokenId;
   setVisible("created-token", created);
   if (!created) return $("created-token").replaceChildren();
+  const done = button("Done", () => { showCreated(); visibleHeading().focus() });
   $("created-token").replaceChildren(
     el("p", "Copy the token ", el("b", name), " now: it is shown only once."),
-    el("code", created.token),
-    row(button("Copy token", () => copyText(created.token)),
-      button("Done", () => { showCreated(); visibleHeading().focus() })));
+    el("code", created.token), row(button("Copy token", () => copyText(created.token)), done));
   $("created-token").querySelector("button").focus();
 }
 const editButton = (entry) => button("Edit", () => editToken(entry), "Edit " + entry.name);
@@ -14519,7 +14491,7 @@ async function imageUrl(file, room) {
   return url;
 }
 function drawJpeg(bitmap, scale) {
-  const [width, height] = [Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale)];
+  const [width, height] = [bitmap.width, bitmap.height].map((size) => Math.ceil(size * scale));
   const canvas = el("canvas", { width, height });
   const context = canvas.getContext("2d");
   // A JPEG has no transparent parts; these would become black.
@@ -14625,6 +14597,7 @@ try {
 
 // === Event listeners and start ===
 const listen = (id, event, action) => $(id).addEventListener(event, action);
+const onClick = (id, action) => listen(id, "click", withErrorToast(action));
 listen("sign-in", "submit", withErrorToast(() => signIn($("token-field").value.trim())));
 listen("sign-out", "click", () => signOut("Signed out."));
 listen("filters", "input", () => {
@@ -14632,32 +14605,25 @@ listen("filters", "input", () => {
   filterTimer = setTimeout(() => applyFilters().catch(toastError), 300);
 });
 listen("filters", "submit", withErrorToast(applyFilters));
-listen("clear-filters", "click", withErrorToast(() => {
-  $("search").focus();
-  return setFilters({});
-}));
-listen("pause-queue", "click", withErrorToast(async () => {
+onClick("clear-filters", () => { $("search").focus(); return setFilters({}) });
+onClick("pause-queue", async () => {
   const isPaused = $("pause-queue").textContent.startsWith("Resume");
   await fetchJson("POST", "/api/queue/" + (isPaused ? "resume" : "pause"));
   await refreshOverview();
-}));
-listen("load-more", "click", withErrorToast(() => loadPage(recent, recent.next)));
-listen("token-form", "submit", withErrorToast(createToken));
-listen("token-form", "input", () => setText("rights-warning",
-  rightsWarning($("token-form").elements.tools.value,
-    $("token-form").elements.admin.checked)));
-listen("cancel-edit", "click", () => { editToken(null); visibleHeading().focus() });
-listen("show-waiting", "click", () => {
-  $("waiting").classList.toggle("all");
-  refreshNow();
 });
-listen("skip", "click", withErrorToast(() => document.querySelector("main").focus()));
+onClick("load-more", () => loadPage(recent, recent.next));
+listen("token-form", "submit", withErrorToast(createToken));
+listen("token-form", "input", () => setText("rights-warning", rightsWarning(
+  $("token-form").elements.tools.value, $("token-form").elements.admin.checked)));
+listen("cancel-edit", "click", () => { editToken(null); visibleHeading().focus() });
+listen("show-waiting", "click", () => { $("waiting").classList.toggle("all"); refreshNow() });
+onClick("skip", () => document.querySelector("main").focus());
 listen("ask-form", "submit", withErrorToast(ask));
 listen("ask-form", "input", showCode);
 listen("ask-form", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
-listen("stop", "click", withErrorToast(stopAsking));
+onClick("stop", stopAsking);
 listen("add-images", "click", () => $("image-files").click());
 listen("image-files", "change", () => {
   addImages($("image-files").files).catch(toastError);
@@ -14672,20 +14638,15 @@ listen("show-shortcuts", "click", SHORTCUTS["?"]);
 listen("close-shortcuts", "click", () => $("shortcuts").close());
 listen("use-shortcuts", "change", withErrorToast(() =>
   localStorage.setItem("shortcuts", $("use-shortcuts").checked ? "on" : "off")));
-listen("create-first", "click", withErrorToast(createFirst));
-listen("copy-first", "click", withErrorToast(() => copyText($("first-code").textContent)));
-listen("copy-answer", "click", withErrorToast(() => copyText(answerText)));
-listen("copy-code", "click", withErrorToast(() => copyText($("code").textContent)));
+onClick("create-first", createFirst);
+onClick("copy-first", () => copyText($("first-code").textContent));
+onClick("copy-answer", () => copyText(answerText));
+onClick("copy-code", () => copyText($("code").textContent));
 
 const DAYS = { 7: "7 days", 30: "30 days", 90: "90 days", 365: "365 days" };
-toggleGroup("usage-days", DAYS, (days) => {
-  usageDays = Number(days);
-  return loadUsage();
-}, "30");
-toggleGroup("languages", { curl: "curl", Python: "Python", JavaScript: "JavaScript" }, (name) => {
-  language = name;
-  showCode();
-}, "curl");
+const LANGUAGES = { curl: "curl", Python: "Python", JavaScript: "JavaScript" };
+toggleGroup("usage-days", DAYS, (days) => { usageDays = Number(days); return loadUsage() }, "30");
+toggleGroup("languages", LANGUAGES, (name) => { language = name; showCode() }, "curl");
 
 addEventListener("hashchange", withErrorToast(() => {
   showView();

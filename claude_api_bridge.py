@@ -185,81 +185,70 @@ class Setting(NamedTuple):
         return ("CAB_" + self.name.upper(), *self.env_aliases)
 
 
-def setting(default: Any, kind: str, text: str, minimum: int = 0, maximum: int = 0,
-            pattern: str = "", env_aliases: Tuple[str, ...] = ()) -> Any:
+def setting(default: Any, text: str, minimum: int = 0, maximum: int = 0, pattern: str = "",
+            env_aliases: Tuple[str, ...] = (), kind: str = "") -> Any:
     """Return a field of Config that carries the rest of its Setting."""
-    row = (kind, text, minimum, maximum, pattern, env_aliases)
+    kinds = {bool: "switch", int: "number", str: "text"}
+    row = (kind or kinds[type(default)], text, minimum, maximum, pattern, env_aliases)
     return field(default=default, metadata={"row": row})
 
 
 @dataclass(frozen=True)
 class Config:
     """The chosen values, checked. `load_config` and tests build it."""
-    port: int = setting(3456, "number", "port to listen on; 0 takes a free one", maximum=65535,
+    port: int = setting(3456, "port to listen on; 0 takes a free one", maximum=65535,
                         env_aliases=("PORT",))
     host: str = setting(
-        "", "text", "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)")
-    no_tunnel: bool = setting(False, "switch", "serve this machine and its network only")
+        "", "address to listen on (default: 127.0.0.1, with --no-tunnel all interfaces)")
+    no_tunnel: bool = setting(False, "serve this machine and its network only")
     public_url: str = setting(
-        "", "text",
-        "address of a named tunnel or of your own proxy, such as https://bridge.example.com",
+        "", "address of a named tunnel or of your own proxy, such as https://bridge.example.com",
         pattern=r"|https?://[A-Za-z0-9.-]+(:\d+)?/?")
     tunnel_token_file: str = setting(
-        "", "text",
-        "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)")
+        "", "file with the token of a named tunnel (or put the token itself into CAB_TUNNEL_TOKEN)")
     tunnel_protocol: str = setting(
-        "auto", "text", "quic, http2 or auto (the one that worked last, then the other)",
+        "auto", "quic, http2 or auto (the one that worked last, then the other)",
         pattern="auto|quic|http2")
     cloudflared: str = setting(
-        "", "program",
-        "the cloudflared program (default: found in PATH, else downloaded once and checked)")
-    cloudflared_url: str = setting(
-        "https://github.com/cloudflare/cloudflared/releases/download", "text",
-        "where cloudflared is downloaded from", pattern=r"https?://\S+")
-    names: str = setting(
-        "", "text", "more host names by which clients call this bridge, separated by commas",
-        pattern=r"[A-Za-z0-9._, -]*")
+        "", "the cloudflared program (default: found in PATH, else downloaded once and checked)",
+        kind="program")
+    cloudflared_url: str = setting("https://github.com/cloudflare/cloudflared/releases/download",
+                                   "where cloudflared is downloaded from", pattern=r"https?://\S+")
+    names: str = setting("", "more host names by which clients call this bridge, separated by"
+                             " commas", pattern=r"[A-Za-z0-9._, -]*")
     data_dir: Path = setting(
-        Path("~/.claude-api-bridge"), "path", "folder of the database and the workspaces")
+        Path("~/.claude-api-bridge"), "folder of the database and the workspaces", kind="path")
     claude: str = setting(
-        "", "program", "the claude program (default: found in PATH and the usual places)")
-    demo: bool = setting(False, "switch", "answer with an echo: needs no Claude, no subscription")
+        "", "the claude program (default: found in PATH and the usual places)", kind="program")
+    demo: bool = setting(False, "answer with an echo: needs no Claude, no subscription")
     rate_limit: int = setting(
-        120, "number", "requests a minute; 0 switches the limit off", maximum=1_000_000)
+        120, "requests a minute; 0 switches the limit off", maximum=1_000_000)
     spare: int = setting(
-        2, "number",
-        "idle claude processes for new conversations, 90 to 160 MB each; from 2 on, one is prepared"
-        " for the settings that two requests in a row had; 0: each starts its own process",
+        2, "idle claude processes for new conversations, 90 to 160 MB each; from 2 on, one is"
+        " prepared for the settings that two requests in a row had; 0: each starts its own process",
         maximum=3)
     preconnect: bool = setting(
-        False, "switch",
-        "let the prepared process (--spare 2) connect to the API before the first message, by a"
-        " request to the free token-counting service")
-    run_seconds: float = setting(
-        300, "number", "longest run of one request", minimum=1, maximum=86_400)
+        False, "let the prepared process (--spare 2) connect to the API before the first message,"
+        " by a request to the free token-counting service")
+    run_seconds: float = setting(300, "longest run of one request", minimum=1, maximum=86_400)
     silence_seconds: float = setting(
-        90, "number", "longest silence of claude; two fifths of it before an answer begins",
-        minimum=1, maximum=86_400)
-    warm_seconds: float = setting(
-        600, "number",
-        "how long the process of a conversation waits for the next message; 0 ends it at once (but"
-        " 60 s after a call of a client's tool)",
+        90, "longest silence of claude; two fifths of it before an answer begins", minimum=1,
         maximum=86_400)
+    warm_seconds: float = setting(
+        600, "how long the process of a conversation waits for the next message; 0 ends it at once"
+        " (but 60 s after a call of a client's tool)", maximum=86_400)
     hold_hours: int = setting(
-        24, "number",
-        "how long requests wait for a lost network, a refused login or an overloaded service",
+        24, "how long requests wait for a lost network, a refused login or an overloaded service",
         minimum=1, maximum=8_760)
     body_mb: int = setting(
-        32, "number", "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
+        32, "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
     keep_days: int = setting(
-        7, "number",
-        "days after which finished requests are deleted (of a conversation those that are no longer"
-        " replayed)",
-        minimum=1, maximum=3_650)
+        7, "days after which finished requests are deleted (of a conversation those that are no"
+        " longer replayed)", minimum=1, maximum=3_650)
     plan_only: bool = setting(
-        False, "switch", "never use paid extra usage: pause until the plan's limit resets")
+        False, "never use paid extra usage: pause until the plan's limit resets")
     allow_api_key: bool = setting(
-        False, "switch", "pass ANTHROPIC_API_KEY to claude: requests are then billed per token")
+        False, "pass ANTHROPIC_API_KEY to claude: requests are then billed per token")
 
     @property
     def listen_host(self) -> str:
@@ -322,9 +311,8 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
         return SWITCH_VALUES[text.lower()]
     if row.kind == "number":
         if not re.fullmatch(r"[0-9]{1,9}", text) or not row.minimum <= int(text) <= row.maximum:
-            raise WrongSetting(
-                "%s must be a whole number from %d to %d, not %r."
-                % (source, row.minimum, row.maximum, text))
+            raise WrongSetting("%s must be a whole number from %d to %d, not %r."
+                               % (source, row.minimum, row.maximum, text))
         return int(text)
     if row.pattern and not re.fullmatch(row.pattern, text):
         raise WrongSetting("%s cannot be %r. Expected: %s." % (source, text, row.help))
@@ -382,130 +370,104 @@ class InvalidRequest(BridgeError):
     """A field is missing or has a value that cannot be used; `field` names it."""
     status, code, text = 400, "invalid_request", "Bad request"
 
-
 class InvalidJson(BridgeError):
     """The body is not JSON in UTF-8."""
     status, code, text = 400, "invalid_json", "Body is not valid JSON"
-
 
 class TokenLimit(BridgeError):
     """The maximum number of tokens exists; revoke one first."""
     status, code, text = 400, "token_limit", "Maximum 100 tokens allowed"
 
-
 class LastAdmin(BridgeError):
     """The only admin token cannot be revoked; create another admin token first."""
     status, code, text = 400, "last_admin", "Cannot delete the last admin token"
-
 
 class MalformedRequest(BridgeError):
     """The bytes are not a valid HTTP request; the bridge closes the connection."""
     status, code, text = 400, "malformed_request", "Malformed HTTP request"
 
-
 class MissingToken(BridgeError):
     """The request carries no token."""
-    status, code = 401, "missing_token"
-    text = "Missing Authorization header. Use: Bearer <token>"
-
+    status, code, text = 401, "missing_token", "Missing Authorization header. Use: Bearer <token>"
 
 class InvalidToken(BridgeError):
     """The token is unknown, revoked or expired."""
     status, code, text = 401, "invalid_token", "Invalid or expired token"
 
-
 class AdminRequired(BridgeError):
     """The route needs an admin token."""
     status, code, text = 403, "admin_required", "Admin token required"
-
 
 class ModelNotAllowed(BridgeError):
     """The token may not use this model; the text lists the models that it may use."""
     status, code, text = 403, "model_not_allowed", "This token may not use that model"
 
-
 class NotFound(BridgeError):
     """No such path, request, conversation or token; another token's request counts as unknown."""
     status, code, text = 404, "not_found", "Not found"
-
 
 class PreviousResponseNotFound(BridgeError):
     """`previous_response_id` names no stored response of this token; send the conversation."""
     status, code, text = 404, "previous_response_not_found", "Previous response not found"
 
-
 class MethodNotAllowed(BridgeError):
     """The path exists, but not with this method; the Allow header lists the methods."""
     status, code, text = 405, "method_not_allowed", "Method not allowed"
-
 
 class RequestTimeout(BridgeError):
     """The request did not arrive in time; the bridge closes the connection."""
     status, code, text = 408, "request_timeout", "The request did not arrive in time"
 
-
 class AlreadyFinished(BridgeError):
     """The request already has its answer or its error, so nothing is left to cancel."""
     status, code, text = 409, "already_finished", "The request is already finished"
-
 
 class IdempotencyConflict(BridgeError):
     """The Idempotency-Key was used with another body; use a new key for a new request."""
     status, code = 409, "idempotency_conflict"
     text = "This Idempotency-Key was used for another body. Use a new key for a new request"
 
-
 class BodyTooLarge(BridgeError):
     """The body is larger than 1 MiB, on /v1 than --body-mb."""
     status, code, text = 413, "body_too_large", "Body exceeds %d byte limit" % BODY_BYTES
 
-
 class UnknownHost(BridgeError):
     """The Host header is not a name of this bridge (DNS-rebinding protection); --names adds one."""
     status, code, text = 421, "unknown_host", "This bridge does not answer by that name"
-
 
 class UnsupportedEncoding(BridgeError):
     """The body is compressed; send it uncompressed."""
     status, code = 415, "unsupported_encoding"
     text = "Content-Encoding is not supported. Send the body uncompressed"
 
-
 class ExpectationFailed(BridgeError):
     """The Expect header asks for something other than 100-continue."""
     status, code, text = 417, "expectation_failed", "Only Expect: 100-continue is supported"
-
 
 class RateLimited(BridgeError):
     """Too many requests; Retry-After gives the seconds to wait."""
     status, code, text = 429, "rate_limited", "Too many requests, please slow down."
 
-
 class DailyLimit(BridgeError):
     """The token used up its requests of this day (UTC); `resetsAt` and Retry-After give the end."""
     status, code, text = 429, "daily_limit", "This token has used up its requests of today"
-
 
 class QueueFull(BridgeError):
     """Too many requests wait; try again after Retry-After seconds."""
     status, code, text = 429, "queue_full", "Queue is full. Please try again later."
 
-
 class HeadTooLarge(BridgeError):
     """The request line and headers are larger than 16 KiB."""
     status, code, text = 431, "head_too_large", "Request head exceeds 16384 byte limit"
-
 
 class UnknownCoding(BridgeError):
     """No route supports this method or transfer coding."""
     status, code, text = 501, "not_implemented", "Method or transfer coding not supported"
 
-
 class Unavailable(BridgeError):
     """The bridge cannot serve now: all connections are busy, or the worker or database is down."""
     status, code = 503, "unavailable"
     text = "The bridge cannot serve requests now. Please try again later."
-
 
 class UnknownVersion(BridgeError):
     """The HTTP version is not 1.x."""
@@ -550,9 +512,8 @@ RUN_ADVICE = {
     "model_not_found": "choose one of GET /v1/models",
     "refused": "ask in another way, or another model"}
 # After these the queue waits, and the request with it: it did not cause them. -> `waitingFor`.
-HOLD_REASONS = {
-    "usage_limit": "usage_limit", "overloaded": "overloaded", "network": "network",
-    "auth_required": "login"}
+HOLD_REASONS = {"usage_limit": "usage_limit", "overloaded": "overloaded", "network": "network",
+                "auth_required": "login"}
 # HTTP status of a failed run on /v1; 500 for the others.
 RUN_STATUS = {
     "timeout": 504, "usage_limit": 429, "auth_required": 503, "overloaded": 529, "network": 503,
@@ -632,7 +593,6 @@ JSON_LEVELS = 100
 JSON_VALUES = 200_000
 # Also one that has no end.
 JSON_STRING = re.compile('"[^"]*"?')
-
 # One large value is decoded at a time. 1 MiB of JSON can be half a million objects, each of which
 # takes far more memory than its text; a stored answer can have 10 MB.
 _LARGE_VALUE_LOCK = threading.Lock()
@@ -967,15 +927,11 @@ def metrics_text(values: Mapping[Tuple[str, Labels], float]) -> str:
 
     text = ""
     for metric in METRICS:
-        names = [metric.name]
-        if metric.kind == "histogram":
-            names = [metric.name + suffix for suffix in ("_bucket", "_sum", "_count")]
-        text += "# HELP %s %s\n" % (metric.name, metric.doc)
-        text += "# TYPE %s %s\n" % (metric.name, metric.kind)
-        for wanted_name in names:
-            for (name, labels), value in values.items():
-                if name == wanted_name:
-                    text += line(name, labels, value)
+        text += "# HELP %s %s\n# TYPE %s %s\n" % (
+            metric.name, metric.doc, metric.name, metric.kind)
+        for suffix in ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",):
+            text += "".join(line(name, labels, value) for (name, labels), value in values.items()
+                            if name == metric.name + suffix)
     return text
 
 
@@ -8502,14 +8458,13 @@ def listed_body(view: JobView) -> Dict[str, Any]:
 
 
 def token_body(token: Token, now: float) -> Dict[str, Any]:
-    return {
-        "id": token.id, "name": token.name, "prefix": token.prefix,
-        "sessionMode": token.session_mode, "expiresAt": iso_time(token.expires_at),
-        "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
-        "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools,
-        "workspace": token.workspace, "requestsPerMinute": token.requests_per_minute,
-        "requestsPerDay": token.requests_per_day, "models": token.models,
-        "callbacks": token.callbacks}
+    return {"id": token.id, "name": token.name, "prefix": token.prefix,
+            "sessionMode": token.session_mode, "expiresAt": iso_time(token.expires_at),
+            "createdAt": iso_time(token.created_at), "lastUsedAt": iso_time(token.last_used_at),
+            "isAdmin": token.is_admin, "isExpired": token.is_expired(now), "tools": token.tools,
+            "workspace": token.workspace, "requestsPerMinute": token.requests_per_minute,
+            "requestsPerDay": token.requests_per_day, "models": token.models,
+            "callbacks": token.callbacks}
 
 
 def plan_body(
@@ -8526,9 +8481,8 @@ def plan_body(
             continue
         body = record_body(window)
         bodies.append({"type": body.pop("kind"), **body})
-    return {
-        "windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
-        "resumesAt": None, **pause_body(pause)}
+    return {"windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
+            "resumesAt": None, **pause_body(pause)}
 
 
 def sums_body(rows: Sequence[DayUsage]) -> Dict[str, Any]:
@@ -8559,9 +8513,8 @@ def handle_ask(context: Context) -> Response:
         view = context.service.poll(caller, job.id, ask.wait, request.client_disconnected)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **more}, headers)
-    body = {
-        "ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id,
-        **more}
+    body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id,
+            **more}
     return json_response(202, body, headers)
 
 
@@ -8609,10 +8562,9 @@ def handle_list_requests(context: Context) -> Response:
         query.get("q", ""), query.get("model", ""), query.get("error", ""),
         validate_since(query.get("since")))
     page = context.service.jobs(caller, where, before, limit)
-    return json_response(200, {
-        "requests": list(map(listed_body, page.views)),
-        "next": None if page.next is None else str(page.next),
-        "searchedTo": iso_time(page.searched_to)})
+    return json_response(200, {"requests": list(map(listed_body, page.views)),
+                               "next": None if page.next is None else str(page.next),
+                               "searchedTo": iso_time(page.searched_to)})
 
 
 def handle_get_request(context: Context) -> Response:
@@ -8644,15 +8596,14 @@ def handle_usage(context: Context) -> Response:
         by_token.setdefault(row.token_id, []).append(row)
     names = {token.id: token.name for token in stores.tokens.list()}
     plan = plan_body(stores.usage.plan_limits(), context.service.current_pause(), now)
-    body = {
-        "since": since, "total": sums_body(rows),
-        "days": [{"day": day, **sums_body(part)} for day, part in sorted(by_day.items())],
-        "tokens": sorted(({"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
-                          for token_id, part in by_token.items()), key=usage_rank),
-        "models": sorted(({"model": model or None, "completed": completed, **usage_body(usage)}
-                          for model, completed, usage in stores.usage.by_model(since, owner)),
-                         key=usage_rank),
-        "latency": context.status.latency(owner), "plan": plan}
+    body = {"since": since, "total": sums_body(rows),
+            "days": [{"day": day, **sums_body(part)} for day, part in sorted(by_day.items())],
+            "tokens": sorted(({"tokenId": token_id, "name": names.get(token_id), **sums_body(part)}
+                              for token_id, part in by_token.items()), key=usage_rank),
+            "models": sorted(({"model": model or None, "completed": completed, **usage_body(usage)}
+                              for model, completed, usage in stores.usage.by_model(since, owner)),
+                             key=usage_rank),
+            "latency": context.status.latency(owner), "plan": plan}
     return json_response(200, body)
 
 
@@ -8663,9 +8614,8 @@ def usage_rank(body: Mapping[str, Any]) -> Tuple[float, int]:
 
 # --- tokens ---
 def new_token_body(token: Token, secret: str) -> Dict[str, Any]:
-    return {
-        "ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
-        "warning": "Save this token now. It cannot be retrieved again."}
+    return {"ok": True, "tokenId": token.id, "token": secret, "prefix": token.prefix,
+            "warning": "Save this token now. It cannot be retrieved again."}
 
 
 def handle_update_token(context: Context) -> Response:
@@ -8718,18 +8668,16 @@ def handle_status(context: Context) -> Response:
     counts = context.stores.jobs.counts()
     queued = counts.get(JobStatus.QUEUED, 0)
     processing = counts.get(JobStatus.PROCESSING, 0)
-    body: Dict[str, Any] = {
+    stats = {
+        "totalTokens": context.stores.tokens.count(), "totalRequests": sum(counts.values()),
+        "completedRequests": counts.get(JobStatus.COMPLETED, 0),
+        "errorRequests": counts.get(JobStatus.ERROR, 0), "queuedRequests": queued}
+    is_admin = context.caller and context.caller.is_admin
+    return json_response(200, {
         "status": "running", "version": __version__,
-        "queue": {
-            "isProcessing": bool(processing), "length": queued + processing,
-            **pause_body(context.service.current_pause())},
-        "stats": {
-            "totalTokens": context.stores.tokens.count(), "totalRequests": sum(counts.values()),
-            "completedRequests": counts.get(JobStatus.COMPLETED, 0),
-            "errorRequests": counts.get(JobStatus.ERROR, 0), "queuedRequests": queued}}
-    if context.caller and context.caller.is_admin:
-        body.update(context.status.details())
-    return json_response(200, body)
+        "queue": {"isProcessing": bool(processing), "length": queued + processing,
+                  **pause_body(context.service.current_pause())},
+        "stats": stats, **(context.status.details() if is_admin else {})})
 
 
 def handle_health(context: Context) -> Response:
@@ -8786,16 +8734,14 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
     The connection goes to the very address that was checked. Not http.client, which has no deadline
     for a whole answer. timeout: seconds for all but the look-up of the name. Raises OSError."""
     results = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-    addresses = [
-        (family, address) for family, _, _, _, address in results
-        if is_allowed_address(ipaddress.ip_address(address[0]), allow_private)]
+    addresses = [(family, address) for family, _, _, _, address in results
+                 if is_allowed_address(ipaddress.ip_address(address[0]), allow_private)]
     if not addresses:
         raise PermissionError("its host has no address that is allowed")
     deadline = Clock.monotonic() + timeout
-    all_headers = {
-        "Host": url.authority, "User-Agent": "claude-api-bridge", **headers,
-        "Content-Type": "application/json", "Content-Length": str(len(body)),
-        "Connection": "close"}
+    all_headers = {"Host": url.authority, "User-Agent": "claude-api-bridge", **headers,
+                   "Content-Type": "application/json", "Content-Length": str(len(body)),
+                   "Connection": "close"}
     head = "".join("%s: %s\r\n" % item for item in all_headers.items())
     connection = connect_callback(addresses, url, deadline)
     with contextlib.closing(connection):
@@ -8965,8 +8911,7 @@ class CallbackSender:
             "Webhook-Signature": sign_callback(callback.secret, callback.job_id, timestamp, body)}
         try:
             url, allow_private = check_callback(callback.url, callback.callbacks)
-            status, retry_after = send_callback(
-                url, headers, body, allow_private, CALLBACK_SECONDS)
+            status, retry_after = send_callback(url, headers, body, allow_private, CALLBACK_SECONDS)
             if 200 <= status < 300:
                 return None, "delivered"
             reason = "status %d" % status
@@ -8978,9 +8923,8 @@ class CallbackSender:
         except InvalidRequest as error:
             reason = str(error)
         delay = callback_delay(attempts, retry_after)
-        logger.warning(
-            "The callback of request %s failed (attempt %d): %s", callback.job_id[:8], attempts,
-            escape_controls(reason[:200]))
+        logger.warning("The callback of request %s failed (attempt %d): %s", callback.job_id[:8],
+                       attempts, escape_controls(reason[:200]))
         return delay, "given_up" if delay is None else "failed"
 
 
@@ -11028,24 +10972,21 @@ def handle_get_model(context: Context) -> Response:
 EXAMPLE_ID = "550e8400-e29b-41d4-a716-446655440000"
 EXAMPLE_TIME = "2026-01-31T12:00:00.000Z"
 WARNINGS = ["unknown field 'x' ignored"]
-USAGE_EXAMPLE = {
-    "inputTokens": 12, "outputTokens": 40, "cacheReadTokens": 0, "cacheCreationTokens": 0,
-    "costUsd": 0.0006}
+USAGE_EXAMPLE = {"inputTokens": 12, "outputTokens": 40, "cacheReadTokens": 0,
+                 "cacheCreationTokens": 0, "costUsd": 0.0006}
 SUMS_EXAMPLE = {"requests": 5, "completed": 4, "errors": 1, **USAGE_EXAMPLE}
-WINDOW_EXAMPLE = {
-    "type": "five_hour", "status~": "allowed", "utilization~": 0.42, "resetsAt~": EXAMPLE_TIME,
-    "seenAt": EXAMPLE_TIME}
+WINDOW_EXAMPLE = {"type": "five_hour", "status~": "allowed", "utilization~": 0.42,
+                  "resetsAt~": EXAMPLE_TIME, "seenAt": EXAMPLE_TIME}
 PLAN_EXAMPLE = {
     "windows": [WINDOW_EXAMPLE], "isUsingOverage": False, "waitingFor~": None, "resumesAt~": None}
-JOB_EXAMPLE = {
-    "status": "completed", "requestId": EXAMPLE_ID, "queuePosition?": 0,
-    "response?": "Because air scatters blue light more.", "error?": "The request was cancelled.",
-    "errorCode?": "cancelled", "advice?": "ask for a shorter answer",
-    "completedAt?": EXAMPLE_TIME, "model?": "haiku",
-    "conversation?": "trip-to-rome", "createdAt": EXAMPLE_TIME, "startedAt?": EXAMPLE_TIME,
-    "attempts": 1, "durationMs?": 1840, "structured?": {}, "usage?": USAGE_EXAMPLE,
-    "stopReason?": "max_tokens", "partial?": "Because", "waitingFor?": "usage_limit",
-    "resumesAt?": EXAMPLE_TIME, "warnings?": WARNINGS}
+JOB_EXAMPLE = {"status": "completed", "requestId": EXAMPLE_ID, "queuePosition?": 0,
+               "response?": "Because air scatters blue light more.",
+               "error?": "The request was cancelled.", "errorCode?": "cancelled",
+               "advice?": "ask for a shorter answer", "completedAt?": EXAMPLE_TIME,
+               "model?": "haiku", "conversation?": "trip-to-rome", "createdAt": EXAMPLE_TIME,
+               "startedAt?": EXAMPLE_TIME, "attempts": 1, "durationMs?": 1840, "structured?": {},
+               "usage?": USAGE_EXAMPLE, "stopReason?": "max_tokens", "partial?": "Because",
+               "waitingFor?": "usage_limit", "resumesAt?": EXAMPLE_TIME, "warnings?": WARNINGS}
 LISTED_JOB_EXAMPLE = {
     **JOB_EXAMPLE, "message": "Why is the sky blue?", "tokenId": EXAMPLE_ID,
     "systemPrompt?": "Answer in one sentence.", "effort?": "low", "api?": "openai",
@@ -11059,52 +11000,45 @@ TOKEN_EXAMPLE = {
 TOOL_CALL_EXAMPLE = {
     "id": "toolu_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
 
+COMPLETION_USAGE_EXAMPLE = {"prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
+                            "prompt_tokens_details": {"cached_tokens": 0}}
+
 # Examples of answers, from which the schemas are made. name?: may be missing. name~: may be null.
 RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
-    "Queued": {
-        "ok": True, "requestId": EXAMPLE_ID, "position": 1, "poll": "GET /api/ask/" + EXAMPLE_ID,
-        "warnings?": WARNINGS},
+    "Queued": {"ok": True, "requestId": EXAMPLE_ID, "position": 1,
+               "poll": "GET /api/ask/" + EXAMPLE_ID, "warnings?": WARNINGS},
     "Job": JOB_EXAMPLE, "Cancelled": {"ok": True, **JOB_EXAMPLE},
-    "Requests": {
-        "requests": [LISTED_JOB_EXAMPLE], "next~": "41", "searchedTo~": EXAMPLE_TIME},
+    "Requests": {"requests": [LISTED_JOB_EXAMPLE], "next~": "41", "searchedTo~": EXAMPLE_TIME},
     "ListedJob": LISTED_JOB_EXAMPLE,
-    "Conversations": {
-        "conversations": [{
-            "name": "default", "turns": 3, "createdAt": EXAMPLE_TIME, "lastUsedAt": EXAMPLE_TIME}]},
+    "Conversations": {"conversations": [
+        {"name": "default", "turns": 3, "createdAt": EXAMPLE_TIME, "lastUsedAt": EXAMPLE_TIME}]},
     "Done": {"ok": True, "message": "Token revoked"},
-    "Usage": {
-        "since": "2026-01-01", "total": SUMS_EXAMPLE,
-        "days": [{"day": "2026-01-31", **SUMS_EXAMPLE}],
-        "tokens": [{"tokenId": EXAMPLE_ID, "name~": "my-app", **SUMS_EXAMPLE}],
-        "models": [{"model~": "claude-haiku-4-5", "completed": 4, **USAGE_EXAMPLE}],
-        "latency": {
-            "requests": 5, "waitingMs": {"p50~": 3, "p95~": 1840},
-            "firstTokenMs": {"p50~": 640, "p95~": 900}},
-        "plan": PLAN_EXAMPLE},
+    "Usage": {"since": "2026-01-01", "total": SUMS_EXAMPLE,
+              "days": [{"day": "2026-01-31", **SUMS_EXAMPLE}],
+              "tokens": [{"tokenId": EXAMPLE_ID, "name~": "my-app", **SUMS_EXAMPLE}],
+              "models": [{"model~": "claude-haiku-4-5", "completed": 4, **USAGE_EXAMPLE}],
+              "latency": {"requests": 5, "waitingMs": {"p50~": 3, "p95~": 1840},
+                          "firstTokenMs": {"p50~": 640, "p95~": 900}},
+              "plan": PLAN_EXAMPLE},
     "NewToken": {
         "ok": True, "tokenId": EXAMPLE_ID, "token": "cab-...", "prefix": "cab-01234567",
         "callbackSecret?": "whsec_...", "warning": "Save this token now.", "warnings?": WARNINGS},
     "Tokens": {"tokens": [TOKEN_EXAMPLE]},
     "Token": {"ok": True, **TOKEN_EXAMPLE, "warnings?": WARNINGS},
-    "Status": {
-        "status": "running", "version": __version__,
-        "queue": {
-            "isProcessing": False, "length": 0, "waitingFor?": "network",
-            "resumesAt?": EXAMPLE_TIME},
-        "stats": {
-            "totalTokens": 2, "totalRequests": 5, "completedRequests": 4, "errorRequests": 1,
-            "queuedRequests": 0},
-        "worker?": {}, "plan?": PLAN_EXAMPLE, "tunnel?": {}, "claude?": {}},
+    "Status": {"status": "running", "version": __version__,
+               "queue": {"isProcessing": False, "length": 0, "waitingFor?": "network",
+                         "resumesAt?": EXAMPLE_TIME},
+               "stats": {"totalTokens": 2, "totalRequests": 5, "completedRequests": 4,
+                         "errorRequests": 1, "queuedRequests": 0},
+               "worker?": {}, "plan?": PLAN_EXAMPLE, "tunnel?": {}, "claude?": {}},
     "Health": {"status": "ok", "waitingFor?": "login", "resumesAt?": EXAMPLE_TIME,
                "advice?": "The login of claude was refused."},
     "Queue": {"ok": True, "waitingFor?": "paused", "resumesAt?": EXAMPLE_TIME},
-    "Root": {
-        "name": "claude-api-bridge", "version": __version__, "description": "A REST API",
-        "endpoints": {}, "docs": "GET /dashboard"},
+    "Root": {"name": "claude-api-bridge", "version": __version__, "description": "A REST API",
+             "endpoints": {}, "docs": "GET /dashboard"},
     "OpenApi": {"openapi": "3.1.0", "info": {}, "paths": {}, "components": {}},
-    "Models": {
-        "object": "list", "data": [MODEL_EXAMPLE], "has_more": False, "first_id": "sonnet",
-        "last_id": "sonnet"},
+    "Models": {"object": "list", "data": [MODEL_EXAMPLE], "has_more": False, "first_id": "sonnet",
+               "last_id": "sonnet"},
     "Model": MODEL_EXAMPLE,
     "Message": {
         "id": "msg_1", "type": "message", "role": "assistant", "model": "claude-sonnet-5",
@@ -11112,28 +11046,21 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "content": [
             {"type": "text", "text?": "Rhine", "id?": "toolu_1", "name?": "add", "input?": {}}],
         "stop_sequence~": None,
-        "usage": {
-            "input_tokens": 12, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
-            "output_tokens": 40}},
+        "usage": {"input_tokens": 12, "cache_creation_input_tokens": 0,
+                  "cache_read_input_tokens": 0, "output_tokens": 40}},
     "Completion": {
         "id": "chatcmpl-1", "object": "chat.completion", "created": 1769860800,
         "model": "claude-sonnet-5",
-        "choices": [{
-            "index": 0,
-            "message": {
-                "role": "assistant", "content~": "Rhine", "refusal~": None,
-                "tool_calls?": [TOOL_CALL_EXAMPLE]},
-            "logprobs~": None, "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
-            "prompt_tokens_details": {"cached_tokens": 0}}},
+        "choices": [{"index": 0,
+                     "message": {"role": "assistant", "content~": "Rhine", "refusal~": None,
+                                 "tool_calls?": [TOOL_CALL_EXAMPLE]},
+                     "logprobs~": None, "finish_reason": "stop"}],
+        "usage": COMPLETION_USAGE_EXAMPLE},
     "TextCompletion": {
         "id": "cmpl-1", "object": "text_completion", "created": 1769860800,
         "model": "claude-sonnet-5",
         "choices": [{"index": 0, "text": "Rhine", "logprobs~": None, "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": 12, "completion_tokens": 40, "total_tokens": 52,
-            "prompt_tokens_details": {"cached_tokens": 0}}},
+        "usage": COMPLETION_USAGE_EXAMPLE},
     "Response": {
         "id": "resp_1", "object": "response", "created_at": 1769860800, "status": "completed",
         "background": False, "completed_at~": 1769860801, "error~": None,
@@ -11152,23 +11079,19 @@ RESPONSE_EXAMPLES: Mapping[str, Mapping[str, Any]] = {
         "service_tier": "default", "store": True, "temperature~": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [{}],
         "top_logprobs": 0, "top_p~": None, "truncation": "disabled",
-        "usage~": {
-            "input_tokens": 12,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": 40, "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": 52},
+        "usage~": {"input_tokens": 12,
+                   "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+                   "output_tokens": 40, "output_tokens_details": {"reasoning_tokens": 0},
+                   "total_tokens": 52},
         "user~": None},
     "InputTokens": {"object": "response.input_tokens", "input_tokens": 11},
     "CountedTokens": {"input_tokens": 11},
     "DeletedResponse": {"id": "resp_1", "object": "response", "deleted": True},
-    "Error": {
-        "error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
-        "resetsAt?": EXAMPLE_TIME},
+    "Error": {"error": "Request not found", "code": "not_found", "field?": "wait", "retryAfter?": 7,
+              "resetsAt?": EXAMPLE_TIME},
     "MessageError": {"type": "error", "error": {"type": "not_found_error", "message": "Not found"}},
-    "CompletionError": {
-        "error": {
-            "message": "Not found", "type": "invalid_request_error", "param~": None,
-            "code": "not_found"}}}
+    "CompletionError": {"error": {"message": "Not found", "type": "invalid_request_error",
+                                  "param~": None, "code": "not_found"}}}
 
 WAIT_QUERY = {"wait": ("number", "seconds to wait for the result, 0 to 90")}
 AFTER_QUERY = {
@@ -11188,47 +11111,42 @@ def handle_root(context: Context) -> Response:
     if "text/html" in context.request.headers.get("accept", ""):
         return context.status.page()
     endpoints = {"%s %s" % (route.method, route.path): route.doc for route in ROUTES}
-    return json_response(200, {
-        "name": "claude-api-bridge", "version": __version__,
-        "description": "A REST API for the Claude Code command line tool", "endpoints": endpoints,
-        "docs": "GET /dashboard"})
+    return json_response(200, {"name": "claude-api-bridge", "version": __version__,
+                               "description": "A REST API for the Claude Code command line tool",
+                               "endpoints": endpoints, "docs": "GET /dashboard"})
 
 
 def handle_openapi(context: Context) -> Response:
     return json_response(200, openapi())
 
 
+NEW_TOKEN = "NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}'
+OPENAI_ERROR = None, '{"error":{"message":"...","type":"...",...}}'
 ROUTES = (
-    Route("POST", "/api/ask", AuthLevel.TOKEN, handle_ask,
-          "Send a message to Claude Code",
+    Route("POST", "/api/ask", AuthLevel.TOKEN, handle_ask, "Send a message to Claude Code",
           body_type=Ask,
-          responses={
-              202: ("Queued", '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}'),
-              200: ("Job", "with `wait`: the poll body, finished; with `stream`: events")},
+          responses={202: ("Queued",
+                           '{"ok":true,"requestId":ID,"position":1,"poll":"GET /api/ask/ID"}'),
+                     200: ("Job", "with `wait`: the poll body, finished; with `stream`: events")},
           error_statuses=(403, 409)),
     Route("GET", "/api/ask/:requestId", AuthLevel.TOKEN, handle_poll,
           "Poll for the answer; `?wait=30` waits for it",
-          responses={
-              202: ("Job", '{"status":"queued","requestId":ID,"queuePosition":1}'),
-              200: ("Job", '{"status":"completed","requestId":ID,"response":"..."}')},
-          query=WAIT_QUERY,
-          uses_poll_limiter=True),
+          responses={202: ("Job", '{"status":"queued","requestId":ID,"queuePosition":1}'),
+                     200: ("Job", '{"status":"completed","requestId":ID,"response":"..."}')},
+          query=WAIT_QUERY, uses_poll_limiter=True),
     Route("DELETE", "/api/ask/:requestId", AuthLevel.TOKEN, handle_cancel,
           "Cancel a queued or running request",
           responses={200: ("Cancelled", '{"ok":true,"status":"error",...}')},
           error_statuses=(409,)),
     Route("GET", "/api/ask/:requestId/events", AuthLevel.TOKEN, handle_events,
           "Follow a request live; `?after=120` resumes there",
-          responses={200: ("", "Server-Sent Events")},
-          query=AFTER_QUERY),
+          responses={200: ("", "Server-Sent Events")}, query=AFTER_QUERY),
     Route("POST", "/api/ask/:requestId/events", AuthLevel.TOKEN, handle_events,
           "The same, for proxies that buffer events over GET",
-          responses={200: ("", "Server-Sent Events")},
-          query=AFTER_QUERY),
+          responses={200: ("", "Server-Sent Events")}, query=AFTER_QUERY),
     Route("GET", "/api/requests", AuthLevel.TOKEN, handle_list_requests,
           "Your requests, newest first (admins see everyone's)",
-          responses={200: ("Requests", '{"requests":[...],"next":"41"}')},
-          query=PAGE_QUERY),
+          responses={200: ("Requests", '{"requests":[...],"next":"41"}')}, query=PAGE_QUERY),
     Route("GET", "/api/requests/:requestId", AuthLevel.TOKEN, handle_get_request,
           "One of them, with what was asked",
           responses={200: ("ListedJob", '{"status":"completed","message":"...",...}')}),
@@ -11244,66 +11162,48 @@ ROUTES = (
           query={"days": ("integer", "1 to 400, default 30")}),
     Route("POST", "/v1/messages", AuthLevel.TOKEN, partial(handle_chat, format=MESSAGES),
           "The Anthropic wire format; see Other wire formats",
-          responses={
-              200: ("Message", '{"type":"message","content":[...],...}'),
-              400: (None, '{"type":"error","error":{"type":"...","message":"..."}}')},
+          responses={200: ("Message", '{"type":"message","content":[...],...}'),
+                     400: (None, '{"type":"error","error":{"type":"...","message":"..."}}')},
           error_statuses=(403, 504, 529)),
     Route("POST", "/v1/messages/count_tokens", AuthLevel.TOKEN, handle_count_tokens,
           "An estimate of the input tokens of such a request, by its length",
           responses={200: ("CountedTokens", '{"input_tokens":11}')}),
-    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN,
-          partial(handle_chat, format=COMPLETIONS),
+    Route("POST", "/v1/chat/completions", AuthLevel.TOKEN, partial(handle_chat, format=COMPLETIONS),
           "The OpenAI wire format; see Other wire formats",
-          responses={
-              200: ("Completion", '{"object":"chat.completion","choices":[...],...}'),
-              400: (None, '{"error":{"message":"...","type":"...",...}}')},
-          error_statuses=(403, 504, 529)),
+          responses={200: ("Completion", '{"object":"chat.completion","choices":[...],...}'),
+                     400: OPENAI_ERROR}, error_statuses=(403, 504, 529)),
     Route("POST", "/v1/completions", AuthLevel.TOKEN, partial(handle_chat, format=PROMPTS),
           "The older OpenAI format: a text in, a text out",
-          responses={
-              200: ("TextCompletion", '{"object":"text_completion","choices":[...],...}'),
-              400: (None, '{"error":{"message":"...","type":"...",...}}')},
-          error_statuses=(403, 504, 529)),
+          responses={200: ("TextCompletion", '{"object":"text_completion","choices":[...],...}'),
+                     400: OPENAI_ERROR}, error_statuses=(403, 504, 529)),
     Route("POST", "/v1/responses", AuthLevel.TOKEN, handle_create_response,
           "The newer OpenAI wire format; see Other wire formats",
-          responses={
-              200: ("Response", '{"object":"response","output":[...],...}'),
-              400: (None, '{"error":{"message":"...","type":"...",...}}')},
-          error_statuses=(403, 504, 529)),
+          responses={200: ("Response", '{"object":"response","output":[...],...}'),
+                     400: OPENAI_ERROR}, error_statuses=(403, 504, 529)),
     Route("POST", "/v1/responses/input_tokens", AuthLevel.TOKEN, handle_count_input_tokens,
           "An estimate of the input tokens of such a request",
-          responses={
-              200: ("InputTokens", '{"object":"response.input_tokens","input_tokens":11}')}),
-    Route("GET", "/v1/responses/:id", AuthLevel.TOKEN, handle_get_response,
-          "A stored response",
+          responses={200: ("InputTokens", '{"object":"response.input_tokens","input_tokens":11}')}),
+    Route("GET", "/v1/responses/:id", AuthLevel.TOKEN, handle_get_response, "A stored response",
           responses={200: ("Response", '{"id":"resp_...","object":"response",...}')}),
     Route("DELETE", "/v1/responses/:id", AuthLevel.TOKEN, handle_delete_response,
           "Forget a stored response; the request stays in the lists",
-          responses={
-              200: (
-                  "DeletedResponse", '{"id":"resp_...","object":"response","deleted":true}')}),
+          responses={200: ("DeletedResponse",
+                           '{"id":"resp_...","object":"response","deleted":true}')}),
     Route("GET", "/v1/models", AuthLevel.TOKEN, handle_list_models,
           "The models of `claude`, for all formats",
           responses={200: ("Models", '{"object":"list","data":[{"id":"sonnet",...}],...}')}),
-    Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model,
-          "One of them",
+    Route("GET", "/v1/models/:id", AuthLevel.TOKEN, handle_get_model, "One of them",
           responses={200: ("Model", '{"id":"sonnet","object":"model",...}')}),
-    Route("POST", "/api/tokens", AuthLevel.ADMIN, handle_create_token,
-          "Create a token",
-          body_type=NewToken,
-          responses={
-              201: ("NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}')}),
-    Route("GET", "/api/tokens", AuthLevel.ADMIN, handle_list_tokens,
-          "List all tokens",
+    Route("POST", "/api/tokens", AuthLevel.ADMIN, handle_create_token, "Create a token",
+          body_type=NewToken, responses={201: NEW_TOKEN}),
+    Route("GET", "/api/tokens", AuthLevel.ADMIN, handle_list_tokens, "List all tokens",
           responses={200: ("Tokens", '{"tokens":[...]}')}),
     Route("PATCH", "/api/tokens/:id", AuthLevel.ADMIN, handle_update_token,
-          "Change a token: what the body names",
-          body_type=TokenUpdate,
+          "Change a token: what the body names", body_type=TokenUpdate,
           responses={200: ("Token", '{"ok":true,"id":ID,"name":"my-app",...}')}),
     Route("POST", "/api/tokens/:id/rotate", AuthLevel.ADMIN, handle_rotate_token,
           "Give a token another secret; the old one is refused from now on",
-          responses={
-              200: ("NewToken", '{"ok":true,"tokenId":ID,"token":"cab-...","prefix":"cab-..."}')}),
+          responses={200: NEW_TOKEN}),
     Route("DELETE", "/api/tokens/:id", AuthLevel.ADMIN, handle_revoke_token,
           "Revoke a token; its running request is stopped",
           responses={200: ("Done", '{"ok":true,"message":"Token revoked"}')}),
@@ -11311,8 +11211,7 @@ ROUTES = (
           "Start no more requests; the running one continues, new ones wait",
           responses={200: ("Queue", '{"ok":true,"waitingFor":"paused"}')}),
     Route("POST", "/api/queue/resume", AuthLevel.ADMIN, partial(set_paused, is_paused=False),
-          "Let the queue go on",
-          responses={200: ("Queue", '{"ok":true}')}),
+          "Let the queue go on", responses={200: ("Queue", '{"ok":true}')}),
     Route("GET", "/api/status", AuthLevel.NOTHING, handle_status,
           "Queue and counters; more for an admin token",
           responses={
@@ -11320,15 +11219,13 @@ ROUTES = (
     Route("GET", "/health", AuthLevel.NOTHING, handle_health,
           "200 while the worker and the database work; `degraded` while the API does not",
           responses={200: ("Health", '{"status":"ok"}')}),
-    Route("GET", "/metrics", AuthLevel.ADMIN, handle_metrics,
-          "Counters and gauges for Prometheus",
+    Route("GET", "/metrics", AuthLevel.ADMIN, handle_metrics, "Counters and gauges for Prometheus",
           responses={200: ("", "text")}),
     Route("GET", "/openapi.json", AuthLevel.NOTHING, handle_openapi,
           "This API for programs: OpenAPI 3.1",
           responses={200: ("OpenApi", '{"openapi":"3.1.0","paths":{...},...}')}),
     Route("GET", "/dashboard", AuthLevel.NOTHING, lambda context: context.status.page(),
-          "The dashboard",
-          responses={200: ("", "HTML")}),
+          "The dashboard", responses={200: ("", "HTML")}),
     Route("GET", "/", AuthLevel.NOTHING, handle_root,
           "The list of endpoints, or the dashboard for a browser",
           responses={200: ("Root", '{"name":...,"endpoints":{...}}')}),
@@ -11456,9 +11353,8 @@ def command_schema(command: Type[Command]) -> Dict[str, Any]:
         kinds = row.metadata["kind"].split(" or ")
         if row.default is None:
             kinds.append("null")
-        properties[camel_case(row.name)] = {
-            "type": kinds, "description": row.metadata["doc"],
-            "examples": [row.metadata["example"]]}
+        properties[camel_case(row.name)] = {"type": kinds, "description": row.metadata["doc"],
+                                            "examples": [row.metadata["example"]]}
     required = [name for name in ("message", "name")
                 if name in properties and command is not TokenUpdate]
     return {"type": "object", "required": required, "properties": properties}
@@ -11808,9 +11704,8 @@ class RateLimiters:
 
     def __init__(self, clock: Clock, capacity: int) -> None:
         self._clock = clock
-        self._capacities = {
-            "anonymous": capacity, "login": LOGINS_PER_MINUTE,
-            "polls": capacity * POLLS_PER_REQUEST}
+        self._capacities = {"anonymous": capacity, "login": LOGINS_PER_MINUTE,
+                            "polls": capacity * POLLS_PER_REQUEST}
         self._lock = threading.Lock()
         self._by_key: "OrderedDict[Tuple[str, str], TokenBucket]" = OrderedDict()
         self.authenticated = TokenBucket(clock, capacity)
@@ -11937,9 +11832,8 @@ class Phase:
     BODY = "body"
     BUSY = "busy"
     SEND = "send"
-    SECONDS = {
-        IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"),
-        SEND: SEND_SECONDS}
+    SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"),
+               SEND: SEND_SECONDS}
 
 
 class ConnectionState:
@@ -12500,10 +12394,9 @@ ASSETS = {
                            "c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5"),
     "windows-386": Asset("cloudflared-windows-386.exe", 37_369_480,
                          "6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43")}
-PROCESSORS = {
-    "x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64", "i386": "386",
-    "i486": "386", "i586": "386", "i686": "386", "x86": "386", "armv6l": "arm", "armv7l": "arm",
-    "armv8l": "arm"}
+PROCESSORS = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
+              "i386": "386", "i486": "386", "i586": "386", "i686": "386", "x86": "386",
+              "armv6l": "arm", "armv7l": "arm", "armv8l": "arm"}
 
 
 def cloudflared_asset(system: str, machine: str) -> Optional[Asset]:
@@ -12756,10 +12649,9 @@ class CloudflaredInstall:
         asset = self._asset
         install_it = "install cloudflared yourself and name it with --cloudflared PATH"
         if not asset:
-            raise CannotTunnel(
-                "There is no cloudflared for this system (%s, %s)."
-                % (platform.system(), platform.machine()),
-                install_it + ", or start with --no-tunnel")
+            raise CannotTunnel("There is no cloudflared for this system (%s, %s)."
+                               % (platform.system(), platform.machine()),
+                               install_it + ", or start with --no-tunnel")
         base = self.config.cloudflared_url.rstrip("/")
         url = "%s/%s/%s" % (base, CLOUDFLARED_VERSION, asset.name)
         self._observer.on_progress(
@@ -13271,9 +13163,8 @@ dialog h2 { margin-top: 1rem }
 .text :is(th, td) { text-align: left; white-space: pre-wrap; vertical-align: top }
 .text td:first-child { padding-left: 0 }
 main a { color: var(--accent) }
-.text :not(pre) > code, .code { background: var(--tint); border-radius: .3rem }
-.text :not(pre) > code { padding: 0 .25rem }
-.code { margin: .75rem 0; padding: .5rem .75rem }
+.text :not(pre) > code { background: var(--tint); border-radius: .3rem; padding: 0 .25rem }
+.code { background: var(--tint); border-radius: .3rem; margin: .75rem 0; padding: .5rem .75rem }
 .code pre { overflow-x: auto; white-space: pre }
 /* Bars, the chart and tables. */
 progress { display: block; appearance: none; width: 100%; height: .45rem; margin: .35rem 0;
@@ -13296,10 +13187,9 @@ table { border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .35rem 0 .35rem .75rem; border-bottom: 1px solid var(--line) }
 th { font-weight: 500 }
-th:first-child, #endpoints td { text-align: left }
-th:first-child { padding-left: 0 }
+th:first-child { text-align: left; padding-left: 0 }
 td, thead th { white-space: nowrap }
-#endpoints td { white-space: normal }
+#endpoints td { text-align: left; white-space: normal }
 @media (max-width: 30rem) { #endpoints :is(th, td) { display: block; padding-left: 0 }
   #endpoints th { border: 0; padding-bottom: 0 } }
 @media print { nav, button:not(#legend *), form, footer, #toast { display: none } }
@@ -13350,14 +13240,11 @@ STYLE</style>
       <li>Watch your request arrive on this page.</li></ol></section>
   <section id="plan" hidden><h2>Plan</h2> <ul class="list grid" id="plan-limits"></ul></section>
   <section><h2>Running now</h2>
-    <ul class="list" id="running"></ul> <p class="if-empty faint" id="nothing-runs"></p>
-  </section>
-  <section><h2>Waiting</h2>
-    <p id="queue-estimate" class="faint"></p>
+    <ul class="list" id="running"></ul> <p class="if-empty faint" id="nothing-runs"></p></section>
+  <section><h2>Waiting</h2> <p id="queue-estimate" class="faint"></p>
     <ol class="list" id="waiting"></ol> <p class="if-empty faint">The queue is empty.</p>
-    <p class="row"><button type="button" id="show-waiting" hidden></button>
-      <button type="button" id="pause-queue" data-roles="admin">Pause the queue</button></p>
-  </section>
+    <p class="row"><button type="button" id="show-waiting" hidden></button> <button type="button"
+      id="pause-queue" data-roles="admin">Pause the queue</button></p></section>
   <section id="errors-section" hidden><h2>Errors of the last 24 hours</h2>
     <ul class="list" id="errors"></ul></section>
   <section><h2>Recent</h2>
@@ -13371,8 +13258,7 @@ STYLE</style>
         <option value="">All tokens</select>
       <input name="model" list="models" placeholder="Any model" aria-label="Model">
       <select name="hours" aria-label="Time"><option value="">Any time<option value="1">Last hour
-        <option value="24">Last 24 hours<option value="168">Last 7 days</select>
-      </form>
+        <option value="24">Last 24 hours<option value="168">Last 7 days</select></form>
     <div class="row"><p id="match-count" class="faint" role="status"></p>
       <button type="button" id="clear-filters" hidden>Clear filters</button></div>
     <ul class="list" id="recent"></ul> <p class="if-empty faint" id="no-recent">No requests yet.</p>
@@ -13399,9 +13285,8 @@ STYLE</style>
     <span class="faint">or drop or paste them here</span></p>
   <input type="file" id="image-files" accept="image/*" multiple hidden>
   <ul class="list" id="images"></ul>
-  <p class="row"><button class="primary" id="ask">Ask</button>
-    <button type="button" id="stop" hidden>Stop</button>
-    <span id="ask-status" class="faint" role="status"></span></p></form>
+  <p class="row"><button class="primary" id="ask">Ask</button> <button type="button" id="stop"
+    hidden>Stop</button> <span id="ask-status" class="faint" role="status"></span></p></form>
 <div id="answer-section" hidden>
   <div id="answer" class="text box" tabindex="0" role="region" aria-label="Answer"></div>
   <p class="row"><button id="copy-answer">Copy answer</button>
@@ -13428,11 +13313,9 @@ STYLE</style>
 <div class="row" id="legend" role="group" aria-label="Parts of the chart"></div>
 <p class="faint">Days are in UTC. Costs are estimates by Claude Code at API prices, not what your
   plan charges.</p>
-<details><summary>Day by day</summary>
-  <table><thead><tr><th>Day<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-day"></table>
-</details>
-<p><a id="download-csv">Download CSV</a></p>
-<h2>By model</h2>
+<details><summary>Day by day</summary><table><thead>
+  <tr><th>Day<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-day"></table></details>
+<p><a id="download-csv">Download CSV</a></p> <h2>By model</h2>
 <table><thead><tr><th>Model<th>Completed<th>Tokens<th>Est. cost<tbody id="usage-by-model"></table>
 <section data-roles="admin"><h2>By token</h2>
   <table><thead><tr><th>Token<th>Requests<th>Tokens<th>Est. cost<tbody id="usage-by-token"></table>
@@ -13500,6 +13383,7 @@ const formatBytes = (bytes) => Math.ceil(bytes / 1000) + " kB";
 const plural = (number, noun) => formatCount(number) + " " + noun + (number === 1 ? "" : "s");
 const formatCompact = (number) => number.toLocaleString(
   [], { notation: "compact", maximumFractionDigits: number < 100 ? 2 : 1 });
+const formatCost = (amount) => amount < 1000 ? formatDollars(amount) : "$" + formatCompact(amount);
 function formatDuration(milliseconds) {
   const seconds = Math.max(0, Math.round(milliseconds / 1000));
   const minutes = Math.floor(seconds / 60);
@@ -13519,9 +13403,8 @@ const formatTime = (date) => date.toLocaleString([], { hour: "2-digit", minute: 
   ...date.toDateString() !== new Date().toDateString() && { day: "numeric", month: "short" } });
 const totalTokens = (usage) =>
   usage.inputTokens + usage.outputTokens + usage.cacheReadTokens + usage.cacheCreationTokens;
-const usageParts = (usage) => usage && [
-  formatCount(usage.inputTokens) + " in", formatCount(usage.outputTokens) + " out",
-  formatCount(usage.cacheReadTokens) + " cache read",
+const usageParts = (usage) => usage && [formatCount(usage.inputTokens) + " in",
+  formatCount(usage.outputTokens) + " out", formatCount(usage.cacheReadTokens) + " cache read",
   formatCount(usage.cacheCreationTokens) + " cache write", "est. " + formatDollars(usage.costUsd)];
 // seven_day_opus -> Weekly limit (Opus)
 function limitName(type) {
@@ -13766,8 +13649,9 @@ function append(element, ...parts) {
 }
 const row = (...parts) => el("div.row", ...parts);
 const meta = (...parts) => el("span.meta", ...parts);
-const textRegion = (label, text) =>
-  el("p.text", { tabindex: 0, role: "group", "aria-label": label }, text);
+const textRegion = (label, text, tag = "p") =>
+  el(tag + ".text", { tabindex: 0, role: "group", "aria-label": label }, text);
+const answerRegion = () => textRegion("Answer", "", "div");
 function renderNode(part) {
   if (!part.tag) return part;
   const result = el(part.tag, part.attributes, part.parts.map(renderNode));
@@ -13775,9 +13659,14 @@ function renderNode(part) {
   const copy = button("Copy", () => copyText(result.textContent), "Copy the code");
   return el("div.code", el("div.space-between", meta(part.attributes["aria-label"]), copy), result);
 }
-// Show the text, which may have grown. A block that is still the same keeps its element.
-function renderAnswer(region, text) {
+// Change a region. If its reader is at the end, scroll along.
+function changeAndScroll(region, change) {
   const isAtEnd = region.scrollHeight - region.scrollTop - region.clientHeight < 40;
+  change();
+  if (isAtEnd) region.scrollTop = region.scrollHeight;
+}
+// Show the text, which may have grown. A block that is still the same keeps its element.
+const renderAnswer = (region, text) => changeAndScroll(region, () => {
   const isShort = text.length < 200000;
   const blocks = isShort ? parseBlocks(text.split("\n")) : [node("p", [text])];
   while (region.childNodes.length > blocks.length) region.lastChild.remove();
@@ -13786,8 +13675,7 @@ function renderAnswer(region, text) {
     const child = region.childNodes[index] || region.appendChild(el("p"));
     if (child.key !== key) child.replaceWith(Object.assign(renderNode(block), { key }));
   });
-  if (isAtEnd) region.scrollTop = region.scrollHeight;
-}
+});
 // A button that shows the text as it is, or rendered again. show(): the text has changed.
 function rawButton(region, getText) {
   let isRaw = false;
@@ -13830,22 +13718,14 @@ const withErrorToast = (action) => (event) => {
   event.preventDefault();
   new Promise((resolve) => resolve(action(event))).catch(toastError);
 };
-const button = (label, action, accessibleName = label) => Object.assign(
-  el("button", { type: "button", "aria-label": accessibleName }, label),
-  { onclick: withErrorToast(action) });
+const button = (label, action, name = label) => Object.assign(
+  el("button", { type: "button", "aria-label": name }, label), { onclick: withErrorToast(action) });
 // A button that asks for confirmation in place. The focus moves to the harmless answer.
 function confirmButton(label, question, action, accessibleName) {
   const container = row();
   const reset = () => container.replaceChildren(button(label, ask, accessibleName));
   const keep = () => { reset(); container.firstChild.focus() };
-  const act = async (event) => {
-    try {
-      await action(event);
-    } catch (error) {
-      keep();
-      throw error;
-    }
-  };
+  const act = (event) => action(event).catch((error) => { keep(); throw error });
   const ask = () => {
     container.replaceChildren(
       question, button("Yes, " + label.toLowerCase(), act), button("Keep", keep));
@@ -14027,10 +13907,7 @@ async function pollOnce() {
   }
   if (number === pollNumber) pollTimer = setTimeout(pollOnce, 1000 * seconds);
 }
-function refreshNow() {
-  lastFetch.at = lastFetch.allAt = 0;
-  return pollOnce();
-}
+function refreshNow() { lastFetch.at = lastFetch.allAt = 0; return pollOnce() }
 function showState(text, className) {
   setText("state", text);
   $("state").className = className;
@@ -14039,10 +13916,10 @@ function showState(text, className) {
 // Return whether the next poll should come soon.
 async function refresh() {
   const { queue, stats, version } = await fetchJson("GET", "/api/status", null, { isPublic: true });
-  const counters = [
-    ["Queued", stats.queuedRequests], ["Processing", queue.length - stats.queuedRequests],
-    ["Completed", stats.completedRequests], ["Failed", stats.errorRequests],
-    ["Requests", stats.totalRequests], ["Tokens", stats.totalTokens]];
+  const counters = [["Queued", stats.queuedRequests],
+    ["Processing", queue.length - stats.queuedRequests], ["Completed", stats.completedRequests],
+    ["Failed", stats.errorRequests], ["Requests", stats.totalRequests],
+    ["Tokens", stats.totalTokens]];
   if (isAdmin || !isSignedIn) showFigures("counters", counters, formatCount);
   setText("version", "v" + version);
   queueReason = queue.waitingFor;
@@ -14147,9 +14024,8 @@ const tokenNames = new Map();
 const recent = { filters: {}, key: "", requests: [], show: () => showRecent() };
 const tokenNameOf = (job) => truncate(tokenNames.get(job.tokenId) || "", 32);
 const messagePreview = (job) => el("span.ellipsis", truncate(job.message));
-const cancelButton = (job) => button("Cancel",
-  () => deleteAndRefresh("/api/ask/" + job.requestId, "Cancelled."),
-  "Cancel: " + truncate(job.message, 60));
+const cancelButton = (job) => button("Cancel", () => deleteAndRefresh(
+  "/api/ask/" + job.requestId, "Cancelled."), "Cancel: " + truncate(job.message, 60));
 function showActive(jobs) {
   const running = jobs.filter((job) => job.status === "processing");
   const waiting = jobs.filter((job) => job.status === "queued");
@@ -14176,13 +14052,8 @@ function runningRow(job) {
   startText("processing", job);
   const element = el("li.running", row(messagePreview(job), cancelButton(job)),
     meta(ageElement(job.startedAt), source), text);
-  return Object.assign(element, { startText, addText: (addition) => appendText(text, addition) });
-}
-// Append to a text region. If the reader is at its end, scroll along.
-function appendText(region, addition) {
-  const isAtEnd = region.scrollHeight - region.scrollTop - region.clientHeight < 40;
-  region.firstChild.appendData(addition);
-  if (isAtEnd) region.scrollTop = region.scrollHeight;
+  const addText = (addition) => changeAndScroll(text, () => text.firstChild.appendData(addition));
+  return Object.assign(element, { startText, addText });
 }
 // The request whose text is followed: { id, aborter }.
 let followed = null;
@@ -14315,8 +14186,7 @@ function requestDetails(job) {
   const answer = structured === undefined ? job.response : JSON.stringify(structured, null, 2);
   const texts = Object.entries({ "Prompt": job.message, "System prompt": job.systemPrompt,
     "Schema": job.jsonSchema && JSON.stringify(job.jsonSchema), "Answer": answer,
-    ["Error: " + job.errorCode]: job.error,
-    "What to do": sentence(job.advice) }).filter(([, text]) => text);
+    ["Error: " + job.errorCode]: job.error, "What to do": sentence(job.advice) });
   const facts = joinNonEmpty(startedAt && "waited " + formatElapsed(createdAt, startedAt),
     startedAt && completedAt && "ran " + formatElapsed(startedAt, completedAt),
     job.attempts > 1 && job.attempts + " attempts", usageParts(job.usage),
@@ -14324,11 +14194,11 @@ function requestDetails(job) {
       (name || mediaType) + " (" + formatBytes(bytes) + ")"),
     job.effort && "effort " + job.effort, job.conversation && "conversation " + job.conversation);
   const address = "#/requests/" + job.requestId;
-  const region = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
+  const region = answerRegion();
   const raw = structured === undefined && answer && rawButton(region, () => answer);
   if (raw) raw.show();
-  return [...texts.flatMap(([label, text]) => [el("h3", label),
-    raw && label === "Answer" ? region : textRegion(label, text)]),
+  return [...texts.flatMap(([label, text]) => text ? [el("h3", label),
+    raw && label === "Answer" ? region : textRegion(label, text)] : []),
     el("p", meta(facts && facts + " · ", el("a", { href: address }, job.requestId))),
     row(answer && button("Copy answer", () => copyText(answer)), raw,
       button("Copy link", () => copyText(location.origin + location.pathname + address)),
@@ -14336,8 +14206,8 @@ function requestDetails(job) {
         : !job.api && !job.attachments && button("Ask again", () => askAgain(job)))];
 }
 async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conversation }) {
-  const body = { message, model, systemPrompt, effort, jsonSchema, conversation };
-  await fetchJson("POST", "/api/ask", body);
+  await fetchJson("POST", "/api/ask",
+    { message, model, systemPrompt, effort, jsonSchema, conversation });
   toast("Asked again.");
   refreshNow();
 }
@@ -14356,11 +14226,10 @@ function conversationRow({ name }) {
   const load = () => details.open && loadPage(thread).catch(toastError);
   earlier.hidden = true;
   details.addEventListener("toggle", load);
+  const drop = () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted.");
   const element = el("li.row", details,
     button("Continue", () => continueConversation(name), "Continue " + name),
-    confirmButton("Delete", "Delete this conversation?",
-      () => deleteAndRefresh("/api/conversations/" + encodeURIComponent(name), "Deleted."),
-      "Delete " + name));
+    confirmButton("Delete", "Delete this conversation?", drop, "Delete " + name));
   const update = (entry) => {
     facts.replaceChildren(plural(entry.turns, "turn") + " · ", timeElement(entry.lastUsedAt));
     if (thread.turns !== entry.turns) load();
@@ -14369,7 +14238,7 @@ function conversationRow({ name }) {
   return Object.assign(element, { update });
 }
 function turnRow(job) {
-  const answer = el("div.text", { tabindex: 0, role: "group", "aria-label": "Answer" });
+  const answer = answerRegion();
   renderAnswer(answer, job.response ?? job.error);
   const prompt = append(textRegion("Prompt", job.message), { class: "text prompt" });
   return el("li", prompt, answer, meta(el("a", { href: "#/requests/" + job.requestId },
@@ -14417,24 +14286,20 @@ async function loadUsage() {
   if (days === usageDays) showUsage(usage);
   return usage;
 }
-function showLatency({ requests, waitingMs, firstTokenMs }) {
-  setVisible("no-latency", !requests);
-  setVisible("latency", requests);
-  showFigures("latency", [["Waiting, p50", waitingMs.p50], ["Waiting, p95", waitingMs.p95],
-    ["First token, p50", firstTokenMs.p50], ["First token, p95", firstTokenMs.p95]],
-  formatLatency);
-}
 function showUsage(usage) {
-  const { total, days, models, tokens } = shownUsage = usage;
-  showLatency(usage.latency);
+  const { total, days, models, tokens, latency } = shownUsage = usage;
+  setVisible("no-latency", !latency.requests);
+  setVisible("latency", latency.requests);
+  showFigures("latency", [["Waiting", latency.waitingMs], ["First token", latency.firstTokenMs]]
+    .flatMap(([name, { p50, p95 }]) => [[name + ", p50", p50], [name + ", p95", p95]]),
+  formatLatency);
   setVisible("no-usage", !days.length);
   setVisible("usage-parts", days.length);
   setText("usage-title", "Last " + usageDays + " days");
   showFigures("totals", [["Requests", total.requests], ["Failed", total.errors],
     ["Tokens in", total.inputTokens], ["Tokens out", total.outputTokens],
     ["Cache read", total.cacheReadTokens], ["Cache write", total.cacheCreationTokens],
-    ["Est. cost", total.costUsd, (amount) => amount < 1000 ? formatDollars(amount)
-      : "$" + formatCompact(amount)]], formatCompact);
+    ["Est. cost", total.costUsd, formatCost]], formatCompact);
   reconcileList("usage-by-day", days.slice().reverse(), (usage) => usageRow(usage.day, usage));
   reconcileList("usage-by-model", models, (usage) =>
     usageRow(usage.model ?? "unknown", { ...usage, requests: usage.completed }));
@@ -14548,11 +14413,10 @@ function showCreated(created, name) {
   createdId = created?.tokenId;
   setVisible("created-token", created);
   if (!created) return $("created-token").replaceChildren();
+  const done = button("Done", () => { showCreated(); visibleHeading().focus() });
   $("created-token").replaceChildren(
     el("p", "Copy the token ", el("b", name), " now: it is shown only once."),
-    el("code", created.token),
-    row(button("Copy token", () => copyText(created.token)),
-      button("Done", () => { showCreated(); visibleHeading().focus() })));
+    el("code", created.token), row(button("Copy token", () => copyText(created.token)), done));
   $("created-token").querySelector("button").focus();
 }
 const editButton = (entry) => button("Edit", () => editToken(entry), "Edit " + entry.name);
@@ -14651,7 +14515,7 @@ async function imageUrl(file, room) {
   return url;
 }
 function drawJpeg(bitmap, scale) {
-  const [width, height] = [Math.ceil(bitmap.width * scale), Math.ceil(bitmap.height * scale)];
+  const [width, height] = [bitmap.width, bitmap.height].map((size) => Math.ceil(size * scale));
   const canvas = el("canvas", { width, height });
   const context = canvas.getContext("2d");
   // A JPEG has no transparent parts; these would become black.
@@ -14757,6 +14621,7 @@ try {
 
 // === Event listeners and start ===
 const listen = (id, event, action) => $(id).addEventListener(event, action);
+const onClick = (id, action) => listen(id, "click", withErrorToast(action));
 listen("sign-in", "submit", withErrorToast(() => signIn($("token-field").value.trim())));
 listen("sign-out", "click", () => signOut("Signed out."));
 listen("filters", "input", () => {
@@ -14764,32 +14629,25 @@ listen("filters", "input", () => {
   filterTimer = setTimeout(() => applyFilters().catch(toastError), 300);
 });
 listen("filters", "submit", withErrorToast(applyFilters));
-listen("clear-filters", "click", withErrorToast(() => {
-  $("search").focus();
-  return setFilters({});
-}));
-listen("pause-queue", "click", withErrorToast(async () => {
+onClick("clear-filters", () => { $("search").focus(); return setFilters({}) });
+onClick("pause-queue", async () => {
   const isPaused = $("pause-queue").textContent.startsWith("Resume");
   await fetchJson("POST", "/api/queue/" + (isPaused ? "resume" : "pause"));
   await refreshOverview();
-}));
-listen("load-more", "click", withErrorToast(() => loadPage(recent, recent.next)));
-listen("token-form", "submit", withErrorToast(createToken));
-listen("token-form", "input", () => setText("rights-warning",
-  rightsWarning($("token-form").elements.tools.value,
-    $("token-form").elements.admin.checked)));
-listen("cancel-edit", "click", () => { editToken(null); visibleHeading().focus() });
-listen("show-waiting", "click", () => {
-  $("waiting").classList.toggle("all");
-  refreshNow();
 });
-listen("skip", "click", withErrorToast(() => document.querySelector("main").focus()));
+onClick("load-more", () => loadPage(recent, recent.next));
+listen("token-form", "submit", withErrorToast(createToken));
+listen("token-form", "input", () => setText("rights-warning", rightsWarning(
+  $("token-form").elements.tools.value, $("token-form").elements.admin.checked)));
+listen("cancel-edit", "click", () => { editToken(null); visibleHeading().focus() });
+listen("show-waiting", "click", () => { $("waiting").classList.toggle("all"); refreshNow() });
+onClick("skip", () => document.querySelector("main").focus());
 listen("ask-form", "submit", withErrorToast(ask));
 listen("ask-form", "input", showCode);
 listen("ask-form", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
-listen("stop", "click", withErrorToast(stopAsking));
+onClick("stop", stopAsking);
 listen("add-images", "click", () => $("image-files").click());
 listen("image-files", "change", () => {
   addImages($("image-files").files).catch(toastError);
@@ -14804,20 +14662,15 @@ listen("show-shortcuts", "click", SHORTCUTS["?"]);
 listen("close-shortcuts", "click", () => $("shortcuts").close());
 listen("use-shortcuts", "change", withErrorToast(() =>
   localStorage.setItem("shortcuts", $("use-shortcuts").checked ? "on" : "off")));
-listen("create-first", "click", withErrorToast(createFirst));
-listen("copy-first", "click", withErrorToast(() => copyText($("first-code").textContent)));
-listen("copy-answer", "click", withErrorToast(() => copyText(answerText)));
-listen("copy-code", "click", withErrorToast(() => copyText($("code").textContent)));
+onClick("create-first", createFirst);
+onClick("copy-first", () => copyText($("first-code").textContent));
+onClick("copy-answer", () => copyText(answerText));
+onClick("copy-code", () => copyText($("code").textContent));
 
 const DAYS = { 7: "7 days", 30: "30 days", 90: "90 days", 365: "365 days" };
-toggleGroup("usage-days", DAYS, (days) => {
-  usageDays = Number(days);
-  return loadUsage();
-}, "30");
-toggleGroup("languages", { curl: "curl", Python: "Python", JavaScript: "JavaScript" }, (name) => {
-  language = name;
-  showCode();
-}, "curl");
+const LANGUAGES = { curl: "curl", Python: "Python", JavaScript: "JavaScript" };
+toggleGroup("usage-days", DAYS, (days) => { usageDays = Number(days); return loadUsage() }, "30");
+toggleGroup("languages", LANGUAGES, (name) => { language = name; showCode() }, "curl");
 
 addEventListener("hashchange", withErrorToast(() => {
   showView();
@@ -14896,10 +14749,9 @@ class DirectoryLock:
             os.lseek(self._file, 0, os.SEEK_SET)
             holder = os.read(self._file, 200).decode("utf-8", "replace").strip()
             os.close(self._file)
-            raise CannotStart(
-                "Another bridge is running with this data folder%s."
-                % (": " + holder if holder else ""),
-                "stop it first, or choose another folder with --data-dir") from None
+            raise CannotStart("Another bridge is running with this data folder%s."
+                              % (": " + holder if holder else ""),
+                              "stop it first, or choose another folder with --data-dir") from None
 
     def _lock(self, must: bool) -> bool:
         """-> whether it is ours. Raises OSError if it is not and must be."""
@@ -14958,15 +14810,12 @@ class BridgeStatus:
         job_id, since = self._worker.running or (None, None)
         install = self._program.install
         windows = self._stores.usage.plan_limits()
-        return {
-            "worker": {
-                "alive": self._worker.is_alive, "requestId": job_id, "since": iso_time(since),
-                "spareReady": self._worker.idle_processes > 0},
-            "plan": plan_body(windows, self._worker.current_pause(), self._clock.now()),
-            "tunnel": self._tunnel_details(),
-            "claude": {
-                "version": install.features.version_text, "command": install.command[-1],
-                "payer": install.billing_account}}
+        return {"worker": {"alive": self._worker.is_alive, "requestId": job_id,
+                           "since": iso_time(since), "spareReady": self._worker.idle_processes > 0},
+                "plan": plan_body(windows, self._worker.current_pause(), self._clock.now()),
+                "tunnel": self._tunnel_details(),
+                "claude": {"version": install.features.version_text, "command": install.command[-1],
+                           "payer": install.billing_account}}
 
     def _tunnel_details(self) -> Dict[str, Any]:
         if self._tunnel:
@@ -15582,10 +15431,9 @@ def split_names(text: str) -> List[str]:
 
 def token_changes(arguments: argparse.Namespace) -> Dict[str, Any]:
     """Return the body of a TokenUpdate; never, none and all stand for null."""
-    values = {
-        "name": arguments.name, "expiresInDays": arguments.expires,
-        "requestsPerMinute": arguments.requests_per_minute,
-        "requestsPerDay": arguments.requests_per_day, "models": arguments.models}
+    values = {"name": arguments.name, "expiresInDays": arguments.expires,
+              "requestsPerMinute": arguments.requests_per_minute,
+              "requestsPerDay": arguments.requests_per_day, "models": arguments.models}
     body: Dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     for name in body.keys() & {"expiresInDays", "requestsPerMinute", "requestsPerDay", "models"}:
         if body[name] == {"expiresInDays": "never", "models": "all"}.get(name, "none"):
@@ -15657,10 +15505,9 @@ def list_tokens(arguments: argparse.Namespace, service: Service, console: Consol
         limits = ["%d/%s" % (body[name], unit) for name, unit in (
             ("requestsPerMinute", "min"), ("requestsPerDay", "day")) if body[name]]
         limits += [",".join(body["models"])] if body["models"] else []
-        rows.append((
-            body["id"], body["prefix"], body["sessionMode"], is_admin, tools,
-            " ".join(limits) or "-", (body["lastUsedAt"] or "never")[:10], expires,
-            escape_controls(body["name"], keep="")))
+        rows.append((body["id"], body["prefix"], body["sessionMode"], is_admin, tools,
+                     " ".join(limits) or "-", (body["lastUsedAt"] or "never")[:10], expires,
+                     escape_controls(body["name"], keep="")))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         console.data("  ".join(map(str.ljust, row, widths)).rstrip())
@@ -15728,9 +15575,8 @@ class AskClient:
         return CannotStart("The bridge refused the request: %s" % error, hint)
 
     def not_a_bridge(self, reason: str) -> CannotStart:
-        return CannotStart(
-            "The server at %s does not answer like a bridge: %s." % (self.url, reason),
-            "name the bridge with --url")
+        return CannotStart("The server at %s does not answer like a bridge: %s."
+                           % (self.url, reason), "name the bridge with --url")
 
     def ask(self, body: Mapping[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
         """Send a message. -> the Server-Sent Events of the answer: (name, data)."""
@@ -15765,9 +15611,8 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
     client = AskClient(url)
     client.token = os.environ.get("CAB_TOKEN", "").strip()
     client.token = client.token or shell_token(config, bool(arguments.conversation))
-    body = {
-        "message": message, "stream": True, "model": arguments.model,
-        "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
+    body = {"message": message, "stream": True, "model": arguments.model,
+            "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
     request_id = ""
     try:
         for name, data in client.ask(body):
@@ -15896,10 +15741,8 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
             checks.append(Check(function.__name__[6:], False, str(error), advice))
     is_ok = all(check.is_good is not False for check in checks)
     if arguments.json:
-        rows = [{
-            "name": check.name, "ok": check.is_good, "text": check.text,
-            "advice": check.advice or None}
-                for check in checks]
+        rows = [{"name": check.name, "ok": check.is_good, "text": check.text,
+                 "advice": check.advice or None} for check in checks]
         console.data(json.dumps({"ok": is_ok, "checks": rows}, indent=2))
         return 0 if is_ok else 1
     symbols = {True: "ok", None: "--", False: "!!"}
@@ -16271,9 +16114,8 @@ class ServiceManager:
     def __init__(self, config: Config) -> None:
         self._program = next(filter(shutil.which, MANAGERS), "")
         if not self._program:
-            raise CannotStart(
-                "Neither systemctl nor launchctl is here.",
-                "try: claude_api_bridge.py service print --help")
+            raise CannotStart("Neither systemctl nor launchctl is here.",
+                              "try: claude_api_bridge.py service print --help")
         self.kind, name, log, *commands = MANAGERS[self._program]
         self.path = home_folder(os.environ) / name
         values = {"path": self.path, "user": os.getuid(), "data": config.data_dir}
@@ -16651,8 +16493,7 @@ def command_paths(parser: argparse.ArgumentParser, path: str = "") -> Iterator[T
     yield path, " ".join(words)
 
 
-def command_completion(
-        arguments: argparse.Namespace, config: Config, console: Console) -> int:
+def command_completion(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """completion SHELL: print a script for the shell's start file. -> 0."""
     script, case = SHELL_SCRIPTS[arguments.shell]
     rows = list(command_paths(build_parser()))
@@ -16682,10 +16523,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.print_help()
         return 0
     console = Console()
-    commands = {
-        "ask": command_ask, "token": command_token, "pause": command_queue, "resume": command_queue,
-        "doctor": command_doctor, "backup": command_backup, "service": command_service,
-        "completion": command_completion}
+    commands = {"ask": command_ask, "token": command_token, "pause": command_queue,
+                "resume": command_queue, "doctor": command_doctor, "backup": command_backup,
+                "service": command_service, "completion": command_completion}
     try:
         config = load_config(vars(arguments), os.environ)
         if arguments.command == "start":

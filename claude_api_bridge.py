@@ -221,8 +221,7 @@ class Config:
     claude: str = setting(
         "", "the claude program (default: found in PATH and the usual places)", kind="program")
     demo: bool = setting(False, "answer with an echo: needs no Claude, no subscription")
-    rate_limit: int = setting(
-        120, "requests a minute; 0 switches the limit off", maximum=1_000_000)
+    rate_limit: int = setting(120, "requests a minute; 0 switches the limit off", maximum=1_000_000)
     spare: int = setting(
         2, "idle claude processes for new conversations, 90 to 160 MB each; from 2 on, one is"
         " prepared for the settings that two requests in a row had; 0: each starts its own process",
@@ -240,8 +239,7 @@ class Config:
     hold_hours: int = setting(
         24, "how long requests wait for a lost network, a refused login or an overloaded service",
         minimum=1, maximum=8_760)
-    body_mb: int = setting(
-        32, "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
+    body_mb: int = setting(32, "largest body on /v1, in MiB; elsewhere 1", minimum=1, maximum=256)
     keep_days: int = setting(
         7, "days after which finished requests are deleted (of a conversation those that are no"
         " longer replayed)", minimum=1, maximum=3_650)
@@ -6306,8 +6304,7 @@ class TurnStart:
                 lines.append(cli_line({**message, "uuid": message_id}))
                 send_lines()
                 is_acknowledged = False
-            lines.append(cli_line(
-                assistant_message(turn.response, "msg_told_%d" % number, model)))
+            lines.append(cli_line(assistant_message(turn.response, "msg_told_%d" % number, model)))
             ids.append(message_id)
         send_lines()
         return ids
@@ -7271,8 +7268,7 @@ class QueueHolds:
         self._holds[key] = Hold(pause, self._clock.monotonic() + seconds, tries, self._login)
         if key == ALL_MODELS and not (last and last.pause.reason == reason):
             is_outage = reason in ("network", "login")
-            self._database.set_state(
-                "hold", as_json([reason, since, text]) if is_outage else None)
+            self._database.set_state("hold", as_json([reason, since, text]) if is_outage else None)
         return pause
 
     def note_server_error(self, job_id: str, is_cut: bool = False) -> bool:
@@ -7584,8 +7580,7 @@ class Worker:
         """Run a job and store the result."""
         started = self._clock.monotonic()
         request: Optional[RunRequest] = None
-        is_completed = False
-        is_stored = False
+        is_completed = is_stored = False
         try:
             if chat:
                 request = chat_run_request(job, token, chat)

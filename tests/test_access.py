@@ -457,7 +457,7 @@ def test_open_requests_end_with_their_token(
 
 def open_streams(running: RunningBridge) -> int:
     """Return the number of streams and waits that the service counts as open."""
-    return sum(service_of(running)._slots._by_token.values())
+    return sum(service_of(running).slots._by_token.values())
 
 
 def service_of(running: RunningBridge) -> cab.Service:

@@ -1336,7 +1336,7 @@ def service_of(running: RunningBridge) -> cab.Service:
 
 def open_streams(running: RunningBridge) -> Dict[str, int]:
     """Return the number of open streams and waits of each token."""
-    return service_of(running)._slots._by_token
+    return service_of(running).slots._by_token
 
 
 def nothing_runs(

@@ -2065,11 +2065,12 @@ def test_an_answer_in_parts_is_whole(shared: Site, reason: str) -> None:
             )
             assert body["usage"]["inputTokens"] == 10 * len(shared.calls())
             del shared.messages.calls[:]
-            answer = chat(client, MESSAGES, said("Count."))
+            # Without a limit of the client, at which the answer would end.
+            answer = chat(client, MESSAGES, said("Count."), max_tokens=0)
             assert answer["content"] == [{"type": "text", "text": whole}]
             assert answer["stop_reason"] == ("max_tokens" if last == 9 else "end_turn")
             del shared.messages.calls[:]
-            choice = chat(client, COMPLETIONS, said("Count."))["choices"][0]
+            choice = chat(client, COMPLETIONS, said("Count."), max_tokens=0)["choices"][0]
             assert choice["message"]["content"] == whole
             assert choice["finish_reason"] == ("length" if last == 9 else "stop")
             del shared.messages.calls[:]

@@ -1357,7 +1357,7 @@ def nothing_runs(
 
     wait_until(only_waiting_ones_are_left)
     assert len(running.waiting()) <= cab.MAX_KEPT_PROCESSES
-    notifier = service_of(running)._notifier
+    notifier = service_of(running).notifier
     for job_id in (row["requestId"] for row in rows(running.admin)):
         for topic in (job_id, cab.Notifier.text_topic(job_id)):
             assert notifier.waiter_count(topic) == 0

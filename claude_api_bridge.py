@@ -3748,6 +3748,9 @@ DESCRIPTION_CHARACTERS = 2_000
 # The CLI replaces larger tool results by the name of a file.
 RESULT_CHARACTERS = 40_000
 OUTPUT_LIMIT = "CLAUDE_CODE_MAX_OUTPUT_TOKENS"
+EXTRA_BODY = "CLAUDE_CODE_EXTRA_BODY"
+# In the input of a call whose JSON is not complete.
+CUT_INPUT = "__unparsedToolInput"
 # The blocks of what the model thinks.
 THOUGHTS = ("thinking", "redacted_thinking")
 # Up to this limit of an answer the model does not think, unless it is asked to.
@@ -4037,8 +4040,7 @@ def assistant_message(content: Content, message_id: str = "", model: str = "") -
 
 
 def answer_settings(chat: Chat) -> Dict[str, str]:
-    """Return the variables by which the CLI limits and begins an answer; it reads them at each
-    request to the API. An empty one resets it.
+    """Return the variables by which the CLI limits and begins an answer. An empty one resets it.
 
     Source: the requests of 2.1.197 and 2.1.332."""
     settings: Dict[str, str] = {}
@@ -4053,7 +4055,7 @@ def answer_settings(chat: Chat) -> Dict[str, str]:
         # The CLI's own history cannot end with an answer.
         messages = [{"role": turn["role"], "content": prefix_tool_names(turn)}
                     for turn in (*chat.turns, {"role": "assistant", "content": chat.prefill})]
-        settings["CLAUDE_CODE_EXTRA_BODY"] = large_json({"messages": messages}, json.dumps)
+        settings[EXTRA_BODY] = large_json({"messages": messages}, json.dumps)
     return settings
 
 
@@ -4624,7 +4626,8 @@ class LivePart:
 class LiveText:
     """The text of a running answer, in code points. The worker writes; any thread reads.
     generation: counts the restarts of the text, in this run and before.
-    parts: beside it, in their order. shows_thinking: whether thoughts are among them.
+    parts: beside it, in their order. shows_thinking: whether thoughts are among them. tool_names:
+    of the tools whose calls are.
     on_change: called after each change.
     stop_sequences: the text ends at the first one; `stopped_by` is that one."""
 
@@ -4643,6 +4646,7 @@ class LiveText:
         self.stop_sequences = stop_sequences
         self.stopped_by: Optional[str] = None
         self.shows_thinking = False
+        self.tool_names: Set[str] = set()
         self.parts: List[LivePart] = []
         # Bytes of UTF-8 that arrived, in all attempts; of parts, characters.
         self.size = 0
@@ -4684,14 +4688,16 @@ class LiveText:
         with self._lock:
             if event.get("type") == "content_block_start":
                 block = event.get("content_block") or {}
-                is_thought = block.get("type") in THOUGHTS and self.shows_thinking
-                name = str(block.get("name"))
-                if block.get("type") == "tool_use" and name.startswith(TOOL_PREFIX):
-                    call = {"name": name[len(TOOL_PREFIX) :], "input": {}}
-                    self.parts.append(LivePart({**block, **call}, len(self._data) // 4))
-                elif is_thought:
-                    self.parts.append(LivePart(block, len(self._data) // 4))
-                self._is_started = True
+                # What might have begun a stop sequence.
+                self._append(self._pending)
+                self._pending = ""
+                part = LivePart(block, len(self._data) // 4)
+                name = str(block.get("name"))[len(TOOL_PREFIX) :]
+                if block.get("type") == "tool_use" and name in self.tool_names:
+                    part.block = {**block, "name": name, "input": {}}
+                    self.parts.append(part)
+                elif block.get("type") in THOUGHTS and self.shows_thinking:
+                    self.parts.append(part)
             elif part and event.get("type") == "content_block_stop":
                 if part.block["type"] == "thinking":
                     part.block = {**part.block, "thinking": "".join(part.pieces)}
@@ -4702,7 +4708,8 @@ class LiveText:
                 text = str(delta.get("thinking") or delta.get("partial_json") or "")
                 self.size += len(text)
                 part.add(text)
-        self._on_change()
+        if part:
+            self._on_change()
 
     def _append(self, text: str) -> None:
         text = replace_surrogates(text)
@@ -6138,8 +6145,10 @@ class Turn:
                     return self._stop_early(live, live.read())
             else:
                 self._handle_event(event, live)
-            if self.messages.reason == "max_tokens" and OUTPUT_LIMIT in self.process.settings:
-                # The CLI would ask the model to go on.
+            if self.messages.reason == "max_tokens" and {OUTPUT_LIMIT, EXTRA_BODY} & set(
+                    self.process.settings):
+                # At once: the CLI would ask the model to go on.
+                self.process.stop()
                 return self._stop_early(live, self.messages.text)
             if self.process.open_calls and self.messages.is_complete:
                 return self._return_calls(live.model)
@@ -6155,6 +6164,10 @@ class Turn:
             live.begin(body.get("model"))
         elif event.kind == "message_start":
             self.prompt_accepted = True
+            if self.messages.is_complete and EXTRA_BODY in self.process.settings:
+                # It would be sent again, and again.
+                raise RunFailed("invalid_request", "The model did not end the answer that it was"
+                                " to continue. End with a message of the user", is_answered=True)
             is_continuation = self.messages.is_cut
             self.messages.begin(body["event"].get("message") or {})
             if not is_continuation:
@@ -6191,18 +6204,23 @@ class Turn:
         usage = self.messages.usage
         usage = usage._replace(output_tokens=max(usage.output_tokens, len(text) // 4))
         reason = "stop_sequence" if live.stopped_by else "max_tokens"
-        stop_info = StopInfo(reason, live.stopped_by)
+        stop_info = StopInfo(reason, live.stopped_by, tuple(self._complete_calls()))
         return Answer(text, usage=usage, model=live.model, stop_info=stop_info)
+
+    def _complete_calls(self) -> Iterator[ToolCall]:
+        """Yield the calls of the client's tools in the present message."""
+        for block in self.messages.blocks:
+            name, arguments = str(block.get("name")), block.get("input") or {}
+            is_own = block.get("type") == "tool_use" and name.startswith(TOOL_PREFIX)
+            if is_own and block.get("id") in self._activity.running_tools and (
+                    CUT_INPUT not in arguments):
+                yield ToolCall(block["id"], name[len(TOOL_PREFIX) :], arguments)
 
     def _return_calls(self, model: Optional[str]) -> Answer:
         """Return the calls of the client's tools; the process waits for their results."""
         usage = self.messages.usage
         self.process.counted_usage = self.process.counted_usage.plus(usage)
-        calls = [ToolCall(block["id"], block["name"][len(TOOL_PREFIX) :], block.get("input") or {})
-                 for block in self.messages.blocks
-                 if block.get("id") in self._activity.running_tools
-                 and str(block.get("name")).startswith(TOOL_PREFIX)]
-        stop_info = StopInfo("tool_use", None, tuple(calls))
+        stop_info = StopInfo("tool_use", None, tuple(self._complete_calls()))
         return Answer(self.messages.text, usage=usage, model=model, stop_info=stop_info)
 
     def _finish(self, body: Mapping[str, Any], live: LiveText) -> Answer:
@@ -6228,7 +6246,9 @@ class Turn:
         text = "" if is_cut else str(body.get("result") or "")
         structured = None
         if not self.session.json_schema:
-            text = self.messages.earlier_text + text
+            # It holds the last block of text only.
+            is_part = text and self.messages.text.endswith(text)
+            text = self.messages.text if is_part else self.messages.earlier_text + text
         else:
             if "structured_output" not in body:
                 raise RunFailed(
@@ -6400,6 +6420,9 @@ class WaitingProcess(NamedTuple):
         results = mcp_results(request.message)
         if self.calls:
             if number < len(turns) or not results or set(results) != {c.id for c in self.calls}:
+                return None
+            if self.process.settings.get(OUTPUT_LIMIT) != request.settings.get(OUTPUT_LIMIT):
+                # 2.1.332 reads it at the beginning of a turn.
                 return None
             return Candidate(
                 self.process, is_configured=True, tool_results=results, model=self.model)
@@ -6997,6 +7020,7 @@ class ClaudeRunner:
         """Run one turn. stop_reason, on_rate_limits: see RunControl. Raises RunFailed."""
         self.pool.redetect_if_replaced()
         self._check_billing()
+        live.tool_names = {tool["name"] for tool in request.session.client_tools}
         deadline = self._clock.monotonic() + self._config.run_seconds
         answer_seconds = min(request.answer_seconds, self._config.silence_seconds)
         control = RunControl(
@@ -7363,6 +7387,7 @@ def chat_run_request(job: Job, token: Token, chat: Chat) -> RunRequest:
     settings = answer_settings(replace(chat, effort=job.effort, json_schema=job.json_schema))
     if chat.prefill:
         last, history = [{"type": "text", "text": "Continue."}], []
+        session = replace(session, tools=Tools.NONE, workspace=None)
     return RunRequest(last, session, history=lambda: history, owner=job.token_id, is_chat=True,
                       settings=settings, shows_thinking=chat.thinking == SHOWN,
                       is_prefilled=bool(chat.prefill))
@@ -9080,6 +9105,10 @@ def text_block(text: str) -> Dict[str, Any]:
     return {"type": "text", "text": text}
 
 
+def is_said(block: Block) -> bool:
+    return block["type"] not in THOUGHTS
+
+
 def read_turns(messages: Iterable[Tuple[str, str, Any]],
                blank: str = "") -> Tuple[Tuple[Mapping[str, Any], ...], Tuple[Block, ...]]:
     """Return Chat.turns and Chat.prefill. messages: (path, role, content) of each message. blank:
@@ -9098,8 +9127,11 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]],
             opening = [text_block("(The conversation begins.)")]
             turns.append({"role": "user", "content": opening})
         turns.append({"role": role, "content": blocks})
+    if len(turns) > 1 and not any(map(is_said, turns[-1]["content"])):
+        # The beginning of an answer that is empty.
+        turns.pop()
     for turn in turns:
-        if all(block["type"] in THOUGHTS for block in turn["content"]):
+        if not any(map(is_said, turn["content"])):
             turn["content"].append(text_block(NO_ANSWER))
     prefill: List[Block] = []
     if turns and turns[-1]["role"] == "assistant":
@@ -9476,7 +9508,9 @@ def read_completion_request(body: Any) -> Chat:
         choice = body.get("function_call")
         if isinstance(choice, dict):
             choice = {"type": "function", "function": choice}
-    return with_choice(chat, read_completion_choice(choice, is_single))
+    form = '{"type": "function", "function": {"name": ...}}'
+    return with_choice(chat, read_choice(
+        choice, is_single, form, lambda item, path: item.get(str(item.get("type")))))
 
 
 def read_completion_tools(
@@ -9495,17 +9529,21 @@ def read_completion_tools(
         description, schema = entry.get("description"), entry.get("parameters")
         if kind == "custom":
             custom.append(str(entry.get("name")))
-            description, schema = custom_description(entry), CUSTOM_SCHEMA
+            description, schema = custom_description(entry, path), CUSTOM_SCHEMA
         tools.append((path, entry.get("name"), description, schema))
     return read_client_tools(tools), tuple(custom)
 
 
-def custom_description(tool: Mapping[str, Any]) -> str:
+def custom_description(tool: Mapping[str, Any], path: str) -> str:
     """Return the description of a custom tool, with the grammar of its input, if any."""
-    texts = [tool.get("description")]
-    if isinstance(tool.get("format"), dict) and tool["format"].get("type") == "grammar":
-        texts.append("Format of the input: " + as_json(tool["format"]))
-    return "\n\n".join(text for text in texts if isinstance(text, str))
+    description = str(optional(tool.get("description"), str, path + ".description"))
+    form = optional(tool.get("format"), dict, path + ".format")
+    # Of chat completions it has a level of its own.
+    form = form.get("grammar") if isinstance(form.get("grammar"), dict) else form
+    if form.get("definition"):
+        description += "\n\nThe input must match this %s grammar:\n%s" % (
+            form.get("syntax"), form["definition"])
+    return description
 
 
 def call_input(text: str) -> Dict[str, Any]:
@@ -9550,31 +9588,31 @@ def read_response_format(value: Any) -> Optional[str]:
     return read_object_schema(schema, path)
 
 
-def read_completion_choice(choice: Any, is_single: bool) -> ToolChoice:
-    """Return the ToolChoice of a `tool_choice`."""
+def read_choice(choice: Any, is_single: bool, form: str,
+                entry_of: Callable[[Mapping[str, Any], str], Any]) -> ToolChoice:
+    """Return the ToolChoice of a `tool_choice` of OpenAI. form: how a function is chosen.
+    entry_of: returns the part of a choice, at this path, that has the name or the tools."""
     kinds = {"auto": "auto", "none": "none", "required": "any"}
-    if choice is None:
-        return ToolChoice("auto", None, is_single)
+    choice = "auto" if choice is None else choice
     if isinstance(choice, str) and choice in kinds:
         return ToolChoice(kinds[choice], None, is_single)
     kind = choice.get("type") if isinstance(choice, dict) else None
     is_named = isinstance(kind, str) and kind in ("function", "custom", "allowed_tools")
-    chosen = choice.get(kind) if is_named else None
+    chosen = entry_of(choice, "tool_choice") if is_named else None
     if not isinstance(chosen, dict):
-        raise invalid_value(
-            "tool_choice",
-            'must be auto, none, required, {"type": "function", "function": {"name": ...}} or the'
-            ' same with custom or allowed_tools')
+        raise invalid_value("tool_choice", "must be auto, none, required, %s or the same with"
+                            " custom or allowed_tools" % form)
     if kind != "allowed_tools":
         return ToolChoice("tool", chosen.get("name"), is_single)
-    if not isinstance(chosen.get("mode"), str) or chosen["mode"] not in ("auto", "required"):
+    mode = "auto" if chosen.get("mode") is None else chosen["mode"]
+    if not isinstance(mode, str) or mode not in ("auto", "required"):
         raise invalid_value("tool_choice.allowed_tools.mode", "must be auto or required")
     names = []
-    for tool in optional(chosen.get("tools"), list, "tool_choice.allowed_tools.tools"):
-        tool = require_type(tool, dict, "tool_choice.allowed_tools.tools")
-        entry = tool.get(str(tool.get("type")))
-        names.append(str(entry.get("name") if isinstance(entry, dict) else tool.get("name")))
-    return ToolChoice(kinds[chosen["mode"]], None, is_single, names)
+    for number, tool in enumerate(require_type(chosen.get("tools"), list, "tool_choice.tools")):
+        path = "tool_choice.tools.%d" % number
+        entry = entry_of(require_type(tool, dict, path), path)
+        names.append(str((entry if isinstance(entry, dict) else tool).get("name")))
+    return ToolChoice(kinds[mode], None, is_single, names)
 
 
 def read_user_message(message: Mapping[str, Any], path: str) -> Tuple[str, Any]:
@@ -9735,7 +9773,9 @@ def read_responses_request(
         stream=optional(body.get("stream"), bool, "stream"), api="responses",
         response_request=ResponseRequest(
             settings, own, job_id_of(previous or ""), settings["store"]))
-    return read_response_choice(chat, settings["tool_choice"])
+    return with_choice(chat, read_choice(
+        settings["tool_choice"], not settings["parallel_tool_calls"],
+        '{"type": "function", "name": ...}', flat_entry))
 
 
 def read_response_settings(body: Mapping[str, Any]) -> Dict[str, Any]:
@@ -9885,14 +9925,9 @@ def read_response_tools(tools: Sequence[Any], can_search: bool, place: str = "to
             yield from read_response_tools(inner, can_search, path + ".tools", name)
         elif kind in ("function", "custom"):
             name = flat_name(namespace, tool.get("name"), path)
-            description = optional(tool.get("description"), str, path + ".description")
-            schema = tool.get("parameters")
+            description, schema = tool.get("description"), tool.get("parameters")
             if kind == "custom":
-                schema = CUSTOM_SCHEMA
-                form = optional(tool.get("format"), dict, path + ".format")
-                if form.get("definition"):
-                    description += "\n\nThe input must match this %s grammar:\n%s" % (
-                        form.get("syntax"), form["definition"])
+                description, schema = custom_description(tool, path), CUSTOM_SCHEMA
             yield path, name, description, schema
         elif str(kind).startswith("web_search"):
             if not can_search:
@@ -9923,28 +9958,11 @@ def custom_tools(settings: Mapping[str, Any]) -> Tuple[str, ...]:
     return tuple(name for name, (tool, _) in tools if tool["type"] == "custom")
 
 
-def read_response_choice(chat: Chat, choice: Any) -> Chat:
-    """Apply a `tool_choice`."""
-    assert chat.response_request
-    allowed: Optional[List[str]] = None
-    is_single = not chat.response_request.settings["parallel_tool_calls"]
-    kinds = {"auto": "auto", "none": "none", "required": "any"}
-    if isinstance(choice, dict) and choice.get("type") in ("function", "custom"):
-        name = flat_name(choice.get("namespace"), choice.get("name"), "tool_choice")
-        return with_choice(chat, ToolChoice("tool", name, is_single))
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = []
-        for number, tool in enumerate(require_type(choice.get("tools"), list, "tool_choice.tools")):
-            path = "tool_choice.tools.%d" % number
-            tool = require_type(tool, dict, path)
-            if tool.get("type") in ("function", "custom"):
-                allowed.append(flat_name(tool.get("namespace"), tool.get("name"), path))
-        choice = choice.get("mode") or "auto"
-    if not isinstance(choice, str) or choice not in kinds:
-        raise invalid_value(
-            "tool_choice", "must be auto, none or required, or an object of the type function,"
-            " custom or allowed_tools")
-    return with_choice(chat, ToolChoice(kinds[choice], None, is_single, allowed))
+def flat_entry(item: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Return a choice with the name of its tool as Claude knows it."""
+    if item.get("type") not in ("function", "custom"):
+        return item
+    return {**item, "name": flat_name(item.get("namespace"), item.get("name"), path)}
 
 
 def job_id_of(response_id: str) -> str:
@@ -10057,8 +10075,10 @@ def chat_steps(context: Context, chat: Chat, job: Job) -> ChatSteps:
         events = service.follow(caller, job.id, client_disconnected=is_gone, has_parts=chat.stream)
         with contextlib.closing(events):
             for event, view in events:
+                steps: Iterator[ChatStep] = iter(())
+                usage: Optional[Usage] = None
                 if event.kind == "started":
-                    parts.restart()
+                    steps = parts.restart()
                     model = event.model or model
                 elif view and view.job.is_finished:
                     is_finished = True
@@ -10070,22 +10090,24 @@ def chat_steps(context: Context, chat: Chat, job: Job) -> ChatSteps:
                         yield step._replace(model=model, usage=view.job.usage)
                     yield ChatStep("end", model=model, job=view.job, usage=view.job.usage)
                     return
-                elif event.kind == "heartbeat" or (
-                        event.kind == "queued"
-                        and clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
-                    # A new position in the queue is not sent to these clients.
-                    last_sent_at = clock.monotonic()
-                    yield ChatStep("heartbeat", model=model)
-                elif event.kind != "queued":
+                elif event.kind not in ("heartbeat", "queued"):
                     live = service.live_of(replace(job, status=JobStatus.PROCESSING))
                     # Between the event and here the run may have ended.
                     source = live or service.stores.jobs.summary(job.id)
+                    usage = source.usage if source else None
                     thoughts: Sequence[Block] = ()
                     if not live and chat.thinking == SHOWN and not parts.has_thought:
                         ended = service.stores.jobs.get(job.id)
                         thoughts = stop_info_of(ended).thinking if ended else ()
-                    for step in chain(parts.add_thinking(thoughts), parts.add(event)):
-                        yield step._replace(model=model, usage=source.usage if source else None)
+                    steps = chain(parts.add_thinking(thoughts), parts.add(event))
+                for step in steps:
+                    last_sent_at = clock.monotonic()
+                    yield step._replace(model=model, usage=usage)
+                # A new position in the queue, or a piece that is held, is not sent.
+                if event.kind == "heartbeat" or (
+                        clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
+                    last_sent_at = clock.monotonic()
+                    yield ChatStep("heartbeat", model=model)
         raise Unavailable("The request was cancelled: its client left, or the bridge is stopping.")
     finally:
         if not is_finished:
@@ -10126,7 +10148,8 @@ class AnswerParts:
             self._held.pieces.append(event.text)
         elif self._held:
             block, self._held = {**self._held.block, "input": call_input(self._held.text)}, None
-            yield from self._send(block)
+            if "input" in block["input"]:
+                yield from self._send(block)
         elif event.kind == "part_delta":
             yield from self._extend(event.text)
         else:
@@ -10134,18 +10157,20 @@ class AnswerParts:
 
     def _add_text(self, kind: str, text: str) -> Iterator[ChatStep]:
         if kind == "restart":
-            yield from self.end(is_aborted=True)
-            self._has_text = False
+            yield from self._abort()
         else:
             if not self._open or self._open.kind != "text":
                 yield from self._begin(text_block(""))
             yield from self._extend(text)
 
     def _begin(self, block: Block) -> Iterator[ChatStep]:
+        if block["type"] in THOUGHTS and self._text.is_restarting:
+            # The new text stands behind it, and so is sent from its beginning.
+            self._text = RestartableText()
+            yield from self._abort()
         yield from self.end()
         self._open = Part(self._count, block)
         self._count += 1
-        self.has_thought |= block["type"] in THOUGHTS
         self._has_text |= block["type"] == "text"
         if block["type"] == "tool_use":
             self._call_ids.append(block["id"])
@@ -10169,7 +10194,13 @@ class AnswerParts:
         part.is_aborted, part.is_cut = is_aborted, is_cut
         if part.kind in THOUGHTS:
             part.block = {**part.block, **(block or {})}
+            self.has_thought |= not is_aborted
         yield ChatStep("close", part=part)
+
+    def _abort(self) -> Iterator[ChatStep]:
+        """Close the open part, of an answer that started over."""
+        yield from self.end(is_aborted=True)
+        self._has_text = False
 
     def _send(self, block: Block, is_cut: bool = False) -> Iterator[ChatStep]:
         """Yield the steps of a complete block."""
@@ -10181,17 +10212,19 @@ class AnswerParts:
         """Yield the steps of complete thoughts."""
         return chain.from_iterable(map(self._send, blocks))
 
-    def restart(self) -> None:
+    def restart(self) -> Iterator[ChatStep]:
         """Begin again. Raises RunError if the client may already act on a part."""
         self._check_calls(())
+        if self._open and self._open.kind in THOUGHTS:
+            yield from self.end(is_aborted=True)
         self._text.restart()
         self._held = None
         self.has_thought = False
 
     def _check_calls(self, calls: Sequence[ToolCall]) -> None:
         if set(self._call_ids) - {call.id for call in calls}:
-            raise RunError("network", "The connection to the API was lost in the middle of a tool"
-                           " call, of which a part was sent. Ask again.")
+            raise RunError("network", "The answer started over in the middle of a tool call, of"
+                           " which a part was sent. Ask again.")
 
     def finish(self, job: Job) -> Iterator[ChatStep]:
         """Yield the steps of what a completed job has, and the client not."""
@@ -10201,16 +10234,20 @@ class AnswerParts:
             self._check_calls(stop_info.calls)
         for kind, text in self._text.finish(job.response or ""):
             yield from self._add_text(kind, text)
+        if self._open and self._open.kind in THOUGHTS:
+            # It is not complete.
+            yield from self.end(is_aborted=True)
         yield from self.end(is_aborted=not job.response and self._has_text, is_cut=is_cut)
         self._has_text &= bool(job.response)
+        has_thought = self.has_thought
         for block in final_blocks(job):
             is_sent = block.get("id") in self._call_ids
             if block["type"] == "text":
                 # Only a response needs an empty one after a text that was aborted.
-                is_sent = self._has_text or (
-                    not job.response and self._count > 0 and not self._needs_text)
+                is_needed = self._needs_text and not self._call_ids
+                is_sent = self._has_text or not (job.response or is_needed or not self._count)
             elif block["type"] in THOUGHTS:
-                is_sent = self.has_thought
+                is_sent = has_thought
             if not is_sent:
                 yield from self._send(block, is_cut)
 
@@ -10242,6 +10279,11 @@ class RestartableText:
         # What was sent before the text restarted, and how far the new text equals it.
         self._previous = ""
         self._matched = 0
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether not all that was sent has come again."""
+        return bool(self._previous)
 
     def restart(self) -> None:
         self._previous = "".join(self._sent)
@@ -10481,7 +10523,7 @@ def completion_body(chat: Chat, job: Job) -> Dict[str, Any]:
              for call in stop_info.calls]
     message: Dict[str, Any] = {
         "role": "assistant", "content": job.response or (None if calls else ""), "refusal": None}
-    thought = "".join(map(block_text, stop_info.thinking))
+    thought = "\n\n".join(filter(None, map(block_text, stop_info.thinking)))
     if thought:
         message["reasoning_content"] = thought
     if calls and chat.uses_functions:
@@ -10516,7 +10558,8 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
 
     # Part -> number of the call.
     calls: Dict[int, int] = {}
-    texts: List[Part] = []
+    # Name of the text -> its last part.
+    others: Dict[str, Part] = {}
 
     def write_call(step: ChatStep, part: Part) -> bytes:
         number = calls.setdefault(part.index, len(calls))
@@ -10539,13 +10582,15 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
             return HEARTBEAT
         if part.kind == "tool_use":
             return b"" if step.kind == "close" else write_call(step, part)
+        name = "content" if part.kind == "text" else "reasoning_content"
         if step.kind == "delta":
-            name = "content" if part.kind == "text" else "reasoning_content"
             return delta_chunk(step, {name: step.text})
-        if step.kind == "open" and part.kind == "text":
-            texts.append(part)
-            return delta_chunk(step, {"content": "\n\n"}) if len(texts) > 1 else b""
-        return b""
+        last = others.get(name)
+        if step.kind == "close" or part.kind == "redacted_thinking":
+            return b""
+        others[name] = part
+        is_apart = last and (last.is_aborted or part.kind == "thinking")
+        return delta_chunk(step, {name: "\n\n"}) if is_apart else b""
 
     yield delta_chunk(first, {"role": "assistant", "content": "", "refusal": None})
     yield from write_steps(first, steps, write, write_completion_error)
@@ -10576,8 +10621,8 @@ def prompt_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Bo
             return end + b"data: [DONE]\n\n"
         if not part:
             return HEARTBEAT
-        if step.kind == "open":
-            return chunk(step, "\n\n") if part.index else b""
+        if step.kind == "close":
+            return chunk(step, "\n\n") if part.is_aborted else b""
         return chunk(step, step.text) if step.text else b""
 
     yield from write_steps(first, steps, write, write_completion_error)
@@ -10644,7 +10689,8 @@ def call_item(job: Job, part: Part, settings: Mapping[str, Any]) -> Dict[str, An
         kind, prefix = "custom_tool_call", "ctc"
     item = {
         "id": item_id(prefix, job, part.index), "type": kind, "call_id": block["id"],
-        "name": tool.get("name", block["name"]), "status": "completed",
+        "name": tool.get("name", block["name"]),
+        "status": "incomplete" if part.is_cut else "completed",
         CALL_FIELDS[kind]: part.text}
     return {**item, "namespace": namespace} if namespace else item
 
@@ -10656,15 +10702,18 @@ def item_of(job: Job, part: Part, settings: Mapping[str, Any]) -> Dict[str, Any]
     if part.kind == "text":
         status = "incomplete" if part.is_aborted or part.is_cut else "completed"
         return message_item(job, part.index, status, output_text(part.text))
+    if part.kind == "refusal":
+        return message_item(job, part.index, "completed", {**part.block, "refusal": part.text})
     summary = [{"type": "summary_text", "text": part.text}] if part.kind == "thinking" else []
     secret = base64.b64encode(as_json(part.block).encode("utf-8", "replace")).decode()
     return {
         "id": item_id("rs", job, part.index), "type": "reasoning", "summary": summary,
-        "encrypted_content": THOUGHT_PREFIX + secret, "status": "completed"}
+        "encrypted_content": THOUGHT_PREFIX + secret,
+        "status": "incomplete" if part.is_aborted else "completed"}
 
 
-def refusal_item(job: Job, index: int) -> Dict[str, Any]:
-    return message_item(job, index, "completed", {"type": "refusal", "refusal": REFUSAL_TEXT})
+def refusal_part(index: int) -> Part:
+    return Part(index, {"type": "refusal"}, [REFUSAL_TEXT])
 
 
 def response_output(job: Job, settings: Mapping[str, Any]) -> List[Dict[str, Any]]:
@@ -10675,7 +10724,7 @@ def response_output(job: Job, settings: Mapping[str, Any]) -> List[Dict[str, Any
              for number, block in enumerate(final_blocks(job))]
     items = [item_of(job, part, settings) for part in parts]
     if stop_info.reason == "refusal":
-        items.append(refusal_item(job, len(items)))
+        items.append(item_of(job, refusal_part(len(items)), settings))
     return items
 
 
@@ -10721,9 +10770,11 @@ def response_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> 
             final = response_body(settings, step.job)
             end = b""
             if stop_info_of(step.job).reason == "refusal":
-                number = next(indexes)
-                output.append(refusal_item(step.job, number))
-                end = refusal_events(event, output[-1], number)
+                part = refusal_part(next(indexes))
+                output.append(item_of(job, part, settings))
+                for kind in ("open", "delta", "close"):
+                    end += b"".join(
+                        item_events(event, ChatStep(kind, part.text), part, output[-1]))
             return end + event(final["status"], response={**final, "output": output})
         if not part:
             return HEARTBEAT
@@ -10744,6 +10795,7 @@ def response_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> 
 # The names of the events of an item's text, and of the event that opens its place, if any.
 TEXT_EVENTS = {
     "message": ("content_part", "output_text", "text"),
+    "refusal": ("content_part", "refusal", "refusal"),
     "reasoning": ("reasoning_summary_part", "reasoning_summary_text", "text"),
     "function_call": ("", "function_call_arguments", "arguments"),
     "custom_tool_call": ("", "custom_tool_call_input", "input")}
@@ -10753,12 +10805,14 @@ def item_events(event: EventWriter, step: ChatStep, part: Part,
                 item: Mapping[str, Any]) -> Iterator[bytes]:
     """Yield the events of a step. item: as it is after the step."""
     place: Dict[str, Any] = {"output_index": part.index, "item_id": item["id"]}
-    place_event, text_event, name = TEXT_EVENTS[item["type"]]
+    key = "refusal" if part.kind == "refusal" else item["type"]
+    place_event, text_event, name = TEXT_EVENTS[key]
     more: Dict[str, Any] = {}
     field_name = {"message": "content", "reasoning": "summary"}.get(item["type"], "")
     text_part = item[field_name][0] if field_name and item[field_name] else {}
-    if item["type"] == "message":
+    if key == "message":
         more["logprobs"] = []
+    if item["type"] == "message":
         place["content_index"] = 0
     elif text_part:
         place["summary_index"] = 0
@@ -10768,7 +10822,7 @@ def item_events(event: EventWriter, step: ChatStep, part: Part,
         opened.pop("encrypted_content", None)
         yield event("output_item.added", output_index=part.index, item=opened)
         if text_part:
-            yield event(place_event + ".added", **place, part={**text_part, "text": ""})
+            yield event(place_event + ".added", **place, part={**text_part, name: ""})
     elif step.kind == "delta":
         yield event(text_event + ".delta", **place, delta=step.text, **more)
     else:
@@ -10779,20 +10833,6 @@ def item_events(event: EventWriter, step: ChatStep, part: Part,
         if text_part:
             yield event(place_event + ".done", **place, part=text_part)
         yield event("output_item.done", output_index=part.index, item=item)
-
-
-def refusal_events(event: EventWriter, item: Mapping[str, Any], index: int) -> bytes:
-    """Return the events of a refusal."""
-    part = item["content"][0]
-    place = {"item_id": item["id"], "output_index": index, "content_index": 0}
-    opened = {**item, "status": "in_progress", "content": []}
-    return b"".join((
-        event("output_item.added", output_index=index, item=opened),
-        event("content_part.added", **place, part={**part, "refusal": ""}),
-        event("refusal.delta", **place, delta=part["refusal"]),
-        event("refusal.done", **place, refusal=part["refusal"]),
-        event("content_part.done", **place, part=part),
-        event("output_item.done", output_index=index, item=item)))
 
 
 # --- the routes of /v1 ---

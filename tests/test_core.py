@@ -1868,10 +1868,11 @@ def test_parts_come_to_each_reader_in_their_order(
     """Text, a thought, text and two calls, in pieces that cut characters."""
     chance = random.Random(seed)
     monkeypatch.setattr(cab, "EVENT_BATCH", chance.choice((1, 2, 16)))
-    live = cab.LiveText(shows_thinking=True)
+    live = cab.LiveText()
+    live.shows_thinking, live.tool_names = True, {"x", "y"}
     thought = {"type": "thinking", "thinking": "h\U0001f600m", "signature": "s"}
     calls = [{"type": "tool_use", "id": n, "name": cab.TOOL_PREFIX + n, "input": {}} for n in "xy"]
-    other = {"type": "tool_use", "id": "z", "name": "Bash", "input": {}}
+    other = {"type": "tool_use", "id": "z", "name": cab.TOOL_PREFIX + "z", "input": {}}
     steps: List[Any] = [
         "a", block_step("start", {**thought, "thinking": "", "signature": ""}),
         block_step("delta", type="thinking_delta", thinking="h\ud83d"),

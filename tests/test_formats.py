@@ -669,9 +669,9 @@ REFUSED: Sequence[Tuple[str, Any, str]] = [
                     field,
                 )
                 for allowed, field in (
-                    (5, "tool_choice"), ({}, "tool_choice.allowed_tools.mode"),
+                    (5, "tool_choice"), ({}, "tool_choice.tools"),
                     ({"mode": []}, "tool_choice.allowed_tools.mode"),
-                    ({"mode": "auto", "tools": [5]}, "tool_choice.allowed_tools.tools"),
+                    ({"mode": "auto", "tools": [5]}, "tool_choice.tools.0"),
                     (
                         {
                             "mode": "auto",
@@ -3062,7 +3062,8 @@ def test_an_answer_ends_at_its_limit(
         assert answer.json["choices"][0]["finish_reason"] == "length"
         assert stream_events[-2][1]["choices"][0]["finish_reason"] == "length"
     # Otherwise the CLI would ask the model to go on.
-    wait_until(lambda: len(control_requests(fake, "interrupt")) == 2)
+    cut = {row["pid"] for row in fake._log("lines.jsonl") if "one two" in str(row["line"])}
+    assert len(cut) == 2 and not any(map(is_running, cut))
     assert words(post(admin, api, {**body, field: 4})) == "one two three four"
 
 
@@ -3083,6 +3084,9 @@ def test_an_answer_goes_on_where_the_client_began_it(
     assert len({child["pid"] for child in fake.children()}) == 2
     with pytest.raises(cab.InvalidRequest, match="the results of the tool calls"):
         read("anthropic", talk("a", [tool_use()]))
+    # An empty one, or a thought alone, begins nothing.
+    for blank in (" ", [THOUGHT]):
+        assert words(post(admin, "anthropic", talk("a", "b", "c", blank))) == "Echo: c"
 
 
 @pytest.mark.parametrize("api", [*PATHS, "/v1/responses"])
@@ -3104,3 +3108,103 @@ def test_a_call_arrives_while_it_is_written(bridge: Start, gate: Path, api: str)
     assert not any(word in data for word in ("message_stop", "[DONE]", "response.completed"))
     (job,) = rows(admin)
     wait_until(lambda: rows(admin)[0]["status"] in ("completed", "error"))
+
+
+# --- the parts of a stream ---
+
+
+def part_steps(chat: cab.Chat, *inputs: Any, end: Any = None) -> Tuple[str, List[Any]]:
+    """Feed events of a run. -> (what is sent, the closed parts).
+
+    inputs: a text, "started", (block, pieces of it), or the same without its end in a list.
+    """
+    parts = cab.AnswerParts(chat)
+    sent, closed = "", []
+
+    def take(steps: Any) -> None:
+        nonlocal sent
+        for step in steps:
+            sent += {"open": "<", "delta": step.text, "close": ">"}[step.kind]
+            if step.kind == "close":
+                sent = sent[:-1] + ("!" if step.part.is_aborted else ">")
+                closed.append(step.part)
+
+    for item in inputs:
+        if item == "started":
+            take(parts.restart())
+        elif isinstance(item, str):
+            take(parts.add(cab.JobEvent("delta", text=item)))
+        else:
+            block, *pieces = item
+            take(parts.add(cab.JobEvent("part_start", block=block)))
+            for piece in pieces:
+                take(parts.add(cab.JobEvent("part_delta", text=piece)))
+            if isinstance(item, tuple):
+                take(parts.add(cab.JobEvent("part_end", block=block)))
+    if end is not None:
+        take(parts.finish(cab.replace(JOB, **end)))
+    return sent, closed
+
+
+SHOWN_CHAT = cab.Chat(HI, thinking=cab.SHOWN, stream=True)
+
+
+@pytest.mark.parametrize(
+    "inputs, end, sent",
+    [
+        (("a", "b"), {"response": "ab"}, "<ab>"),
+        # The text that starts over continues, unless a thought stands between.
+        (("Hello ", "started", "Hello ", "world"), {"response": "Hello world"}, "<Hello world>"),
+        (
+            ("Hello ", "started", (THOUGHT, "hm"), "Hello ", "world"), {"response": "Hello world"},
+            "<Hello !<hm><Hello world>",
+        ),
+        (
+            ((THOUGHT, "hm"), "Hello ", "started", (THOUGHT, "hm"), "Other"), {"response": "Other"},
+            "<hm><Hello !<hm><Other>",
+        ),
+        # A thought that is not complete is sent again.
+        (([THOUGHT, "h"], "started", (THOUGHT, "hm"), "a"), {"response": "a"}, "<h!<hm><a>"),
+        (
+            ([THOUGHT, "h"],), {"response": "a", "stop_info": cab.StopInfo(thinking=(THOUGHT,))},
+            "<h!<Let me think.><a>",
+        ),
+        # Nothing was seen of the run.
+        (
+            (), {"response": "a", "stop_info": cab.StopInfo(thinking=(THOUGHT, SECRET))},
+            "<Let me think.><><a>",
+        ),
+        # The second of two calls was cut.
+        (
+            ((tool_use(call_id="x"), "{", "}"), [tool_use(call_id="y"), "{"]),
+            {
+                "response": "",
+                "stop_info": cab.StopInfo("max_tokens", None, (cab.ToolCall("x", "look", {}),)),
+            },
+            "<{}><{>",
+        ),
+        (("a",), {"response": "a", "stop_info": cab.StopInfo("max_tokens")}, "<a>"),
+        ((), {"response": ""}, "<>"),
+        ((), {"response": "", "stop_info": cab.StopInfo("refusal")}, ""),
+    ],
+)
+def test_the_parts_of_an_answer_add_up(inputs: Any, end: Dict[str, Any], sent: str) -> None:
+    got, closed = part_steps(SHOWN_CHAT, *inputs, end={"stop_info": None, **end})
+    assert got == sent
+    is_cut = end.get("stop_info", cab.StopInfo()).reason == "max_tokens"
+    assert [part.is_cut for part in closed[-1:]] == [is_cut] * len(closed[-1:])
+
+
+def test_a_custom_tools_call_is_sent_once_its_input_is_complete() -> None:
+    chat = cab.replace(SHOWN_CHAT, custom_tools=("patch",))
+    patch = tool_use("patch", "x")
+    assert part_steps(chat, [patch, '{"input": "***', ' X"'])[0] == ""
+    assert part_steps(chat, (patch, '{"input": "***', ' X"}'))[0] == "<*** X>"
+    # It was cut.
+    assert part_steps(chat, (patch, '{"input": "***'))[0] == ""
+
+
+def test_an_answer_that_starts_over_after_a_call_ends_in_an_error() -> None:
+    for inputs in (((tool_use(), "{}"), "started"), ([tool_use(), "{"], "started")):
+        with pytest.raises(cab.RunError, match="in the middle of a tool call"):
+            part_steps(SHOWN_CHAT, *inputs)

@@ -8330,9 +8330,7 @@ def sse_event(kind: str, offset: Optional[int], data: Mapping[str, Any]) -> byte
     line = as_json(data)
     for character in ("\x85", "\u2028", "\u2029"):
         line = line.replace(character, "\\u%04x" % ord(character))
-    head = "" if offset is None else "id: %d\n" % offset
-    if kind:
-        head += "event: %s\n" % kind
+    head = ("" if offset is None else "id: %d\n" % offset) + ("event: %s\n" % kind if kind else "")
     return ("%sdata: %s\n\n" % (head, line)).encode("utf-8", "replace")
 
 
@@ -8381,9 +8379,8 @@ def event_stream(job_id: str, events: JobEvents, first: bytes = b"") -> BodyIter
 
 # --- bodies ---
 def pause_body(pause: Optional[Pause]) -> Dict[str, Any]:
-    if not pause:
-        return {}
-    return without_none({"waitingFor": pause.reason, "resumesAt": iso_time(pause.known_until)})
+    return without_none({"waitingFor": pause.reason, "resumesAt": iso_time(pause.known_until)}
+                        if pause else {})
 
 
 def record_body(record: Union[Usage, Conversation, RateLimitWindow]) -> Dict[str, Any]:
@@ -8443,6 +8440,11 @@ def token_body(token: Token, now: float) -> Dict[str, Any]:
             "callbacks": token.callbacks}
 
 
+def token_bodies(service: Service) -> List[Dict[str, Any]]:
+    now = service.clock.now()
+    return [token_body(token, now) for token in service.stores.tokens.list()]
+
+
 def plan_body(
         windows: Iterable[RateLimitWindow], pause: Optional[Pause], now: float) -> Dict[str, Any]:
     """Return the limits of the plan. After its reset nothing is known of a limit until the CLI
@@ -8454,9 +8456,9 @@ def plan_body(
             window = window._replace(status=None, utilization=None)
         if window.kind == "overage":
             is_using_overage = window.status == "in_use"
-            continue
-        body = record_body(window)
-        bodies.append({"type": body.pop("kind"), **body})
+        else:
+            body = record_body(window)
+            bodies.append({"type": body.pop("kind"), **body})
     return {"windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
             "resumesAt": None, **pause_body(pause)}
 
@@ -8473,6 +8475,10 @@ def usage_body(usage: Usage) -> Dict[str, Any]:
     return record_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))
 
 
+def warnings_body(warnings: Sequence[str]) -> Dict[str, Any]:
+    return {"warnings": warnings} if warnings else {}
+
+
 # --- requests ---
 def handle_ask(context: Context) -> Response:
     caller, request = context.require_caller(), context.request
@@ -8480,7 +8486,7 @@ def handle_ask(context: Context) -> Response:
     key = validate_idempotency_key(request.headers.get("idempotency-key"))
     job, position, is_new = context.service.ask(caller, ask, key)
     headers = () if is_new else (("Idempotent-Replayed", "true"),)
-    more = {"warnings": warnings} if warnings else {}
+    more = warnings_body(warnings)
     if ask.stream:
         first = sse_event("queued", 0, {"requestId": job.id, "position": position, **more})
         events = context.service.follow(caller, job.id, 0, position, request.client_disconnected)
@@ -8512,9 +8518,8 @@ def handle_poll(context: Context) -> Response:
 def handle_events(context: Context) -> Response:
     # The body is ignored, but an unread body would hide that the client disconnected.
     context.body()
-    request = context.request
+    request, job_id = context.request, context.path_params["requestId"]
     after = request.headers.get("last-event-id") or request.query.get("after")
-    job_id = context.path_params["requestId"]
     events = context.service.follow(context.require_caller(), job_id, validate_offset(after) or 0,
                                     client_disconnected=request.client_disconnected)
     return stream_response(event_stream(job_id, events))
@@ -8595,11 +8600,8 @@ def new_token_body(token: Token, secret: str) -> Dict[str, Any]:
 
 
 def handle_update_token(context: Context) -> Response:
-    token_id = context.path_params["id"]
-    token, warnings = context.service.update_token(token_id, context.json())
-    body = {"ok": True, **token_body(token, context.service.clock.now())}
-    if warnings:
-        body["warnings"] = warnings
+    token, warnings = context.service.update_token(context.path_params["id"], context.json())
+    body = {"ok": True, **token_body(token, context.service.clock.now()), **warnings_body(warnings)}
     return json_response(200, body)
 
 
@@ -8613,18 +8615,14 @@ def handle_rotate_token(context: Context) -> Response:
 def handle_create_token(context: Context) -> Response:
     new, warnings = NewToken.parse(context.json())
     token, secret = context.service.create_token(new)
-    body = new_token_body(token, secret)
-    if warnings:
-        body["warnings"] = warnings
+    body = {**new_token_body(token, secret), **warnings_body(warnings)}
     if token.callbacks:
         body["callbackSecret"] = context.stores.tokens.callback_secret(token.id)
     return json_response(201, body)
 
 
 def handle_list_tokens(context: Context) -> Response:
-    now = context.service.clock.now()
-    bodies = [token_body(token, now) for token in context.stores.tokens.list()]
-    return json_response(200, {"tokens": bodies})
+    return json_response(200, {"tokens": token_bodies(context.service)})
 
 
 def handle_revoke_token(context: Context) -> Response:
@@ -8719,8 +8717,7 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
                    "Content-Type": "application/json", "Content-Length": str(len(body)),
                    "Connection": "close"}
     head = "".join("%s: %s\r\n" % item for item in all_headers.items())
-    connection = connect_callback(addresses, url, deadline)
-    with contextlib.closing(connection):
+    with contextlib.closing(connect_callback(addresses, url, deadline)) as connection:
         # A receiver may answer and close before it has read everything.
         with contextlib.suppress(ConnectionError):
             connection.settimeout(seconds_until(deadline))
@@ -11270,15 +11267,12 @@ def schema_of(example: Any) -> Dict[str, Any]:
     """Return the JSON Schema of an example of RESPONSE_EXAMPLES."""
     if isinstance(example, dict):
         properties = {}
-        required = []
         for marked_name, value in example.items():
-            name = marked_name.rstrip("?~")
             schema = schema_of(value)
             if marked_name.endswith("~"):
                 schema = {**schema, "type": [schema["type"], "null"]} if "type" in schema else {}
-            if not marked_name.endswith("?"):
-                required.append(name)
-            properties[name] = schema
+            properties[marked_name.rstrip("?~")] = schema
+        required = [name.rstrip("~") for name in example if not name.endswith("?")]
         result: Dict[str, Any] = {"type": "object", "properties": properties}
         return {**result, "required": required} if required else result
     if isinstance(example, list):
@@ -11347,17 +11341,16 @@ def operation(route: Route) -> Dict[str, Any]:
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                   for name in re.findall(r":(\w+)", route.path)]
     for name, (kind, doc) in route.query.items():
-        schema = {"type": kind}
-        parameters.append({"name": name, "in": "query", "schema": schema, "description": doc})
+        parameters.append(
+            {"name": name, "in": "query", "schema": {"type": kind}, "description": doc})
     result: Dict[str, Any] = {
         "operationId": operation_id, "summary": route.doc,
         "security": [{"bearer": []}, {"key": []}] if needs_token else [], "parameters": parameters}
     ignores_body = route.path.endswith(("/events", "/rotate", "/pause", "/resume"))
     has_body = route.method in ("POST", "PATCH") and not ignores_body
     if has_body:
-        schema = {"type": "object"}
-        if route.body_type:
-            schema = schema_reference(route.body_type.__name__ + "Body")
+        schema = (schema_reference(route.body_type.__name__ + "Body") if route.body_type
+                  else {"type": "object"})
         content = {"application/json": {"schema": schema}}
         result["requestBody"] = {"required": True, "content": content}
     responses = {str(status): success_response(route, status, name)
@@ -11380,11 +11373,8 @@ def success_response(route: Route, status: int, name: str) -> Dict[str, Any]:
     if name:
         content["application/json"] = {"schema": schema_reference(name)}
     if not name or route.path == "/" or (status == 200 and route.method == "POST"):
-        kind = "text/event-stream"
-        if route.path in ("/", "/dashboard"):
-            kind = "text/html"
-        elif route.path == "/metrics":
-            kind = "text/plain"
+        kinds = {"/": "text/html", "/dashboard": "text/html", "/metrics": "text/plain"}
+        kind = kinds.get(route.path, "text/event-stream")
         content[kind] = {"schema": {"type": "string"}}
     description = route.responses[status][1].replace("`", "")
     return {"description": description or HTTPStatus(status).phrase, "content": content}
@@ -11721,16 +11711,14 @@ def error_response(error: BridgeError, format: Optional[Format] = None) -> Respo
     return json_response(error.status, render(error), headers)
 
 
+@dataclass(frozen=True)
 class Dispatcher:
     """Turns a Request into a Response: host, route, caller, limits, handler. Any thread."""
-
-    def __init__(self, service: Service, status: StatusSource, limiters: RateLimiters,
-                 hosts: Optional[HostPolicy] = None, metrics: Optional[Metrics] = None) -> None:
-        self._service = service
-        self._status = status
-        self._limiters = limiters
-        self._hosts = hosts or HostPolicy()
-        self._metrics = metrics or Metrics()
+    _service: Service
+    _status: StatusSource
+    _limiters: RateLimiters
+    _hosts: HostPolicy
+    _metrics: Metrics
 
     def dispatch(self, request: Request) -> Response:
         response = self._respond(request)
@@ -11933,7 +11921,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         MalformedRequest, Unavailable."""
         if self._head.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedEncoding()
-        size, limit = self._body_remaining, self.server.body_limit(self._head.path)
+        size = self._body_remaining
+        limit = self.server.wire_body_bytes if format_of(self._head.path, {}) else BODY_BYTES
         if size is not None and size > limit:
             raise BodyTooLarge("Body exceeds %d byte limit" % limit)
         if self._expects_continue and size != 0:
@@ -11948,10 +11937,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 else:
                     memory = self.server.reserve_memory(self.connection, min(size, BODY_BYTES))
                     reservation.enter_context(memory)
-                    if size <= BODY_BYTES:
-                        body = self._read_exactly(size)
-                    else:
-                        body = self._read_large(size)
+                    read = self._read_exactly if size <= BODY_BYTES else self._read_large
+                    body = read(size)
         except (MalformedRequest, RequestTimeout, BodyTooLarge, Unavailable):
             self._body_remaining = None
             raise
@@ -12025,11 +12012,11 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 raise MalformedRequest("Malformed chunk")
         for _ in range(64):
             line = self.rfile.readline(HEAD_BYTES)
-            if line == b"\r\n" and file:
+            if line == b"\r\n":
+                if not file:
+                    return bytes(data)
                 self._write_spool(file, data)
                 return SpooledBody(file)
-            if line == b"\r\n":
-                return bytes(data)
             if not line.endswith(b"\r\n") or not HEADER_LINE_RE.fullmatch(line[:-2]):
                 break
         if self._state.is_late and not line.endswith(b"\n"):
@@ -12153,8 +12140,7 @@ class BridgeServer(ThreadingHTTPServer):
     def start(self) -> None:
         self._thread.start()
 
-    def body_limit(self, path: str) -> int:
-        return self.wire_body_bytes if format_of(path, {}) else BODY_BYTES
+
 
     def stop_accepting(self) -> None:
         if self._thread.ident:
@@ -12177,8 +12163,8 @@ class BridgeServer(ThreadingHTTPServer):
 
     def _is_answering(self) -> bool:
         with self._lock:
-            states = list(self._connections.values())
-        return any(state.phase in (Phase.BUSY, Phase.SEND) for state in states)
+            return any(state.phase in (Phase.BUSY, Phase.SEND)
+                       for state in self._connections.values())
 
     @property
     def connection_count(self) -> int:
@@ -12220,26 +12206,24 @@ class BridgeServer(ThreadingHTTPServer):
     def _evict_idle(self, now: float) -> bool:
         """Close the connection longest without a complete request. Call it under the lock. -> False
         if all are busy."""
-        def is_evictable(state: ConnectionState) -> bool:
+        def is_evictable(connection: socket.socket) -> bool:
+            state = self._connections[connection]
             if state.phase == Phase.SEND:
                 return now - state.since >= EVICTABLE_SEND_SECONDS
             return state.phase != Phase.BUSY
 
-        evictable = [(state.since, number, connection)
-                     for number, (connection, state) in enumerate(self._connections.items())
-                     if is_evictable(state)]
+        evictable = list(filter(is_evictable, self._connections))
         if not evictable:
             return False
-        _, _, oldest = min(evictable)
+        oldest = min(evictable, key=lambda connection: self._connections[connection].since)
         del self._connections[oldest]
         shutdown_socket(oldest)
         return True
 
     def _reject(self, request: Any) -> None:
         """Answer 503 from the accepting thread, which must never wait."""
-        error = Unavailable(
-            "Too many connections. Please try again later.", (("Retry-After", "1"),))
-        response = error_response(error)
+        text = "Too many connections. Please try again later."
+        response = error_response(Unavailable(text, (("Retry-After", "1"),)))
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(response, True) + response.body)
@@ -12351,25 +12335,19 @@ class Asset(NamedTuple):
 
 
 # Source: three independent lists of hashes by other projects; linux-386 and linux-arm: one.
-ASSETS = {
-    "linux-amd64": Asset("cloudflared-linux-amd64", 39_799_316,
-                         "fcfb02b575a52ca1af2e3267af4e1517bcdeb30ac48c834c69abaed3c0576ad2"),
-    "linux-arm64": Asset("cloudflared-linux-arm64", 37_404_344,
-                         "7747d94570fb390cf47dcb4f9555c193c6355cda9793f0d878d9049e5d6a7790"),
-    "linux-386": Asset("cloudflared-linux-386", 37_102_345,
-                       "39845d980a4b74b9c84530a28d8fea1fe6c476de26460275602162b349f1cbef"),
-    "linux-arm": Asset("cloudflared-linux-arm", 36_288_720,
-                       "19809425f60a6261241dfa66a42b4115bab07c295396a3c4d5d7c247fc4e1412"),
-    "darwin-amd64": Asset("cloudflared-darwin-amd64.tgz", 21_116_242,
-                          "f1727723c586500e2092368ae21871b3df7ddfd2cb097f22d81bee4a9c458bb4",
-                          "b0f770e1e0b281399a57219b840fd8eef1cc25387a404124248157ea2073727a"),
-    "darwin-arm64": Asset("cloudflared-darwin-arm64.tgz", 19_214_189,
-                          "9042c2c5d8b2de78e60f313d5fb31b6c5c1cebde787a3caf1f2c9588084ac442",
-                          "b61054d3d6326ea558cb49826eebf5676e0d0a36d51b546975096ca3e0e3c89d"),
-    "windows-amd64": Asset("cloudflared-windows-amd64.exe", 54_893_480,
-                           "c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5"),
-    "windows-386": Asset("cloudflared-windows-386.exe", 37_369_480,
-                         "6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43")}
+RELEASE = """\
+linux-amd64       39799316 fcfb02b575a52ca1af2e3267af4e1517bcdeb30ac48c834c69abaed3c0576ad2
+linux-arm64       37404344 7747d94570fb390cf47dcb4f9555c193c6355cda9793f0d878d9049e5d6a7790
+linux-386         37102345 39845d980a4b74b9c84530a28d8fea1fe6c476de26460275602162b349f1cbef
+linux-arm         36288720 19809425f60a6261241dfa66a42b4115bab07c295396a3c4d5d7c247fc4e1412
+darwin-amd64.tgz  21116242 f1727723c586500e2092368ae21871b3df7ddfd2cb097f22d81bee4a9c458bb4 \
+                           b0f770e1e0b281399a57219b840fd8eef1cc25387a404124248157ea2073727a
+darwin-arm64.tgz  19214189 9042c2c5d8b2de78e60f313d5fb31b6c5c1cebde787a3caf1f2c9588084ac442 \
+                           b61054d3d6326ea558cb49826eebf5676e0d0a36d51b546975096ca3e0e3c89d
+windows-amd64.exe 54893480 c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5
+windows-386.exe   37369480 6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43"""
+ASSETS = {name.partition(".")[0]: Asset("cloudflared-" + name, int(size), *hashes)
+          for name, size, *hashes in map(str.split, RELEASE.splitlines())}
 PROCESSORS = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
               "i386": "386", "i486": "386", "i586": "386", "i686": "386", "x86": "386",
               "armv6l": "arm", "armv7l": "arm", "armv8l": "arm"}
@@ -12885,9 +12863,8 @@ class Tunnel:
         policy = self._policy
         error: Optional[str] = None
         if not self.is_ready:
-            error = policy.last_error or None
-            if not error and policy.state == TunnelState.RUNNING:
-                error = "no connection"
+            default = "no connection" if policy.state == TunnelState.RUNNING else None
+            error = policy.last_error or default
         retry_in = None
         if policy.state == TunnelState.BACKOFF:
             retry_in = max(0, math.ceil(policy.retry_at - self._clock.monotonic()))
@@ -12976,12 +12953,11 @@ class Tunnel:
             self._failure = self._spawn()
             self._policy.mark_started(self._clock.monotonic())
             return
-        policy = self._policy
         outlook = "there are no more retries."
-        if policy.state != TunnelState.FATAL:
-            seconds = math.ceil(policy.retry_at - self._clock.monotonic())
+        if self._policy.state != TunnelState.FATAL:
+            seconds = math.ceil(self._policy.retry_at - self._clock.monotonic())
             outlook = "next try in %d s." % seconds
-        error = policy.last_error.rstrip(".")
+        error = self._policy.last_error.rstrip(".")
         logger.warning("The tunnel failed: %s. The bridge serves locally; %s", error, outlook)
 
     def _spawn(self) -> TunnelStatus:
@@ -12993,9 +12969,8 @@ class Tunnel:
         except (OSError, ValueError, http.client.HTTPException) as error:
             # On one line: a server can send line ends.
             reason = " ".join(str(getattr(error, "reason", None) or error).split())
-            source = self._config.cloudflared_url
-            text = "cloudflared could not be downloaded from %s: %s" % (source, reason)
-            return TunnelStatus(True, message=text)
+            text = "cloudflared could not be downloaded from %s: %s"
+            return TunnelStatus(True, message=text % (self._config.cloudflared_url, reason))
         empty_config = self._config.data_dir / "cloudflared.yml"
         argv = tunnel_argv(str(program), str(empty_config), self._config.origin(self._port),
                            self._policy.protocol, bool(self._token))
@@ -14694,7 +14669,6 @@ def content_security_policy(nonce: str) -> str:
 # === 16 App ======================================================================================
 # Constructs, starts and closes all parts. It knows the order, nothing else.
 
-
 LOCK_WAIT_SECONDS = 0.2
 # For the check of a recalled `claude`, when the bridge ends.
 CHECK_JOIN_SECONDS = 2.0
@@ -14896,10 +14870,9 @@ class Bridge:
         models = ModelCatalog(program, data_dir, self._clock)
         service = Service(stores, notifier, self._clock, data_dir, worker, models)
         status = BridgeStatus(stores, worker, program, tunnel, self.config, metrics)
+        limiters = RateLimiters(self._clock, self.config.rate_limit)
         self._server.dispatcher = Dispatcher(
-            service, status, RateLimiters(self._clock, self.config.rate_limit), self._host_policy(),
-            metrics)
-
+            service, status, limiters, self._host_policy(), metrics)
         self._recover(stores)
         lock.write("process %d, %s" % (os.getpid(), self.local_url))
         if not stores.tokens.has_admin():
@@ -14970,12 +14943,12 @@ class Bridge:
             server.wire_body_bytes = self.config.body_mb << 20
             return server
         except (OSError, OverflowError, TypeError, ValueError) as error:
-            hint = "check --host and --port"
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
-                hint = "another program is using it; choose another one with --port"
+            is_used = getattr(error, "errno", None) == errno.EADDRINUSE
             reason = getattr(error, "strerror", None) or error
-            text = "Port %d on %s cannot be used: %s." % (port, host, reason)
-            raise CannotStart(text, hint) from None
+            raise CannotStart(
+                "Port %d on %s cannot be used: %s." % (port, host, reason),
+                "another program is using it; choose another one with --port" if is_used
+                else "check --host and --port") from None
 
     def serve(self) -> None:
         """Begin to answer. Until now the port is bound, but nothing is read."""
@@ -14989,10 +14962,8 @@ class Bridge:
 
     @property
     def local_url(self) -> str:
-        host = self.config.host
-        if host in ("", "0.0.0.0", "::", "127.0.0.1"):
-            host = "localhost"
-        return http_url(host, self.port)
+        is_here = self.config.host in ("", "0.0.0.0", "::", "127.0.0.1")
+        return http_url("localhost" if is_here else self.config.host, self.port)
 
 
 # === 17 Command line =============================================================================
@@ -15468,8 +15439,7 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
 
 def list_tokens(arguments: argparse.Namespace, service: Service, console: Console) -> None:
     """Print a table for people, or JSON."""
-    now = service.clock.now()
-    bodies = [token_body(token, now) for token in service.stores.tokens.list()]
+    bodies = token_bodies(service)
     if arguments.json:
         console.data(json.dumps(bodies, ensure_ascii=False, indent=2))
         return

@@ -15023,12 +15023,11 @@ class Console(TunnelObserver):
 
     def framed(self, text: str) -> bool:
         """Print a line to stdout; on a terminal between two lines. -> as `data`."""
-        line = "─" * len(text)
-        if self._is_rich:
-            self._print_stderr(line)
+        if not self._is_rich:
+            return self.data(text)
+        self._print_stderr("─" * len(text))
         is_printed = self.data(text)
-        if self._is_rich:
-            self._print_stderr(line)
+        self._print_stderr("─" * len(text))
         return is_printed
 
     def write(self, text: str) -> None:
@@ -15259,9 +15258,9 @@ def print_billing(config: Config, install: ClaudeInstall, console: Console) -> N
     if not config.allow_api_key:
         for name in keys:
             console.info("ℹ️", "%s is set; it is not passed to claude." % name)
-    if install.environment.get("ANTHROPIC_BASE_URL"):
-        url = install.environment["ANTHROPIC_BASE_URL"]
-        console.info("ℹ️", "ANTHROPIC_BASE_URL is passed to claude: %s" % url)
+    base_url = install.environment.get("ANTHROPIC_BASE_URL")
+    if base_url:
+        console.info("ℹ️", "ANTHROPIC_BASE_URL is passed to claude: %s" % base_url)
     for note in install.notes:
         console.info("ℹ️", note)
 
@@ -15395,15 +15394,12 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     tools: Any = arguments.tools
     if tools and tools not in Tools.LEVELS:
         tools = [rule.strip() for rule in re.split(r",(?![^(]*\))", tools)]
-    models = None
-    if arguments.models is not None:
-        models = split_names(arguments.models)
+    models = None if arguments.models is None else split_names(arguments.models)
+    hosts = {"": False, "all": True}.get(arguments.callbacks, arguments.callbacks.split(","))
     new, _ = NewToken.parse({
         "name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires,
         "tools": tools, "requestsPerMinute": arguments.requests_per_minute,
-        "requestsPerDay": arguments.requests_per_day, "models": models,
-        "callbacks": {"": False, "all": True}.get(
-            arguments.callbacks, arguments.callbacks.split(",")),
+        "requestsPerDay": arguments.requests_per_day, "models": models, "callbacks": hosts,
         "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
     workspace = None
     if arguments.workspace:
@@ -15421,10 +15417,9 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     # No Bash rule is a sandbox.
     has_shell = token.tools == Tools.ALL or any(rule.startswith("Bash") for rule in token.tools)
     if has_shell or token.is_admin:
-        rights = "run any command here, as you" * has_shell
-        rights += " and " * bool(rights and token.is_admin)
-        rights += "manage all tokens and read every request" * token.is_admin
-        console.info("⚠️", "Whoever has this token can " + rights)
+        rights = ["run any command here, as you"] * has_shell
+        rights += ["manage all tokens and read every request"] * token.is_admin
+        console.info("⚠️", "Whoever has this token can " + " and ".join(rights))
     console.info("🔑", "Token %s (save this, it is shown only once):" % token.id)
     body = {"tokenId": token.id, "token": secret, "prefix": token.prefix}
     if token.callbacks:
@@ -15527,8 +15522,7 @@ class AskClient:
     def ask(self, body: Mapping[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
         """Send a message. -> the Server-Sent Events of the answer: (name, data)."""
         response = self.request("POST", "/api/ask", body)
-        content_type = response.headers.get("Content-Type", "")
-        if not content_type.startswith("text/event-stream"):
+        if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
             raise self.not_a_bridge("it sent no events")
         name = ""
         for line in response:
@@ -15555,8 +15549,8 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
         raise WrongSetting("The message is empty; write it behind ask, or to its standard input.")
     url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
     client = AskClient(url)
-    client.token = os.environ.get("CAB_TOKEN", "").strip()
-    client.token = client.token or shell_token(config, bool(arguments.conversation))
+    client.token = (os.environ.get("CAB_TOKEN", "").strip()
+                    or shell_token(config, bool(arguments.conversation)))
     body = {"message": message, "stream": True, "model": arguments.model,
             "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
     request_id = ""
@@ -15613,8 +15607,7 @@ def finish_ask(arguments: argparse.Namespace, console: Console, body: Mapping[st
             text = escape_controls(text[len(arguments.shown) :], keep="\n\t")
         console.data(text)
     else:
-        code = body.get("errorCode") or body.get("code")
-        console.fail("%s: %s" % (code, body.get("error")))
+        console.fail("%s: %s" % (body.get("errorCode") or body.get("code"), body.get("error")))
     return 0 if is_completed else 1
 
 
@@ -15723,11 +15716,9 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     fault = inspect_database(folder / "bridge.db").fault
     advice = "start the bridge: it moves a damaged file away" if fault else ""
     free = shutil.disk_usage(existing).free >> 20
-    is_enough = free > 100
-    return [
-        Check("data", not fault, fault or text, advice),
-        Check("disk", is_enough, "%d MB free" % free,
-              "" if is_enough else "make room: requests are stored on disk")]
+    advice_of_disk = "make room: requests are stored on disk" if free <= 100 else ""
+    return [Check("data", not fault, fault or text, advice),
+            Check("disk", free > 100, "%d MB free" % free, advice_of_disk)]
 
 
 def check_variables(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -15767,9 +15758,8 @@ def check_orphans(config: Config, environ: Mapping[str, str]) -> List[Check]:
     orphans = find_orphans(data_tag(config.data_dir) + ".", recorded)
     if not orphans:
         return [Check("processes", True, "no orphans")]
-    pids = ", ".join(map(str, sorted(orphans)))
-    text = "orphans of a bridge that was killed: %s; start kills them" % pids
-    return [Check("processes", None, text)]
+    text = "orphans of a bridge that was killed: %s; start kills them"
+    return [Check("processes", None, text % ", ".join(map(str, sorted(orphans))))]
 
 
 def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -15781,8 +15771,8 @@ def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
     try:
         BridgeServer(config.listen_host, config.port, Clock()).server_close()
     except (OSError, OverflowError, TypeError, ValueError) as error:
-        text = "%s cannot be used: %s" % (address, error)
-        return [Check("port", False, text, "choose another one with --port")]
+        return [Check("port", False, "%s cannot be used: %s" % (address, error),
+                      "choose another one with --port")]
     return [Check("port", True, address + " is free")]
 
 
@@ -15794,8 +15784,8 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
             install = find_claude(replace(config, data_dir=Path(folder)), environ)
     except CannotStart as error:
         return [Check("claude", False, str(error), error.hint)]
-    text = "%s (%s)" % (install.features.version_text, install.command[-1])
-    checks = [Check("claude", True, text)]
+    checks = [Check("claude", True,
+                    "%s (%s)" % (install.features.version_text, install.command[-1]))]
     if install.features.version < TESTED_CLI and not config.demo:
         text = "older than %d.%d.%d, with which this bridge was tested" % TESTED_CLI
         # By its tag: on Node below 22, npm takes an old one otherwise.
@@ -15805,11 +15795,8 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
     account = install.billing_account
     if not install.is_billed_per_token:
         return [*checks, Check("payer", True, account)]
-    advice = ""
-    if not config.allow_api_key:
-        advice = RUN_ADVICE["billing_guard"]
-    text = account + ", billed per token"
-    return [*checks, Check("payer", config.allow_api_key, text, advice)]
+    advice = "" if config.allow_api_key else RUN_ADVICE["billing_guard"]
+    return [*checks, Check("payer", config.allow_api_key, account + ", billed per token", advice)]
 
 
 def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -15829,9 +15816,8 @@ def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
         # check_claude reports it.
         return []
     except RunFailed as failure:
-        text = "%s: %s" % (failure.code, redact(str(failure)))
-        advice = RUN_ADVICE.get(failure.code, RUN_ADVICE["cli_error"])
-        return [Check("live", False, text, advice)]
+        return [Check("live", False, "%s: %s" % (failure.code, redact(str(failure))),
+                      RUN_ADVICE.get(failure.code, RUN_ADVICE["cli_error"]))]
     seconds = clock.monotonic() - started
     text = "%s answered %r in %.1f s" % (answer.model, answer.text[:40], seconds)
     return [Check("live", True, text)]
@@ -15848,10 +15834,8 @@ def check_tunnel(config: Config, environ: Mapping[str, str]) -> List[Check]:
     program = check_cloudflared(config, environ)
     if not token:
         return [program, Check("tunnel", True, "quick: a new address at each start")]
-    if config.public_url:
-        return [program, Check("tunnel", True, "named, " + config.public_url)]
-    text = "named, --public-url is not set: its configuration will give the address"
-    return [program, Check("tunnel", None, text)]
+    text = config.public_url or "--public-url is not set: its configuration will give the address"
+    return [program, Check("tunnel", bool(config.public_url) or None, "named, " + text)]
 
 
 def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
@@ -15870,8 +15854,8 @@ def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
         return Check("cloudflared", False, str(error), reinstall)
     downloaded = install.downloaded()
     if downloaded:
-        text = "%s (%s, SHA-256 as expected)" % (downloaded, CLOUDFLARED_VERSION)
-        return Check("cloudflared", True, text)
+        return Check("cloudflared", True,
+                     "%s (%s, SHA-256 as expected)" % (downloaded, CLOUDFLARED_VERSION))
     if cloudflared_asset(platform.system(), platform.machine()):
         text = "not here yet: start downloads %s from %s and checks its SHA-256"
         return Check("cloudflared", None, text % (CLOUDFLARED_VERSION, config.cloudflared_url))
@@ -16102,8 +16086,8 @@ class ServiceManager:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_file_atomically(self.path, text)
         except OSError as error:
-            text = "%s cannot be written: %s." % (self.path, error.strerror or error)
-            raise CannotStart(text) from None
+            raise CannotStart(
+                "%s cannot be written: %s." % (self.path, error.strerror or error)) from None
 
     def restart(self, config: Config) -> None:
         """Start what the file says; a bridge that runs may finish its request before."""
@@ -16274,23 +16258,19 @@ class CommandParser(argparse.ArgumentParser):
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """Add the flags of the settings, without defaults, so that a variable can supply the value."""
     for row in SETTINGS:
-        if names and row.name not in names:
-            continue
         text = "%s [%s]" % (row.help, ", ".join(row.variables))
-        if row.kind == "switch":
-            parser.add_argument(
-                row.flag, dest=row.name, action="store_const", const=True, help=text)
-            continue
-        if row.default != "":
-            text += " (default: %s)" % row.default
-        parser.add_argument(row.flag, dest=row.name, metavar=row.kind.upper(), help=text)
+        options: Dict[str, Any] = {"action": "store_const", "const": True}
+        if row.kind != "switch":
+            options = {"metavar": row.kind.upper()}
+            text += "" if row.default == "" else " (default: %s)" % row.default
+        if not names or row.name in names:
+            parser.add_argument(row.flag, dest=row.name, help=text, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the commands and their flags."""
-    parser = CommandParser(
-        prog=own_words(),
-        description="A REST API for the claude command line tool you already pay for.")
+    text = "A REST API for the claude command line tool you already pay for."
+    parser = CommandParser(prog=own_words(), description=text)
     parser.add_argument("--version", "-v", "-V", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_settings(commands.add_parser(
@@ -16320,9 +16300,9 @@ def build_parser() -> argparse.ArgumentParser:
         action = actions.add_parser(
             name, usage="%s %s %s[FLAGS OF start]" % (service.prog, name, kind), help=text)
         if kind:
-            action.add_argument(
-                "kind", metavar=kind.strip(), choices=("systemd", "launchd", "task", "docker"),
-                help="systemd, launchd, task or docker")
+            kinds = ("systemd", "launchd", "task", "docker")
+            action.add_argument("kind", metavar="KIND", choices=kinds,
+                                help="systemd, launchd, task or docker")
         add_settings(action)
     completion = commands.add_parser("completion", help="print what lets a shell complete words")
     completion.add_argument(
@@ -16481,7 +16461,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return commands[arguments.command](arguments, config, console)
     except (WrongSetting, InvalidRequest) as error:
         # The API's names of what a flag says.
-        pattern = r"\b(expiresInDays|requestsPerMinute|requestsPerDay|callbacks|models)\b"
+        pattern = r"\b(%s)\b" % "|".join(FLAGS)
         console.fail(re.sub(pattern, lambda match: FLAGS[match.group()], str(error)))
         return 2
     except BridgeError as error:

@@ -352,9 +352,7 @@ class BridgeError(Exception):
     429  RateLimited  DailyLimit  QueueFull        431  HeadTooLarge
     501  UnknownCoding                             503  Unavailable
     505  UnknownVersion                            any  RunError
-
-    headers: more headers of the answer. extra: more fields of its body.
-    """
+    headers: more headers of the answer. extra: more fields of its body."""
     status = 500
     code = "internal"
     text = "Internal server error"
@@ -525,8 +523,7 @@ RETRY_SECONDS = 60
 
 class RunError(BridgeError):
     """A failed run as an HTTP error, for callers of /v1. code: a key of RUN_ERRORS. retry_after:
-    seconds until it may succeed. The bridge has already retried, so client libraries must not, if
-    that is not soon."""
+    seconds until it may succeed; if that is long, libraries must not retry, as the bridge did."""
 
     def __init__(self, code: str, text: str, retry_after: Optional[float] = None) -> None:
         headers = []
@@ -541,11 +538,10 @@ class RunError(BridgeError):
 
 class RunFailed(Exception):
     """The outcome of a run that did not succeed.
-    code: a key of RUN_ERRORS. The text is for the caller.
+    code: a key of RUN_ERRORS. The text is for the caller. is_cut: it broke off an answer.
     resets_at: when a used-up limit resets (epoch seconds), if reported.
     is_of_model: the limit, or the overload, is of one model; other models may run.
-    is_answered: the API did answer, or was silent: perhaps because of the request. is_cut: it broke
-    off an answer."""
+    is_answered: the API did answer, or was silent: perhaps because of the request."""
 
     def __init__(self, code: str, text: str, resets_at: Optional[float] = None,
                  is_of_model: bool = False, is_answered: bool = False,
@@ -8215,9 +8211,8 @@ class Service:
 
 
 # === 10 Native API ===============================================================================
-# The requests and answers of /api and of the public pages: what a Route is, and one `handle_*` for
-# each. A handler turns a request into a call of the service and a record into the body that old
-# clients know. ROUTES stands in room 12.
+# /api and the public pages: what a Route is, and one `handle_*` for each, which turns a request
+# into a call of the service and a record into the body that old clients know. ROUTES: room 12.
 
 # The largest answer that is cached until the database changes.
 CACHED_RESPONSE_BYTES = 16_384
@@ -8319,8 +8314,7 @@ class Route:
 
 def json_response(
         status: int, body: Mapping[str, Any], headers: Sequence[Tuple[str, str]] = ()) -> Response:
-    data = as_json(body).encode("utf-8", "replace")
-    return Response(status, data, headers=tuple(headers))
+    return Response(status, as_json(body).encode("utf-8", "replace"), headers=tuple(headers))
 
 
 # --- Server-Sent Events ---
@@ -8447,8 +8441,7 @@ def token_bodies(service: Service) -> List[Dict[str, Any]]:
 
 def plan_body(
         windows: Iterable[RateLimitWindow], pause: Optional[Pause], now: float) -> Dict[str, Any]:
-    """Return the limits of the plan. After its reset nothing is known of a limit until the CLI
-    reports it again."""
+    """Return the limits of the plan. From its reset on, the state of a limit is unknown."""
     bodies = []
     is_using_overage = False
     for window in windows:
@@ -8495,9 +8488,8 @@ def handle_ask(context: Context) -> Response:
         view = context.service.poll(caller, job.id, ask.wait, request.client_disconnected)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **more}, headers)
-    body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id,
-            **more}
-    return json_response(202, body, headers)
+    return json_response(202, {"ok": True, "requestId": job.id, "position": position,
+                               "poll": "GET /api/ask/" + job.id, **more}, headers)
 
 
 def handle_poll(context: Context) -> Response:
@@ -8775,8 +8767,7 @@ def read_callback_answer(connection: socket.socket, deadline: float) -> Tuple[in
 
 class CallbackSender:
     """Sends results to the addresses that clients named: those of one token one after the other, so
-    that a silent receiver delays no other token. Owns the thread "callbacks", which starts others
-    when there is something to send."""
+    that a silent receiver delays no other token. Owns the thread "callbacks", which starts more."""
 
     def __init__(self, stores: Stores, metrics: Metrics) -> None:
         self._stores = stores
@@ -8854,8 +8845,7 @@ class CallbackSender:
         return sorted(due, key=lambda callback: self._sent_at.get(callback.token_id, 0.0))
 
     def step(self, token_id: Optional[str] = None) -> bool:
-        """Send what is due for the longest time. token_id: only of this token. -> whether there was
-        something."""
+        """Send what is due longest, of one token or of all. -> whether there was something."""
         callback = next((callback for callback in self._due()
                          if token_id in (None, callback.token_id)), None)
         body = self._body(callback) if callback else None
@@ -11374,8 +11364,7 @@ def success_response(route: Route, status: int, name: str) -> Dict[str, Any]:
         content["application/json"] = {"schema": schema_reference(name)}
     if not name or route.path == "/" or (status == 200 and route.method == "POST"):
         kinds = {"/": "text/html", "/dashboard": "text/html", "/metrics": "text/plain"}
-        kind = kinds.get(route.path, "text/event-stream")
-        content[kind] = {"schema": {"type": "string"}}
+        content[kinds.get(route.path, "text/event-stream")] = {"schema": {"type": "string"}}
     description = route.responses[status][1].replace("`", "")
     return {"description": description or HTTPStatus(status).phrase, "content": content}
 
@@ -11396,9 +11385,8 @@ def error_response_schema(route: Route, status: int) -> Dict[str, Any]:
 
 
 # === 13 HTTP server ==============================================================================
-# Bytes in, bytes out. Pure part: the strict parser and the renderer of a head. Then who may pass
-# (HostPolicy, RateLimiters, Dispatcher), one connection (ConnectionHandler), and all connections
-# with their deadlines (BridgeServer).
+# Bytes in, bytes out. Pure part: parser and renderer of a head. Then who may pass (HostPolicy,
+# RateLimiters, Dispatcher), a connection (ConnectionHandler), and all of them (BridgeServer).
 
 HEAD_BYTES = 16_384
 # After a refused body, how much of it and for how long is still read.
@@ -11543,8 +11531,7 @@ def parse_headers(lines: Iterable[bytes]) -> Dict[str, str]:
 
 
 def parse_body_length(headers: Mapping[str, str], version: str) -> Optional[int]:
-    """Return the length of the body; None: chunked. Two lengths at once, or a chunked HTTP/1.0
-    body, are how requests are smuggled."""
+    """Return the length of the body; None: chunked. Two lengths could smuggle a second request."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None or version == "1.0":
@@ -11635,9 +11622,8 @@ class HostPolicy:
         self._tunnel_hosts = tunnel_hosts
 
     def check(self, request: Request) -> None:
-        """Raise UnknownHost for a name that is not ours (DNS-rebinding protection).
-        Another site could lead a browser here under a name of its own and read the answers. An IP
-        address cannot be such a name."""
+        """Raise UnknownHost for a name that is not ours, as DNS rebinding needs one: another site
+        could lead a browser here and read the answers. An IP address cannot be such a name."""
         host = host_name(request.headers.get("host", ""))
         if not host or host in self._local_hosts or is_address(host):
             return
@@ -11834,8 +11820,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         self._large_body = contextlib.ExitStack()
 
     def handle_one_request(self) -> None:
-        """Read one request and answer it. Replaces the base's method, which answers bad heads in
-        HTML and dispatches to do_GET."""
+        """Read one request and answer it. The base's method answers bad heads in HTML."""
         self.close_connection = True
         self.command = ""
         # Bytes of the body to come; None: chunked, or unknown.
@@ -11857,8 +11842,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _read_head(self) -> RequestHead:
-        """Read up to and including the blank line. Raises HeadTooLarge, RequestTimeout,
-        MalformedRequest and others."""
+        """Read up to and including the blank line. Raises a BridgeError, such as HeadTooLarge."""
         lines = [self._read_line()]
         if lines[0] == b"\r\n":
             # One blank line may precede a request.
@@ -11917,8 +11901,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     # --- the body ---
     def _body(self) -> Union[bytes, SpooledBody]:
-        """Return the whole body. Raises BodyTooLarge, UnsupportedEncoding, RequestTimeout,
-        MalformedRequest, Unavailable."""
+        """Return the whole body. Raises a BridgeError, such as BodyTooLarge."""
         if self._head.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedEncoding()
         size = self._body_remaining
@@ -12204,8 +12187,7 @@ class BridgeServer(ThreadingHTTPServer):
         return True
 
     def _evict_idle(self, now: float) -> bool:
-        """Close the connection longest without a complete request. Call it under the lock. -> False
-        if all are busy."""
+        """Under the lock, end the connection longest without a request. -> False: all are busy."""
         def is_evictable(connection: socket.socket) -> bool:
             state = self._connections[connection]
             if state.phase == Phase.SEND:
@@ -12422,8 +12404,7 @@ def host_of(url: str) -> str:
 
 def hosts_in_ingress(config: Any, port: int, origin: str = "") -> Tuple[List[str], List[str]]:
     """Return what a named tunnel's configuration sends to our port, or to our address.
-    -> (host names, all rules as "host -> service"); empty while it waits for the configuration
-    from Cloudflare (version -1)."""
+    -> (host names, all rules as "host -> service"); empty until it has one (version -1)."""
     try:
         ingress = config["config"]["ingress"] if config["version"] >= 0 else ()
         rules = [(str(rule.get("hostname") or "*"), str(rule.get("service"))) for rule in ingress]
@@ -12448,8 +12429,7 @@ class TunnelStatus(NamedTuple):
 
 class TunnelPolicy:
     """Decides when cloudflared is started, stopped and retried. Pure: it receives time and status.
-    protocols: to try in turn, the best first. jitter: 0 to 1, so that many bridges do not come back
-    at once."""
+    protocols: to try in turn, the best first. jitter: 0 to 1, as many bridges may come back."""
 
     def __init__(self, protocols: Sequence[str], is_named: bool = False,
                  jitter: Callable[[], float] = random.random) -> None:
@@ -12598,8 +12578,7 @@ class CloudflaredInstall:
         return self.installed_by_user() or self.downloaded() or self.download(is_stopping)
 
     def download(self, is_stopping: Callable[[], bool]) -> Path:
-        """Download the program. It is put in place only if size and checksum are right. Raises as
-        `get` does; then no file stays."""
+        """Download the program; it is put in place only if its checksum is right. As `get`."""
         asset = self._asset
         install_it = "install cloudflared yourself and name it with --cloudflared PATH"
         if not asset:
@@ -12641,8 +12620,7 @@ class CloudflaredInstall:
         return self._path
 
     def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
-        """Raise OSError or HTTPException for what may pass. That is no network, a short, endless or
-        slow file, or the end of the bridge."""
+        """Raise OSError or HTTPException for a bad network, a wrong size or the bridge's end."""
         # Imported here, because a start rarely needs them.
         import urllib.error
         import urllib.request
@@ -12761,8 +12739,7 @@ class Cloudflared:
             return 0, None
 
     def probe(self, is_named: bool) -> TunnelStatus:
-        """Return the present status. It never requests the public address: resolvers would remember
-        a failed look-up that comes too soon."""
+        """Return the status; not by the public address, as resolvers remember failed look-ups."""
         code = self.process.poll()
         if code is not None:
             self._log_thread.join(1)
@@ -12779,8 +12756,7 @@ class Cloudflared:
         return TunnelStatus(has_host=is_named or bool(self.host), is_ready=is_ready)
 
     def error_line(self) -> str:
-        """Return the line that explains the exit. The last one; a wrong flag or token, or a
-        refusal, has a line of its own."""
+        """Return the line that explains the exit: of a flag, a token or a refusal, or the last."""
         lines = list(self._log_tail)
         reasons = "Incorrect Usage|token is not valid|429 Too Many Requests|error code: 1015"
         explaining = [line for line in lines if re.search(reasons, line)]
@@ -12914,8 +12890,7 @@ class Tunnel:
         """Announce the address; Cloudflare sends a named tunnel its own a little later."""
         if self._token:
             config = process.get("/config")[1]
-            origin = self._config.origin(self._port)
-            hosts, rules = hosts_in_ingress(config, self._port, origin)
+            hosts, rules = hosts_in_ingress(config, self._port, self._config.origin(self._port))
             url = self._config.public_url.rstrip("/")
         else:
             hosts, rules, url = [process.host], [], ""
@@ -14732,19 +14707,17 @@ class DirectoryLock:
             self._file = -1
 
 
+@dataclass(frozen=True)
 class BridgeStatus:
     """What the public pages and the admin see of the parts: a StatusSource. Any thread."""
-
-    def __init__(self, stores: Stores, worker: Worker, program: ClaudeProgram,
-                 tunnel: Optional[Tunnel], config: Config, metrics: Metrics) -> None:
-        self._stores = stores
-        self._worker = worker
-        self._program = program
-        self._tunnel = tunnel
-        self._config = config
-        self._metrics = metrics
-        self._clock = stores.database.clock
-        self._started_at = self._clock.now()
+    _stores: Stores
+    _worker: Worker
+    _program: ClaudeProgram
+    _tunnel: Optional[Tunnel]
+    _config: Config
+    _metrics: Metrics
+    _clock: Clock
+    _started_at: float
 
     def page(self) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -14759,10 +14732,10 @@ class BridgeStatus:
     def details(self) -> Dict[str, Any]:
         job_id, since = self._worker.running or (None, None)
         install = self._program.install
-        windows = self._stores.usage.plan_limits()
         return {"worker": {"alive": self._worker.is_alive, "requestId": job_id,
                            "since": iso_time(since), "spareReady": self._worker.idle_processes > 0},
-                "plan": plan_body(windows, self._worker.current_pause(), self._clock.now()),
+                "plan": plan_body(self._stores.usage.plan_limits(), self._worker.current_pause(),
+                                  self._clock.now()),
                 "tunnel": self._tunnel_details(),
                 "claude": {"version": install.features.version_text, "command": install.command[-1],
                            "payer": install.billing_account}}
@@ -14776,7 +14749,6 @@ class BridgeStatus:
         return metrics_text({**self._metrics.values(), **self._gauges()})
 
     def latency(self, owner: Optional[str]) -> Dict[str, Any]:
-        """Return percentiles of the last hour. owner: only this token's requests."""
         latencies = self._metrics.latencies(self._clock.now() - 3_600, owner)
 
         def percentiles(values: Sequence[Optional[float]]) -> Dict[str, Any]:
@@ -14788,7 +14760,6 @@ class BridgeStatus:
                 "firstTokenMs": percentiles([latency.first_text for latency in latencies])}
 
     def _gauges(self) -> Dict[Tuple[str, Labels], float]:
-        """Return the current gauges."""
         tunnel = self._tunnel_details()
         version = self._program.install.features.version_text
         gauges: Dict[Tuple[str, Labels], float] = {
@@ -14869,7 +14840,8 @@ class Bridge:
         worker = Worker(stores, ClaudeRunner(pool), notifier, self.config, self._clock, metrics)
         models = ModelCatalog(program, data_dir, self._clock)
         service = Service(stores, notifier, self._clock, data_dir, worker, models)
-        status = BridgeStatus(stores, worker, program, tunnel, self.config, metrics)
+        status = BridgeStatus(stores, worker, program, tunnel, self.config, metrics, self._clock,
+                              self._clock.now())
         limiters = RateLimiters(self._clock, self.config.rate_limit)
         self._server.dispatcher = Dispatcher(
             service, status, limiters, self._host_policy(), metrics)
@@ -15224,8 +15196,7 @@ def print_variables(config: Config, console: Console) -> None:
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
-    """Return the token of a named tunnel, from its file or CAB_TUNNEL_TOKEN; "" for a quick one.
-    Raises WrongSetting, CannotStart."""
+    """Return a named tunnel's token; "" for a quick one. Raises WrongSetting, CannotStart."""
     if config.no_tunnel:
         return ""
     text = environ.get("CAB_TUNNEL_TOKEN", "")
@@ -16148,9 +16119,8 @@ def command_service(arguments: argparse.Namespace, config: Config, console: Cons
 
 def install_service(
         manager: ServiceManager, old_text: str, config: Config, console: Console) -> None:
-    """Write the file, start the bridge and wait until it listens. If that fails, a first
-    installation is removed, and after a later one the old file's bridge runs again. old_text: the
-    old file, or "". Raises CannotStart."""
+    """Write the file, start the bridge and wait until it listens. If that fails, the old file (""
+    for none) is put back and its bridge runs again. Raises CannotStart."""
     # Shows whether the manager can be reached.
     manager.prepare()
     text = service_file(manager.kind, config, os.environ) + "\n"
@@ -16182,8 +16152,7 @@ def install_service(
 
 
 def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
-    """Return the address of the bridge that was started; "" if it still starts after a while.
-    Raises CannotStart if it ends."""
+    """Return the address of the bridge; "" if it still starts. Raises CannotStart if it ended."""
     started_at = Clock.monotonic()
     while Clock.monotonic() < started_at + SERVICE_START_SECONDS:
         with contextlib.suppress(CannotStart):
@@ -16250,8 +16219,7 @@ class CommandParser(argparse.ArgumentParser):
         plain = {choice.lstrip("-"): choice for choice in choices}
         meant = plain.get(closest(word.partition("=")[0].lstrip("-"), plain, 0.75))
         prog = self.prog.replace(own_words(), OWN_NAME)
-        hint = "did you mean %s?" % meant if meant else "see %s --help" % prog
-        Console().fail(message, hint)
+        Console().fail(message, "did you mean %s?" % meant if meant else "see %s --help" % prog)
         sys.exit(2)
 
 

@@ -252,9 +252,7 @@ class Config:
 
     @property
     def listen_host(self) -> str:
-        if self.host:
-            return self.host
-        return "0.0.0.0" if self.no_tunnel else "127.0.0.1"
+        return self.host or ("0.0.0.0" if self.no_tunnel else "127.0.0.1")
 
     def origin(self, port: int) -> str:
         """Return the URL at which a program on this machine reaches the bridge."""
@@ -316,17 +314,14 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
         return int(text)
     if row.pattern and not re.fullmatch(row.pattern, text):
         raise WrongSetting("%s cannot be %r. Expected: %s." % (source, text, row.help))
-    if "\0" in text or (row.kind == "path" and not text.strip()):
-        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, text))
-    try:
-        if row.kind == "path":
+    # expanduser raises it for the home of an unknown user.
+    with contextlib.suppress(RuntimeError):
+        if row.kind == "path" and text.strip() and "\0" not in text:
             return Path(text).expanduser().absolute()
-        if row.kind == "program" and text.startswith("~"):
-            return str(Path(text).expanduser())
-    except RuntimeError:
-        # expanduser raises it for the home of an unknown user.
-        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, text)) from None
-    return text
+        if row.kind != "path" and "\0" not in text:
+            is_home = row.kind == "program" and text.startswith("~")
+            return str(Path(text).expanduser()) if is_home else text
+    raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, text))
 
 
 class Clock:
@@ -8220,9 +8215,7 @@ CACHED_RESPONSE_BYTES = 16_384
 
 class AuthLevel:
     """Who may use a route."""
-    NOTHING = "nothing"
-    TOKEN = "token"
-    ADMIN = "admin"
+    NOTHING, TOKEN, ADMIN = "nothing", "token", "admin"
 
 
 class Request(NamedTuple):
@@ -8776,9 +8769,8 @@ class CallbackSender:
         self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
         # Set by the end of an attempt.
         self._wake = threading.Event()
-        # By token.
+        # By token: the thread of an attempt, and the start of the last one.
         self._senders: Dict[str, threading.Thread] = {}
-        # Token id -> the start of its last attempt.
         self._sent_at: Dict[str, float] = {}
 
     def start(self) -> None:
@@ -11777,11 +11769,7 @@ class Dispatcher:
 # --- one connection ---
 class Phase:
     """What a connection is doing; all but a BUSY one may be closed to make room."""
-    IDLE = "idle"
-    HEAD = "head"
-    BODY = "body"
-    BUSY = "busy"
-    SEND = "send"
+    IDLE, HEAD, BODY, BUSY, SEND = "idle", "head", "body", "busy", "send"
     SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"),
                SEND: SEND_SECONDS}
 
@@ -11816,7 +11804,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self._state = self.server.state_of(self.connection)
-        # The file of a large body, and its place.
         self._large_body = contextlib.ExitStack()
 
     def handle_one_request(self) -> None:
@@ -12038,7 +12025,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         if len(body) < LARGE_BYTES:
             self._send(data + body)
         else:
-            # No second copy.
             self._send(data)
             self._send(body)
         if self.close_connection and self._body_remaining != 0:
@@ -12103,7 +12089,6 @@ class BridgeServer(ThreadingHTTPServer):
         # Bytes of large payloads in memory, the oldest first.
         self._reserved: Dict[socket.socket, int] = {}
         self.wire_body_bytes = BODY_BYTES
-        # Places for bodies on the disk.
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self._checked_at = 0.0
         self._thread = threading.Thread(
@@ -12299,12 +12284,8 @@ READY_SECONDS = 5.0
 
 class TunnelState:
     """The state of the public address. STARTING and BACKOFF pass by themselves, FATAL does not."""
-    STARTING = "starting"
-    RUNNING = "running"
-    BACKOFF = "backoff"
-    FATAL = "fatal"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
+    STARTING, RUNNING, BACKOFF, FATAL = "starting", "running", "backoff", "fatal"
+    STOPPING, STOPPED = "stopping", "stopped"
 
 
 # --- the release ---
@@ -12436,12 +12417,10 @@ class TunnelPolicy:
         self._protocols = list(protocols)
         self._is_named = is_named
         self._jitter = jitter
-        # When the present step began.
         self._step_began_at = 0.0
         self._has_host = False
         # Since when a running tunnel has no connection.
         self._down_since: Optional[float] = None
-        # Protocols tried in this round.
         self._tries = 0
         self._failures = 0
         self.state = TunnelState.STOPPED
@@ -12801,7 +12780,6 @@ class Tunnel:
         self._thread = threading.Thread(target=self._loop, name="tunnel", daemon=True)
         self._port = 0
         self._has_warned = False
-        # The last address that worked.
         self.url: Optional[str] = None
         # The names by which requests arrive through cloudflared now.
         self.hosts: FrozenSet[str] = frozenset()
@@ -13338,7 +13316,6 @@ function limitName(type) {
   const model = codeToText(type.slice("seven_day_".length));
   return "Weekly limit (" + model.charAt(0).toUpperCase() + model.slice(1) + ")";
 }
-// The text before the time at which the queue resumes.
 const HOLD_TEXTS = {
   usage_limit: "Waiting for the plan limit to reset at ", paused: "The queue is paused.",
   network: "The API cannot be reached. Next try at ",
@@ -13420,7 +13397,6 @@ function parseEvent(block) {
   const { event, id, data } = Object.fromEntries(lines);
   return event ? { type: event, end: Number(id), data: JSON.parse(data) } : null;
 }
-// The body of POST /api/tokens, from the fields of the form.
 function newTokenBody(fields) {
   const numberOrNull = (name) => Number(fields[name]) || null;
   const models = fields.models.split(/[, ]+/).filter(Boolean);
@@ -13795,7 +13771,6 @@ function signOut(reason) {
   sessionStorage.setItem("signOutReason", reason);
   location.reload();
 }
-// Show the view that the address names, if the role may see it.
 function showView() {
   const userRole = isAdmin ? "admin" : "user";
   const role = isSignedIn ? userRole : "anonymous";
@@ -13839,7 +13814,6 @@ function showState(text, className) {
   $("state").className = className;
   document.title = text + " · claude-api-bridge";
 }
-// Return whether the next poll should come soon.
 async function refresh() {
   const { queue, stats, version } = await fetchJson("GET", "/api/status", null, { isPublic: true });
   const counters = [["Queued", stats.queuedRequests],
@@ -13901,7 +13875,6 @@ function errorRow({ code, count, lastAt, advice }) {
     label + ": show these requests"), meta("last at ", timeElement(lastAt)),
   advice && el("span.grow faint", sentence(advice))));
 }
-// The token that the card of first steps created.
 let firstSecret = "";
 const showFirstCode = () => {
   const code = exampleCode("curl", {});
@@ -14137,7 +14110,6 @@ async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conv
   toast("Asked again.");
   refreshNow();
 }
-// A conversation opens into its turns, the oldest first.
 function conversationRow({ name }) {
   const [facts, turns] = [meta(), el("ol.list", { id: "turns-" + name })];
   const earlier = button("Earlier turns", () => loadPage(thread, thread.next));
@@ -14242,7 +14214,6 @@ const usageRow = (name, usage) => el("tr", el("th", { scope: "row" }, name),
 const SERIES = { in: (usage) => usage.inputTokens, out: (usage) => usage.outputTokens,
   cache: (usage) => usage.cacheReadTokens + usage.cacheCreationTokens };
 const hiddenSeries = new Set();
-// A button that shows or hides a part of the chart. Its text is the legend.
 function legendButton(name) {
   const element = button(name, () => {
     if (!hiddenSeries.delete(name)) hiddenSeries.add(name);
@@ -14465,7 +14436,6 @@ function takeFiles(event, { files }) {
   event.preventDefault();
   addImages(files).catch(toastError);
 }
-// Open the playground in a conversation.
 function continueConversation(name) {
   location.hash = "#/playground";
   $("ask-form").elements.conversation.value = name;
@@ -14780,7 +14750,6 @@ class BridgeStatus:
         for window in self._stores.usage.plan_limits():
             labels = (("window", window.kind),)
             if window.resets_at is not None and window.resets_at <= self._clock.now():
-                # It was reset since it was reported.
                 continue
             if window.utilization is not None:
                 gauges["cab_plan_utilization", labels] = window.utilization
@@ -15261,7 +15230,8 @@ def print_next_steps(bridge: Bridge, console: Console) -> None:
         url, "#token=" + token if token and console.is_terminal else ""))
     console.info("💬", "Ask, in another terminal: " + ask)
     if token and console.is_terminal and os.name != "nt":
-        console.info("💬", "From any program: " + CURL % (url, token))
+        console.info("💬", "From any program: curl -sS %s/api/ask -H 'Authorization: Bearer %s'"
+                     """ -d '{"message": "Why is the sky blue?", "wait": 60}'""" % (url, token))
     if not token:
         console.info("🔑", "For another admin token: %s token create NAME --admin%s"
                      % (own_words(), folder))
@@ -15273,8 +15243,7 @@ def print_next_steps(bridge: Bridge, console: Console) -> None:
         print_admin_token(bridge, token, console)
 
 
-CURL = ("""curl -sS %s/api/ask -H 'Authorization: Bearer %s'"""
-        """ -d '{"message": "Why is the sky blue?", "wait": 60}'""")
+
 
 
 def print_admin_token(bridge: Bridge, token: str, console: Console) -> None:

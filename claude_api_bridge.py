@@ -163,9 +163,8 @@ CLOSE_SECONDS = 5.0
 
 
 class Setting(NamedTuple):
-    """One choice of the owner.
-    kind: "number" (from minimum to maximum), "text" (matches the pattern), "path", "program" (a
-    name or a path; ~ is expanded) or "switch" (has no value).
+    """One choice of the owner. kind: "number" (from minimum to maximum), "text" (matches the
+    pattern), "path", "program" (a name or a path; ~ is expanded) or "switch" (has no value).
     env_aliases: environment variables besides CAB_NAME."""
     name: str
     default: Any
@@ -11269,9 +11268,7 @@ def strip_markers(example: Any) -> Any:
     """Return an example of RESPONSE_EXAMPLES as it is on the wire."""
     if isinstance(example, dict):
         return {name.rstrip("?~"): strip_markers(value) for name, value in example.items()}
-    if isinstance(example, list):
-        return [strip_markers(item) for item in example]
-    return example
+    return [strip_markers(item) for item in example] if isinstance(example, list) else example
 
 
 @lru_cache(maxsize=1)
@@ -11434,7 +11431,6 @@ PREFLIGHT_HEADERS = (
 
 
 # --- heads ---
-
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
 # There is one way to match, so that it is never slow.
@@ -11445,10 +11441,9 @@ SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "authorization"
 
 
 class RequestHead(NamedTuple):
-    """What stands before a body.
-    version: "1.0" or "1.1". headers: by lower-case names. length: of the body in bytes, None if it
-    is chunked. expects_continue: the client waits for a 100 before it sends the body.
-    close_connection: the connection ends with the answer."""
+    """What stands before a body. headers: by lower-case names. length: of the body in bytes, None
+    if it is chunked. expects_continue: the client waits for a 100 before it sends the body.
+    close_connection: the connection ends with the answer. version: "1.0" or "1.1"."""
     method: str
     path: str
     query: Mapping[str, str]
@@ -11775,10 +11770,9 @@ class Phase:
 
 
 class ConnectionState:
-    """The phase of a connection and its deadline.
-    Only the connection's thread changes the phase; other threads read it and may shut the socket
-    down, and set is_late and late_deadline: the request missed its deadline and gets a 408.
-    since: when its last request was complete."""
+    """The phase of a connection and its deadline. Only its thread changes the phase; others read it
+    and may shut the socket down, and set is_late and late_deadline: the request missed its deadline
+    and gets a 408. since: when its last request was complete."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -12559,16 +12553,14 @@ class CloudflaredInstall:
     def download(self, is_stopping: Callable[[], bool]) -> Path:
         """Download the program; it is put in place only if its checksum is right. As `get`."""
         asset = self._asset
-        install_it = "install cloudflared yourself and name it with --cloudflared PATH"
+        advice = "install cloudflared yourself and name it with --cloudflared PATH"
         if not asset:
             raise CannotTunnel("There is no cloudflared for this system (%s, %s)."
                                % (platform.system(), platform.machine()),
-                               install_it + ", or start with --no-tunnel")
-        base = self.config.cloudflared_url.rstrip("/")
-        url = "%s/%s/%s" % (base, CLOUDFLARED_VERSION, asset.name)
-        self._observer.on_progress(
-            "Downloading cloudflared %s (%d MB)..." % (CLOUDFLARED_VERSION, asset.size >> 20),
-            False)
+                               advice + ", or start with --no-tunnel")
+        url = "/".join((self.config.cloudflared_url.rstrip("/"), CLOUDFLARED_VERSION, asset.name))
+        text = "Downloading cloudflared %s (%d MB)..."
+        self._observer.on_progress(text % (CLOUDFLARED_VERSION, asset.size >> 20), False)
         try:
             private_directory(self._folder)
         except CannotStart as error:
@@ -12583,14 +12575,13 @@ class CloudflaredInstall:
                 raise CannotTunnel(
                     "The file from %s is not the expected cloudflared (its SHA-256 differs); it was"
                     " not run." % url,
-                    "somebody may have changed it on the way: try another network, or "
-                    + install_it)
+                    "somebody may have changed it on the way: try another network, or " + advice)
             if asset.program_sha256:
                 unpack_program(packed, program)
                 if sha256_of(program) != asset.program_sha256:
                     raise CannotTunnel(
                         "The program in %s is not the expected cloudflared; it was not run."
-                        % asset.name, install_it)
+                        % asset.name, advice)
             else:
                 os.replace(packed, program)
             program.chmod(0o755)
@@ -13791,7 +13782,6 @@ function showView() {
 // Each poll reads the public counters; the rate-limited lists only on changes or after 30 seconds.
 const lastFetch = { at: 0, allAt: 0, counters: "", tokenCount: 0 };
 let pollNumber = 0, queueReason, pollTimer, lastUpdateAt = 0, listUpdate = Promise.resolve();
-
 async function pollOnce() {
   clearTimeout(pollTimer);
   if (document.hidden) return;
@@ -14358,7 +14348,6 @@ function askFields() {
   return nonEmpty({ ...fields, jsonSchema: jsonSchema && JSON.parse(jsonSchema),
     attachments: attachments.length && attachments });
 }
-
 function checkedFields() {
   try {
     return askFields();
@@ -14441,7 +14430,6 @@ function continueConversation(name) {
   $("ask-form").elements.conversation.value = name;
   showCode();
 }
-
 async function ask() {
   if ($("ask").hidden) return;
   const run = { id: null, aborter: new AbortController() };
@@ -15608,11 +15596,9 @@ def command_doctor(arguments: argparse.Namespace, config: Config, console: Conso
         require_sqlite()
     except CannotStart as error:
         checks[1] = Check("sqlite", False, str(error), error.hint)
-    functions = [check_variables, check_data, check_clock, check_queue, check_orphans, check_port,
-                 check_claude]
-    if arguments.live:
-        functions.append(check_live)
-    for function in (*functions, check_tunnel):
+    live = (check_live,) if arguments.live else ()
+    for function in (check_variables, check_data, check_clock, check_queue, check_orphans,
+                     check_port, check_claude, *live, check_tunnel):
         try:
             checks += function(config, os.environ)
         except OSError as error:

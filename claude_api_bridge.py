@@ -12953,21 +12953,18 @@ DASHBOARD_CSS = r"""/* Colours. The dark theme overrides all of them but nothing
   :root { --paper: #1b1a18; --card: #252422; --tint: #2a2724; --ink: #efece6; --faint: #a09b92;
     --line: #3a3834; --edge: #87827a; --good: #7cc79a; --bad: #ef8d7c; --accent: #e8a27a } }
 /* Text. */
-* { box-sizing: border-box; margin: 0 }
-[hidden] { display: none !important }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 5rem; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere }
 h1, h2, .figure { font-family: ui-serif, Georgia, serif; font-weight: 500; line-height: 1.3 }
-h1 { font-size: 1.45rem }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem }
+h1 { font-size: 1.45rem } h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem }
 h2:focus { outline: none }
 h3 { font-size: .8rem; color: var(--faint); margin: 1.25rem 0 .35rem }
 p, pre { margin: .5rem 0 }
 code, pre { font: .86em/1.6 ui-monospace, Menlo, Consolas, monospace }
 label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem }
 .figure { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap }
-.good { color: var(--good) }
-.bad, .badge:not(.faint) { color: var(--bad) }
+.good { color: var(--good) } .bad, .badge:not(.faint) { color: var(--bad) }
 .warm { color: var(--accent) }
 .badge { border: 1px solid; border-radius: .3rem; padding: 0 .35rem; font-size: .8rem }
 .ellipsis { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
@@ -12981,23 +12978,18 @@ label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem 
 .grid { display: grid; gap: .75rem 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--column, 13rem)), 1fr)) }
 dl.grid { --column: 6rem; min-height: 4rem }
-dl.grid div { display: flex; flex-direction: column-reverse }
-form .grid { margin: .75rem 0 }
+dl.grid div { display: flex; flex-direction: column-reverse } form .grid { margin: .75rem 0 }
 #counters { margin-top: 2.5rem; align-items: end }
 #counters dt, #counters button { line-height: 1.5rem }
-#filters > * { flex: 1 1 7rem; min-width: 0 }
-#filters > #search { flex: 4 1 16rem }
-#filters + .row { margin: .5rem 0 }
-#usage-days, #legend { margin: .75rem 0 1rem }
-#latency { --column: 8rem }
-.end { margin-left: auto }
+#filters > * { flex: 1 1 7rem; min-width: 0 } #filters > #search { flex: 4 1 16rem }
+#filters + .row { margin: .5rem 0 } #usage-days, #legend { margin: .75rem 0 1rem }
+#latency { --column: 8rem } .end { margin-left: auto }
 .facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
   align-items: baseline }
 .facts div { display: contents }
 /* Header and navigation. */
 header p { margin: 0; font-size: .875rem }
-#version { margin-right: auto }
-#state::before { content: "● " }
+#version { margin-right: auto } #state::before { content: "● " }
 #skip:not(:focus) { position: absolute; clip-path: inset(50%) }
 nav { display: flex; flex-wrap: wrap; gap: 0 clamp(.8rem, 3vw, 1.5rem); margin: 1rem 0 1.5rem;
   border-bottom: 1px solid var(--line) }
@@ -13033,25 +13025,21 @@ summary.row { gap: 0 .75rem; font-size: 1rem; color: var(--ink) }
 summary.row::before { content: "▸"; color: var(--faint) }
 [open] > summary.row::before { content: "▾" }
 summary:hover { background: var(--tint) }
-#conversations > li { align-items: start }
-#conversations details[open] { flex-basis: 100% }
+#conversations > li { align-items: start } #conversations details[open] { flex-basis: 100% }
 .prompt { margin: .35rem 0; padding: .5rem .9rem; border-radius: .5rem; background: var(--tint) }
 footer { margin-top: 2.5rem }
 dialog { margin: auto; padding: 0 1.5rem 1rem; border: 1px solid var(--edge);
   border-radius: .5rem; background: var(--card); color: var(--ink) }
 dialog h2 { margin-top: 1rem }
 #waiting:not(.all) > :nth-child(n+6) { display: none }
-#recent > li { padding: .35rem 0 }
-#plan-limits li { border: 0 }
-#first-run ol { padding-left: 1.5rem }
-#first-run h2, #first-run li { margin: 0 0 .75rem }
+#recent > li { padding: .35rem 0 } #plan-limits li { border: 0 }
+#first-run ol { padding-left: 1.5rem } #first-run h2, #first-run li { margin: 0 0 .75rem }
 #toast { position: fixed; bottom: 1rem; left: 50%; transform: translateX(-50%); width: max-content;
   max-width: calc(100% - 2rem); background: var(--ink); color: var(--paper); padding: .5rem 1rem;
   border-radius: .5rem }
 #toast:empty, #last-update:empty { display: none }
 /* Answers. */
-.text :is(ul, ol) { padding-left: 1.5rem }
-.text li > p { margin: .2rem 0 }
+.text :is(ul, ol) { padding-left: 1.5rem } .text li > p { margin: .2rem 0 }
 .text :is(h4, h5, h6) { margin: 1rem 0 .35rem }
 .text hr { margin: 1rem 0; border: 0; border-top: 1px solid var(--line) }
 .text blockquote { margin: .5rem 0; padding-left: .9rem; border-left: 3px solid var(--edge) }
@@ -13069,30 +13057,25 @@ progress::-webkit-progress-value { background: var(--accent) }
 progress::-moz-progress-bar { background: var(--accent) }
 svg { display: block; width: 100%; height: 11rem; margin: 1.5rem 0 .25rem;
   border-bottom: 1px solid var(--line) }
-.in { fill: var(--accent); color: var(--accent) }
-.out { fill: var(--ink); color: var(--ink) }
+.in { fill: var(--accent); color: var(--accent) } .out { fill: var(--ink); color: var(--ink) }
 .cache { fill: var(--edge); color: var(--edge) }
 #legend span, progress { forced-color-adjust: none }
 @media (forced-colors: active) { [aria-pressed=true] { border-width: 3px }
   .in { fill: Highlight; color: Highlight }
   .out { fill: CanvasText; color: CanvasText } .cache { fill: GrayText; color: GrayText } }
-svg .day { fill: transparent }
-svg g:hover .day { fill: var(--tint) }
+svg .day { fill: transparent } svg g:hover .day { fill: var(--tint) }
 table { border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .35rem 0 .35rem .75rem; border-bottom: 1px solid var(--line) }
-th { font-weight: 500 }
-th:first-child { text-align: left; padding-left: 0 }
-td, thead th { white-space: nowrap }
-#endpoints td { text-align: left; white-space: normal }
+th { font-weight: 500 } th:first-child { text-align: left; padding-left: 0 }
+td, thead th { white-space: nowrap } #endpoints td { text-align: left; white-space: normal }
 @media (max-width: 30rem) { #endpoints :is(th, td) { display: block; padding-left: 0 }
   #endpoints th { border: 0; padding-bottom: 0 } }
 @media print { nav, button:not(#legend *), form, footer, #toast { display: none } }
 """
 
 DASHBOARD_HTML = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"> <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>claude-api-bridge</title>
 <link rel="icon" href="data:image/png;base64,
@@ -13100,8 +13083,7 @@ iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEUAAACjTCVpkY64AAAAAnRSTlMA
 VHjaY2BgYOD/wCD/g8H+D0P9P+wIKAVUAFTGwAAAuLwSi/M+EIoAAAAASUVORK5CYII=">
 <style nonce="NONCE">
 STYLE</style>
-<header>
-<a id="skip" href="#/requests">Skip to the content</a>
+<header> <a id="skip" href="#/requests">Skip to the content</a>
 <div class="row"><h1>claude-api-bridge</h1> <p id="version" class="faint"></p>
   <p id="state" role="status">Loading&hellip;</p> <p id="last-update" class="faint"></p>
   <p data-roles="user admin"><span id="signed-in-as" class="faint"></span>
@@ -13111,8 +13093,7 @@ STYLE</style>
   <a href="#/usage" data-roles="user admin">Usage</a>
   <a href="#/tokens" data-roles="admin">Tokens</a> <a href="#/api">API</a></nav>
 </header>
-<noscript>This page needs JavaScript.</noscript>
-<main tabindex="-1">
+<noscript>This page needs JavaScript.</noscript> <main tabindex="-1">
 <section data-view="#/requests"><h2 class="visually-hidden" tabindex="-1">Requests</h2>
 <form id="sign-in" data-roles="anonymous">
   <h2>Sign in</h2> <label for="token-field">Token</label>
@@ -13166,8 +13147,7 @@ STYLE</style>
   <p class="faint" id="counters-note"></p></div></section>
 
 <section data-view="#/playground" hidden><h2 tabindex="-1">Playground</h2>
-<form id="ask-form">
-  <label>Message<textarea name="message" rows="5" required></textarea></label>
+<form id="ask-form"> <label>Message<textarea name="message" rows="5" required></textarea></label>
   <div class="grid">
     <label>Model<input name="model" list="models" placeholder="default"></label>
     <datalist id="models"><option>haiku<option>sonnet<option>opus</datalist>
@@ -13195,13 +13175,10 @@ STYLE</style>
 
 <section data-view="#/usage" hidden><h2 tabindex="-1">Last hour</h2>
 <p id="no-latency" class="faint">No request in the last hour.</p>
-<dl class="grid" id="latency" hidden></dl>
-<h2 id="usage-title">Last 30 days</h2>
+<dl class="grid" id="latency" hidden></dl> <h2 id="usage-title">Last 30 days</h2>
 <div class="row" id="usage-days" role="group" aria-label="Time"></div>
-<dl class="grid" id="totals"></dl>
-<p id="no-usage" class="faint">No usage yet.</p>
-<div id="usage-parts" hidden>
-<svg id="chart" role="img" preserveAspectRatio="none"
+<dl class="grid" id="totals"></dl> <p id="no-usage" class="faint">No usage yet.</p>
+<div id="usage-parts" hidden> <svg id="chart" role="img" preserveAspectRatio="none"
   aria-label="Tokens per day; the numbers are under Day by day"></svg>
 <p class="faint space-between"><span id="chart-start"></span> <span>today</span></p>
 <p class="faint" id="chart-maximum"></p>
@@ -13217,8 +13194,7 @@ STYLE</style>
 </section></div></section>
 
 <section data-view="#/tokens" hidden><h2 tabindex="-1" id="token-form-title">New token</h2>
-<form id="token-form">
-  <div class="grid">
+<form id="token-form"> <div class="grid">
     <label>Name<input name="name" required></label>
     <label>Session mode<select name="sessionMode"><option>stateless<option>stateful</select></label>
     <label>Tools<select name="tools"><option>none<option>read<option>web<option>all</select></label>
@@ -13239,8 +13215,7 @@ STYLE</style>
 <section data-view="#/api" hidden><h2 tabindex="-1">API</h2>
 <p>Send the token as <code>Authorization: Bearer cab-...</code> or <code>x-api-key: cab-...</code>;
   bodies are JSON.</p>
-<table><tbody id="endpoints"></table></section>
-</main>
+<table><tbody id="endpoints"></table></section> </main>
 <footer><button type="button" id="show-shortcuts">Keyboard shortcuts</button></footer>
 <dialog id="shortcuts" aria-labelledby="shortcuts-title">
 <h2 id="shortcuts-title">Keyboard shortcuts</h2>

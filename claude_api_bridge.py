@@ -8789,10 +8789,9 @@ class CallbackSender:
             self._wake.wait(CALLBACK_POLL_SECONDS)
             self._wake.clear()
             try:
-                token_ids = [callback.token_id for callback in self._due()]
-                self._sent_at = {
-                    token_id: self._sent_at.get(token_id, 0.0) for token_id in token_ids}
-                for token_id in token_ids:
+                ids = [callback.token_id for callback in self._due()]
+                self._sent_at = {token_id: self._sent_at.get(token_id, 0.0) for token_id in ids}
+                for token_id in ids:
                     self._start_sender(token_id)
             except (Unavailable, RuntimeError):
                 # Without the database, or without a thread, it is sent a second later.
@@ -8839,9 +8838,10 @@ class CallbackSender:
         """Send what is due longest, of one token or of all. -> whether there was something."""
         callback = next((callback for callback in self._due()
                          if token_id in (None, callback.token_id)), None)
-        body = self._body(callback) if callback else None
-        if not callback or not body:
+        job = self._stores.jobs.get(callback.job_id) if callback else None
+        if not callback or not job:
             return False
+        body = as_json(job_body(JobView(job, 0, 0))).encode()
         # Stored before it is sent: with a full disk it would be sent again and again.
         provisional = callback_delay(callback.attempts + 1) or CALLBACK_DELAYS[-1]
         if not self._stores.callbacks.retry(callback, provisional):
@@ -8850,10 +8850,6 @@ class CallbackSender:
         self._stores.callbacks.retry(callback, delay)
         self._metrics.inc("cab_callbacks_total", result=result)
         return True
-
-    def _body(self, callback: Callback) -> Optional[bytes]:
-        job = self._stores.jobs.get(callback.job_id)
-        return as_json(job_body(JobView(job, 0, 0))).encode() if job else None
 
     def _send(self, callback: Callback, body: bytes) -> Tuple[Optional[float], str]:
         """Make one attempt. -> (seconds until the next one, None for no more; its result)."""
@@ -8872,10 +8868,8 @@ class CallbackSender:
             if status == 410:
                 # The receiver wants no more.
                 attempts = len(CALLBACK_DELAYS) + 1
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, InvalidRequest) as error:
             reason = str(getattr(error, "strerror", None) or error)
-        except InvalidRequest as error:
-            reason = str(error)
         delay = callback_delay(attempts, retry_after)
         logger.warning("The callback of request %s failed (attempt %d): %s", callback.job_id[:8],
                        attempts, escape_controls(reason[:200]))
@@ -11284,15 +11278,12 @@ def openapi() -> Dict[str, Any]:
         schemas[command.__name__ + "Body"] = command_schema(command)
     return {
         "openapi": "3.1.0", "paths": paths,
-        "info": {
-            "title": "claude-api-bridge", "version": __version__,
-            "summary": "A REST API for the Claude Code command line tool",
-            "license": {"name": "MIT", "identifier": "MIT"}},
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}}}
+        "info": {"title": "claude-api-bridge", "version": __version__,
+                 "summary": "A REST API for the Claude Code command line tool",
+                 "license": {"name": "MIT", "identifier": "MIT"}},
+        "components": {"schemas": schemas, "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}}}
 
 
 def command_schema(command: Type[Command]) -> Dict[str, Any]:
@@ -11408,18 +11399,12 @@ POLLS_PER_REQUEST = 5
 
 STANDARD_HEADERS = (
     ("Content-Security-Policy", "default-src 'none';frame-ancestors 'none'"),
-    ("Cross-Origin-Opener-Policy", "same-origin"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-    ("Origin-Agent-Cluster", "?1"),
-    ("Referrer-Policy", "no-referrer"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-DNS-Prefetch-Control", "off"),
-    ("X-Download-Options", "noopen"),
-    ("X-Frame-Options", "SAMEORIGIN"),
-    ("X-Permitted-Cross-Domain-Policies", "none"),
-    ("X-XSS-Protection", "0"),
-    ("Cache-Control", "no-store"),
-    ("Access-Control-Allow-Origin", "*"),
+    ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Origin-Agent-Cluster", "?1"), ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"), ("X-DNS-Prefetch-Control", "off"),
+    ("X-Download-Options", "noopen"), ("X-Frame-Options", "SAMEORIGIN"),
+    ("X-Permitted-Cross-Domain-Policies", "none"), ("X-XSS-Protection", "0"),
+    ("Cache-Control", "no-store"), ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Expose-Headers",
      "Allow, Idempotent-Replayed, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining,"
      " RateLimit-Reset, Request-Id, Retry-After, X-Request-Id"))
@@ -11833,9 +11818,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             self.command = "HEAD"
         size = len(lines[0])
         while lines[-1] != b"\r\n":
-            line = self._read_line()
-            lines.append(line)
-            size += len(line)
+            lines.append(self._read_line())
+            size += len(lines[-1])
             if size > HEAD_BYTES:
                 raise HeadTooLarge()
         head = parse_request_head(b"".join(lines))
@@ -12642,10 +12626,8 @@ def unpack_program(archive: Path, target: Path) -> None:
     with contextlib.suppress(*broken), tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             is_program = member.name == "cloudflared" and member.isreg()
-            if not is_program or member.size > UNPACKED_BYTES:
-                continue
-            source = tar.extractfile(member)
-            if source:
+            source = tar.extractfile(member) if is_program else None
+            if source and member.size <= UNPACKED_BYTES:
                 with source, open(target, "xb") as file:
                     shutil.copyfileobj(source, file)
                 return
@@ -14440,8 +14422,6 @@ async function ask() {
   if (hadFocus) $("ask").focus();
   refreshNow();
 }
-const stopAsking = () => playgroundRun.id ? fetchJson("DELETE", "/api/ask/" + playgroundRun.id)
-  : playgroundRun.aborter.abort();
 async function showEndpoints() {
   const { endpoints } = await fetchJson("GET", "/", null, { isPublic: true });
   reconcileList("endpoints", Object.entries(endpoints), ([name, summary]) => el("tr",
@@ -14506,7 +14486,8 @@ listen("ask-form", "input", showCode);
 listen("ask-form", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
-onClick("stop", stopAsking);
+onClick("stop", () => playgroundRun.id ? fetchJson("DELETE", "/api/ask/" + playgroundRun.id)
+  : playgroundRun.aborter.abort());
 listen("add-images", "click", () => $("image-files").click());
 listen("image-files", "change", () => {
   addImages($("image-files").files).catch(toastError);
@@ -15565,12 +15546,12 @@ class Check(NamedTuple):
 
 def command_doctor(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Check everything that a start needs. -> 0, or 1 if something is broken."""
-    checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3]),
-              Check("sqlite", True, SQLITE_VERSION)]
+    checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3])]
     try:
         require_sqlite()
+        checks.append(Check("sqlite", True, SQLITE_VERSION))
     except CannotStart as error:
-        checks[1] = Check("sqlite", False, str(error), error.hint)
+        checks.append(Check("sqlite", False, str(error), error.hint))
     live = (check_live,) if arguments.live else ()
     for function in (check_variables, check_data, check_clock, check_queue, check_orphans,
                      check_port, check_claude, *live, check_tunnel):
@@ -16100,10 +16081,8 @@ def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
 
 def print_left_out(kind: str, config: Config, console: Console) -> None:
     """Name the variables that are set here and not in the file: mostly secrets."""
-    written: Mapping[str, str] = {}
     text = ""
-    if kind in ("systemd", "launchd"):
-        written = service_variables("", os.environ)
+    written = service_variables("", os.environ) if kind in ("systemd", "launchd") else {}
     if kind == "systemd":
         with contextlib.suppress(OSError, ValueError):
             text = (config.data_dir / "service.env").read_text("utf-8")

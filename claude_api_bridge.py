@@ -11310,9 +11310,8 @@ def operation(route: Route) -> Dict[str, Any]:
     needs_token = route.auth != AuthLevel.NOTHING
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                   for name in re.findall(r":(\w+)", route.path)]
-    for name, (kind, doc) in route.query.items():
-        parameters.append(
-            {"name": name, "in": "query", "schema": {"type": kind}, "description": doc})
+    parameters += [{"name": name, "in": "query", "schema": {"type": kind}, "description": doc}
+                   for name, (kind, doc) in route.query.items()]
     result: Dict[str, Any] = {
         "operationId": operation_id, "summary": route.doc,
         "security": [{"bearer": []}, {"key": []}] if needs_token else [], "parameters": parameters}
@@ -11669,7 +11668,7 @@ def error_response(error: BridgeError, format: Optional[Format] = None) -> Respo
     return json_response(error.status, render(error), headers)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Dispatcher:
     """Turns a Request into a Response: host, route, caller, limits, handler. Any thread."""
     _service: Service
@@ -14621,7 +14620,7 @@ class DirectoryLock:
             self._file = -1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BridgeStatus:
     """What the public pages and the admin see of the parts: a StatusSource. Any thread."""
     _stores: Stores

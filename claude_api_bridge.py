@@ -163,9 +163,8 @@ CLOSE_SECONDS = 5.0
 
 
 class Setting(NamedTuple):
-    """One choice of the owner.
-    kind: "number" (from minimum to maximum), "text" (matches the pattern), "path", "program" (a
-    name or a path; ~ is expanded) or "switch" (has no value).
+    """One choice of the owner. kind: "number" (from minimum to maximum), "text" (matches the
+    pattern), "path", "program" (a name or a path; ~ is expanded) or "switch" (has no value).
     env_aliases: environment variables besides CAB_NAME."""
     name: str
     default: Any
@@ -250,9 +249,7 @@ class Config:
 
     @property
     def listen_host(self) -> str:
-        if self.host:
-            return self.host
-        return "0.0.0.0" if self.no_tunnel else "127.0.0.1"
+        return self.host or ("0.0.0.0" if self.no_tunnel else "127.0.0.1")
 
     def origin(self, port: int) -> str:
         """Return the URL at which a program on this machine reaches the bridge."""
@@ -314,17 +311,14 @@ def read_setting(row: Setting, value: Any, source: str) -> Any:
         return int(text)
     if row.pattern and not re.fullmatch(row.pattern, text):
         raise WrongSetting("%s cannot be %r. Expected: %s." % (source, text, row.help))
-    if "\0" in text or (row.kind == "path" and not text.strip()):
-        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, text))
-    try:
-        if row.kind == "path":
+    # expanduser raises it for the home of an unknown user.
+    with contextlib.suppress(RuntimeError):
+        if row.kind == "path" and text.strip() and "\0" not in text:
             return Path(text).expanduser().absolute()
-        if row.kind == "program" and text.startswith("~"):
-            return str(Path(text).expanduser())
-    except RuntimeError:
-        # expanduser raises it for the home of an unknown user.
-        raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, text)) from None
-    return text
+        if row.kind != "path" and "\0" not in text:
+            is_home = row.kind == "program" and text.startswith("~")
+            return str(Path(text).expanduser()) if is_home else text
+    raise WrongSetting("%s is not a usable %s: %r." % (source, row.kind, text))
 
 
 class Clock:
@@ -350,9 +344,7 @@ class BridgeError(Exception):
     429  RateLimited  DailyLimit  QueueFull        431  HeadTooLarge
     501  UnknownCoding                             503  Unavailable
     505  UnknownVersion                            any  RunError
-
-    headers: more headers of the answer. extra: more fields of its body.
-    """
+    headers: more headers of the answer. extra: more fields of its body."""
     status = 500
     code = "internal"
     text = "Internal server error"
@@ -523,8 +515,7 @@ RETRY_SECONDS = 60
 
 class RunError(BridgeError):
     """A failed run as an HTTP error, for callers of /v1. code: a key of RUN_ERRORS. retry_after:
-    seconds until it may succeed. The bridge has already retried, so client libraries must not, if
-    that is not soon."""
+    seconds until it may succeed; if that is long, libraries must not retry, as the bridge did."""
 
     def __init__(self, code: str, text: str, retry_after: Optional[float] = None) -> None:
         headers = []
@@ -539,11 +530,10 @@ class RunError(BridgeError):
 
 class RunFailed(Exception):
     """The outcome of a run that did not succeed.
-    code: a key of RUN_ERRORS. The text is for the caller.
+    code: a key of RUN_ERRORS. The text is for the caller. is_cut: it broke off an answer.
     resets_at: when a used-up limit resets (epoch seconds), if reported.
     is_of_model: the limit, or the overload, is of one model; other models may run.
-    is_answered: the API did answer, or was silent: perhaps because of the request. is_cut: it broke
-    off an answer."""
+    is_answered: the API did answer, or was silent: perhaps because of the request."""
 
     def __init__(self, code: str, text: str, resets_at: Optional[float] = None,
                  is_of_model: bool = False, is_answered: bool = False,
@@ -8259,9 +8249,8 @@ class JobFollower:
 
 
 # === 10 Native API ===============================================================================
-# The requests and answers of /api and of the public pages: what a Route is, and one `handle_*` for
-# each. A handler turns a request into a call of the service and a record into the body that old
-# clients know. ROUTES stands in room 12.
+# /api and the public pages: what a Route is, and one `handle_*` for each, which turns a request
+# into a call of the service and a record into the body that old clients know. ROUTES: room 12.
 
 # The largest answer that is cached until the database changes.
 CACHED_RESPONSE_BYTES = 16_384
@@ -8269,9 +8258,7 @@ CACHED_RESPONSE_BYTES = 16_384
 
 class AuthLevel:
     """Who may use a route."""
-    NOTHING = "nothing"
-    TOKEN = "token"
-    ADMIN = "admin"
+    NOTHING, TOKEN, ADMIN = "nothing", "token", "admin"
 
 
 class Request(NamedTuple):
@@ -8363,8 +8350,7 @@ class Route:
 
 def json_response(
         status: int, body: Mapping[str, Any], headers: Sequence[Tuple[str, str]] = ()) -> Response:
-    data = as_json(body).encode("utf-8", "replace")
-    return Response(status, data, headers=tuple(headers))
+    return Response(status, as_json(body).encode("utf-8", "replace"), headers=tuple(headers))
 
 
 # --- Server-Sent Events ---
@@ -8374,9 +8360,7 @@ def sse_event(kind: str, offset: Optional[int], data: Mapping[str, Any]) -> byte
     line = as_json(data)
     for character in ("\x85", "\u2028", "\u2029"):
         line = line.replace(character, "\\u%04x" % ord(character))
-    head = "" if offset is None else "id: %d\n" % offset
-    if kind:
-        head += "event: %s\n" % kind
+    head = ("" if offset is None else "id: %d\n" % offset) + ("event: %s\n" % kind if kind else "")
     return ("%sdata: %s\n\n" % (head, line)).encode("utf-8", "replace")
 
 
@@ -8425,9 +8409,8 @@ def event_stream(job_id: str, events: JobEvents, first: bytes = b"") -> BodyIter
 
 # --- bodies ---
 def pause_body(pause: Optional[Pause]) -> Dict[str, Any]:
-    if not pause:
-        return {}
-    return without_none({"waitingFor": pause.reason, "resumesAt": iso_time(pause.known_until)})
+    return without_none({"waitingFor": pause.reason, "resumesAt": iso_time(pause.known_until)}
+                        if pause else {})
 
 
 def record_body(record: Union[Usage, Conversation, RateLimitWindow]) -> Dict[str, Any]:
@@ -8487,10 +8470,14 @@ def token_body(token: Token, now: float) -> Dict[str, Any]:
             "callbacks": token.callbacks}
 
 
+def token_bodies(service: Service) -> List[Dict[str, Any]]:
+    now = service.clock.now()
+    return [token_body(token, now) for token in service.stores.tokens.list()]
+
+
 def plan_body(
         windows: Iterable[RateLimitWindow], pause: Optional[Pause], now: float) -> Dict[str, Any]:
-    """Return the limits of the plan. After its reset nothing is known of a limit until the CLI
-    reports it again."""
+    """Return the limits of the plan. From its reset on, the state of a limit is unknown."""
     bodies = []
     is_using_overage = False
     for window in windows:
@@ -8498,9 +8485,9 @@ def plan_body(
             window = window._replace(status=None, utilization=None)
         if window.kind == "overage":
             is_using_overage = window.status == "in_use"
-            continue
-        body = record_body(window)
-        bodies.append({"type": body.pop("kind"), **body})
+        else:
+            body = record_body(window)
+            bodies.append({"type": body.pop("kind"), **body})
     return {"windows": bodies, "isUsingOverage": is_using_overage, "waitingFor": None,
             "resumesAt": None, **pause_body(pause)}
 
@@ -8517,6 +8504,10 @@ def usage_body(usage: Usage) -> Dict[str, Any]:
     return record_body(usage._replace(cost_usd=round(usage.cost_usd, 8)))
 
 
+def warnings_body(warnings: Sequence[str]) -> Dict[str, Any]:
+    return {"warnings": warnings} if warnings else {}
+
+
 # --- requests ---
 def handle_ask(context: Context) -> Response:
     caller, request = context.require_caller(), context.request
@@ -8524,7 +8515,7 @@ def handle_ask(context: Context) -> Response:
     key = validate_idempotency_key(request.headers.get("idempotency-key"))
     job, position, is_new = context.service.ask(caller, ask, key)
     headers = () if is_new else (("Idempotent-Replayed", "true"),)
-    more = {"warnings": warnings} if warnings else {}
+    more = warnings_body(warnings)
     if ask.stream:
         first = sse_event("queued", 0, {"requestId": job.id, "position": position, **more})
         events = context.service.follow(caller, job.id, 0, position, request.client_disconnected)
@@ -8533,9 +8524,8 @@ def handle_ask(context: Context) -> Response:
         view = context.service.poll(caller, job.id, ask.wait, request.client_disconnected)
         if view.job.is_finished:
             return json_response(200, {**job_body(view), **more}, headers)
-    body = {"ok": True, "requestId": job.id, "position": position, "poll": "GET /api/ask/" + job.id,
-            **more}
-    return json_response(202, body, headers)
+    return json_response(202, {"ok": True, "requestId": job.id, "position": position,
+                               "poll": "GET /api/ask/" + job.id, **more}, headers)
 
 
 def handle_poll(context: Context) -> Response:
@@ -8556,9 +8546,8 @@ def handle_poll(context: Context) -> Response:
 def handle_events(context: Context) -> Response:
     # The body is ignored, but an unread body would hide that the client disconnected.
     context.body()
-    request = context.request
+    request, job_id = context.request, context.path_params["requestId"]
     after = request.headers.get("last-event-id") or request.query.get("after")
-    job_id = context.path_params["requestId"]
     events = context.service.follow(context.require_caller(), job_id, validate_offset(after) or 0,
                                     client_disconnected=request.client_disconnected)
     return stream_response(event_stream(job_id, events))
@@ -8639,11 +8628,8 @@ def new_token_body(token: Token, secret: str) -> Dict[str, Any]:
 
 
 def handle_update_token(context: Context) -> Response:
-    token_id = context.path_params["id"]
-    token, warnings = context.service.update_token(token_id, context.json())
-    body = {"ok": True, **token_body(token, context.service.clock.now())}
-    if warnings:
-        body["warnings"] = warnings
+    token, warnings = context.service.update_token(context.path_params["id"], context.json())
+    body = {"ok": True, **token_body(token, context.service.clock.now()), **warnings_body(warnings)}
     return json_response(200, body)
 
 
@@ -8657,18 +8643,14 @@ def handle_rotate_token(context: Context) -> Response:
 def handle_create_token(context: Context) -> Response:
     new, warnings = NewToken.parse(context.json())
     token, secret = context.service.create_token(new)
-    body = new_token_body(token, secret)
-    if warnings:
-        body["warnings"] = warnings
+    body = {**new_token_body(token, secret), **warnings_body(warnings)}
     if token.callbacks:
         body["callbackSecret"] = context.stores.tokens.callback_secret(token.id)
     return json_response(201, body)
 
 
 def handle_list_tokens(context: Context) -> Response:
-    now = context.service.clock.now()
-    bodies = [token_body(token, now) for token in context.stores.tokens.list()]
-    return json_response(200, {"tokens": bodies})
+    return json_response(200, {"tokens": token_bodies(context.service)})
 
 
 def handle_revoke_token(context: Context) -> Response:
@@ -8763,8 +8745,7 @@ def send_callback(url: CallbackUrl, headers: Mapping[str, str], body: bytes, all
                    "Content-Type": "application/json", "Content-Length": str(len(body)),
                    "Connection": "close"}
     head = "".join("%s: %s\r\n" % item for item in all_headers.items())
-    connection = connect_callback(addresses, url, deadline)
-    with contextlib.closing(connection):
+    with contextlib.closing(connect_callback(addresses, url, deadline)) as connection:
         # A receiver may answer and close before it has read everything.
         with contextlib.suppress(ConnectionError):
             connection.settimeout(seconds_until(deadline))
@@ -8822,8 +8803,7 @@ def read_callback_answer(connection: socket.socket, deadline: float) -> Tuple[in
 
 class CallbackSender:
     """Sends results to the addresses that clients named: those of one token one after the other, so
-    that a silent receiver delays no other token. Owns the thread "callbacks", which starts others
-    when there is something to send."""
+    that a silent receiver delays no other token. Owns the thread "callbacks", which starts more."""
 
     def __init__(self, stores: Stores, metrics: Metrics) -> None:
         self._stores = stores
@@ -8832,9 +8812,8 @@ class CallbackSender:
         self._thread = threading.Thread(target=self._loop, name="callbacks", daemon=True)
         # Set by the end of an attempt.
         self._wake = threading.Event()
-        # By token.
+        # By token: the thread of an attempt, and the start of the last one.
         self._senders: Dict[str, threading.Thread] = {}
-        # Token id -> the start of its last attempt.
         self._sent_at: Dict[str, float] = {}
 
     def start(self) -> None:
@@ -8854,10 +8833,9 @@ class CallbackSender:
             self._wake.wait(CALLBACK_POLL_SECONDS)
             self._wake.clear()
             try:
-                token_ids = [callback.token_id for callback in self._due()]
-                self._sent_at = {
-                    token_id: self._sent_at.get(token_id, 0.0) for token_id in token_ids}
-                for token_id in token_ids:
+                ids = [callback.token_id for callback in self._due()]
+                self._sent_at = {token_id: self._sent_at.get(token_id, 0.0) for token_id in ids}
+                for token_id in ids:
                     self._start_sender(token_id)
             except (Unavailable, RuntimeError):
                 # Without the database, or without a thread, it is sent a second later.
@@ -8901,13 +8879,13 @@ class CallbackSender:
         return sorted(due, key=lambda callback: self._sent_at.get(callback.token_id, 0.0))
 
     def step(self, token_id: Optional[str] = None) -> bool:
-        """Send what is due for the longest time. token_id: only of this token. -> whether there was
-        something."""
+        """Send what is due longest, of one token or of all. -> whether there was something."""
         callback = next((callback for callback in self._due()
                          if token_id in (None, callback.token_id)), None)
-        body = self._body(callback) if callback else None
-        if not callback or not body:
+        job = self._stores.jobs.get(callback.job_id) if callback else None
+        if not callback or not job:
             return False
+        body = as_json(job_body(JobView(job, 0, 0))).encode()
         # Stored before it is sent: with a full disk it would be sent again and again.
         provisional = callback_delay(callback.attempts + 1) or CALLBACK_DELAYS[-1]
         if not self._stores.callbacks.retry(callback, provisional):
@@ -8916,10 +8894,6 @@ class CallbackSender:
         self._stores.callbacks.retry(callback, delay)
         self._metrics.inc("cab_callbacks_total", result=result)
         return True
-
-    def _body(self, callback: Callback) -> Optional[bytes]:
-        job = self._stores.jobs.get(callback.job_id)
-        return as_json(job_body(JobView(job, 0, 0))).encode() if job else None
 
     def _send(self, callback: Callback, body: bytes) -> Tuple[Optional[float], str]:
         """Make one attempt. -> (seconds until the next one, None for no more; its result)."""
@@ -8938,10 +8912,8 @@ class CallbackSender:
             if status == 410:
                 # The receiver wants no more.
                 attempts = len(CALLBACK_DELAYS) + 1
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, InvalidRequest) as error:
             reason = str(getattr(error, "strerror", None) or error)
-        except InvalidRequest as error:
-            reason = str(error)
         delay = callback_delay(attempts, retry_after)
         logger.warning("The callback of request %s failed (attempt %d): %s", callback.job_id[:8],
                        attempts, escape_controls(reason[:200]))
@@ -11329,15 +11301,12 @@ def schema_of(example: Any) -> Dict[str, Any]:
     """Return the JSON Schema of an example of RESPONSE_EXAMPLES."""
     if isinstance(example, dict):
         properties = {}
-        required = []
         for marked_name, value in example.items():
-            name = marked_name.rstrip("?~")
             schema = schema_of(value)
             if marked_name.endswith("~"):
                 schema = {**schema, "type": [schema["type"], "null"]} if "type" in schema else {}
-            if not marked_name.endswith("?"):
-                required.append(name)
-            properties[name] = schema
+            properties[marked_name.rstrip("?~")] = schema
+        required = [name.rstrip("~") for name in example if not name.endswith("?")]
         result: Dict[str, Any] = {"type": "object", "properties": properties}
         return {**result, "required": required} if required else result
     if isinstance(example, list):
@@ -11352,9 +11321,7 @@ def strip_markers(example: Any) -> Any:
     """Return an example of RESPONSE_EXAMPLES as it is on the wire."""
     if isinstance(example, dict):
         return {name.rstrip("?~"): strip_markers(value) for name, value in example.items()}
-    if isinstance(example, list):
-        return [strip_markers(item) for item in example]
-    return example
+    return [strip_markers(item) for item in example] if isinstance(example, list) else example
 
 
 @lru_cache(maxsize=1)
@@ -11370,15 +11337,12 @@ def openapi() -> Dict[str, Any]:
         schemas[command.__name__ + "Body"] = command_schema(command)
     return {
         "openapi": "3.1.0", "paths": paths,
-        "info": {
-            "title": "claude-api-bridge", "version": __version__,
-            "summary": "A REST API for the Claude Code command line tool",
-            "license": {"name": "MIT", "identifier": "MIT"}},
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}}}
+        "info": {"title": "claude-api-bridge", "version": __version__,
+                 "summary": "A REST API for the Claude Code command line tool",
+                 "license": {"name": "MIT", "identifier": "MIT"}},
+        "components": {"schemas": schemas, "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}}}
 
 
 def command_schema(command: Type[Command]) -> Dict[str, Any]:
@@ -11405,18 +11369,16 @@ def operation(route: Route) -> Dict[str, Any]:
     needs_token = route.auth != AuthLevel.NOTHING
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                   for name in re.findall(r":(\w+)", route.path)]
-    for name, (kind, doc) in route.query.items():
-        schema = {"type": kind}
-        parameters.append({"name": name, "in": "query", "schema": schema, "description": doc})
+    parameters += [{"name": name, "in": "query", "schema": {"type": kind}, "description": doc}
+                   for name, (kind, doc) in route.query.items()]
     result: Dict[str, Any] = {
         "operationId": operation_id, "summary": route.doc,
         "security": [{"bearer": []}, {"key": []}] if needs_token else [], "parameters": parameters}
     ignores_body = route.path.endswith(("/events", "/rotate", "/pause", "/resume"))
     has_body = route.method in ("POST", "PATCH") and not ignores_body
     if has_body:
-        schema = {"type": "object"}
-        if route.body_type:
-            schema = schema_reference(route.body_type.__name__ + "Body")
+        schema = (schema_reference(route.body_type.__name__ + "Body") if route.body_type
+                  else {"type": "object"})
         content = {"application/json": {"schema": schema}}
         result["requestBody"] = {"required": True, "content": content}
     responses = {str(status): success_response(route, status, name)
@@ -11439,12 +11401,8 @@ def success_response(route: Route, status: int, name: str) -> Dict[str, Any]:
     if name:
         content["application/json"] = {"schema": schema_reference(name)}
     if not name or route.path == "/" or (status == 200 and route.method == "POST"):
-        kind = "text/event-stream"
-        if route.path in ("/", "/dashboard"):
-            kind = "text/html"
-        elif route.path == "/metrics":
-            kind = "text/plain"
-        content[kind] = {"schema": {"type": "string"}}
+        kinds = {"/": "text/html", "/dashboard": "text/html", "/metrics": "text/plain"}
+        content[kinds.get(route.path, "text/event-stream")] = {"schema": {"type": "string"}}
     description = route.responses[status][1].replace("`", "")
     return {"description": description or HTTPStatus(status).phrase, "content": content}
 
@@ -11465,9 +11423,8 @@ def error_response_schema(route: Route, status: int) -> Dict[str, Any]:
 
 
 # === 13 HTTP server ==============================================================================
-# Bytes in, bytes out. Pure part: the strict parser and the renderer of a head. Then who may pass
-# (HostPolicy, RateLimiters, Dispatcher), one connection (ConnectionHandler), and all connections
-# with their deadlines (BridgeServer).
+# Bytes in, bytes out. Pure part: parser and renderer of a head. Then who may pass (HostPolicy,
+# RateLimiters, Dispatcher), a connection (ConnectionHandler), and all of them (BridgeServer).
 
 HEAD_BYTES = 16_384
 # After a refused body, how much of it and for how long is still read.
@@ -11500,18 +11457,12 @@ POLLS_PER_REQUEST = 5
 
 STANDARD_HEADERS = (
     ("Content-Security-Policy", "default-src 'none';frame-ancestors 'none'"),
-    ("Cross-Origin-Opener-Policy", "same-origin"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-    ("Origin-Agent-Cluster", "?1"),
-    ("Referrer-Policy", "no-referrer"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-DNS-Prefetch-Control", "off"),
-    ("X-Download-Options", "noopen"),
-    ("X-Frame-Options", "SAMEORIGIN"),
-    ("X-Permitted-Cross-Domain-Policies", "none"),
-    ("X-XSS-Protection", "0"),
-    ("Cache-Control", "no-store"),
-    ("Access-Control-Allow-Origin", "*"),
+    ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Origin-Agent-Cluster", "?1"), ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"), ("X-DNS-Prefetch-Control", "off"),
+    ("X-Download-Options", "noopen"), ("X-Frame-Options", "SAMEORIGIN"),
+    ("X-Permitted-Cross-Domain-Policies", "none"), ("X-XSS-Protection", "0"),
+    ("Cache-Control", "no-store"), ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Expose-Headers",
      "Allow, Idempotent-Replayed, RateLimit-Limit, RateLimit-Policy, RateLimit-Remaining,"
      " RateLimit-Reset, Request-Id, Retry-After, X-Request-Id"))
@@ -11523,7 +11474,6 @@ PREFLIGHT_HEADERS = (
 
 
 # --- heads ---
-
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_LINE_RE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/(\d)\.(\d)")
 # There is one way to match, so that it is never slow.
@@ -11534,10 +11484,9 @@ SINGLE_HEADERS = ("host", "content-length", "transfer-encoding", "authorization"
 
 
 class RequestHead(NamedTuple):
-    """What stands before a body.
-    version: "1.0" or "1.1". headers: by lower-case names. length: of the body in bytes, None if it
-    is chunked. expects_continue: the client waits for a 100 before it sends the body.
-    close_connection: the connection ends with the answer."""
+    """What stands before a body. headers: by lower-case names. length: of the body in bytes, None
+    if it is chunked. expects_continue: the client waits for a 100 before it sends the body.
+    close_connection: the connection ends with the answer. version: "1.0" or "1.1"."""
     method: str
     path: str
     query: Mapping[str, str]
@@ -11612,8 +11561,7 @@ def parse_headers(lines: Iterable[bytes]) -> Dict[str, str]:
 
 
 def parse_body_length(headers: Mapping[str, str], version: str) -> Optional[int]:
-    """Return the length of the body; None: chunked. Two lengths at once, or a chunked HTTP/1.0
-    body, are how requests are smuggled."""
+    """Return the length of the body; None: chunked. Two lengths could smuggle a second request."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None or version == "1.0":
@@ -11704,9 +11652,8 @@ class HostPolicy:
         self._tunnel_hosts = tunnel_hosts
 
     def check(self, request: Request) -> None:
-        """Raise UnknownHost for a name that is not ours (DNS-rebinding protection).
-        Another site could lead a browser here under a name of its own and read the answers. An IP
-        address cannot be such a name."""
+        """Raise UnknownHost for a name that is not ours, as DNS rebinding needs one: another site
+        could lead a browser here and read the answers. An IP address cannot be such a name."""
         host = host_name(request.headers.get("host", ""))
         if not host or host in self._local_hosts or is_address(host):
             return
@@ -11780,16 +11727,14 @@ def error_response(error: BridgeError, format: Optional[Format] = None) -> Respo
     return json_response(error.status, render(error), headers)
 
 
+@dataclass(eq=False)
 class Dispatcher:
     """Turns a Request into a Response: host, route, caller, limits, handler. Any thread."""
-
-    def __init__(self, service: Service, status: StatusSource, limiters: RateLimiters,
-                 hosts: Optional[HostPolicy] = None, metrics: Optional[Metrics] = None) -> None:
-        self._service = service
-        self._status = status
-        self._limiters = limiters
-        self._hosts = hosts or HostPolicy()
-        self._metrics = metrics or Metrics()
+    _service: Service
+    _status: StatusSource
+    _limiters: RateLimiters
+    _hosts: HostPolicy
+    _metrics: Metrics
 
     def dispatch(self, request: Request) -> Response:
         response = self._respond(request)
@@ -11862,20 +11807,15 @@ class Dispatcher:
 # --- one connection ---
 class Phase:
     """What a connection is doing; all but a BUSY one may be closed to make room."""
-    IDLE = "idle"
-    HEAD = "head"
-    BODY = "body"
-    BUSY = "busy"
-    SEND = "send"
+    IDLE, HEAD, BODY, BUSY, SEND = "idle", "head", "body", "busy", "send"
     SECONDS = {IDLE: IDLE_SECONDS, HEAD: HEAD_SECONDS, BODY: BODY_SECONDS, BUSY: float("inf"),
                SEND: SEND_SECONDS}
 
 
 class ConnectionState:
-    """The phase of a connection and its deadline.
-    Only the connection's thread changes the phase; other threads read it and may shut the socket
-    down, and set is_late and late_deadline: the request missed its deadline and gets a 408.
-    since: when its last request was complete."""
+    """The phase of a connection and its deadline. Only its thread changes the phase; others read it
+    and may shut the socket down, and set is_late and late_deadline: the request missed its deadline
+    and gets a 408. since: when its last request was complete."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -11901,12 +11841,10 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self._state = self.server.state_of(self.connection)
-        # The file of a large body, and its place.
         self._large_body = contextlib.ExitStack()
 
     def handle_one_request(self) -> None:
-        """Read one request and answer it. Replaces the base's method, which answers bad heads in
-        HTML and dispatches to do_GET."""
+        """Read one request and answer it. The base's method answers bad heads in HTML."""
         self.close_connection = True
         self.command = ""
         # Bytes of the body to come; None: chunked, or unknown.
@@ -11928,8 +11866,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _read_head(self) -> RequestHead:
-        """Read up to and including the blank line. Raises HeadTooLarge, RequestTimeout,
-        MalformedRequest and others."""
+        """Read up to and including the blank line. Raises a BridgeError, such as HeadTooLarge."""
         lines = [self._read_line()]
         if lines[0] == b"\r\n":
             # One blank line may precede a request.
@@ -11939,9 +11876,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             self.command = "HEAD"
         size = len(lines[0])
         while lines[-1] != b"\r\n":
-            line = self._read_line()
-            lines.append(line)
-            size += len(line)
+            lines.append(self._read_line())
+            size += len(lines[-1])
             if size > HEAD_BYTES:
                 raise HeadTooLarge()
         head = parse_request_head(b"".join(lines))
@@ -11988,11 +11924,11 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     # --- the body ---
     def _body(self) -> Union[bytes, SpooledBody]:
-        """Return the whole body. Raises BodyTooLarge, UnsupportedEncoding, RequestTimeout,
-        MalformedRequest, Unavailable."""
+        """Return the whole body. Raises a BridgeError, such as BodyTooLarge."""
         if self._head.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedEncoding()
-        size, limit = self._body_remaining, self.server.body_limit(self._head.path)
+        size = self._body_remaining
+        limit = self.server.wire_body_bytes if format_of(self._head.path, {}) else BODY_BYTES
         if size is not None and size > limit:
             raise BodyTooLarge("Body exceeds %d byte limit" % limit)
         if self._expects_continue and size != 0:
@@ -12007,10 +11943,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 else:
                     memory = self.server.reserve_memory(self.connection, min(size, BODY_BYTES))
                     reservation.enter_context(memory)
-                    if size <= BODY_BYTES:
-                        body = self._read_exactly(size)
-                    else:
-                        body = self._read_large(size)
+                    read = self._read_exactly if size <= BODY_BYTES else self._read_large
+                    body = read(size)
         except (MalformedRequest, RequestTimeout, BodyTooLarge, Unavailable):
             self._body_remaining = None
             raise
@@ -12084,11 +12018,11 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 raise MalformedRequest("Malformed chunk")
         for _ in range(64):
             line = self.rfile.readline(HEAD_BYTES)
-            if line == b"\r\n" and file:
+            if line == b"\r\n":
+                if not file:
+                    return bytes(data)
                 self._write_spool(file, data)
                 return SpooledBody(file)
-            if line == b"\r\n":
-                return bytes(data)
             if not line.endswith(b"\r\n") or not HEADER_LINE_RE.fullmatch(line[:-2]):
                 break
         if self._state.is_late and not line.endswith(b"\n"):
@@ -12127,7 +12061,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         if len(body) < LARGE_BYTES:
             self._send(data + body)
         else:
-            # No second copy.
             self._send(data)
             self._send(body)
         if self.close_connection and self._body_remaining != 0:
@@ -12192,7 +12125,6 @@ class BridgeServer(ThreadingHTTPServer):
         # Bytes of large payloads in memory, the oldest first.
         self._reserved: Dict[socket.socket, int] = {}
         self.wire_body_bytes = BODY_BYTES
-        # Places for bodies on the disk.
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self._checked_at = 0.0
         self._thread = threading.Thread(
@@ -12212,8 +12144,7 @@ class BridgeServer(ThreadingHTTPServer):
     def start(self) -> None:
         self._thread.start()
 
-    def body_limit(self, path: str) -> int:
-        return self.wire_body_bytes if format_of(path, {}) else BODY_BYTES
+
 
     def stop_accepting(self) -> None:
         if self._thread.ident:
@@ -12236,8 +12167,8 @@ class BridgeServer(ThreadingHTTPServer):
 
     def _is_answering(self) -> bool:
         with self._lock:
-            states = list(self._connections.values())
-        return any(state.phase in (Phase.BUSY, Phase.SEND) for state in states)
+            return any(state.phase in (Phase.BUSY, Phase.SEND)
+                       for state in self._connections.values())
 
     @property
     def connection_count(self) -> int:
@@ -12277,28 +12208,25 @@ class BridgeServer(ThreadingHTTPServer):
         return True
 
     def _evict_idle(self, now: float) -> bool:
-        """Close the connection longest without a complete request. Call it under the lock. -> False
-        if all are busy."""
-        def is_evictable(state: ConnectionState) -> bool:
+        """Under the lock, end the connection longest without a request. -> False: all are busy."""
+        def is_evictable(connection: socket.socket) -> bool:
+            state = self._connections[connection]
             if state.phase == Phase.SEND:
                 return now - state.since >= EVICTABLE_SEND_SECONDS
             return state.phase != Phase.BUSY
 
-        evictable = [(state.since, number, connection)
-                     for number, (connection, state) in enumerate(self._connections.items())
-                     if is_evictable(state)]
+        evictable = list(filter(is_evictable, self._connections))
         if not evictable:
             return False
-        _, _, oldest = min(evictable)
+        oldest = min(evictable, key=lambda connection: self._connections[connection].since)
         del self._connections[oldest]
         shutdown_socket(oldest)
         return True
 
     def _reject(self, request: Any) -> None:
         """Answer 503 from the accepting thread, which must never wait."""
-        error = Unavailable(
-            "Too many connections. Please try again later.", (("Retry-After", "1"),))
-        response = error_response(error)
+        text = "Too many connections. Please try again later."
+        response = error_response(Unavailable(text, (("Retry-After", "1"),)))
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(render_head(response, True) + response.body)
@@ -12392,12 +12320,8 @@ READY_SECONDS = 5.0
 
 class TunnelState:
     """The state of the public address. STARTING and BACKOFF pass by themselves, FATAL does not."""
-    STARTING = "starting"
-    RUNNING = "running"
-    BACKOFF = "backoff"
-    FATAL = "fatal"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
+    STARTING, RUNNING, BACKOFF, FATAL = "starting", "running", "backoff", "fatal"
+    STOPPING, STOPPED = "stopping", "stopped"
 
 
 # --- the release ---
@@ -12410,25 +12334,19 @@ class Asset(NamedTuple):
 
 
 # Source: three independent lists of hashes by other projects; linux-386 and linux-arm: one.
-ASSETS = {
-    "linux-amd64": Asset("cloudflared-linux-amd64", 39_799_316,
-                         "fcfb02b575a52ca1af2e3267af4e1517bcdeb30ac48c834c69abaed3c0576ad2"),
-    "linux-arm64": Asset("cloudflared-linux-arm64", 37_404_344,
-                         "7747d94570fb390cf47dcb4f9555c193c6355cda9793f0d878d9049e5d6a7790"),
-    "linux-386": Asset("cloudflared-linux-386", 37_102_345,
-                       "39845d980a4b74b9c84530a28d8fea1fe6c476de26460275602162b349f1cbef"),
-    "linux-arm": Asset("cloudflared-linux-arm", 36_288_720,
-                       "19809425f60a6261241dfa66a42b4115bab07c295396a3c4d5d7c247fc4e1412"),
-    "darwin-amd64": Asset("cloudflared-darwin-amd64.tgz", 21_116_242,
-                          "f1727723c586500e2092368ae21871b3df7ddfd2cb097f22d81bee4a9c458bb4",
-                          "b0f770e1e0b281399a57219b840fd8eef1cc25387a404124248157ea2073727a"),
-    "darwin-arm64": Asset("cloudflared-darwin-arm64.tgz", 19_214_189,
-                          "9042c2c5d8b2de78e60f313d5fb31b6c5c1cebde787a3caf1f2c9588084ac442",
-                          "b61054d3d6326ea558cb49826eebf5676e0d0a36d51b546975096ca3e0e3c89d"),
-    "windows-amd64": Asset("cloudflared-windows-amd64.exe", 54_893_480,
-                           "c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5"),
-    "windows-386": Asset("cloudflared-windows-386.exe", 37_369_480,
-                         "6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43")}
+RELEASE = """\
+linux-amd64       39799316 fcfb02b575a52ca1af2e3267af4e1517bcdeb30ac48c834c69abaed3c0576ad2
+linux-arm64       37404344 7747d94570fb390cf47dcb4f9555c193c6355cda9793f0d878d9049e5d6a7790
+linux-386         37102345 39845d980a4b74b9c84530a28d8fea1fe6c476de26460275602162b349f1cbef
+linux-arm         36288720 19809425f60a6261241dfa66a42b4115bab07c295396a3c4d5d7c247fc4e1412
+darwin-amd64.tgz  21116242 f1727723c586500e2092368ae21871b3df7ddfd2cb097f22d81bee4a9c458bb4 \
+                           b0f770e1e0b281399a57219b840fd8eef1cc25387a404124248157ea2073727a
+darwin-arm64.tgz  19214189 9042c2c5d8b2de78e60f313d5fb31b6c5c1cebde787a3caf1f2c9588084ac442 \
+                           b61054d3d6326ea558cb49826eebf5676e0d0a36d51b546975096ca3e0e3c89d
+windows-amd64.exe 54893480 c29eee2b121f5436a642eed69fd9767da7e7b8c510fa50aaa130337f931357b5
+windows-386.exe   37369480 6acb072357618fa16c53c43e05438ed728aacd47119f1c6c3aa1a668c3299b43"""
+ASSETS = {name.partition(".")[0]: Asset("cloudflared-" + name, int(size), *hashes)
+          for name, size, *hashes in map(str.split, RELEASE.splitlines())}
 PROCESSORS = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64",
               "i386": "386", "i486": "386", "i586": "386", "i686": "386", "x86": "386",
               "armv6l": "arm", "armv7l": "arm", "armv8l": "arm"}
@@ -12503,8 +12421,7 @@ def host_of(url: str) -> str:
 
 def hosts_in_ingress(config: Any, port: int, origin: str = "") -> Tuple[List[str], List[str]]:
     """Return what a named tunnel's configuration sends to our port, or to our address.
-    -> (host names, all rules as "host -> service"); empty while it waits for the configuration
-    from Cloudflare (version -1)."""
+    -> (host names, all rules as "host -> service"); empty until it has one (version -1)."""
     try:
         ingress = config["config"]["ingress"] if config["version"] >= 0 else ()
         rules = [(str(rule.get("hostname") or "*"), str(rule.get("service"))) for rule in ingress]
@@ -12529,20 +12446,17 @@ class TunnelStatus(NamedTuple):
 
 class TunnelPolicy:
     """Decides when cloudflared is started, stopped and retried. Pure: it receives time and status.
-    protocols: to try in turn, the best first. jitter: 0 to 1, so that many bridges do not come back
-    at once."""
+    protocols: to try in turn, the best first. jitter: 0 to 1, as many bridges may come back."""
 
     def __init__(self, protocols: Sequence[str], is_named: bool = False,
                  jitter: Callable[[], float] = random.random) -> None:
         self._protocols = list(protocols)
         self._is_named = is_named
         self._jitter = jitter
-        # When the present step began.
         self._step_began_at = 0.0
         self._has_host = False
         # Since when a running tunnel has no connection.
         self._down_since: Optional[float] = None
-        # Protocols tried in this round.
         self._tries = 0
         self._failures = 0
         self.state = TunnelState.STOPPED
@@ -12679,19 +12593,16 @@ class CloudflaredInstall:
         return self.installed_by_user() or self.downloaded() or self.download(is_stopping)
 
     def download(self, is_stopping: Callable[[], bool]) -> Path:
-        """Download the program. It is put in place only if size and checksum are right. Raises as
-        `get` does; then no file stays."""
+        """Download the program; it is put in place only if its checksum is right. As `get`."""
         asset = self._asset
-        install_it = "install cloudflared yourself and name it with --cloudflared PATH"
+        advice = "install cloudflared yourself and name it with --cloudflared PATH"
         if not asset:
             raise CannotTunnel("There is no cloudflared for this system (%s, %s)."
                                % (platform.system(), platform.machine()),
-                               install_it + ", or start with --no-tunnel")
-        base = self.config.cloudflared_url.rstrip("/")
-        url = "%s/%s/%s" % (base, CLOUDFLARED_VERSION, asset.name)
-        self._observer.on_progress(
-            "Downloading cloudflared %s (%d MB)..." % (CLOUDFLARED_VERSION, asset.size >> 20),
-            False)
+                               advice + ", or start with --no-tunnel")
+        url = "/".join((self.config.cloudflared_url.rstrip("/"), CLOUDFLARED_VERSION, asset.name))
+        text = "Downloading cloudflared %s (%d MB)..."
+        self._observer.on_progress(text % (CLOUDFLARED_VERSION, asset.size >> 20), False)
         try:
             private_directory(self._folder)
         except CannotStart as error:
@@ -12706,14 +12617,13 @@ class CloudflaredInstall:
                 raise CannotTunnel(
                     "The file from %s is not the expected cloudflared (its SHA-256 differs); it was"
                     " not run." % url,
-                    "somebody may have changed it on the way: try another network, or "
-                    + install_it)
+                    "somebody may have changed it on the way: try another network, or " + advice)
             if asset.program_sha256:
                 unpack_program(packed, program)
                 if sha256_of(program) != asset.program_sha256:
                     raise CannotTunnel(
                         "The program in %s is not the expected cloudflared; it was not run."
-                        % asset.name, install_it)
+                        % asset.name, advice)
             else:
                 os.replace(packed, program)
             program.chmod(0o755)
@@ -12722,8 +12632,7 @@ class CloudflaredInstall:
         return self._path
 
     def _fetch(self, url: str, asset: Asset, target: Path, is_stopping: Callable[[], bool]) -> None:
-        """Raise OSError or HTTPException for what may pass. That is no network, a short, endless or
-        slow file, or the end of the bridge."""
+        """Raise OSError or HTTPException for a bad network, a wrong size or the bridge's end."""
         # Imported here, because a start rarely needs them.
         import urllib.error
         import urllib.request
@@ -12775,10 +12684,8 @@ def unpack_program(archive: Path, target: Path) -> None:
     with contextlib.suppress(*broken), tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             is_program = member.name == "cloudflared" and member.isreg()
-            if not is_program or member.size > UNPACKED_BYTES:
-                continue
-            source = tar.extractfile(member)
-            if source:
+            source = tar.extractfile(member) if is_program else None
+            if source and member.size <= UNPACKED_BYTES:
                 with source, open(target, "xb") as file:
                     shutil.copyfileobj(source, file)
                 return
@@ -12842,8 +12749,7 @@ class Cloudflared:
             return 0, None
 
     def probe(self, is_named: bool) -> TunnelStatus:
-        """Return the present status. It never requests the public address: resolvers would remember
-        a failed look-up that comes too soon."""
+        """Return the status; not by the public address, as resolvers remember failed look-ups."""
         code = self.process.poll()
         if code is not None:
             self._log_thread.join(1)
@@ -12860,8 +12766,7 @@ class Cloudflared:
         return TunnelStatus(has_host=is_named or bool(self.host), is_ready=is_ready)
 
     def error_line(self) -> str:
-        """Return the line that explains the exit. The last one; a wrong flag or token, or a
-        refusal, has a line of its own."""
+        """Return the line that explains the exit: of a flag, a token or a refusal, or the last."""
         lines = list(self._log_tail)
         reasons = "Incorrect Usage|token is not valid|429 Too Many Requests|error code: 1015"
         explaining = [line for line in lines if re.search(reasons, line)]
@@ -12906,7 +12811,6 @@ class Tunnel:
         self._thread = threading.Thread(target=self._loop, name="tunnel", daemon=True)
         self._port = 0
         self._has_warned = False
-        # The last address that worked.
         self.url: Optional[str] = None
         # The names by which requests arrive through cloudflared now.
         self.hosts: FrozenSet[str] = frozenset()
@@ -12944,9 +12848,8 @@ class Tunnel:
         policy = self._policy
         error: Optional[str] = None
         if not self.is_ready:
-            error = policy.last_error or None
-            if not error and policy.state == TunnelState.RUNNING:
-                error = "no connection"
+            default = "no connection" if policy.state == TunnelState.RUNNING else None
+            error = policy.last_error or default
         retry_in = None
         if policy.state == TunnelState.BACKOFF:
             retry_in = max(0, math.ceil(policy.retry_at - self._clock.monotonic()))
@@ -12996,8 +12899,7 @@ class Tunnel:
         """Announce the address; Cloudflare sends a named tunnel its own a little later."""
         if self._token:
             config = process.get("/config")[1]
-            origin = self._config.origin(self._port)
-            hosts, rules = hosts_in_ingress(config, self._port, origin)
+            hosts, rules = hosts_in_ingress(config, self._port, self._config.origin(self._port))
             url = self._config.public_url.rstrip("/")
         else:
             hosts, rules, url = [process.host], [], ""
@@ -13035,12 +12937,11 @@ class Tunnel:
             self._failure = self._spawn()
             self._policy.mark_started(self._clock.monotonic())
             return
-        policy = self._policy
         outlook = "there are no more retries."
-        if policy.state != TunnelState.FATAL:
-            seconds = math.ceil(policy.retry_at - self._clock.monotonic())
+        if self._policy.state != TunnelState.FATAL:
+            seconds = math.ceil(self._policy.retry_at - self._clock.monotonic())
             outlook = "next try in %d s." % seconds
-        error = policy.last_error.rstrip(".")
+        error = self._policy.last_error.rstrip(".")
         logger.warning("The tunnel failed: %s. The bridge serves locally; %s", error, outlook)
 
     def _spawn(self) -> TunnelStatus:
@@ -13052,9 +12953,8 @@ class Tunnel:
         except (OSError, ValueError, http.client.HTTPException) as error:
             # On one line: a server can send line ends.
             reason = " ".join(str(getattr(error, "reason", None) or error).split())
-            source = self._config.cloudflared_url
-            text = "cloudflared could not be downloaded from %s: %s" % (source, reason)
-            return TunnelStatus(True, message=text)
+            text = "cloudflared could not be downloaded from %s: %s"
+            return TunnelStatus(True, message=text % (self._config.cloudflared_url, reason))
         empty_config = self._config.data_dir / "cloudflared.yml"
         argv = tunnel_argv(str(program), str(empty_config), self._config.origin(self._port),
                            self._policy.protocol, bool(self._token))
@@ -13093,21 +12993,18 @@ DASHBOARD_CSS = r"""/* Colours. The dark theme overrides all of them but nothing
   :root { --paper: #1b1a18; --card: #252422; --tint: #2a2724; --ink: #efece6; --faint: #a09b92;
     --line: #3a3834; --edge: #87827a; --good: #7cc79a; --bad: #ef8d7c; --accent: #e8a27a } }
 /* Text. */
-* { box-sizing: border-box; margin: 0 }
-[hidden] { display: none !important }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 5rem; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: anywhere }
 h1, h2, .figure { font-family: ui-serif, Georgia, serif; font-weight: 500; line-height: 1.3 }
-h1 { font-size: 1.45rem }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem }
+h1 { font-size: 1.45rem } h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem }
 h2:focus { outline: none }
 h3 { font-size: .8rem; color: var(--faint); margin: 1.25rem 0 .35rem }
 p, pre { margin: .5rem 0 }
 code, pre { font: .86em/1.6 ui-monospace, Menlo, Consolas, monospace }
 label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem }
 .figure { font-size: 2rem; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap }
-.good { color: var(--good) }
-.bad, .badge:not(.faint) { color: var(--bad) }
+.good { color: var(--good) } .bad, .badge:not(.faint) { color: var(--bad) }
 .warm { color: var(--accent) }
 .badge { border: 1px solid; border-radius: .3rem; padding: 0 .35rem; font-size: .8rem }
 .ellipsis { white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
@@ -13121,23 +13018,18 @@ label, dt, th, summary, .faint, .meta { color: var(--faint); font-size: .875rem 
 .grid { display: grid; gap: .75rem 1.25rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--column, 13rem)), 1fr)) }
 dl.grid { --column: 6rem; min-height: 4rem }
-dl.grid div { display: flex; flex-direction: column-reverse }
-form .grid { margin: .75rem 0 }
+dl.grid div { display: flex; flex-direction: column-reverse } form .grid { margin: .75rem 0 }
 #counters { margin-top: 2.5rem; align-items: end }
 #counters dt, #counters button { line-height: 1.5rem }
-#filters > * { flex: 1 1 7rem; min-width: 0 }
-#filters > #search { flex: 4 1 16rem }
-#filters + .row { margin: .5rem 0 }
-#usage-days, #legend { margin: .75rem 0 1rem }
-#latency { --column: 8rem }
-.end { margin-left: auto }
+#filters > * { flex: 1 1 7rem; min-width: 0 } #filters > #search { flex: 4 1 16rem }
+#filters + .row { margin: .5rem 0 } #usage-days, #legend { margin: .75rem 0 1rem }
+#latency { --column: 8rem } .end { margin-left: auto }
 .facts { display: grid; grid-template-columns: auto 1fr; gap: .35rem 1.25rem;
   align-items: baseline }
 .facts div { display: contents }
 /* Header and navigation. */
 header p { margin: 0; font-size: .875rem }
-#version { margin-right: auto }
-#state::before { content: "● " }
+#version { margin-right: auto } #state::before { content: "● " }
 #skip:not(:focus) { position: absolute; clip-path: inset(50%) }
 nav { display: flex; flex-wrap: wrap; gap: 0 clamp(.8rem, 3vw, 1.5rem); margin: 1rem 0 1.5rem;
   border-bottom: 1px solid var(--line) }
@@ -13173,25 +13065,21 @@ summary.row { gap: 0 .75rem; font-size: 1rem; color: var(--ink) }
 summary.row::before { content: "▸"; color: var(--faint) }
 [open] > summary.row::before { content: "▾" }
 summary:hover { background: var(--tint) }
-#conversations > li { align-items: start }
-#conversations details[open] { flex-basis: 100% }
+#conversations > li { align-items: start } #conversations details[open] { flex-basis: 100% }
 .prompt { margin: .35rem 0; padding: .5rem .9rem; border-radius: .5rem; background: var(--tint) }
 footer { margin-top: 2.5rem }
 dialog { margin: auto; padding: 0 1.5rem 1rem; border: 1px solid var(--edge);
   border-radius: .5rem; background: var(--card); color: var(--ink) }
 dialog h2 { margin-top: 1rem }
 #waiting:not(.all) > :nth-child(n+6) { display: none }
-#recent > li { padding: .35rem 0 }
-#plan-limits li { border: 0 }
-#first-run ol { padding-left: 1.5rem }
-#first-run h2, #first-run li { margin: 0 0 .75rem }
+#recent > li { padding: .35rem 0 } #plan-limits li { border: 0 }
+#first-run ol { padding-left: 1.5rem } #first-run h2, #first-run li { margin: 0 0 .75rem }
 #toast { position: fixed; bottom: 1rem; left: 50%; transform: translateX(-50%); width: max-content;
   max-width: calc(100% - 2rem); background: var(--ink); color: var(--paper); padding: .5rem 1rem;
   border-radius: .5rem }
 #toast:empty, #last-update:empty { display: none }
 /* Answers. */
-.text :is(ul, ol) { padding-left: 1.5rem }
-.text li > p { margin: .2rem 0 }
+.text :is(ul, ol) { padding-left: 1.5rem } .text li > p { margin: .2rem 0 }
 .text :is(h4, h5, h6) { margin: 1rem 0 .35rem }
 .text hr { margin: 1rem 0; border: 0; border-top: 1px solid var(--line) }
 .text blockquote { margin: .5rem 0; padding-left: .9rem; border-left: 3px solid var(--edge) }
@@ -13209,30 +13097,25 @@ progress::-webkit-progress-value { background: var(--accent) }
 progress::-moz-progress-bar { background: var(--accent) }
 svg { display: block; width: 100%; height: 11rem; margin: 1.5rem 0 .25rem;
   border-bottom: 1px solid var(--line) }
-.in { fill: var(--accent); color: var(--accent) }
-.out { fill: var(--ink); color: var(--ink) }
+.in { fill: var(--accent); color: var(--accent) } .out { fill: var(--ink); color: var(--ink) }
 .cache { fill: var(--edge); color: var(--edge) }
 #legend span, progress { forced-color-adjust: none }
 @media (forced-colors: active) { [aria-pressed=true] { border-width: 3px }
   .in { fill: Highlight; color: Highlight }
   .out { fill: CanvasText; color: CanvasText } .cache { fill: GrayText; color: GrayText } }
-svg .day { fill: transparent }
-svg g:hover .day { fill: var(--tint) }
+svg .day { fill: transparent } svg g:hover .day { fill: var(--tint) }
 table { border-collapse: collapse; width: 100%; font-size: .875rem;
   font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .35rem 0 .35rem .75rem; border-bottom: 1px solid var(--line) }
-th { font-weight: 500 }
-th:first-child { text-align: left; padding-left: 0 }
-td, thead th { white-space: nowrap }
-#endpoints td { text-align: left; white-space: normal }
+th { font-weight: 500 } th:first-child { text-align: left; padding-left: 0 }
+td, thead th { white-space: nowrap } #endpoints td { text-align: left; white-space: normal }
 @media (max-width: 30rem) { #endpoints :is(th, td) { display: block; padding-left: 0 }
   #endpoints th { border: 0; padding-bottom: 0 } }
 @media print { nav, button:not(#legend *), form, footer, #toast { display: none } }
 """
 
 DASHBOARD_HTML = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
+<html lang="en"> <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>claude-api-bridge</title>
 <link rel="icon" href="data:image/png;base64,
@@ -13240,8 +13123,7 @@ iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEUAAACjTCVpkY64AAAAAnRSTlMA
 VHjaY2BgYOD/wCD/g8H+D0P9P+wIKAVUAFTGwAAAuLwSi/M+EIoAAAAASUVORK5CYII=">
 <style nonce="NONCE">
 STYLE</style>
-<header>
-<a id="skip" href="#/requests">Skip to the content</a>
+<header> <a id="skip" href="#/requests">Skip to the content</a>
 <div class="row"><h1>claude-api-bridge</h1> <p id="version" class="faint"></p>
   <p id="state" role="status">Loading&hellip;</p> <p id="last-update" class="faint"></p>
   <p data-roles="user admin"><span id="signed-in-as" class="faint"></span>
@@ -13251,8 +13133,7 @@ STYLE</style>
   <a href="#/usage" data-roles="user admin">Usage</a>
   <a href="#/tokens" data-roles="admin">Tokens</a> <a href="#/api">API</a></nav>
 </header>
-<noscript>This page needs JavaScript.</noscript>
-<main tabindex="-1">
+<noscript>This page needs JavaScript.</noscript> <main tabindex="-1">
 <section data-view="#/requests"><h2 class="visually-hidden" tabindex="-1">Requests</h2>
 <form id="sign-in" data-roles="anonymous">
   <h2>Sign in</h2> <label for="token-field">Token</label>
@@ -13306,8 +13187,7 @@ STYLE</style>
   <p class="faint" id="counters-note"></p></div></section>
 
 <section data-view="#/playground" hidden><h2 tabindex="-1">Playground</h2>
-<form id="ask-form">
-  <label>Message<textarea name="message" rows="5" required></textarea></label>
+<form id="ask-form"> <label>Message<textarea name="message" rows="5" required></textarea></label>
   <div class="grid">
     <label>Model<input name="model" list="models" placeholder="default"></label>
     <datalist id="models"><option>haiku<option>sonnet<option>opus</datalist>
@@ -13335,13 +13215,10 @@ STYLE</style>
 
 <section data-view="#/usage" hidden><h2 tabindex="-1">Last hour</h2>
 <p id="no-latency" class="faint">No request in the last hour.</p>
-<dl class="grid" id="latency" hidden></dl>
-<h2 id="usage-title">Last 30 days</h2>
+<dl class="grid" id="latency" hidden></dl> <h2 id="usage-title">Last 30 days</h2>
 <div class="row" id="usage-days" role="group" aria-label="Time"></div>
-<dl class="grid" id="totals"></dl>
-<p id="no-usage" class="faint">No usage yet.</p>
-<div id="usage-parts" hidden>
-<svg id="chart" role="img" preserveAspectRatio="none"
+<dl class="grid" id="totals"></dl> <p id="no-usage" class="faint">No usage yet.</p>
+<div id="usage-parts" hidden> <svg id="chart" role="img" preserveAspectRatio="none"
   aria-label="Tokens per day; the numbers are under Day by day"></svg>
 <p class="faint space-between"><span id="chart-start"></span> <span>today</span></p>
 <p class="faint" id="chart-maximum"></p>
@@ -13357,8 +13234,7 @@ STYLE</style>
 </section></div></section>
 
 <section data-view="#/tokens" hidden><h2 tabindex="-1" id="token-form-title">New token</h2>
-<form id="token-form">
-  <div class="grid">
+<form id="token-form"> <div class="grid">
     <label>Name<input name="name" required></label>
     <label>Session mode<select name="sessionMode"><option>stateless<option>stateful</select></label>
     <label>Tools<select name="tools"><option>none<option>read<option>web<option>all</select></label>
@@ -13379,8 +13255,7 @@ STYLE</style>
 <section data-view="#/api" hidden><h2 tabindex="-1">API</h2>
 <p>Send the token as <code>Authorization: Bearer cab-...</code> or <code>x-api-key: cab-...</code>;
   bodies are JSON.</p>
-<table><tbody id="endpoints"></table></section>
-</main>
+<table><tbody id="endpoints"></table></section> </main>
 <footer><button type="button" id="show-shortcuts">Keyboard shortcuts</button></footer>
 <dialog id="shortcuts" aria-labelledby="shortcuts-title">
 <h2 id="shortcuts-title">Keyboard shortcuts</h2>
@@ -13447,7 +13322,6 @@ function limitName(type) {
   const model = codeToText(type.slice("seven_day_".length));
   return "Weekly limit (" + model.charAt(0).toUpperCase() + model.slice(1) + ")";
 }
-// The text before the time at which the queue resumes.
 const HOLD_TEXTS = {
   usage_limit: "Waiting for the plan limit to reset at ", paused: "The queue is paused.",
   network: "The API cannot be reached. Next try at ",
@@ -13529,7 +13403,6 @@ function parseEvent(block) {
   const { event, id, data } = Object.fromEntries(lines);
   return event ? { type: event, end: Number(id), data: JSON.parse(data) } : null;
 }
-// The body of POST /api/tokens, from the fields of the form.
 function newTokenBody(fields) {
   const numberOrNull = (name) => Number(fields[name]) || null;
   const models = fields.models.split(/[, ]+/).filter(Boolean);
@@ -13904,7 +13777,6 @@ function signOut(reason) {
   sessionStorage.setItem("signOutReason", reason);
   location.reload();
 }
-// Show the view that the address names, if the role may see it.
 function showView() {
   const userRole = isAdmin ? "admin" : "user";
   const role = isSignedIn ? userRole : "anonymous";
@@ -13925,7 +13797,6 @@ function showView() {
 // Each poll reads the public counters; the rate-limited lists only on changes or after 30 seconds.
 const lastFetch = { at: 0, allAt: 0, counters: "", tokenCount: 0 };
 let pollNumber = 0, queueReason, pollTimer, lastUpdateAt = 0, listUpdate = Promise.resolve();
-
 async function pollOnce() {
   clearTimeout(pollTimer);
   if (document.hidden) return;
@@ -13948,7 +13819,6 @@ function showState(text, className) {
   $("state").className = className;
   document.title = text + " · claude-api-bridge";
 }
-// Return whether the next poll should come soon.
 async function refresh() {
   const { queue, stats, version } = await fetchJson("GET", "/api/status", null, { isPublic: true });
   const counters = [["Queued", stats.queuedRequests],
@@ -14010,7 +13880,6 @@ function errorRow({ code, count, lastAt, advice }) {
     label + ": show these requests"), meta("last at ", timeElement(lastAt)),
   advice && el("span.grow faint", sentence(advice))));
 }
-// The token that the card of first steps created.
 let firstSecret = "";
 const showFirstCode = () => {
   const code = exampleCode("curl", {});
@@ -14246,7 +14115,6 @@ async function askAgain({ message, model, systemPrompt, effort, jsonSchema, conv
   toast("Asked again.");
   refreshNow();
 }
-// A conversation opens into its turns, the oldest first.
 function conversationRow({ name }) {
   const [facts, turns] = [meta(), el("ol.list", { id: "turns-" + name })];
   const earlier = button("Earlier turns", () => loadPage(thread, thread.next));
@@ -14351,7 +14219,6 @@ const usageRow = (name, usage) => el("tr", el("th", { scope: "row" }, name),
 const SERIES = { in: (usage) => usage.inputTokens, out: (usage) => usage.outputTokens,
   cache: (usage) => usage.cacheReadTokens + usage.cacheCreationTokens };
 const hiddenSeries = new Set();
-// A button that shows or hides a part of the chart. Its text is the legend.
 function legendButton(name) {
   const element = button(name, () => {
     if (!hiddenSeries.delete(name)) hiddenSeries.add(name);
@@ -14496,7 +14363,6 @@ function askFields() {
   return nonEmpty({ ...fields, jsonSchema: jsonSchema && JSON.parse(jsonSchema),
     attachments: attachments.length && attachments });
 }
-
 function checkedFields() {
   try {
     return askFields();
@@ -14574,13 +14440,11 @@ function takeFiles(event, { files }) {
   event.preventDefault();
   addImages(files).catch(toastError);
 }
-// Open the playground in a conversation.
 function continueConversation(name) {
   location.hash = "#/playground";
   $("ask-form").elements.conversation.value = name;
   showCode();
 }
-
 async function ask() {
   if ($("ask").hidden) return;
   const run = { id: null, aborter: new AbortController() };
@@ -14616,8 +14480,6 @@ async function ask() {
   if (hadFocus) $("ask").focus();
   refreshNow();
 }
-const stopAsking = () => playgroundRun.id ? fetchJson("DELETE", "/api/ask/" + playgroundRun.id)
-  : playgroundRun.aborter.abort();
 async function showEndpoints() {
   const { endpoints } = await fetchJson("GET", "/", null, { isPublic: true });
   reconcileList("endpoints", Object.entries(endpoints), ([name, summary]) => el("tr",
@@ -14682,7 +14544,8 @@ listen("ask-form", "input", showCode);
 listen("ask-form", "keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("ask-form").requestSubmit();
 });
-onClick("stop", stopAsking);
+onClick("stop", () => playgroundRun.id ? fetchJson("DELETE", "/api/ask/" + playgroundRun.id)
+  : playgroundRun.aborter.abort());
 listen("add-images", "click", () => $("image-files").click());
 listen("image-files", "change", () => {
   addImages($("image-files").files).catch(toastError);
@@ -14753,7 +14616,6 @@ def content_security_policy(nonce: str) -> str:
 # === 16 App ======================================================================================
 # Constructs, starts and closes all parts. It knows the order, nothing else.
 
-
 LOCK_WAIT_SECONDS = 0.2
 # For the check of a recalled `claude`, when the bridge ends.
 CHECK_JOIN_SECONDS = 2.0
@@ -14817,19 +14679,17 @@ class DirectoryLock:
             self._file = -1
 
 
+@dataclass(eq=False)
 class BridgeStatus:
     """What the public pages and the admin see of the parts: a StatusSource. Any thread."""
-
-    def __init__(self, stores: Stores, worker: Worker, program: ClaudeProgram,
-                 tunnel: Optional[Tunnel], config: Config, metrics: Metrics) -> None:
-        self._stores = stores
-        self._worker = worker
-        self._program = program
-        self._tunnel = tunnel
-        self._config = config
-        self._metrics = metrics
-        self._clock = stores.database.clock
-        self._started_at = self._clock.now()
+    _stores: Stores
+    _worker: Worker
+    _program: ClaudeProgram
+    _tunnel: Optional[Tunnel]
+    _config: Config
+    _metrics: Metrics
+    _clock: Clock
+    _started_at: float
 
     def page(self) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -14844,10 +14704,10 @@ class BridgeStatus:
     def details(self) -> Dict[str, Any]:
         job_id, since = self._worker.running or (None, None)
         install = self._program.install
-        windows = self._stores.usage.plan_limits()
         return {"worker": {"alive": self._worker.is_alive, "requestId": job_id,
                            "since": iso_time(since), "spareReady": self._worker.idle_processes > 0},
-                "plan": plan_body(windows, self._worker.current_pause(), self._clock.now()),
+                "plan": plan_body(self._stores.usage.plan_limits(), self._worker.current_pause(),
+                                  self._clock.now()),
                 "tunnel": self._tunnel_details(),
                 "claude": {"version": install.features.version_text, "command": install.command[-1],
                            "payer": install.billing_account}}
@@ -14861,7 +14721,6 @@ class BridgeStatus:
         return metrics_text({**self._metrics.values(), **self._gauges()})
 
     def latency(self, owner: Optional[str]) -> Dict[str, Any]:
-        """Return percentiles of the last hour. owner: only this token's requests."""
         latencies = self._metrics.latencies(self._clock.now() - 3_600, owner)
 
         def percentiles(values: Sequence[Optional[float]]) -> Dict[str, Any]:
@@ -14873,7 +14732,6 @@ class BridgeStatus:
                 "firstTokenMs": percentiles([latency.first_text for latency in latencies])}
 
     def _gauges(self) -> Dict[Tuple[str, Labels], float]:
-        """Return the current gauges."""
         tunnel = self._tunnel_details()
         version = self._program.install.features.version_text
         gauges: Dict[Tuple[str, Labels], float] = {
@@ -14894,7 +14752,6 @@ class BridgeStatus:
         for window in self._stores.usage.plan_limits():
             labels = (("window", window.kind),)
             if window.resets_at is not None and window.resets_at <= self._clock.now():
-                # It was reset since it was reported.
                 continue
             if window.utilization is not None:
                 gauges["cab_plan_utilization", labels] = window.utilization
@@ -14954,11 +14811,11 @@ class Bridge:
         worker = Worker(stores, ClaudeRunner(pool), notifier, self.config, self._clock, metrics)
         models = ModelCatalog(program, data_dir, self._clock)
         service = Service(stores, notifier, self._clock, data_dir, worker, models)
-        status = BridgeStatus(stores, worker, program, tunnel, self.config, metrics)
+        status = BridgeStatus(stores, worker, program, tunnel, self.config, metrics, self._clock,
+                              self._clock.now())
+        limiters = RateLimiters(self._clock, self.config.rate_limit)
         self._server.dispatcher = Dispatcher(
-            service, status, RateLimiters(self._clock, self.config.rate_limit), self._host_policy(),
-            metrics)
-
+            service, status, limiters, self._host_policy(), metrics)
         self._recover(stores)
         lock.write("process %d, %s" % (os.getpid(), self.local_url))
         if not stores.tokens.has_admin():
@@ -15029,12 +14886,12 @@ class Bridge:
             server.wire_body_bytes = self.config.body_mb << 20
             return server
         except (OSError, OverflowError, TypeError, ValueError) as error:
-            hint = "check --host and --port"
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
-                hint = "another program is using it; choose another one with --port"
+            is_used = getattr(error, "errno", None) == errno.EADDRINUSE
             reason = getattr(error, "strerror", None) or error
-            text = "Port %d on %s cannot be used: %s." % (port, host, reason)
-            raise CannotStart(text, hint) from None
+            raise CannotStart(
+                "Port %d on %s cannot be used: %s." % (port, host, reason),
+                "another program is using it; choose another one with --port" if is_used
+                else "check --host and --port") from None
 
     def serve(self) -> None:
         """Begin to answer. Until now the port is bound, but nothing is read."""
@@ -15048,10 +14905,8 @@ class Bridge:
 
     @property
     def local_url(self) -> str:
-        host = self.config.host
-        if host in ("", "0.0.0.0", "::", "127.0.0.1"):
-            host = "localhost"
-        return http_url(host, self.port)
+        is_here = self.config.host in ("", "0.0.0.0", "::", "127.0.0.1")
+        return http_url("localhost" if is_here else self.config.host, self.port)
 
 
 # === 17 Command line =============================================================================
@@ -15111,12 +14966,11 @@ class Console(TunnelObserver):
 
     def framed(self, text: str) -> bool:
         """Print a line to stdout; on a terminal between two lines. -> as `data`."""
-        line = "─" * len(text)
-        if self._is_rich:
-            self._print_stderr(line)
+        if not self._is_rich:
+            return self.data(text)
+        self._print_stderr("─" * len(text))
         is_printed = self.data(text)
-        if self._is_rich:
-            self._print_stderr(line)
+        self._print_stderr("─" * len(text))
         return is_printed
 
     def write(self, text: str) -> None:
@@ -15313,8 +15167,7 @@ def print_variables(config: Config, console: Console) -> None:
 
 
 def find_tunnel_token(config: Config, environ: Mapping[str, str]) -> str:
-    """Return the token of a named tunnel, from its file or CAB_TUNNEL_TOKEN; "" for a quick one.
-    Raises WrongSetting, CannotStart."""
+    """Return a named tunnel's token; "" for a quick one. Raises WrongSetting, CannotStart."""
     if config.no_tunnel:
         return ""
     text = environ.get("CAB_TUNNEL_TOKEN", "")
@@ -15347,9 +15200,9 @@ def print_billing(config: Config, install: ClaudeInstall, console: Console) -> N
     if not config.allow_api_key:
         for name in keys:
             console.info("ℹ️", "%s is set; it is not passed to claude." % name)
-    if install.environment.get("ANTHROPIC_BASE_URL"):
-        url = install.environment["ANTHROPIC_BASE_URL"]
-        console.info("ℹ️", "ANTHROPIC_BASE_URL is passed to claude: %s" % url)
+    base_url = install.environment.get("ANTHROPIC_BASE_URL")
+    if base_url:
+        console.info("ℹ️", "ANTHROPIC_BASE_URL is passed to claude: %s" % base_url)
     for note in install.notes:
         console.info("ℹ️", note)
 
@@ -15379,7 +15232,8 @@ def print_next_steps(bridge: Bridge, console: Console) -> None:
         url, "#token=" + token if token and console.is_terminal else ""))
     console.info("💬", "Ask, in another terminal: " + ask)
     if token and console.is_terminal and os.name != "nt":
-        console.info("💬", "From any program: " + CURL % (url, token))
+        console.info("💬", "From any program: curl -sS %s/api/ask -H 'Authorization: Bearer %s'"
+                     """ -d '{"message": "Why is the sky blue?", "wait": 60}'""" % (url, token))
     if not token:
         console.info("🔑", "For another admin token: %s token create NAME --admin%s"
                      % (own_words(), folder))
@@ -15391,8 +15245,7 @@ def print_next_steps(bridge: Bridge, console: Console) -> None:
         print_admin_token(bridge, token, console)
 
 
-CURL = ("""curl -sS %s/api/ask -H 'Authorization: Bearer %s'"""
-        """ -d '{"message": "Why is the sky blue?", "wait": 60}'""")
+
 
 
 def print_admin_token(bridge: Bridge, token: str, console: Console) -> None:
@@ -15483,15 +15336,12 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     tools: Any = arguments.tools
     if tools and tools not in Tools.LEVELS:
         tools = [rule.strip() for rule in re.split(r",(?![^(]*\))", tools)]
-    models = None
-    if arguments.models is not None:
-        models = split_names(arguments.models)
+    models = None if arguments.models is None else split_names(arguments.models)
+    hosts = {"": False, "all": True}.get(arguments.callbacks, arguments.callbacks.split(","))
     new, _ = NewToken.parse({
         "name": arguments.name, "admin": arguments.admin, "expiresInDays": arguments.expires,
         "tools": tools, "requestsPerMinute": arguments.requests_per_minute,
-        "requestsPerDay": arguments.requests_per_day, "models": models,
-        "callbacks": {"": False, "all": True}.get(
-            arguments.callbacks, arguments.callbacks.split(",")),
+        "requestsPerDay": arguments.requests_per_day, "models": models, "callbacks": hosts,
         "sessionMode": SessionMode.STATEFUL if arguments.stateful else SessionMode.STATELESS})
     workspace = None
     if arguments.workspace:
@@ -15509,10 +15359,9 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
     # No Bash rule is a sandbox.
     has_shell = token.tools == Tools.ALL or any(rule.startswith("Bash") for rule in token.tools)
     if has_shell or token.is_admin:
-        rights = "run any command here, as you" * has_shell
-        rights += " and " * bool(rights and token.is_admin)
-        rights += "manage all tokens and read every request" * token.is_admin
-        console.info("⚠️", "Whoever has this token can " + rights)
+        rights = ["run any command here, as you"] * has_shell
+        rights += ["manage all tokens and read every request"] * token.is_admin
+        console.info("⚠️", "Whoever has this token can " + " and ".join(rights))
     console.info("🔑", "Token %s (save this, it is shown only once):" % token.id)
     body = {"tokenId": token.id, "token": secret, "prefix": token.prefix}
     if token.callbacks:
@@ -15527,8 +15376,7 @@ def create_token(arguments: argparse.Namespace, service: Service, console: Conso
 
 def list_tokens(arguments: argparse.Namespace, service: Service, console: Console) -> None:
     """Print a table for people, or JSON."""
-    now = service.clock.now()
-    bodies = [token_body(token, now) for token in service.stores.tokens.list()]
+    bodies = token_bodies(service)
     if arguments.json:
         console.data(json.dumps(bodies, ensure_ascii=False, indent=2))
         return
@@ -15616,8 +15464,7 @@ class AskClient:
     def ask(self, body: Mapping[str, Any]) -> Iterator[Tuple[str, Dict[str, Any]]]:
         """Send a message. -> the Server-Sent Events of the answer: (name, data)."""
         response = self.request("POST", "/api/ask", body)
-        content_type = response.headers.get("Content-Type", "")
-        if not content_type.startswith("text/event-stream"):
+        if not response.headers.get("Content-Type", "").startswith("text/event-stream"):
             raise self.not_a_bridge("it sent no events")
         name = ""
         for line in response:
@@ -15644,8 +15491,8 @@ def command_ask(arguments: argparse.Namespace, config: Config, console: Console)
         raise WrongSetting("The message is empty; write it behind ask, or to its standard input.")
     url = arguments.url or os.environ.get("CAB_URL") or running_url(config)
     client = AskClient(url)
-    client.token = os.environ.get("CAB_TOKEN", "").strip()
-    client.token = client.token or shell_token(config, bool(arguments.conversation))
+    client.token = (os.environ.get("CAB_TOKEN", "").strip()
+                    or shell_token(config, bool(arguments.conversation)))
     body = {"message": message, "stream": True, "model": arguments.model,
             "systemPrompt": arguments.system_prompt, "conversation": arguments.conversation}
     request_id = ""
@@ -15702,8 +15549,7 @@ def finish_ask(arguments: argparse.Namespace, console: Console, body: Mapping[st
             text = escape_controls(text[len(arguments.shown) :], keep="\n\t")
         console.data(text)
     else:
-        code = body.get("errorCode") or body.get("code")
-        console.fail("%s: %s" % (code, body.get("error")))
+        console.fail("%s: %s" % (body.get("errorCode") or body.get("code"), body.get("error")))
     return 0 if is_completed else 1
 
 
@@ -15758,17 +15604,15 @@ class Check(NamedTuple):
 
 def command_doctor(arguments: argparse.Namespace, config: Config, console: Console) -> int:
     """Check everything that a start needs. -> 0, or 1 if something is broken."""
-    checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3]),
-              Check("sqlite", True, SQLITE_VERSION)]
+    checks = [Check("python", True, "%d.%d.%d" % sys.version_info[:3])]
     try:
         require_sqlite()
+        checks.append(Check("sqlite", True, SQLITE_VERSION))
     except CannotStart as error:
-        checks[1] = Check("sqlite", False, str(error), error.hint)
-    functions = [check_variables, check_data, check_clock, check_queue, check_orphans, check_port,
-                 check_claude]
-    if arguments.live:
-        functions.append(check_live)
-    for function in (*functions, check_tunnel):
+        checks.append(Check("sqlite", False, str(error), error.hint))
+    live = (check_live,) if arguments.live else ()
+    for function in (check_variables, check_data, check_clock, check_queue, check_orphans,
+                     check_port, check_claude, *live, check_tunnel):
         try:
             checks += function(config, os.environ)
         except OSError as error:
@@ -15812,11 +15656,9 @@ def check_data(config: Config, environ: Mapping[str, str]) -> List[Check]:
     fault = inspect_database(folder / "bridge.db").fault
     advice = "start the bridge: it moves a damaged file away" if fault else ""
     free = shutil.disk_usage(existing).free >> 20
-    is_enough = free > 100
-    return [
-        Check("data", not fault, fault or text, advice),
-        Check("disk", is_enough, "%d MB free" % free,
-              "" if is_enough else "make room: requests are stored on disk")]
+    advice_of_disk = "make room: requests are stored on disk" if free <= 100 else ""
+    return [Check("data", not fault, fault or text, advice),
+            Check("disk", free > 100, "%d MB free" % free, advice_of_disk)]
 
 
 def check_variables(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -15856,9 +15698,8 @@ def check_orphans(config: Config, environ: Mapping[str, str]) -> List[Check]:
     orphans = find_orphans(data_tag(config.data_dir) + ".", recorded)
     if not orphans:
         return [Check("processes", True, "no orphans")]
-    pids = ", ".join(map(str, sorted(orphans)))
-    text = "orphans of a bridge that was killed: %s; start kills them" % pids
-    return [Check("processes", None, text)]
+    text = "orphans of a bridge that was killed: %s; start kills them"
+    return [Check("processes", None, text % ", ".join(map(str, sorted(orphans))))]
 
 
 def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -15870,8 +15711,8 @@ def check_port(config: Config, environ: Mapping[str, str]) -> List[Check]:
     try:
         BridgeServer(config.listen_host, config.port, Clock()).server_close()
     except (OSError, OverflowError, TypeError, ValueError) as error:
-        text = "%s cannot be used: %s" % (address, error)
-        return [Check("port", False, text, "choose another one with --port")]
+        return [Check("port", False, "%s cannot be used: %s" % (address, error),
+                      "choose another one with --port")]
     return [Check("port", True, address + " is free")]
 
 
@@ -15883,8 +15724,8 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
             install = find_claude(replace(config, data_dir=Path(folder)), environ)
     except CannotStart as error:
         return [Check("claude", False, str(error), error.hint)]
-    text = "%s (%s)" % (install.features.version_text, install.command[-1])
-    checks = [Check("claude", True, text)]
+    checks = [Check("claude", True,
+                    "%s (%s)" % (install.features.version_text, install.command[-1]))]
     if install.features.version < TESTED_CLI and not config.demo:
         text = "older than %d.%d.%d, with which this bridge was tested" % TESTED_CLI
         # By its tag: on Node below 22, npm takes an old one otherwise.
@@ -15894,11 +15735,8 @@ def check_claude(config: Config, environ: Mapping[str, str]) -> List[Check]:
     account = install.billing_account
     if not install.is_billed_per_token:
         return [*checks, Check("payer", True, account)]
-    advice = ""
-    if not config.allow_api_key:
-        advice = RUN_ADVICE["billing_guard"]
-    text = account + ", billed per token"
-    return [*checks, Check("payer", config.allow_api_key, text, advice)]
+    advice = "" if config.allow_api_key else RUN_ADVICE["billing_guard"]
+    return [*checks, Check("payer", config.allow_api_key, account + ", billed per token", advice)]
 
 
 def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
@@ -15918,9 +15756,8 @@ def check_live(config: Config, environ: Mapping[str, str]) -> List[Check]:
         # check_claude reports it.
         return []
     except RunFailed as failure:
-        text = "%s: %s" % (failure.code, redact(str(failure)))
-        advice = RUN_ADVICE.get(failure.code, RUN_ADVICE["cli_error"])
-        return [Check("live", False, text, advice)]
+        return [Check("live", False, "%s: %s" % (failure.code, redact(str(failure))),
+                      RUN_ADVICE.get(failure.code, RUN_ADVICE["cli_error"]))]
     seconds = clock.monotonic() - started
     text = "%s answered %r in %.1f s" % (answer.model, answer.text[:40], seconds)
     return [Check("live", True, text)]
@@ -15937,10 +15774,8 @@ def check_tunnel(config: Config, environ: Mapping[str, str]) -> List[Check]:
     program = check_cloudflared(config, environ)
     if not token:
         return [program, Check("tunnel", True, "quick: a new address at each start")]
-    if config.public_url:
-        return [program, Check("tunnel", True, "named, " + config.public_url)]
-    text = "named, --public-url is not set: its configuration will give the address"
-    return [program, Check("tunnel", None, text)]
+    text = config.public_url or "--public-url is not set: its configuration will give the address"
+    return [program, Check("tunnel", bool(config.public_url) or None, "named, " + text)]
 
 
 def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
@@ -15959,8 +15794,8 @@ def check_cloudflared(config: Config, environ: Mapping[str, str]) -> Check:
         return Check("cloudflared", False, str(error), reinstall)
     downloaded = install.downloaded()
     if downloaded:
-        text = "%s (%s, SHA-256 as expected)" % (downloaded, CLOUDFLARED_VERSION)
-        return Check("cloudflared", True, text)
+        return Check("cloudflared", True,
+                     "%s (%s, SHA-256 as expected)" % (downloaded, CLOUDFLARED_VERSION))
     if cloudflared_asset(platform.system(), platform.machine()):
         text = "not here yet: start downloads %s from %s and checks its SHA-256"
         return Check("cloudflared", None, text % (CLOUDFLARED_VERSION, config.cloudflared_url))
@@ -16191,8 +16026,8 @@ class ServiceManager:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_file_atomically(self.path, text)
         except OSError as error:
-            text = "%s cannot be written: %s." % (self.path, error.strerror or error)
-            raise CannotStart(text) from None
+            raise CannotStart(
+                "%s cannot be written: %s." % (self.path, error.strerror or error)) from None
 
     def restart(self, config: Config) -> None:
         """Start what the file says; a bridge that runs may finish its request before."""
@@ -16253,9 +16088,8 @@ def command_service(arguments: argparse.Namespace, config: Config, console: Cons
 
 def install_service(
         manager: ServiceManager, old_text: str, config: Config, console: Console) -> None:
-    """Write the file, start the bridge and wait until it listens. If that fails, a first
-    installation is removed, and after a later one the old file's bridge runs again. old_text: the
-    old file, or "". Raises CannotStart."""
+    """Write the file, start the bridge and wait until it listens. If that fails, the old file (""
+    for none) is put back and its bridge runs again. Raises CannotStart."""
     # Shows whether the manager can be reached.
     manager.prepare()
     text = service_file(manager.kind, config, os.environ) + "\n"
@@ -16287,8 +16121,7 @@ def install_service(
 
 
 def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
-    """Return the address of the bridge that was started; "" if it still starts after a while.
-    Raises CannotStart if it ends."""
+    """Return the address of the bridge; "" if it still starts. Raises CannotStart if it ended."""
     started_at = Clock.monotonic()
     while Clock.monotonic() < started_at + SERVICE_START_SECONDS:
         with contextlib.suppress(CannotStart):
@@ -16306,10 +16139,8 @@ def wait_for_bridge(manager: ServiceManager, config: Config) -> str:
 
 def print_left_out(kind: str, config: Config, console: Console) -> None:
     """Name the variables that are set here and not in the file: mostly secrets."""
-    written: Mapping[str, str] = {}
     text = ""
-    if kind in ("systemd", "launchd"):
-        written = service_variables("", os.environ)
+    written = service_variables("", os.environ) if kind in ("systemd", "launchd") else {}
     if kind == "systemd":
         with contextlib.suppress(OSError, ValueError):
             text = (config.data_dir / "service.env").read_text("utf-8")
@@ -16355,31 +16186,26 @@ class CommandParser(argparse.ArgumentParser):
         plain = {choice.lstrip("-"): choice for choice in choices}
         meant = plain.get(closest(word.partition("=")[0].lstrip("-"), plain, 0.75))
         prog = self.prog.replace(own_words(), OWN_NAME)
-        hint = "did you mean %s?" % meant if meant else "see %s --help" % prog
-        Console().fail(message, hint)
+        Console().fail(message, "did you mean %s?" % meant if meant else "see %s --help" % prog)
         sys.exit(2)
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """Add the flags of the settings, without defaults, so that a variable can supply the value."""
     for row in SETTINGS:
-        if names and row.name not in names:
-            continue
         text = "%s [%s]" % (row.help, ", ".join(row.variables))
-        if row.kind == "switch":
-            parser.add_argument(
-                row.flag, dest=row.name, action="store_const", const=True, help=text)
-            continue
-        if row.default != "":
-            text += " (default: %s)" % row.default
-        parser.add_argument(row.flag, dest=row.name, metavar=row.kind.upper(), help=text)
+        options: Dict[str, Any] = {"action": "store_const", "const": True}
+        if row.kind != "switch":
+            options = {"metavar": row.kind.upper()}
+            text += "" if row.default == "" else " (default: %s)" % row.default
+        if not names or row.name in names:
+            parser.add_argument(row.flag, dest=row.name, help=text, **options)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the commands and their flags."""
-    parser = CommandParser(
-        prog=own_words(),
-        description="A REST API for the claude command line tool you already pay for.")
+    text = "A REST API for the claude command line tool you already pay for."
+    parser = CommandParser(prog=own_words(), description=text)
     parser.add_argument("--version", "-v", "-V", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_settings(commands.add_parser(
@@ -16409,9 +16235,9 @@ def build_parser() -> argparse.ArgumentParser:
         action = actions.add_parser(
             name, usage="%s %s %s[FLAGS OF start]" % (service.prog, name, kind), help=text)
         if kind:
-            action.add_argument(
-                "kind", metavar=kind.strip(), choices=("systemd", "launchd", "task", "docker"),
-                help="systemd, launchd, task or docker")
+            kinds = ("systemd", "launchd", "task", "docker")
+            action.add_argument("kind", metavar="KIND", choices=kinds,
+                                help="systemd, launchd, task or docker")
         add_settings(action)
     completion = commands.add_parser("completion", help="print what lets a shell complete words")
     completion.add_argument(
@@ -16570,7 +16396,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return commands[arguments.command](arguments, config, console)
     except (WrongSetting, InvalidRequest) as error:
         # The API's names of what a flag says.
-        pattern = r"\b(expiresInDays|requestsPerMinute|requestsPerDay|callbacks|models)\b"
+        pattern = r"\b(%s)\b" % "|".join(FLAGS)
         console.fail(re.sub(pattern, lambda match: FLAGS[match.group()], str(error)))
         return 2
     except BridgeError as error:

@@ -10119,9 +10119,11 @@ class AnswerParts:
         elif self._held and event.kind == "part_delta":
             self._held.pieces.append(event.text)
         elif self._held:
-            block, self._held = {**self._held.block, "input": call_input(self._held.text)}, None
-            if "input" in block["input"]:
-                yield from self._send(block)
+            held, self._held = self._held, None
+            arguments = call_input(held.text)
+            # Unless it was cut.
+            if arguments != {"arguments": held.text}:
+                yield from self._send({**held.block, "input": arguments})
         elif event.kind == "part_delta":
             yield from self._extend(event.text)
         else:

@@ -8882,10 +8882,9 @@ class CallbackSender:
         """Send what is due longest, of one token or of all. -> whether there was something."""
         callback = next((callback for callback in self._due()
                          if token_id in (None, callback.token_id)), None)
-        job = self._stores.jobs.get(callback.job_id) if callback else None
-        if not callback or not job:
+        body = self._body(callback) if callback else None
+        if not callback or not body:
             return False
-        body = as_json(job_body(JobView(job, 0, 0))).encode()
         # Stored before it is sent: with a full disk it would be sent again and again.
         provisional = callback_delay(callback.attempts + 1) or CALLBACK_DELAYS[-1]
         if not self._stores.callbacks.retry(callback, provisional):
@@ -8894,6 +8893,10 @@ class CallbackSender:
         self._stores.callbacks.retry(callback, delay)
         self._metrics.inc("cab_callbacks_total", result=result)
         return True
+
+    def _body(self, callback: Callback) -> Optional[bytes]:
+        job = self._stores.jobs.get(callback.job_id)
+        return as_json(job_body(JobView(job, 0, 0))).encode() if job else None
 
     def _send(self, callback: Callback, body: bytes) -> Tuple[Optional[float], str]:
         """Make one attempt. -> (seconds until the next one, None for no more; its result)."""

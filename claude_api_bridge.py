@@ -4678,7 +4678,7 @@ class LiveText:
         with self._lock:
             if event.get("type") == "content_block_start":
                 block = event.get("content_block") or {}
-                # What might have begun a stop sequence.
+                # What could have become a stop sequence.
                 self._append(self._pending)
                 self._pending = ""
                 part = LivePart(block, len(self._data) // 4)
@@ -9080,10 +9080,6 @@ def text_block(text: str) -> Dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def is_said(block: Block) -> bool:
-    return block["type"] not in THOUGHTS
-
-
 def read_turns(messages: Iterable[Tuple[str, str, Any]],
                blank: str = "") -> Tuple[Tuple[Mapping[str, Any], ...], Tuple[Block, ...]]:
     """Return Chat.turns and Chat.prefill. messages: (path, role, content) of each message. blank:
@@ -9102,12 +9098,12 @@ def read_turns(messages: Iterable[Tuple[str, str, Any]],
             opening = [text_block("(The conversation begins.)")]
             turns.append({"role": "user", "content": opening})
         turns.append({"role": role, "content": blocks})
-    if len(turns) > 1 and not any(map(is_said, turns[-1]["content"])):
+    silent = [turn for turn in turns if all(b["type"] in THOUGHTS for b in turn["content"])]
+    if len(turns) > 1 and turns[-1] in silent:
         # The beginning of an answer that is empty.
         turns.pop()
-    for turn in turns:
-        if not any(map(is_said, turn["content"])):
-            turn["content"].append(text_block(NO_ANSWER))
+    for turn in silent:
+        turn["content"].append(text_block(NO_ANSWER))
     prefill: List[Block] = []
     if turns and turns[-1]["role"] == "assistant":
         prefill = turns.pop()["content"]
@@ -10165,7 +10161,6 @@ class AnswerParts:
         if not part:
             return
         if part.kind == "tool_use" and not part.pieces:
-            # Without arguments.
             yield from self._extend("{}")
         self._open = None
         part.is_aborted, part.is_cut = is_aborted, is_cut
@@ -10298,10 +10293,7 @@ def write_steps(first: ChatStep, steps: ChatSteps, write: Callable[[ChatStep], b
     """Yield what a format writes for each step, or for the error that ends them."""
     with contextlib.closing(steps):
         try:
-            for step in chain((first,), steps):
-                data = write(step)
-                if data:
-                    yield data
+            yield from filter(None, map(write, chain((first,), steps)))
         except BridgeError as error:
             yield write_error(error)
 
@@ -10515,10 +10507,6 @@ def completion_body(chat: Chat, job: Job) -> Dict[str, Any]:
         "usage": completion_usage(job)}
 
 
-def write_completion_error(error: BridgeError) -> bytes:
-    return sse_event("", None, completion_error(error))
-
-
 def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> BodyIterator:
     """Yield the answer as Server-Sent Events."""
     def chunk(model: Optional[str], choices: Sequence[Mapping[str, Any]], **more: Any) -> bytes:
@@ -10535,8 +10523,7 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
 
     # Part -> number of the call.
     calls: Dict[int, int] = {}
-    # Name of the text -> its last part.
-    others: Dict[str, Part] = {}
+    last_parts: Dict[str, Part] = {}
 
     def write_call(step: ChatStep, part: Part) -> bytes:
         number = calls.setdefault(part.index, len(calls))
@@ -10545,7 +10532,6 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
             del call["id"], call[call.pop("type")]["name"]
         if not chat.uses_functions:
             return delta_chunk(step, {"tool_calls": [{"index": number, **call}]})
-        # There is one.
         return b"" if number else delta_chunk(step, {"function_call": call["function"]})
 
     def write(step: ChatStep) -> bytes:
@@ -10562,15 +10548,16 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
         name = "content" if part.kind == "text" else "reasoning_content"
         if step.kind == "delta":
             return delta_chunk(step, {name: step.text})
-        last = others.get(name)
+        last = last_parts.get(name)
         if step.kind == "close" or part.kind == "redacted_thinking":
             return b""
-        others[name] = part
+        last_parts[name] = part
         is_apart = last and (last.is_aborted or part.kind == "thinking")
         return delta_chunk(step, {name: "\n\n"}) if is_apart else b""
 
     yield delta_chunk(first, {"role": "assistant", "content": "", "refusal": None})
-    yield from write_steps(first, steps, write, write_completion_error)
+    yield from write_steps(first, steps, write, lambda error: sse_event(
+        "", None, completion_error(error)))
 
 
 def prompt_body(chat: Chat, job: Job) -> Dict[str, Any]:
@@ -10602,7 +10589,8 @@ def prompt_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> Bo
             return chunk(step, "\n\n") if part.is_aborted else b""
         return chunk(step, step.text) if step.text else b""
 
-    yield from write_steps(first, steps, write, write_completion_error)
+    yield from write_steps(first, steps, write, lambda error: sse_event(
+        "", None, completion_error(error)))
 
 
 def completion_error(error: BridgeError) -> Dict[str, Any]:
@@ -10617,6 +10605,7 @@ def completion_error(error: BridgeError) -> Dict[str, Any]:
 
 # --- writing: the OpenAI Responses API ---
 
+REFUSAL: Block = {"type": "refusal"}
 REFUSAL_TEXT = "The model refused to answer. Ask in another way, or another model."
 RESPONSE_ERROR_CODES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
 # An EventWriter returns the next event of a stream, with its number.
@@ -10689,10 +10678,6 @@ def item_of(job: Job, part: Part, settings: Mapping[str, Any]) -> Dict[str, Any]
         "status": "incomplete" if part.is_aborted else "completed"}
 
 
-def refusal_part(index: int) -> Part:
-    return Part(index, {"type": "refusal"}, [REFUSAL_TEXT])
-
-
 def response_output(job: Job, settings: Mapping[str, Any]) -> List[Dict[str, Any]]:
     """Return the output items of a completed job."""
     stop_info = stop_info_of(job)
@@ -10701,7 +10686,7 @@ def response_output(job: Job, settings: Mapping[str, Any]) -> List[Dict[str, Any
              for number, block in enumerate(final_blocks(job))]
     items = [item_of(job, part, settings) for part in parts]
     if stop_info.reason == "refusal":
-        items.append(item_of(job, refusal_part(len(items)), settings))
+        items.append(item_of(job, Part(len(items), REFUSAL, [REFUSAL_TEXT]), settings))
     return items
 
 
@@ -10747,7 +10732,7 @@ def response_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -> 
             final = response_body(settings, step.job)
             end = b""
             if stop_info_of(step.job).reason == "refusal":
-                part = refusal_part(next(indexes))
+                part = Part(next(indexes), REFUSAL, [REFUSAL_TEXT])
                 output.append(item_of(job, part, settings))
                 for kind in ("open", "delta", "close"):
                     end += b"".join(

@@ -6080,20 +6080,6 @@ class Turn:
         raise RunFailed(code, text + ".", is_of_model=code == "overloaded",
                         is_answered=is_outage, is_cut=self.messages.count > 0)
 
-    def configure(self, request: RunRequest) -> None:
-        """Set what this turn has of its own."""
-        process = self.process
-        if request.settings != process.settings:
-            names = {**dict.fromkeys(process.settings, ""), **request.settings}
-            process.settings = request.settings
-            process.send(control_request("turn", "apply_flag_settings", settings={"env": names}))
-            check_control(self.await_control_response("turn"))
-        if request.shows_thinking and not process.shows_thinking:
-            process.shows_thinking = True
-            process.send(control_request(
-                "thinking", "set_max_thinking_tokens", thinking_display="summarized"))
-            self.await_control_response("thinking")
-
     def await_control_response(self, request_id: str) -> Mapping[str, Any]:
         """Wait, because a prompt that follows too closely may run without the setting."""
         while True:
@@ -6155,7 +6141,7 @@ class Turn:
         elif event.kind == "message_start":
             self.prompt_accepted = True
             if self.messages.is_complete and EXTRA_BODY in self.process.settings:
-                # It would be sent again, and again.
+                # It would be sent again and again.
                 raise RunFailed("invalid_request", "The model did not end the answer that it was"
                                 " to continue. End with a message of the user", is_answered=True)
             is_continuation = self.messages.is_cut
@@ -6286,6 +6272,22 @@ class TurnStart:
             earlier_turns = [turn._replace(message_id=message_id)
                              for turn, message_id in zip(earlier_turns, ids)]
         self._process.turns = list(earlier_turns)
+
+    def configure(self, request: RunRequest) -> None:
+        """Set what this turn has of its own."""
+        process, requests = self._process, []
+        if request.settings != process.settings:
+            names = {**dict.fromkeys(process.settings, ""), **request.settings}
+            process.settings = request.settings
+            requests.append(control_request("turn", "apply_flag_settings", settings={"env": names}))
+        if request.shows_thinking and not process.shows_thinking:
+            process.shows_thinking = True
+            requests.append(control_request(
+                "show", "set_max_thinking_tokens", thinking_display="summarized"))
+        if requests:
+            process.send(*requests)
+            if self._program.install.features.version < EFFORT_CLI:
+                check_control(self._turn.await_control_response(requests[-1]["request_id"]))
 
     def _replay(self, history: Sequence[HistoryTurn], can_pipe: bool,
                 model: str) -> List[Optional[str]]:
@@ -7038,7 +7040,7 @@ class ClaudeRunner:
         beginning = TurnStart(turn, self.pool.program)
         try:
             if candidate.is_configured:
-                turn.configure(request)
+                beginning.configure(request)
             if candidate.tool_results:
                 turn.send_tool_results(candidate.tool_results, live, candidate.model)
             else:
@@ -7047,7 +7049,7 @@ class ClaudeRunner:
                 elif not candidate.is_configured:
                     earlier_turns = request.earlier_turns if candidate.history else ()
                     beginning.start(candidate, earlier_turns)
-                    turn.configure(request)
+                    beginning.configure(request)
                 turn.send_prompt(request.message)
             answer = turn.read_answer(live)
             thinking = tuple(turn.messages.thinking) if live.shows_thinking else ()
@@ -10548,10 +10550,9 @@ def completion_stream(chat: Chat, job: Job, first: ChatStep, steps: ChatSteps) -
         name = "content" if part.kind == "text" else "reasoning_content"
         if step.kind == "delta":
             return delta_chunk(step, {name: step.text})
-        last = last_parts.get(name)
         if step.kind == "close" or part.kind == "redacted_thinking":
             return b""
-        last_parts[name] = part
+        last, last_parts[name] = last_parts.get(name), part
         is_apart = last and (last.is_aborted or part.kind == "thinking")
         return delta_chunk(step, {name: "\n\n"}) if is_apart else b""
 

@@ -5528,7 +5528,6 @@ class ClaudeProcess:
         self.counted_usage = Usage()
         # The CLI reports the limits of the plan only when they change.
         self.limits = RateLimitStatus()
-        # Of the last turn, see RunRequest.
         self.settings: Mapping[str, str] = {}
         self.shows_thinking = False
         self.terminate_at = float("inf")
@@ -10068,17 +10067,17 @@ def chat_steps(context: Context, chat: Chat, job: Job) -> ChatSteps:
                     # Between the event and here the run may have ended.
                     source = live or service.stores.jobs.summary(job.id)
                     usage = source.usage if source else None
-                    thoughts: Sequence[Block] = ()
-                    if not live and chat.thinking == SHOWN and not parts.has_thought:
-                        ended = service.stores.jobs.get(job.id)
-                        thoughts = stop_info_of(ended).thinking if ended else ()
-                    steps = chain(parts.add_thinking(thoughts), parts.add(event))
+                    steps = parts.add(event)
+                    if not live and event.kind == "delta" and parts.lacks_thought:
+                        parts.lacks_thought = False
+                        ended = service.stores.jobs.get(job.id) or job
+                        steps = chain(parts.add_thinking(stop_info_of(ended).thinking), steps)
                 for step in steps:
                     last_sent_at = clock.monotonic()
                     yield step._replace(model=model, usage=usage)
                 # A new position in the queue, or a piece that is held, is not sent.
-                if event.kind == "heartbeat" or (
-                        clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS):
+                is_late = clock.monotonic() - last_sent_at >= HEARTBEAT_SECONDS
+                if event.kind == "heartbeat" or is_late:
                     last_sent_at = clock.monotonic()
                     yield ChatStep("heartbeat", model=model)
         raise Unavailable("The request was cancelled: its client left, or the bridge is stopping.")
@@ -10101,8 +10100,9 @@ class AnswerParts:
         # A call of a custom tool: the client gets a text of its arguments, once they are complete.
         self._held: Optional[Part] = None
         self._call_ids: List[str] = []
-        # Since the last start.
-        self.has_thought = self._has_text = False
+        # Since the last start. lacks_thought: there may be thoughts that only the store has.
+        self._has_thought = self._has_text = False
+        self.lacks_thought = chat.thinking == SHOWN
 
     def add(self, event: JobEvent) -> Iterator[ChatStep]:
         """Yield the steps for a delta, or for a step of a LivePart."""
@@ -10168,7 +10168,8 @@ class AnswerParts:
         part.is_aborted, part.is_cut = is_aborted, is_cut
         if part.kind in THOUGHTS:
             part.block = {**part.block, **(block or {})}
-            self.has_thought |= not is_aborted
+            self._has_thought |= not is_aborted
+            self.lacks_thought &= is_aborted
         yield ChatStep("close", part=part)
 
     def _abort(self) -> Iterator[ChatStep]:
@@ -10177,7 +10178,6 @@ class AnswerParts:
         self._has_text = False
 
     def _send(self, block: Block, is_cut: bool = False) -> Iterator[ChatStep]:
-        """Yield the steps of a complete block."""
         yield from self._begin(block)
         yield from self._extend(block_text(block, self._custom_tools))
         yield from self.end(block, is_cut=is_cut)
@@ -10193,7 +10193,8 @@ class AnswerParts:
             yield from self.end(is_aborted=True)
         self._text.restart()
         self._held = None
-        self.has_thought = False
+        self.lacks_thought |= self._has_thought
+        self._has_thought = False
 
     def _check_calls(self, calls: Sequence[ToolCall]) -> None:
         if set(self._call_ids) - {call.id for call in calls}:
@@ -10208,12 +10209,11 @@ class AnswerParts:
             self._check_calls(stop_info.calls)
         for kind, text in self._text.finish(job.response or ""):
             yield from self._add_text(kind, text)
-        if self._open and self._open.kind in THOUGHTS:
-            # It is not complete.
-            yield from self.end(is_aborted=True)
-        yield from self.end(is_aborted=not job.response and self._has_text, is_cut=is_cut)
+        is_incomplete = self._open is not None and self._open.kind in THOUGHTS
+        is_aborted = is_incomplete or (not job.response and self._has_text)
+        yield from self.end(is_aborted=is_aborted, is_cut=is_cut)
         self._has_text &= bool(job.response)
-        has_thought = self.has_thought
+        has_thought = self._has_thought
         for block in final_blocks(job):
             is_sent = block.get("id") in self._call_ids
             if block["type"] == "text":

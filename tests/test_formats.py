@@ -17,6 +17,7 @@ import signal
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import pytest
@@ -3208,3 +3209,38 @@ def test_an_answer_that_starts_over_after_a_call_ends_in_an_error() -> None:
     for inputs in (((tool_use(), "{}"), "started"), ([tool_use(), "{"], "started")):
         with pytest.raises(cab.RunError, match="in the middle of a tool call"):
             part_steps(SHOWN_CHAT, *inputs)
+
+
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_thoughts_of_a_run_that_has_ended_come_once_and_first(is_seen: bool) -> None:
+    """The reader saw the run's parts, or has only what is stored, which is read once."""
+    stop_info = cab.StopInfo(thinking=(THOUGHT,))
+    job = cab.replace(JOB, status="completed", response="abc", stop_info=stop_info)
+    view = cab.JobView(job, 0, 0, None)
+    parts = [
+        cab.JobEvent("part_start", block=THOUGHT), cab.JobEvent("part_delta", text="Let me think."),
+        cab.JobEvent("part_end", block=THOUGHT),
+    ]
+    seen = [(event, None) for event in [
+        cab.JobEvent("started"), *(parts if is_seen else []),
+        *(cab.JobEvent("delta", text=text) for text in "abc"),
+    ]]
+    reads: List[str] = []
+
+    def get(job_id: str) -> cab.Job:
+        reads.append(job_id)
+        return job
+
+    service = SimpleNamespace(
+        clock=cab.Clock(), live_of=lambda job: None, failure=lambda job: None,
+        follow=lambda *_, **__: (row for row in [*seen, (cab.JobEvent("completed"), view)]),
+        stores=SimpleNamespace(jobs=SimpleNamespace(get=get, summary=get)),
+    )
+    context: Any = SimpleNamespace(
+        service=service, require_caller=lambda: None,
+        request=SimpleNamespace(client_disconnected=lambda: False),
+    )
+    steps = [step for step in cab.chat_steps(context, SHOWN_CHAT, job) if step.kind == "delta"]
+    assert [step.text for step in steps] == ["Let me think.", "a", "b", "c"]
+    # One for each of the usage figures, and one for the thoughts.
+    assert len(reads) == len(seen) - 1 + (not is_seen)

@@ -68,7 +68,7 @@ to change how Claude Code is driven, in 6 and 7.
 #                               (exception: Database._read_lock is taken under it)
 # Database._queue_lock          the write queue together with its end
 # Database._read_lock           the reading connection; no thread writes while it holds it
-# LiveText._lock                text and generation; only the worker writes
+# LiveText._lock                text, parts and generation; only the worker writes
 # ModelCatalog._lock            the list of models and the running look-up
 # Notifier._lock                events by topic
 # StreamSlots._lock             open streams by token
@@ -1448,7 +1448,6 @@ class TokenUpdate(Command):
     models: Optional[Tuple[str, ...]] = body_field(
         validate_models, "array",
         "the models it may use, or null for all; the first is its default", ["haiku", "sonnet"])
-
 
     def changes(self, body: Mapping[str, Any], now: float) -> Dict[str, Any]:
         """Return the fields of a Token that a body names, with their values. Raises
@@ -4537,7 +4536,7 @@ class JobEvent(NamedTuple):
     kind: queued, started, delta, completed, error or heartbeat; part_start, part_delta and part_end
     of a LivePart.
     offset: where the text ends after it, in code points; 0 (queued, started): the text restarts.
-    block: of a part; complete at its end."""
+    block: of a part; a thought is complete at its end."""
     kind: str
     offset: int = 0
     text: str = ""
@@ -4678,9 +4677,10 @@ class LiveText:
         with self._lock:
             if event.get("type") == "content_block_start":
                 block = event.get("content_block") or {}
-                # What could have become a stop sequence.
-                self._append(self._pending)
-                self._pending = ""
+                if block.get("type") != "text":
+                    # What could have become a stop sequence.
+                    self._append(self._pending)
+                    self._pending = ""
                 part = LivePart(block, len(self._data) // 4)
                 name = str(block.get("name"))[len(TOOL_PREFIX) :]
                 if block.get("type") == "tool_use" and name in self.tool_names:
@@ -6106,8 +6106,8 @@ class Turn:
             self._tools.reply(*self.process.open_calls.pop(call_id), results[call_id])
 
     def read_answer(self, live: LiveText) -> Answer:
-        """Read to the end of the turn, to a stop sequence or to a call of the client's tools. A
-        structured answer is not streamed. Raises RunFailed, SessionLost, ProcessExited."""
+        """Read to the end of the turn, to a stop sequence, to a limit or to a call of the client's
+        tools. A structured answer is not streamed. Raises RunFailed, SessionLost, ProcessExited."""
         while True:
             event = self.next_event()
             if event.kind == "result":
@@ -6939,7 +6939,7 @@ class ClaudePool:
             seconds = 0
         elif request.is_chat and (turn.messages.count != 1 or not answer.is_plain):
             seconds = 0
-        if not seconds or request.is_prefilled:
+        if not seconds or request.is_prefilled or calls and answer.stop_info.reason != "tool_use":
             self.terminate(process, request.session, turn.finished)
             return
         latest = HistoryTurn(request.message, answer_content(answer))
@@ -9583,7 +9583,8 @@ def read_choice(choice: Any, is_single: bool, form: str,
     for number, tool in enumerate(require_type(chosen.get("tools"), list, "tool_choice.tools")):
         path = "tool_choice.tools.%d" % number
         entry = entry_of(require_type(tool, dict, path), path)
-        names.append(str((entry if isinstance(entry, dict) else tool).get("name")))
+        if tool.get("type") in ("function", "custom"):
+            names.append(str((entry if isinstance(entry, dict) else tool).get("name")))
     return ToolChoice(kinds[mode], None, is_single, names)
 
 
@@ -9999,7 +10000,7 @@ def estimate_tokens(chat: Chat) -> int:
 @dataclass
 class Part:
     """A part of an answer, as a stream writes it.
-    index: its number. block: of the Messages API; complete when the part is closed.
+    index: its number. block: of the Messages API; a thought is complete when the part is closed.
     pieces: of its text. is_aborted: the answer started over. is_cut: it ended at its limit."""
     index: int
     block: Block
@@ -10139,7 +10140,7 @@ class AnswerParts:
             yield from self._extend(text)
 
     def _begin(self, block: Block) -> Iterator[ChatStep]:
-        if block["type"] in THOUGHTS and self._text.is_restarting:
+        if block["type"] != "text" and self._text.is_restarting:
             # The new text stands behind it, and so is sent from its beginning.
             self._text = RestartableText()
             yield from self._abort()
@@ -10257,7 +10258,7 @@ class RestartableText:
     @property
     def is_restarting(self) -> bool:
         """Whether not all that was sent has come again."""
-        return bool(self._previous)
+        return self._matched < len(self._previous)
 
     def restart(self) -> None:
         self._previous = "".join(self._sent)
@@ -12134,8 +12135,6 @@ class BridgeServer(ThreadingHTTPServer):
 
     def start(self) -> None:
         self._thread.start()
-
-
 
     def stop_accepting(self) -> None:
         if self._thread.ident:
@@ -15234,9 +15233,6 @@ def print_next_steps(bridge: Bridge, console: Console) -> None:
     console.data(url)
     if token and console.is_terminal:
         print_admin_token(bridge, token, console)
-
-
-
 
 
 def print_admin_token(bridge: Bridge, token: str, console: Console) -> None:

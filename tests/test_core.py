@@ -1861,6 +1861,21 @@ def block_step(kind: str, block: Any = None, **delta: Any) -> Dict[str, Any]:
     return {**step, **({"content_block": block} if block else {}), "delta": delta or None}
 
 
+def test_a_stop_sequence_spans_blocks_of_text_and_no_others() -> None:
+    live = cab.LiveText(stop_sequences=("END",))
+    live.tool_names = {"x"}
+    live.add("abE")
+    live.follow_block(block_step("start", {"type": "text", "text": ""}))
+    live.add("ND x")
+    assert (live.read(), live.stopped_by) == ("ab", "END")
+    other = cab.LiveText(stop_sequences=("END",))
+    other.tool_names = {"x"}
+    other.add("abE")
+    call = {"type": "tool_use", "id": "x", "name": cab.TOOL_PREFIX + "x", "input": {}}
+    other.follow_block(block_step("start", call))
+    assert (other.read(), other.stopped_by, other.parts[0].offset) == ("abE", None, 3)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_parts_come_to_each_reader_in_their_order(
     seed: int, monkeypatch: pytest.MonkeyPatch

@@ -3164,6 +3164,14 @@ SHOWN_CHAT = cab.Chat(HI, thinking=cab.SHOWN, stream=True)
             ((THOUGHT, "hm"), "Hello ", "started", (THOUGHT, "hm"), "Other"), {"response": "Other"},
             "<hm><Hello !<hm><Other>",
         ),
+        (
+            ("Let me look.", "started", "Let me", (tool_use(call_id="x"), "{}")),
+            {
+                "response": "Let me",
+                "stop_info": cab.StopInfo("tool_use", None, (cab.ToolCall("x", "look", {}),)),
+            },
+            "<Let me look.!<{}><Let me>",
+        ),
         # A thought that is not complete is sent again.
         (([THOUGHT, "h"], "started", (THOUGHT, "hm"), "a"), {"response": "a"}, "<h!<hm><a>"),
         (

@@ -325,6 +325,9 @@ def test_a_request_of_the_responses_api_becomes_a_chat(body: Any, chat: cab.Chat
 def test_openais_search_is_left_out_where_claude_has_its_own() -> None:
     for kind in ("web_search", "web_search_preview", "web_search_2025_08_26"):
         assert read(body_of(tools=[{"type": kind}, *TOOLS]), True).client_tools == LOOK
+        allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": kind}, TOOLS[0]]}
+        chat = read(body_of(tools=[{"type": kind}, *TOOLS], tool_choice=allowed), True)
+        assert [tool["name"] for tool in chat.client_tools] == ["look"]
 
 
 @pytest.mark.parametrize(

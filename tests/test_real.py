@@ -1457,8 +1457,6 @@ def test_an_answer_is_limited_by_the_api_itself(shared: Site) -> None:
         cut = chat(client, MESSAGES, said("a"), max_tokens=9)
         assert cut["stop_reason"] == "max_tokens" and cut["content"] == texts("one two")[0][1]
         assert cut["usage"]["output_tokens"] == 7
-    # The process that was cut may just have asked the model to go on.
-    shared.idle()
     bodies = [call.body for call in shared.calls()[:3]]
     limits = [body["max_tokens"] for body in bodies]
     assert limits[:2] == [9, 9_000] and limits[2] > 9_000
@@ -1472,7 +1470,7 @@ def test_a_beginning_reaches_the_model_as_the_last_message(shared: Site) -> None
         body = chat(client, MESSAGES, said("a", "b", "A poem.", "Roses are"), model="haiku")
         assert body["content"] == texts(" red.")[0][1]
         chat(client, MESSAGES, said("a"), model="haiku")
-    first, last = [call.body for call in shared.calls()]
+    first, last = [call.body for call in shared.calls()][-2:]
     assert "thinking" not in first
     assert [(m["role"], m["content"][0]["text"]) for m in first["messages"]] == [
         ("user", "a"), ("assistant", "b"), ("user", "A poem."), ("assistant", "Roses are"),

@@ -7011,6 +7011,7 @@ class ClaudeRunner:
         """Run one turn. stop_reason, on_rate_limits: see RunControl. Raises RunFailed."""
         self.pool.redetect_if_replaced()
         self._check_billing()
+        live.shows_thinking = request.shows_thinking
         live.tool_names = {tool["name"] for tool in request.session.client_tools}
         deadline = self._clock.monotonic() + self._config.run_seconds
         answer_seconds = min(request.answer_seconds, self._config.silence_seconds)
@@ -7038,17 +7039,15 @@ class ClaudeRunner:
         turn = Turn(candidate.process, request.session, control, candidate.is_configured)
         beginning = TurnStart(turn, self.pool.program)
         try:
-            if candidate.is_configured:
-                beginning.configure(request)
+            if candidate.rewind_to is not None:
+                beginning.rewind(candidate.rewind_to)
+            elif not candidate.is_configured:
+                earlier_turns = request.earlier_turns if candidate.history else ()
+                beginning.start(candidate, earlier_turns)
+            beginning.configure(request)
             if candidate.tool_results:
                 turn.send_tool_results(candidate.tool_results, live, candidate.model)
             else:
-                if candidate.rewind_to is not None:
-                    beginning.rewind(candidate.rewind_to)
-                elif not candidate.is_configured:
-                    earlier_turns = request.earlier_turns if candidate.history else ()
-                    beginning.start(candidate, earlier_turns)
-                    beginning.configure(request)
                 turn.send_prompt(request.message)
             answer = turn.read_answer(live)
             thinking = tuple(turn.messages.thinking) if live.shows_thinking else ()
@@ -7559,7 +7558,6 @@ class Worker:
         live = LiveText(max(job.generation, self._restart_counts.pop(job.id, 0)),
                         lambda: self._notifier.notify(Notifier.text_topic(job.id)),
                         chat.stop_sequences if chat else (), self._clock.monotonic)
-        live.shows_thinking = chat is not None and chat.thinking == SHOWN
         started, now = self._clock.monotonic(), self._clock.now()
         waited = max(0.0, now - job.created_at)
         if job.attempts == 1:
@@ -10684,7 +10682,8 @@ def response_output(job: Job, settings: Mapping[str, Any]) -> List[Dict[str, Any
     """Return the output items of a completed job."""
     stop_info = stop_info_of(job)
     is_cut = stop_info.reason == "max_tokens"
-    parts = [Part(number, block, [block_text(block, custom_tools(settings))], is_cut=is_cut)
+    names = custom_tools(settings)
+    parts = [Part(number, block, [block_text(block, names)], is_cut=is_cut)
              for number, block in enumerate(final_blocks(job))]
     items = [item_of(job, part, settings) for part in parts]
     if stop_info.reason == "refusal":
